@@ -1,0 +1,103 @@
+"""The import rows of the house: a room sees only the rows above it (docs/architecture.md)."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "dsv3_jax"
+
+ROWS = [
+    {"config"},
+    {"quantization"},
+    {"kernels", "parallel", "data"},
+    {"model", "analysis"},
+    {"training", "inference", "interop"},
+    {"cli", "__main__"},
+]
+ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
+
+# Inside `model`, a file sees only the files before it; files of one set do not see each other.
+MODEL_ROWS = [
+    {"norm", "rope", "linear", "cache"},
+    {"mlp"},
+    {"mla", "moe"},
+    {"block"},
+    {"mtp"},
+    {"transformer"},
+]
+MODEL_ROW = {name: row for row, names in enumerate(MODEL_ROWS) for name in names}
+
+# The one room where a library may be imported.
+ONLY_HOME = {
+    "flax": {"model"},
+    "optax": {"training"},
+    "orbax": {"training"},
+    "tyro": {"cli"},
+    "safetensors": {"interop"},
+    "tokenizers": {"data"},
+    "pyarrow": {"data"},
+}
+# `analysis` may plan with these, which know no JAX.
+ANALYSIS_MAY_SEE = {"parallel.schedules", "parallel.load_balancer"}
+WITHOUT_JAX = ["analysis", "data", "config.py", "parallel/schedules.py", "parallel/load_balancer.py"]
+
+
+def files_of(*places: str) -> list[Path]:
+    found = []
+    for place in places:
+        path = ROOT / place
+        found += sorted(path.rglob("*.py")) if path.is_dir() else [path] * path.exists()
+    return found
+
+
+def imports_of(path: Path) -> list[str]:
+    """Dotted names that a file imports anywhere, also inside functions."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+ALL_FILES = [p for p in files_of("") if p != ROOT / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_room_sees_only_the_rows_above(path):
+    room = room_of(path)
+    for name in imports_of(path):
+        library = name.split(".")[0]
+        if library != "dsv3_jax":
+            home = ONLY_HOME.get(library, {room})
+            assert room in home, f"{library} belongs in {home}, not in {room}"
+            continue
+        parts = name.split(".")[1:]
+        if not parts or parts[0] not in ROW or parts[0] == room:
+            continue
+        allowed = ROW[parts[0]] < ROW[room] or (
+            room == "analysis" and ".".join(parts[:2]) in ANALYSIS_MAY_SEE
+        )
+        assert allowed, f"{room} (row {ROW[room]}) must not import {name}"
+
+
+@pytest.mark.parametrize("path", files_of("model"), ids=lambda p: p.name)
+def test_model_files_see_only_the_files_before(path):
+    if path.stem == "__init__":
+        return
+    for name in imports_of(path):
+        parts = name.split(".")
+        if parts[:2] == ["dsv3_jax", "model"] and len(parts) > 2:
+            assert MODEL_ROW[parts[2]] < MODEL_ROW[path.stem], f"{path.stem} must not import {name}"
+
+
+@pytest.mark.parametrize("path", files_of(*WITHOUT_JAX), ids=lambda p: str(p.relative_to(ROOT)))
+def test_planners_know_no_jax(path):
+    assert not [n for n in imports_of(path) if n.split(".")[0] in ("jax", "jaxlib", "flax")]
