@@ -1,0 +1,173 @@
+"""FP8 numbers with one scale a tile: DeepSeek-V3's 1x128 activations and 128x128 weights.
+
+The one idea: a tensor's last two dims are cut into tiles, each tile is divided by its own scale so
+that its largest magnitude becomes E4M3's 448, and the numbers travel with their scales as one
+pytree. Every kind of tile is the same code: 1x128 (a token's 128 channels), 128x1 (a channel of
+128 tokens, for weight gradients), 128x128 (weights). Scales come from the numbers at hand, not
+from a history of earlier ones (V3 report, section 3.3.2). What is quantised when is the model's
+choice, and multiplications of these numbers are the kernels' work.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+E4M3_MAX = 448.0
+# An all-zero tile would divide by zero; DeepGEMM, DeepEP and DeepSeek's kernel.py share this floor.
+AMAX_FLOOR = 1e-4
+
+PER_TOKEN = (1, 128)  # activations, along channels
+PER_CHANNEL = (128, 1)  # activations again, along tokens, for the weight gradient
+PER_BLOCK = (128, 128)  # weights
+
+# "f32": amax / 448 as it is. "ue8m0": rounded up to a power of two, so that scaling is exact.
+ScaleFormat = Literal["f32", "ue8m0"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["tile"]
+)
+@dataclass(frozen=True)
+class BlockScaled:
+    """FP8 numbers and their scales: each number is its value times the scale of its tile.
+
+    Fields:
+        values: float8_e4m3fn [..., M, K].
+        scales: float32 [..., ceil(M / tile[0]), ceil(K / tile[1])], multipliers like a
+            checkpoint's `weight_scale_inv`. The last tile of a row or column may be partial.
+            Float32 in either scale format, because that is what Hopper's kernels read; in
+            "ue8m0" each is a power of two.
+        tile: rows and columns that share a scale; part of the tree's structure, not a leaf.
+
+    Leading dims (layers, experts) are free: `jax.lax.scan` and `jax.tree.map` slice them.
+    """
+
+    values: Any
+    scales: Any
+    tile: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the numbers."""
+        return self.values.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims of the numbers."""
+        return self.values.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the values, float8_e4m3fn."""
+        return self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales together."""
+        return self.values.nbytes + self.scales.nbytes
+
+    @property
+    def mT(self) -> "BlockScaled":
+        """The same numbers with the last two dims swapped, tiles and scales with them."""
+        return BlockScaled(self.values.mT, self.scales.mT, (self.tile[1], self.tile[0]))
+
+
+def quantize(
+    x: Float[Array, "*batch M K"], tile: tuple[int, int], scale_format: ScaleFormat = "f32"
+) -> BlockScaled:
+    """`x` as E4M3 values with one scale per tile of its last two dims.
+
+    Rounds to nearest even and never overflows. A tile of zeros keeps a positive scale. NaN stays
+    NaN, and an infinity, which E4M3 lacks, becomes NaN rather than a plausible 448: a diverging
+    run must be seen. Neither spoils the rest of its tile, whose scale comes from the finite
+    numbers. It has no useful derivative; callers own theirs.
+
+    Any float dtype, computed in f32. The origin is `act_quant` of DeepSeek-V3's
+    inference/kernel.py and DeepGEMM's cast helpers; like the latter's it multiplies by 1 / scale.
+
+    Raises ValueError for fewer than two dims, a tile of no elements or an unknown scale format.
+    """
+    _check(x.shape, tile)
+    tiles = _cut(x.astype(jnp.float32), tile)
+    finite = jnp.isfinite(tiles)
+    amax = jnp.max(jnp.where(finite, jnp.abs(tiles), 0), axis=(-3, -1), keepdims=True)
+    scale = scale_of_amax(amax, scale_format)
+    # The rounding of `scale` can leave amax one part in 2^23 above 448, hence the clip: on its own
+    # the cast turns what is too large into NaN.
+    scaled = jnp.clip(tiles * (1 / scale), -E4M3_MAX, E4M3_MAX)
+    values = jnp.where(finite, scaled, jnp.nan).astype(jnp.float8_e4m3fn)
+    return BlockScaled(_join(values, x.shape), jnp.squeeze(scale, (-3, -1)), tile)
+
+
+def dequantize(x: BlockScaled, dtype: Any = jnp.bfloat16) -> Float[Array, "*batch M K"]:
+    """The numbers of `x` in `dtype`: the product with the scale in f32, rounded once."""
+    tiles = _cut(x.values.astype(jnp.float32), x.tile)
+    return _join(tiles * x.scales[..., :, None, :, None], x.shape).astype(dtype)
+
+
+def requantize(
+    x: BlockScaled, tile: tuple[int, int], scale_format: ScaleFormat = "f32"
+) -> BlockScaled:
+    """The numbers of `x` rounded a second time, with another tile.
+
+    The weight gradient contracts over tokens, so activations kept as 1x128 become 128x1 (V3
+    report, section 3.3.2). With "ue8m0" in both, only what falls among the subnormals of its new
+    tile is rounded again.
+    """
+    return quantize(dequantize(x, jnp.float32), tile, scale_format)
+
+
+def scale_of_amax(
+    amax: Float[Array, "*dims"], scale_format: ScaleFormat = "f32"
+) -> Float[Array, "*dims"]:
+    """The scale that takes a tile's largest magnitude to 448, or below it in "ue8m0".
+
+    "f32" is amax x f32(1 / 448), which can be one unit in the last place off amax / 448: XLA
+    replaces a division by a constant with this product anyway, so the product is the contract.
+    "ue8m0" is 2^ceil(log2(amax / 448)), computed exactly on the bits.
+
+    `amax` is float32, floored at 1e-4 here.
+    """
+    amax = jnp.maximum(amax, AMAX_FLOOR)
+    if scale_format == "f32":
+        return amax * np.float32(1 / E4M3_MAX)
+    if scale_format != "ue8m0":
+        raise ValueError(f"{scale_format=} must be 'f32' or 'ue8m0'")
+    # 448 = 1.75 x 2^8: a fraction above .75 carries into the exponent, then 2^8 comes off.
+    bits = jax.lax.bitcast_convert_type(amax, jnp.int32)
+    exponent = ((bits + (0x7FFFFF - 0x600000)) >> 23) - 8
+    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+
+def scales_shape(shape: tuple[int, ...], tile: tuple[int, int]) -> tuple[int, ...]:
+    """Shape of the scales of numbers of `shape`, to plan memory without making any."""
+    _check(shape, tile)
+    return (*shape[:-2], -(-shape[-2] // tile[0]), -(-shape[-1] // tile[1]))
+
+
+def _check(shape: tuple[int, ...], tile: tuple[int, int]) -> None:
+    if len(shape) < 2:
+        raise ValueError(f"tiles cover the last two dims, but {shape=} has {len(shape)}")
+    if len(tile) != 2 or min(tile) < 1:
+        raise ValueError(f"{tile=} must be two positive sizes (rows, columns)")
+
+
+def _cut(x: Array, tile: tuple[int, int]) -> Array:
+    """[..., M, K] as [..., rows of tiles, tile[0], columns of tiles, tile[1]], zeros added."""
+    *batch, m_tiles, k_tiles = scales_shape(x.shape, tile)
+    rows, columns = m_tiles * tile[0] - x.shape[-2], k_tiles * tile[1] - x.shape[-1]
+    if rows or columns:
+        x = jnp.pad(x, [(0, 0)] * len(batch) + [(0, rows), (0, columns)])
+    return x.reshape(*batch, m_tiles, tile[0], k_tiles, tile[1])
+
+
+def _join(tiles: Array, shape: tuple[int, ...]) -> Array:
+    """Undoes `_cut`: back to `shape`, the added zeros dropped."""
+    *batch, m_tiles, m_tile, k_tiles, k_tile = tiles.shape
+    whole = tiles.reshape(*batch, m_tiles * m_tile, k_tiles * k_tile)
+    return whole[..., : shape[-2], : shape[-1]]
