@@ -1,0 +1,1 @@
+"""Matrix products and attention for accelerators; Pallas lives here and nowhere else."""

@@ -1,0 +1,131 @@
+"""Which implementation of a kernel runs, and why.
+
+An operation is a folder with the same files in each: `api.py` (what callers import), `reference.py`
+(plain JAX, right on every backend), `pallas_gpu.py` (Mosaic GPU, for Hopper), `pallas_tpu.py`. An
+implementation that cannot do what is asked raises NotImplementedError; the next in the platform's
+order is tried, and a warning says what was passed over and why. An implementation asked for by name
+never falls back. `choices()` lists every decision since the process began.
+"""
+
+import contextlib
+import contextvars
+import importlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+# What an operation without a rule of its own tries, by platform, in this order.
+DEFAULT_ORDER: Mapping[str, tuple[str, ...]] = {
+    "gpu": ("pallas_gpu", "reference"),
+    "tpu": ("pallas_tpu", "reference"),
+    "cpu": ("reference",),
+}
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("implementation", default=None)
+_choices: dict["Choice", None] = {}
+
+
+class KernelFallbackWarning(UserWarning):
+    """A faster implementation was passed over; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision: what runs an operation, and what was passed over for which reason."""
+
+    op: str
+    platform: str
+    implementation: str
+    passed_over: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        text = f"{self.op} on {self.platform}: {self.implementation}"
+        for name, reason in self.passed_over:
+            text += f"; not {name}, because {reason}"
+        return text
+
+
+def choices() -> tuple[Choice, ...]:
+    """Every distinct decision since the process began, oldest first."""
+    return tuple(_choices)
+
+
+@contextlib.contextmanager
+def use(implementation: str) -> Iterator[None]:
+    """Inside, every operation that has this implementation runs it, and none falls back."""
+    token = _forced.set(implementation)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def platform() -> str:
+    """The platform that traced code is for: "gpu", "tpu" or "cpu".
+
+    That of the mesh in scope when it describes a device that is not here (ahead-of-time
+    compilation), else of JAX's default backend.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    name = device.platform if device is not None else jax.default_backend()
+    return {"cuda": "gpu"}.get(name, name)
+
+
+def candidates(
+    order: Mapping[str, Sequence[str]], implementation: str | Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """The implementations to try, best first: what was asked for, else the platform's order."""
+    asked = implementation if implementation is not None else _forced.get()
+    if asked is None:
+        return tuple(order.get(platform(), order["cpu"]))
+    return (asked,) if isinstance(asked, str) else tuple(asked)
+
+
+def run(
+    package: str,
+    op: str,
+    *args: Any,
+    order: Mapping[str, Sequence[str]] = DEFAULT_ORDER,
+    implementation: str | Sequence[str] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """What the first able implementation of `op` returns for these arguments.
+
+    `package` is the operation's folder as a dotted name; each implementation is a module of it with
+    a function named `op`. Raises ValueError for an unknown implementation, and NotImplementedError
+    with every reason when none is able.
+    """
+    passed_over = []
+    for name in candidates(order, implementation):
+        try:
+            result = _function(package, name, op)(*args, **kwargs)
+        except NotImplementedError as reason:
+            passed_over.append((name, str(reason)))
+            continue
+        _record(Choice(op, platform(), name, tuple(passed_over)))
+        return result
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over)
+    raise NotImplementedError(f"no implementation of {op} can do this: {reasons}")
+
+
+def _function(package: str, name: str, op: str) -> Any:
+    try:
+        module = importlib.import_module(f"{package}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{package}.{name}":
+            raise  # a library that the implementation needs: not for us to hide
+        raise ValueError(f"{name!r} is no implementation of {op}") from None
+    if not hasattr(module, op):
+        raise NotImplementedError(f"{name} has no {op}")
+    return getattr(module, op)
+
+
+def _record(choice: Choice) -> None:
+    if choice in _choices:
+        return
+    _choices[choice] = None
+    if choice.passed_over:
+        warnings.warn(str(choice), KernelFallbackWarning, stacklevel=4)

@@ -1,0 +1,1 @@
+"""Dense matrix products of block-scaled FP8 numbers."""

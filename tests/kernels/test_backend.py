@@ -1,0 +1,67 @@
+"""The choice of an implementation: explicit, never silent."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.kernels import backend
+from dsv3_jax.kernels.grouped_gemm import api, reference
+
+
+@pytest.fixture
+def operands():
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.normal(size=(6, 16)), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(2, 8, 16)), jnp.float32)
+    return rows, weights, jnp.array([2, 4], jnp.int32)
+
+
+def unable(reason):
+    def raise_not_implemented(*args, **kwargs):
+        raise NotImplementedError(reason)
+
+    return raise_not_implemented
+
+
+def test_a_fall_back_warns_with_the_reason_and_is_remembered(monkeypatch, operands):
+    monkeypatch.setattr(reference, "masked_grouped_matmul", unable("bad moon"))
+    monkeypatch.setattr(backend, "_choices", {})
+    order = {"cpu": ("reference", "spare")}
+    spare = type("module", (), {"masked_grouped_matmul": staticmethod(lambda *a, **k: "done")})
+    modules = {"reference": reference, "spare": spare}
+    monkeypatch.setattr(
+        backend.importlib, "import_module", lambda name: modules[name.rsplit(".", 1)[1]]
+    )
+    with pytest.warns(
+        backend.KernelFallbackWarning, match="spare; not reference, because bad moon"
+    ):
+        assert backend.run(api.PACKAGE, "masked_grouped_matmul", order=order) == "done"
+    (choice,) = backend.choices()
+    assert choice.implementation == "spare" and choice.passed_over == (("reference", "bad moon"),)
+
+
+def test_an_implementation_asked_for_by_name_never_falls_back(monkeypatch, operands):
+    monkeypatch.setattr(reference, "grouped_matmul", unable("bad moon"))
+    with pytest.raises(NotImplementedError, match="bad moon"):
+        api.grouped_matmul(*operands, implementation="reference")
+    with backend.use("reference"), pytest.raises(NotImplementedError, match="bad moon"):
+        api.grouped_matmul(*operands)
+
+
+def test_an_unknown_implementation_is_the_callers_mistake(operands):
+    with pytest.raises(ValueError, match="'fastest' is no implementation of grouped_matmul"):
+        api.grouped_matmul(*operands, implementation="fastest")
+
+
+def test_the_platform_is_that_of_the_mesh_compiled_for():
+    assert backend.platform() == "cpu"
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh(
+        (1,), ("x",), (jax.sharding.AxisType.Explicit,), abstract_device=device
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert backend.platform() == "gpu"
+        assert api.row_alignment(4096, 8) == 128
+    assert api.row_alignment(4096, 8) == 8
+    assert api.row_alignment(8, 8) == 1
