@@ -1,0 +1,44 @@
+"""One transformer layer: x += MLA(norm(x)); x += feed-forward(norm(x))."""
+
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.cache import LatentCache
+from dsv3_jax.model.mla import MLA
+from dsv3_jax.model.mlp import MLP
+from dsv3_jax.model.moe import MoE, MoEStats
+from dsv3_jax.model.norm import rms_norm
+
+
+class Block(nn.Module):
+    """A pre-norm layer whose feed-forward is dense or a mixture of experts."""
+
+    config: ModelConfig
+    dense: bool
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "#B T"],
+        *,
+        segments: Int[Array, "B T"] | None = None,
+        mask: Bool[Array, "B T"] | None = None,
+        cache: LatentCache | None = None,
+        prefill: bool = False,
+    ) -> tuple[Float[Array, "B T D"], LatentCache | None, MoEStats | None]:
+        """The layer's output, its updated cache, and a MoE layer's statistics.
+
+        segments, cache and prefill as in `MLA`; mask as in `MoE`.
+        """
+        config, ones = self.config, nn.initializers.ones
+        dim, eps = config.hidden_size, config.rms_norm_eps
+        normed = rms_norm(x, self.param("input_layernorm", ones, (dim,)), eps)
+        attended, cache = MLA(config, name="self_attn")(normed, positions, segments, cache, prefill)
+        x = x + attended
+        normed = rms_norm(x, self.param("post_attention_layernorm", ones, (dim,)), eps)
+        if self.dense:
+            return x + MLP(config, config.intermediate_size, name="mlp")(normed), cache, None
+        y, stats = MoE(config, name="mlp")(normed, mask)
+        return x + y, cache, stats

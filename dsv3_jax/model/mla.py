@@ -1,0 +1,148 @@
+"""Multi-head latent attention (V3 report, section 2.1.1, eqs. 1-11), in its two forms.
+
+`mla_expand` up-projects the latent to keys and values of every head: few FLOPs per pair of tokens,
+right for training and prefill. `mla_absorb` moves the up-projections to the query and the output,
+so that it reads only the 576 cached values a token: right for decoding. They are the same function.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.cache import LatentCache, append
+from dsv3_jax.model.linear import linear
+from dsv3_jax.model.norm import LATENT_NORM_EPS, rms_norm
+from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
+
+
+def mla_expand(
+    q_nope_BTNH: Float[Array, "B T N H"],
+    q_rope_BTNR: Float[Array, "B T N R"],
+    latent_BSC: Float[Array, "B S C"],
+    k_rope_BSR: Float[Array, "B S R"],
+    kv_b_proj: Float[Array, "N HU C"],
+    mask_BTS: Bool[Array, "#B T S"],
+    scale: float,
+) -> Float[Array, "B T N U"]:
+    """Attention of every head with keys and values expanded from the latent; softmax in f32.
+
+    kv_b_proj holds, per head, H rows of W^UK and then U rows of W^UV. True in the mask: visible.
+    """
+    nope_dim = q_nope_BTNH.shape[-1]
+    kv_BSNP = linear(latent_BSC, kv_b_proj)
+    k_nope_BSNH, v_BSNU = kv_BSNP[..., :nope_dim], kv_BSNP[..., nope_dim:]
+    logits_BNTS = jnp.einsum(
+        "BTNH,BSNH->BNTS", q_nope_BTNH, k_nope_BSNH, preferred_element_type=jnp.float32
+    ) + jnp.einsum("BTNR,BSR->BNTS", q_rope_BTNR, k_rope_BSR, preferred_element_type=jnp.float32)
+    probs_BNTS = _softmax(logits_BNTS * scale, mask_BTS).astype(v_BSNU.dtype)
+    return jnp.einsum("BNTS,BSNU->BTNU", probs_BNTS, v_BSNU)
+
+
+def mla_absorb(
+    q_nope_BTNH: Float[Array, "B T N H"],
+    q_rope_BTNR: Float[Array, "B T N R"],
+    latent_BSC: Float[Array, "B S C"],
+    k_rope_BSR: Float[Array, "B S R"],
+    kv_b_proj: Float[Array, "N HU C"],
+    mask_BTS: Bool[Array, "#B T S"],
+    scale: float,
+) -> Float[Array, "B T N U"]:
+    """What `mla_expand` returns, with W^UK absorbed into the query and W^UV into the output.
+
+    All heads attend to one shared key of C + R dims whose first C dims are also the value
+    (DeepSeek-V3:inference/model.py, `attn_impl="absorb"`).
+    """
+    nope_dim = q_nope_BTNH.shape[-1]
+    w_uk_NHC, w_uv_NUC = kv_b_proj[:, :nope_dim], kv_b_proj[:, nope_dim:]
+    q_latent_BTNC = jnp.einsum("BTNH,NHC->BTNC", q_nope_BTNH, w_uk_NHC.astype(q_nope_BTNH.dtype))
+    logits_BNTS = jnp.einsum(
+        "BTNC,BSC->BNTS", q_latent_BTNC, latent_BSC, preferred_element_type=jnp.float32
+    ) + jnp.einsum("BTNR,BSR->BNTS", q_rope_BTNR, k_rope_BSR, preferred_element_type=jnp.float32)
+    probs_BNTS = _softmax(logits_BNTS * scale, mask_BTS).astype(latent_BSC.dtype)
+    context_BTNC = jnp.einsum("BNTS,BSC->BTNC", probs_BNTS, latent_BSC)
+    return jnp.einsum("BTNC,NUC->BTNU", context_BTNC, w_uv_NUC.astype(context_BTNC.dtype))
+
+
+def causal_mask(
+    q_positions: Int[Array, "#B T"],
+    key_length: int,
+    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
+) -> Bool[Array, "#B T S"]:
+    """True where a key's row is at or before the query's position, and in the same document.
+
+    segments holds the document number of each query and of each key; None lets attention cross
+    documents of a packed row, as V3 was trained (section 4.1).
+    """
+    mask = q_positions[:, :, None] >= jnp.arange(key_length)
+    if segments is not None:
+        mask &= segments[0][:, :, None] == segments[1][:, None, :]
+    return mask
+
+
+def _softmax(logits: Float[Array, "B N T S"], mask: Bool[Array, "#B T S"]) -> Float[Array, "B N T S"]:
+    # The lowest finite number, not -inf: a row with no visible key must not become NaN.
+    lowest = jnp.finfo(logits.dtype).min
+    return jax.nn.softmax(jnp.where(mask[:, None], logits, lowest), axis=-1)
+
+
+class MLA(nn.Module):
+    """Projections, latent norms and RoPE around `mla_expand` or `mla_absorb`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "#B T"],
+        segments: Int[Array, "B T"] | None = None,
+        cache: LatentCache | None = None,
+        prefill: bool = False,
+    ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
+        """Attention output, and the cache with these T tokens appended at their positions.
+
+        Without a cache, or with prefill=True (the cache is still empty), the T tokens attend to each
+        other in the expanded form; otherwise they attend to all the cache holds in the absorbed
+        form, which `segments` does not apply to.
+        """
+        config = self.config
+        init, ones = nn.initializers.normal(config.initializer_range), nn.initializers.ones
+        dim, heads = config.hidden_size, config.num_attention_heads
+        latent_dim, rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
+
+        if config.q_lora_rank is None:
+            q = linear(x, self.param("q_proj", init, (heads, config.qk_head_dim, dim)))
+        else:
+            rank = config.q_lora_rank
+            q_latent = linear(x, self.param("q_a_proj", init, (rank, dim)))
+            norm = self.param("q_a_layernorm", ones, (rank,))
+            q_latent = rms_norm(q_latent, norm, LATENT_NORM_EPS)
+            q = linear(q_latent, self.param("q_b_proj", init, (heads, config.qk_head_dim, rank)))
+        q_nope, q_rope = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
+
+        kv_a_proj = self.param("kv_a_proj_with_mqa", init, (latent_dim + rope_dim, dim))
+        latent_and_rope = linear(x, kv_a_proj)
+        norm = self.param("kv_a_layernorm", ones, (latent_dim,))
+        latent = rms_norm(latent_and_rope[..., :latent_dim], norm, LATENT_NORM_EPS)
+        cos, sin = rope_tables(positions, config)
+        q_rope = apply_rope(q_rope, cos, sin)
+        k_rope = apply_rope(latent_and_rope[..., latent_dim:], cos, sin)
+
+        value_dim = config.v_head_dim
+        kv_b_proj = self.param(
+            "kv_b_proj", init, (heads, config.qk_nope_head_dim + value_dim, latent_dim)
+        ).astype(x.dtype)
+        scale = softmax_scale(config)
+        if cache is not None:
+            cache = append(cache, latent, k_rope, positions[:, 0])
+        if cache is None or prefill:
+            rows = jnp.arange(x.shape[1])[None]
+            mask = causal_mask(rows, x.shape[1], None if segments is None else (segments, segments))
+            out = mla_expand(q_nope, q_rope, latent, k_rope, kv_b_proj, mask, scale)
+        else:
+            mask = causal_mask(positions, cache.latent.shape[1])
+            out = mla_absorb(q_nope, q_rope, cache.latent, cache.k_rope, kv_b_proj, mask, scale)
+        o_proj = self.param("o_proj", init, (dim, heads, value_dim)).reshape(dim, -1)
+        return linear(out.reshape(*out.shape[:2], -1), o_proj), cache

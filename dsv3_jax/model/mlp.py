@@ -1,0 +1,27 @@
+"""The dense SwiGLU feed-forward: the first layers and the shared experts."""
+
+import jax
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.linear import linear
+
+
+def swiglu(gate_up: Float[Array, "*B 2 F"]) -> Float[Array, "*B F"]:
+    """silu(gate) * up."""
+    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x); gate and up are one matrix, so that they are one GEMM."""
+
+    config: ModelConfig
+    width: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        dim, init = x.shape[-1], nn.initializers.normal(self.config.initializer_range)
+        gate_up_proj = self.param("gate_up_proj", init, (2, self.width, dim))
+        down_proj = self.param("down_proj", init, (dim, self.width))
+        return linear(swiglu(linear(x, gate_up_proj)), down_proj)

@@ -1,0 +1,217 @@
+"""The whole model as functions of plain dicts: `init_variables`, `forward`, `prefill`, `decode_step`.
+
+variables = {"params": ..., "router": ...}: what the optimizer trains, and the router biases that it
+does not. Layers of one kind are stacked on a leading dim and scanned, so that a deeper model compiles
+to the same program.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.block import Block
+from dsv3_jax.model.cache import LatentCache, init_cache
+from dsv3_jax.model.linear import linear
+from dsv3_jax.model.moe import MoEStats
+from dsv3_jax.model.mtp import MTPModule
+from dsv3_jax.model.norm import rms_norm
+
+Variables = dict[str, Any]
+
+# What the backward pass finds saved in each layer; the rest of it is computed again.
+REMAT_POLICIES = {
+    "none": None,  # everything is saved
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of projections
+    "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input only
+}
+
+
+class Outputs(NamedTuple):
+    """What `forward` returns. At MTP depth k, the last k positions mean nothing."""
+
+    logits: Float[Array, "B T V"]  # f32
+    mtp_logits: tuple[Float[Array, "B T V"], ...]  # f32, one per depth
+    stats: MoEStats | None  # of the MoE layers, stacked; None without any
+    mtp_stats: tuple[MoEStats, ...]
+    hidden: Float[Array, "B T D"]  # after the final norm
+
+
+class ModelCache(NamedTuple):
+    """The latent caches of all layers, stacked per kind; None where there are no such layers."""
+
+    dense: LatentCache | None
+    moe: LatentCache | None
+
+
+def init_variables(key: PRNGKeyArray, config: ModelConfig) -> Variables:
+    """Fresh f32 variables: normal with std `initializer_range`, ones for norms, zero router biases.
+
+    Shapes are [out, in] with the layer dim first; see docs/architecture.md for the whole tree.
+    """
+    keys = jax.random.split(key, 5)
+    normal = jax.nn.initializers.normal(config.initializer_range)
+    vocab_shape = (config.vocab_size, config.hidden_size)
+    params = {
+        "embed_tokens": normal(keys[0], vocab_shape),
+        "norm": jnp.ones(config.hidden_size),
+        "lm_head": normal(keys[1], vocab_shape),
+    }
+    router = {}
+    x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
+    positions = jnp.zeros((1, 1), jnp.int32)
+
+    def add(name, variables):
+        params[name] = variables["params"]
+        if "router" in variables:
+            router[name] = variables["router"]
+
+    for name, dense, layers, layer_key in (
+        ("dense_layers", True, config.num_dense_layers, keys[2]),
+        ("moe_layers", False, config.num_moe_layers, keys[3]),
+    ):
+        if layers:
+            init = partial(Block(config, dense).init, x=x, positions=positions)
+            add(name, jax.vmap(lambda k, init=init: init(k))(jax.random.split(layer_key, layers)))
+    for depth in range(config.num_nextn_predict_layers):
+        mtp_key = jax.random.fold_in(keys[4], depth)
+        add(f"mtp_{depth}", MTPModule(config).init(mtp_key, x, x, positions))
+    return {"params": params, "router": router}
+
+
+def forward(
+    variables: Variables,
+    tokens: Int[Array, "B T"],
+    config: ModelConfig,
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    remat: str = "none",
+) -> Outputs:
+    """Logits of the next token, and of the tokens after it by the MTP modules, for whole rows.
+
+    segments are document numbers that attention must not cross; None lets it (V3's way).
+    """
+    params = variables["params"]
+    positions = jnp.arange(tokens.shape[1])[None]
+    embedded = _embed(params, tokens, config)
+    hidden, _, stats = _layers(
+        variables, embedded, positions, config, segments=segments, remat=remat
+    )
+    mtp_logits, mtp_stats = [], []
+    previous = hidden
+    for depth in range(config.num_nextn_predict_layers):
+        # Row i reads token i + depth + 1. The last rows, which have none, read the row's first
+        # tokens: causality keeps them from all others, and they are masked.
+        embedding = jnp.roll(embedded, -(depth + 1), axis=1)
+        mask = jnp.broadcast_to(positions < tokens.shape[1] - (depth + 1), tokens.shape)
+        apply = partial(MTPModule(config).apply, segments=segments, mask=mask)
+        previous, _, depth_stats = _remat(apply, remat)(
+            _of_layer(variables, f"mtp_{depth}"), previous, embedding, positions
+        )
+        mtp_logits.append(logits_of(params, previous))
+        mtp_stats.append(depth_stats)
+    return Outputs(
+        logits_of(params, hidden), tuple(mtp_logits), stats, tuple(mtp_stats), hidden
+    )
+
+
+def logits_of(params: dict[str, Any], hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+    """The output head's logits in f32, from hidden states after their final norm."""
+    return linear(hidden, params["lm_head"]).astype(jnp.float32)
+
+
+def init_model_cache(config: ModelConfig, batch: int, length: int) -> ModelCache:
+    """Empty caches for `batch` sequences of up to `length` tokens."""
+    dense, moe = config.num_dense_layers, config.num_moe_layers
+    return ModelCache(
+        init_cache(config, batch, length, dense) if dense else None,
+        init_cache(config, batch, length, moe) if moe else None,
+    )
+
+
+def prefill(
+    variables: Variables, tokens: Int[Array, "B T"], cache: ModelCache, config: ModelConfig
+) -> tuple[Float[Array, "B T D"], ModelCache]:
+    """Final hidden states of whole prompts, and the empty cache filled with them.
+
+    Shorter prompts are padded at the end; their rows past the end are overwritten before any later
+    token sees them. The expanded form of MLA.
+    """
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return _cached(variables, tokens, positions, cache, config, is_prefill=True)
+
+
+def decode_step(
+    variables: Variables,
+    tokens: Int[Array, "B T"],
+    start: Int[Array, " B"],
+    cache: ModelCache,
+    config: ModelConfig,
+) -> tuple[Float[Array, "B T D"], ModelCache]:
+    """Final hidden states of T new tokens at rows start[b].. of the cache, and the cache with them.
+
+    The absorbed form of MLA; T = 1 when decoding, a few when verifying drafts, more for a prompt
+    that comes in chunks.
+    """
+    positions = start[:, None] + jnp.arange(tokens.shape[1])
+    return _cached(variables, tokens, positions, cache, config, is_prefill=False)
+
+
+def _cached(variables, tokens, positions, cache, config, is_prefill):
+    embedded = _embed(variables["params"], tokens, config)
+    hidden, cache, _ = _layers(
+        variables, embedded, positions, config, cache=cache, is_prefill=is_prefill
+    )
+    return hidden, cache
+
+
+def _embed(params, tokens, config: ModelConfig):
+    return jnp.take(params["embed_tokens"], tokens, axis=0).astype(config.dtype)
+
+
+def _layers(
+    variables: Variables,
+    x: Float[Array, "B T D"],
+    positions: Int[Array, "#B T"],
+    config: ModelConfig,
+    *,
+    segments: Int[Array, "B T"] | None = None,
+    mask: Bool[Array, "B T"] | None = None,
+    cache: ModelCache | None = None,
+    is_prefill: bool = False,
+    remat: str = "none",
+) -> tuple[Float[Array, "B T D"], ModelCache | None, MoEStats | None]:
+    """The dense layers, the MoE layers and the final norm."""
+
+    def scan(name, dense, x, layer_caches):
+        block = partial(
+            Block(config, dense).apply, segments=segments, mask=mask, prefill=is_prefill
+        )
+
+        def body(x, scanned):
+            layer, layer_cache = scanned
+            apply = _remat(lambda v, x, c: block(v, x, positions, cache=c), remat)
+            x, layer_cache, stats = apply(layer, x, layer_cache)
+            return x, (layer_cache, stats)
+
+        return jax.lax.scan(body, x, (_of_layer(variables, name), layer_caches))
+
+    stats = dense_cache = moe_cache = None
+    if config.num_dense_layers:
+        x, (dense_cache, _) = scan("dense_layers", True, x, cache and cache.dense)
+    if config.num_moe_layers:
+        x, (moe_cache, stats) = scan("moe_layers", False, x, cache and cache.moe)
+    x = rms_norm(x, variables["params"]["norm"], config.rms_norm_eps)
+    return x, cache and ModelCache(dense_cache, moe_cache), stats
+
+
+def _of_layer(variables: Variables, name: str) -> Variables:
+    return {kind: tree[name] for kind, tree in variables.items() if name in tree}
+
+
+def _remat(function, remat: str):
+    policy = REMAT_POLICIES[remat]
+    return function if policy is None else jax.checkpoint(function, policy=policy)
