@@ -1,0 +1,371 @@
+"""What a run tells people: metrics.jsonl, a progress line, log.txt, and where the time went.
+
+metrics.jsonl holds one JSON object a log step and one history: each line is written whole, in one
+call, and reaches the disk before training goes on; opening the file again repairs a torn last line
+and cuts what a resumed run is about to write anew. A number that is not finite becomes null.
+
+This file knows no JAX: arrays come in as anything NumPy can read.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rich
+from jaxtyping import Float, Num
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+
+# Peak dense BF16 FLOP/s of one device, by the beginning of jax.Device.device_kind; the first match
+# counts. NVIDIA: data sheets of the H100 (SXM 1979, NVL 1671, PCIe 1513 TFLOP/s "with sparsity",
+# which doubles), H200 (SXM 1979, NVL 1671) and A100 (312 dense); an H800 has the compute of an
+# H100. TPU: cloud.google.com/tpu/docs, "peak compute per chip (bf16)".
+PEAK_BF16_FLOPS = (
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA H100", 989e12),
+    ("NVIDIA H800 PCIe", 756e12),
+    ("NVIDIA H800", 989e12),
+    ("NVIDIA H200 NVL", 835e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA A100", 312e12),
+    ("TPU v6 lite", 918e12),  # v6e
+    ("TPU v6e", 918e12),
+    ("TPU v5 lite", 197e12),  # v5e
+    ("TPU v5e", 197e12),
+    ("TPU v5", 459e12),  # v5p
+    ("TPU v4 lite", 137e12),
+    ("TPU v4", 275e12),
+)
+
+# What the console shows, in this order, as (key, name, format).
+_SHOWN = (
+    ("loss", "loss", ".4f"),
+    ("ce", "ce", ".4f"),
+    ("mtp", "mtp", ".4f"),
+    ("lr", "lr", ".2e"),
+    ("grad_norm", "grad_norm", ".3f"),
+    ("tokens_per_s", "tok/s", ",.0f"),
+    ("mfu", "mfu", ".1%"),
+    ("val_loss", "val_loss", ".4f"),
+    ("val_bits_per_byte", "val_bits_per_byte", ".4f"),
+)
+
+
+class MetricsLog:
+    """Writes metrics.jsonl and shows progress; a context manager, or call `close()`."""
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        steps: int,
+        resumed_from: int | None = None,
+        primary: bool = True,
+        tensorboard: bool = False,
+    ):
+        """Opens RUN/metrics.jsonl for a run of `steps` steps.
+
+        `resumed_from`: the step restored, whose later lines are cut; None for a new run, which
+        moves an older metrics.jsonl to metrics.old-N.jsonl. With `primary=False` (processes other
+        than the first) nothing is written or shown. `tensorboard` mirrors numbers to
+        RUN/tensorboard. Raises OSError when the folder is unwritable, ImportError without
+        tensorboardX.
+        """
+        self.path = Path(run_dir) / "metrics.jsonl"
+        self._steps, self._primary = steps, primary
+        self._first: tuple[int, float] | None = None  # step and time of this process's first line
+        self._progress: Progress | None = None
+        self._board: Any = None
+        self._file = -1
+        if not primary:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        _repair(self.path, resumed_from)
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        if tensorboard:
+            self._board = _tensorboard_writer(self.path.parent / "tensorboard")
+        console = rich.get_console()
+        if console.is_terminal:
+            progress = self._progress = Progress(
+                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+                TextColumn("[dim]eta"),
+                TimeRemainingColumn(compact=True),
+                console=console,
+                expand=True,
+            )
+            self._task = progress.add_task("", total=steps, completed=resumed_from or 0)
+            progress.start()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line for `step`, and shows its main numbers.
+
+        `values` maps keys (`loss ce mtp balance lr grad_norm tokens_per_s val_loss
+        val_bits_per_byte`, what `expert_stats` returns, and any other) to numbers, arrays, or
+        dicts and lists of these.
+        """
+        self.record(step, values)
+        if not self._primary:
+            return
+        now = time.monotonic()
+        self._first = self._first or (step, now)
+        shown = _shown(values)
+        line = f"step {step}/{self._steps} {shown}"
+        log.info(line, extra={"progress": True})
+        if self._progress is None:
+            done = step - self._first[0]
+            eta = (now - self._first[1]) / done * (self._steps - step) if done > 0 else None
+            print(line + (f" eta {_duration(eta)}" if eta else ""), flush=True)
+            return
+        brief = _shown({k: v for k, v in values.items() if k in ("loss", "lr", "tokens_per_s")})
+        self._progress.update(self._task, completed=step, description=brief)
+        if "val_loss" in values:
+            self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def record(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one line for `step` without showing it."""
+        if not self._primary:
+            return
+        line = json.dumps({"step": int(step), **_plain(dict(values))}, allow_nan=False) + "\n"
+        try:
+            # One write of the whole line: a killed process leaves all of it or nothing.
+            if os.write(self._file, line.encode()) != len(line):
+                raise OSError(f"only part of a line could be written to {self.path}: disk full?")
+            os.fsync(self._file)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(self.path)) from error
+        if self._board is not None:
+            for key, value in values.items():
+                if np.ndim(value) == 0 and not isinstance(value, Mapping | str):
+                    self._board.add_scalar(key, float(value), step)
+
+    def close(self) -> None:
+        """Ends the progress line and closes the files; harmless when repeated."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The objects of a run's metrics.jsonl, in order; a torn last line is left out."""
+    return _whole_lines(Path(run_dir) / "metrics.jsonl")[0]
+
+
+def set_up_logging(run_dir: str | Path | None, *, primary: bool = True) -> None:
+    """Sends log records to RUN/log.txt (appended) and, in short form, to the console.
+
+    Other processes than the first (`primary=False`) show warnings only and write no file.
+    """
+    root = logging.getLogger()
+    for old in [h for h in root.handlers if getattr(h, "dsv3_jax", False)]:
+        root.removeHandler(old)
+        old.close()
+    handlers: list[logging.Handler] = [
+        _ConsoleHandler(logging.INFO if primary else logging.WARNING)
+    ]
+    if run_dir is not None and primary:
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(Path(run_dir) / "log.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handlers.append(file)
+    for handler in handlers:
+        handler.dsv3_jax = True  # type: ignore[attr-defined]
+        root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    logging.getLogger("dsv3_jax").setLevel(logging.INFO)
+    # Orbax tells each save in some forty INFO lines, through absl.
+    logging.getLogger("absl").setLevel(logging.WARNING)
+
+
+class Clock:
+    """Seconds spent in each phase of a run; `with clock("step"): ...`.
+
+    A phase inside another is booked once, to the inner one. `seconds()` adds the rest of the time
+    since the clock was made as "other".
+    """
+
+    PHASES = ("init", "compile", "data", "step", "eval", "checkpoint", "sample")
+
+    def __init__(self) -> None:
+        self._start = self._mark = time.perf_counter()
+        self._spent: dict[str, float] = {phase: 0.0 for phase in self.PHASES}
+        self._open: list[str] = []
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Books the time inside the `with` block to `phase`; ValueError for an unknown one."""
+        if phase not in self._spent:
+            raise ValueError(f"{phase=} must be one of {', '.join(self.PHASES)}")
+        self._book()
+        self._open.append(phase)
+        try:
+            yield
+        finally:
+            self._book()
+            self._open.pop()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by phase up to now, and "other"; they add up to the time since the start."""
+        self._book()
+        total = self._mark - self._start
+        return {**self._spent, "other": total - sum(self._spent.values())}
+
+    def _book(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self._spent[self._open[-1]] += now - self._mark
+        self._mark = now
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak dense BF16 FLOP/s of one device of this `jax.Device.device_kind`; None if unknown."""
+    return next((peak for kind, peak in PEAK_BF16_FLOPS if device_kind.startswith(kind)), None)
+
+
+def mfu(flops_per_token: float, tokens_per_s: float, peak: float | None) -> float | None:
+    """Model FLOPs utilisation in [0, 1], or None when the peak is unknown, as on a CPU.
+
+    `flops_per_token` counts the model's own work, forward and backward, without rematerialisation;
+    `tokens_per_s` and `peak` (FLOP/s) are of all devices together. Chowdhery et al. 2022 (PaLM),
+    appendix B.
+    """
+    return flops_per_token * tokens_per_s / peak if peak else None
+
+
+def expert_stats(
+    load: Num[np.ndarray, "L E"], bias: Float[np.ndarray, "L E"] | None = None
+) -> dict[str, list[Any]]:
+    """Per-layer router statistics, as metrics.jsonl holds them, from tokens routed to each expert.
+
+    `expert_load`: each expert's fraction of the layer's assignments (balanced: 1/E), rounded to 4
+    digits. `max_vio`: max(load) / mean(load) - 1, zero when balanced (Wang et al. 2024,
+    "Auxiliary-Loss-Free Load Balancing", section 2.1). `dead_experts`: how many got nothing.
+    `bias_range`: least and largest router bias, when given. A layer without any token has null.
+    """
+    load = np.asarray(load, np.float64)
+    if load.ndim != 2:
+        raise ValueError(f"load has shape {load.shape}; it must be [layers, experts]")
+    total = load.sum(axis=1)
+    fraction = load / np.where(total > 0, total, np.nan)[:, None]
+    stats: dict[str, list[Any]] = {
+        "expert_load": [[_rounded(f) for f in layer] for layer in fraction],
+        "max_vio": [_rounded(f) for f in fraction.max(axis=1) * load.shape[1] - 1],
+        "dead_experts": [int(n) for n in (load == 0).sum(axis=1)],
+    }
+    if bias is not None:
+        bias = np.asarray(bias, np.float64)
+        stats["bias_range"] = [[_rounded(b.min()), _rounded(b.max())] for b in bias]
+    return stats
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints records to rich's console, above a progress line; MetricsLog shows its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "progress", False):
+            return
+        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
+        console = rich.get_console()
+        console.print(level + self.format(record), highlight=False, markup=False, soft_wrap=True)
+
+
+def _repair(path: Path, resumed_from: int | None) -> None:
+    """Makes metrics.jsonl end where the run goes on."""
+    if not path.exists():
+        return
+    if resumed_from is None:
+        n = 1
+        while (old := path.with_name(f"metrics.old-{n}.jsonl")).exists():
+            n += 1
+        path.rename(old)
+        log.warning("a new run starts here: moved the metrics of an older one to %s", old)
+        return
+    records, torn = _whole_lines(path)
+    kept = [r for r in records if r["step"] <= resumed_from]
+    if torn:
+        log.warning("%s: left out %d line(s) torn by a crash", path, torn)
+    if len(kept) < len(records):
+        log.info("%s: cut %d line(s) after step %d", path, len(records) - len(kept), resumed_from)
+    if torn or len(kept) < len(records):
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("w") as file:
+            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The records of a metrics file, and how many lines are not whole."""
+    records, torn = [], 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            if not line.endswith(b"\n") or not isinstance(record["step"], int):
+                raise ValueError("not a whole record")
+            records.append(record)
+        except (ValueError, KeyError, TypeError):
+            torn += 1
+    return records, torn
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it, with None for what is not finite."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return _plain(np.asarray(value).tolist())
+
+
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.4g}") if math.isfinite(value) else None
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    known = [(name, values[key], form) for key, name, form in _SHOWN if values.get(key) is not None]
+    return " ".join(f"{name} {format(float(value), form)}" for name, value, form in known)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def _tensorboard_writer(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "TensorBoard output needs: pip install 'dsv3_jax[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(folder))
