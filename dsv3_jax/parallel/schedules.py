@@ -1,0 +1,386 @@
+"""Pipeline schedules as data, and the simulator that counts their bubbles.
+
+A schedule is one list of actions a rank; nothing here runs a model. The executor turns the lists
+into ticks, the planner turns them into seconds, and the tests read them without a device. Knows no
+JAX. Four schedules: 1F1B (Narayanan et al., arXiv 2104.04473), ZB1P (ZB-H1 of Qi et al.,
+arXiv 2401.10241), and DualPipe and DualPipeV. The last two are our own re-statement of the eight
+steps of DeepSeek's MIT-licensed github.com/deepseek-ai/DualPipe (V3 report, section 3.2.1).
+
+By simulation the published bubbles are exact where W <= F and W <= I (1F1B always), and
+DualPipe's needs F = I besides: (PP/2 - 1)(F&B + B - 3W) is 21 for F, I, W = 2, 3, 1 and 8 ranks,
+where the schedule itself idles 19.
+
+Letters of an action: F forward, I gradient of the input, W gradient of the weights, B = I then W
+in one piece, FB = the forward of one micro-batch overlapped with the backward of another.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+Op = Literal["F", "I", "W", "B", "FB"]
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One piece of work of a rank: `op` on (stage, microbatch).
+
+    An FB action forwards (stage, microbatch) while it back-propagates
+    (backward_stage, backward_microbatch); the last two are None otherwise.
+    """
+
+    op: Op
+    stage: int
+    microbatch: int
+    backward_stage: int | None = None
+    backward_microbatch: int | None = None
+
+    @property
+    def parts(self) -> tuple[Action, ...]:
+        """The F, I and W actions this one is made of, in the order a rank would run them."""
+        if self.op == "B":
+            return Action("I", self.stage, self.microbatch), Action(
+                "W", self.stage, self.microbatch
+            )
+        if self.op == "FB":
+            assert self.backward_stage is not None and self.backward_microbatch is not None
+            backward = Action("B", self.backward_stage, self.backward_microbatch)
+            return Action("F", self.stage, self.microbatch), *backward.parts
+        return (self,)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The actions of every rank, and where each stage lives.
+
+    `parameter_copies` counts how often the model is held by the ranks together. Under
+    `placement` "straight" stage s lives on rank s; under "bidirectional" on ranks s (for the first
+    half of the micro-batches) and num_ranks-1-s (for the second); under "v" a rank holds stages r
+    and 2*num_ranks-1-r.
+    """
+
+    name: str
+    placement: Literal["straight", "bidirectional", "v"]
+    num_ranks: int
+    num_stages: int
+    num_microbatches: int
+    actions: tuple[tuple[Action, ...], ...]
+
+    @property
+    def parameter_copies(self) -> int:
+        """How many ranks hold each stage's parameters."""
+        return 2 if self.placement == "bidirectional" else 1
+
+    def rank_of(self, stage: int, microbatch: int) -> int:
+        """The rank that runs `stage` for `microbatch`."""
+        if self.placement == "v":
+            return stage if stage < self.num_ranks else self.num_stages - 1 - stage
+        if self.placement == "bidirectional" and microbatch >= self.num_microbatches // 2:
+            return self.num_ranks - 1 - stage
+        return stage
+
+    def in_units(self) -> Schedule:
+        """The same schedule with every B and FB taken apart into F, I and W.
+
+        For an executor whose ticks are all one unit long: there a fused FB tick makes every other
+        rank wait for the longest branch.
+        """
+        rows = tuple(tuple(part for a in row for part in a.parts) for row in self.actions)
+        return Schedule(
+            self.name, self.placement, self.num_ranks, self.num_stages, self.num_microbatches, rows
+        )
+
+
+@dataclass(frozen=True)
+class Durations:
+    """Seconds (or any unit) of one action; W is part of B: B = input + weight backward."""
+
+    forward: float = 1.0
+    input_backward: float = 1.0
+    weight_backward: float = 1.0
+    overlapped: float | None = None  # an FB pair; None: forward + backward, nothing gained
+    transfer: float = 0.0  # from one rank to the next, not hidden
+
+    @property
+    def backward(self) -> float:
+        """A whole backward: input and weights."""
+        return self.input_backward + self.weight_backward
+
+    def of(self, op: Op) -> float:
+        """How long one action of kind `op` takes."""
+        pair = self.forward + self.backward if self.overlapped is None else self.overlapped
+        return {
+            "F": self.forward,
+            "I": self.input_backward,
+            "W": self.weight_backward,
+            "B": self.backward,
+            "FB": pair,
+        }[op]
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """When each action ran: `spans[rank]` is a list of (action, start, end)."""
+
+    makespan: float
+    spans: tuple[tuple[tuple[Action, float, float], ...], ...]
+
+    @property
+    def bubbles(self) -> tuple[float, ...]:
+        """Idle time of each rank, from 0 to the end of the last action anywhere."""
+        busy = (sum(end - start for _, start, end in row) for row in self.spans)
+        return tuple(self.makespan - b for b in busy)
+
+    @property
+    def peak_activations(self) -> tuple[int, ...]:
+        """The most (stage, micro-batch) activations each rank holds at once.
+
+        One is held from the start of its forward to the end of its weight gradient.
+        """
+        return tuple(_peak(row) for row in self.spans)
+
+
+def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
+    """1F1B: a warm-up of forwards, then one forward and one backward in turn."""
+    _check(num_ranks, num_microbatches, at_least=1)
+    rows = []
+    for rank in range(num_ranks):
+        warm_up = min(num_ranks - rank - 1, num_microbatches)
+        row = [Action("F", rank, m) for m in range(warm_up)]
+        for m in range(num_microbatches):
+            if warm_up + m < num_microbatches:
+                row.append(Action("F", rank, warm_up + m))
+            row.append(Action("B", rank, m))
+        rows.append(tuple(row))
+    return Schedule("1f1b", "straight", num_ranks, num_ranks, num_microbatches, tuple(rows))
+
+
+def zb1p(num_ranks: int, num_microbatches: int) -> Schedule:
+    """ZB1P: as 1F1B, but rank r puts off its weight gradients by r, to fill the last bubble."""
+    _check(num_ranks, num_microbatches, at_least=1)
+    rows = []
+    for rank in range(num_ranks):
+        warm_up = min(num_ranks - rank - 1, num_microbatches)
+        row = [Action("F", rank, m) for m in range(warm_up)]
+        for m in range(num_microbatches):
+            if warm_up + m < num_microbatches:
+                row.append(Action("F", rank, warm_up + m))
+            row.append(Action("I", rank, m))
+            if m >= rank:
+                row.append(Action("W", rank, m - rank))
+        row += [
+            Action("W", rank, m) for m in range(max(num_microbatches - rank, 0), num_microbatches)
+        ]
+        rows.append(tuple(row))
+    return Schedule("zb1p", "straight", num_ranks, num_ranks, num_microbatches, tuple(rows))
+
+
+def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
+    """DualPipe: half of the micro-batches enter at each end, so every rank holds two stages.
+
+    `num_microbatches` counts both directions; it and `num_ranks` are even, and it is at least
+    twice `num_ranks`. Micro-batches 0..M/2-1 go down the ranks, the others up.
+    """
+    _check(num_ranks, num_microbatches, at_least=2 * num_ranks, even=True)
+    half = num_ranks // 2
+    rows = []
+    for rank in range(num_ranks):
+        mirrored = min(rank, num_ranks - 1 - rank)
+        inner = half - mirrored - 1
+        second = rank >= half
+
+        # Phase 0 is the direction that enters at this rank's own end.
+        def place(
+            phase: int, index: int, rank: int = rank, second: bool = second
+        ) -> tuple[int, int]:
+            up = bool(phase) != second
+            stage = num_ranks - 1 - rank if up else rank
+            return stage, index + (num_microbatches // 2 if up else 0)
+
+        main = num_microbatches // 2 - num_ranks + mirrored + 1
+        rows.append(_eight_steps(2 * inner, mirrored + 1, inner, main, inner == 0, place))
+    return Schedule(
+        "dualpipe", "bidirectional", num_ranks, num_ranks, num_microbatches, tuple(rows)
+    )
+
+
+def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
+    """DualPipeV: DualPipe cut in half, 2*num_ranks stages folded into a V on num_ranks ranks.
+
+    Needs num_microbatches >= 2 * num_ranks. One copy of the parameters, as two stages a rank.
+    """
+    _check(num_ranks, num_microbatches, at_least=2 * num_ranks)
+    rows = []
+    for rank in range(num_ranks):
+        inner = num_ranks - rank - 1
+
+        def place(phase: int, index: int, rank: int = rank) -> tuple[int, int]:
+            return (2 * num_ranks - 1 - rank if phase else rank), index
+
+        main = num_microbatches - 2 * num_ranks + rank + 1
+        rows.append(_eight_steps(2 * inner, rank + 1, inner, main, inner == 0, place))
+    return Schedule("dualpipev", "v", num_ranks, 2 * num_ranks, num_microbatches, tuple(rows))
+
+
+SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
+    "1f1b": one_f_one_b,
+    "zb1p": zb1p,
+    "dualpipe": dualpipe,
+    "dualpipev": dualpipev,
+}
+
+
+def make_schedule(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
+    """The schedule called `name`; ValueError names the nearest one for an unknown name."""
+    if name not in SCHEDULES:
+        near = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.0)
+        raise ValueError(f"unknown schedule {name!r}: did you mean {near[0]!r}?")
+    return SCHEDULES[name](num_ranks, num_microbatches)
+
+
+def simulate(schedule: Schedule, durations: Durations = Durations()) -> Timeline:
+    """When every action runs if each starts as soon as its rank and its inputs are free.
+
+    Each rank keeps its own order. Raises ValueError on a schedule whose actions wait for each
+    other (a deadlock) or never get their inputs.
+    """
+    last = schedule.num_stages - 1
+    done: dict[tuple[str, int, int], float] = {}  # ("F" | "I", stage, microbatch) -> end
+
+    def ready(action: Action) -> float | None:
+        latest = 0.0
+        for part in action.parts:
+            stage, m = part.stage, part.microbatch
+            if part.op == "F":
+                needs = [("F", stage - 1, m)] if stage > 0 else []
+            elif part.op == "I":
+                needs = [("F", stage, m)] + ([("I", stage + 1, m)] if stage < last else [])
+            else:  # W of the same action follows its I, which needs no waiting
+                needs = [("I", stage, m)] if action.op == "W" else []
+            for need in needs:
+                if need not in done:
+                    return None
+                away = schedule.rank_of(need[1], m) != schedule.rank_of(stage, m)
+                latest = max(latest, done[need] + (durations.transfer if away else 0.0))
+        return latest
+
+    clock = [0.0] * schedule.num_ranks
+    position = [0] * schedule.num_ranks
+    spans: list[list[tuple[Action, float, float]]] = [[] for _ in range(schedule.num_ranks)]
+    progress = True
+    while progress:
+        progress = False
+        for rank, row in enumerate(schedule.actions):
+            while position[rank] < len(row):
+                action = row[position[rank]]
+                start = ready(action)
+                if start is None:
+                    break
+                start = max(start, clock[rank])
+                clock[rank] = start + durations.of(action.op)
+                spans[rank].append((action, start, clock[rank]))
+                for part in action.parts:
+                    done[part.op, part.stage, part.microbatch] = clock[rank]
+                position[rank] += 1
+                progress = True
+    stuck = [r for r, row in enumerate(schedule.actions) if position[r] < len(row)]
+    if stuck:
+        first = schedule.actions[stuck[0]][position[stuck[0]]]
+        raise ValueError(f"schedule {schedule.name!r} deadlocks: rank {stuck[0]} waits at {first}")
+    return Timeline(max(clock), tuple(tuple(row) for row in spans))
+
+
+def _eight_steps(
+    warm_up: int,
+    both: int,
+    inner: int,
+    main: int,
+    middle: bool,
+    place: Callable[[int, int], tuple[int, int]],
+) -> tuple[Action, ...]:
+    """One rank's actions: DualPipe's eight steps (dualpipe.py, `step`), phases 0 and 1.
+
+    `place(phase, index)` gives the (stage, micro-batch) of the index-th micro-batch of a phase.
+    """
+    row: list[Action] = []
+    count: Counter[tuple[str, int]] = Counter()
+    pending: deque[tuple[int, int]] = deque()  # weight gradients put off, oldest first
+
+    def take(kind: str, phase: int) -> tuple[int, int]:
+        count[kind, phase] += 1
+        return place(phase, count[kind, phase] - 1)
+
+    def forward(phase: int) -> None:
+        row.append(Action("F", *take("F", phase)))
+
+    def backward(phase: int, put_off_weights: bool = False) -> None:
+        target = take("B", phase)
+        row.append(Action("I" if put_off_weights else "B", *target))
+        if put_off_weights:
+            pending.append(target)
+
+    def weights() -> None:
+        row.append(Action("W", *pending.popleft()))
+
+    def overlapped(forward_phase: int, backward_phase: int) -> None:
+        row.append(Action("FB", *take("F", forward_phase), *take("B", backward_phase)))
+
+    for _ in range(warm_up):  # step 1: nF0
+        forward(0)
+    for _ in range(both):  # step 2: nF0F1
+        forward(0)
+        forward(1)
+    for _ in range(inner):  # step 3: nI1W1F1
+        backward(1, put_off_weights=True)
+        weights()
+        forward(1)
+    for i in range(main):  # step 4, the main one: nF0B1F1B0
+        if i == 0 and middle:  # the middle rank has nothing to overlap its first pair with
+            forward(0)
+            backward(1)
+        else:
+            overlapped(0, 1)
+        overlapped(1, 0)
+    for _ in range(inner):  # step 5: nB1F1B0
+        backward(1)
+        overlapped(1, 0)
+    put_off = False
+    for i in range(both):  # step 6: nB1B0, the second half puts its weight gradients off
+        put_off = put_off or (i == both // 2 and both % 2 == 0)
+        backward(1, put_off)
+        put_off = put_off or (i == both // 2 and both % 2 == 1)
+        backward(0, put_off)
+    for _ in range(inner):  # step 7: nW I0
+        weights()
+        backward(0, put_off_weights=True)
+    for _ in range(both):  # step 8: nW
+        weights()
+    assert not pending, "a weight gradient was never computed"
+    return tuple(row)
+
+
+def _peak(row: tuple[tuple[Action, float, float], ...]) -> int:
+    events = []
+    for action, start, end in row:
+        if action.op in ("F", "FB"):
+            events.append((start, 1))
+        if action.op in ("B", "W", "FB"):
+            events.append((end, -1))
+    held = most = 0
+    for _, change in sorted(events):  # at equal times, release before taking
+        held += change
+        most = max(most, held)
+    return most
+
+
+def _check(num_ranks: int, num_microbatches: int, at_least: int, even: bool = False) -> None:
+    if num_ranks < 1:
+        raise ValueError(f"{num_ranks=} must be positive")
+    if num_microbatches < at_least:
+        raise ValueError(f"{num_microbatches=} must be at least {at_least} for {num_ranks=}")
+    if even and (num_ranks % 2 or num_microbatches % 2):
+        raise ValueError(f"{num_ranks=} and {num_microbatches=} must both be even")
