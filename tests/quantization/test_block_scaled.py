@@ -27,6 +27,7 @@ from dsv3_jax.quantization.block_scaled import (
 E4M3_HALF_ULP = 2.0**-4 * (1 + 1e-6)
 
 jit_quantize = jax.jit(quantize, static_argnums=(1, 2))
+jit_dequantize = jax.jit(dequantize, static_argnums=1)
 
 
 def oracle_quantize(x, tile, scale_format):
@@ -96,8 +97,12 @@ def test_real_tiles_over_many_binades_equal_the_oracle(tile, scale_format, dtype
     got = jit_quantize(x, tile, scale_format)
     assert got.dtype == jnp.float8_e4m3fn and got.shape == shape and got.tile == tile
     assert_same_bits(got, *oracle_quantize(x, tile, scale_format))
-    eager = quantize(x, tile, scale_format)
-    assert_same_bits(eager, np.asarray(got.values), np.asarray(got.scales))
+
+
+def test_eager_equals_jit():
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((2, 130, 257)), jnp.float32)
+    got = jit_quantize(x, PER_TOKEN, "f32")
+    assert_same_bits(quantize(x, PER_TOKEN), np.asarray(got.values), np.asarray(got.scales))
 
 
 def test_every_value_of_e4m3_and_every_tie_rounds_to_even():
@@ -156,34 +161,38 @@ def test_ue8m0_rounds_up_and_only_then():
 @pytest.mark.parametrize("tile", [PER_TOKEN, PER_CHANNEL, PER_BLOCK])
 def test_dequantize_is_within_half_an_ulp_of_the_tile(tile):
     x = jnp.asarray(np.random.default_rng(1).standard_normal((200, 300)), jnp.float32)
-    q = quantize(x, tile)
+    q = jit_quantize(x, tile)
     ulp = np.repeat(np.repeat(np.asarray(q.scales), tile[0], 0), tile[1], 1)[:200, :300] * 2.0**-9
-    error = np.abs(dequantize(q, jnp.float32) - x)
+    error = np.abs(jit_dequantize(q, jnp.float32) - x)
     # Relative in the normal range, absolute among the tile's subnormals.
     assert (error <= np.maximum(E4M3_HALF_ULP * np.abs(x), ulp / 2 * (1 + 1e-6))).all()
 
 
 def test_quantize_of_dequantized_ue8m0_is_the_identity():
     x = jnp.asarray(np.random.default_rng(2).standard_normal((3, 5, 130)), jnp.float32)
-    once = quantize(x, PER_TOKEN, "ue8m0")
-    twice = requantize(once, PER_TOKEN, "ue8m0")
-    np.testing.assert_array_equal(dequantize(twice, jnp.float32), dequantize(once, jnp.float32))
+    once = jit_quantize(x, PER_TOKEN, "ue8m0")
+    twice = jax.jit(requantize, static_argnums=(1, 2))(once, PER_TOKEN, "ue8m0")
+    np.testing.assert_array_equal(
+        jit_dequantize(twice, jnp.float32), jit_dequantize(once, jnp.float32)
+    )
 
 
 def test_transpose_is_the_quantisation_of_the_transpose():
     x = jnp.asarray(np.random.default_rng(3).standard_normal((2, 6, 200)), jnp.float32)
-    got, expected = quantize(x, PER_TOKEN).mT, quantize(x.mT, PER_CHANNEL)
+    got, expected = jit_quantize(x, PER_TOKEN).mT, jit_quantize(x.mT, PER_CHANNEL)
     assert got.tile == expected.tile == PER_CHANNEL
     np.testing.assert_array_equal(got.scales, expected.scales)
-    np.testing.assert_array_equal(dequantize(got, jnp.float32), dequantize(expected, jnp.float32))
+    np.testing.assert_array_equal(
+        jit_dequantize(got, jnp.float32), jit_dequantize(expected, jnp.float32)
+    )
 
 
 def test_a_stack_is_sliced_by_scan_and_counts_its_bytes():
     x = jnp.asarray(np.random.default_rng(4).standard_normal((3, 4, 200)), jnp.float32)
-    stack = quantize(x, PER_TOKEN)
+    stack = jit_quantize(x, PER_TOKEN)
     assert stack.nbytes == 3 * 4 * 200 + 3 * 4 * 2 * 4 and stack.ndim == 3
     _, rows = jax.lax.scan(lambda carry, b: (carry, dequantize(b, jnp.float32)), 0, stack)
-    np.testing.assert_array_equal(rows, dequantize(stack, jnp.float32))
+    np.testing.assert_array_equal(rows, jit_dequantize(stack, jnp.float32))
 
 
 @pytest.mark.parametrize(
