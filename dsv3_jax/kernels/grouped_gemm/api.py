@@ -15,7 +15,8 @@ from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled
 
 PACKAGE = "dsv3_jax.kernels.grouped_gemm"
 
-ORDER: Mapping[str, tuple[str, ...]] = backend.DEFAULT_ORDER
+# XLA:CPU computes the reference's ragged_dot densely over all experts; the loop over blocks does not.
+ORDER: Mapping[str, tuple[str, ...]] = {**backend.DEFAULT_ORDER, "cpu": ("blocks", "reference")}
 
 # A GEMM tile of a GPU or TPU kernel never spans two experts, and 128 rows are the smallest tile
 # whose weights are read often enough to keep the matrix units busy.
@@ -25,13 +26,16 @@ KERNEL_ALIGNMENT = 128
 def row_alignment(entries: int, experts: int, implementation: str | None = None) -> int:
     """Rows that each group should be padded to a multiple of, for `entries` rows in all.
 
-    128 for the kernels of accelerators. The plain implementations work with any, and padding only
-    costs them time: 8 at most, fewer when groups are small.
+    128 for the kernels of accelerators. The plain implementations work with any: the loop over
+    blocks takes as many rows as make a product worth its overhead (up to 128, half a group at
+    most), and padding only costs the reference time (8 at most, fewer when groups are small).
     """
     first = backend.candidates(ORDER, implementation)[0]
     if first.startswith("pallas"):
         return KERNEL_ALIGNMENT
     per_expert = max(entries // max(experts, 1), 1)
+    if first == "blocks":
+        return min(128, 1 << (max(per_expert // 2, 1).bit_length() - 1))
     return min(8, 1 << (per_expert.bit_length() - 1))
 
 

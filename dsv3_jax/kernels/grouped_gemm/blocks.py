@@ -12,18 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.quantization.block_scaled import BlockScaled
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
+
 def grouped_matmul(
-    x: Float[Array, "M K"],
-    weights: Float[Array, "G N K"],
-    group_sizes: Int[Array, " G"],
+    rows: Float[Array, "M K"],
+    weights: Float[Array, "E N K"],
+    group_sizes: Int[Array, " E"],
+    *,
     alignment: int,
 ) -> Float[Array, "M N"]:
-    """Each group's rows times its transposed weights; zeros past the last group.
+    """What `api.grouped_matmul` returns for plain operands; M must be a multiple of alignment."""
+    if isinstance(rows, BlockScaled):
+        raise NotImplementedError("block-scaled operands")
+    if rows.shape[0] % alignment:
+        raise NotImplementedError(f"{rows.shape[0]} rows are no multiple of {alignment=}")
+    return _grouped_matmul(rows, weights, group_sizes, alignment)
 
-    group_sizes are multiples of alignment that sum to at most M, itself a multiple.
-    """
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _grouped_matmul(x, weights, group_sizes, alignment):
     block_group, used = _blocks(x.shape[0], group_sizes, alignment)
 
     def body(i, out):
@@ -34,7 +42,7 @@ def grouped_matmul(
 
 
 def _forward(x, weights, group_sizes, alignment):
-    return grouped_matmul(x, weights, group_sizes, alignment), (x, weights, group_sizes)
+    return _grouped_matmul(x, weights, group_sizes, alignment), (x, weights, group_sizes)
 
 
 def _backward(alignment, residuals, d_out):
@@ -55,7 +63,7 @@ def _backward(alignment, residuals, d_out):
     return d_x, d_weights.astype(weights.dtype), no_gradient
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward)
 
 
 def _blocks(rows: int, group_sizes, alignment: int):
