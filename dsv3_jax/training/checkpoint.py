@@ -509,9 +509,8 @@ def _describe(tree: PyTree) -> dict[str, str]:
 
 def _with_sharding(leaf: Any) -> Any:
     # Orbax would otherwise use the sharding saved in the checkpoint, whose devices may not exist.
-    if leaf.sharding is not None:
-        return leaf
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(leaf, "sharding", None) or first_device
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
