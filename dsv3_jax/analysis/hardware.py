@@ -142,7 +142,7 @@ ACCELERATORS: dict[str, Accelerator] = {
             scale_out_bandwidth=3.125 * GB,
             source=(
                 "Google Cloud TPU v5e documentation (ICI 400 GB/s both ways; two NICs of 100 Gb/s "
-                "for 8 chips); the torus is counted as if it were a crossbar: all-to-alls are too fast"
+                "for 8 chips); the torus is counted as a crossbar, so all-to-alls are too fast"
             ),
         ),
         Accelerator(
@@ -156,7 +156,7 @@ ACCELERATORS: dict[str, Accelerator] = {
             scale_out_bandwidth=6.25 * GB,
             source=(
                 "Google Cloud TPU v5p documentation (ICI 1200 GB/s both ways, DCN 50 Gb/s a chip); "
-                "the torus is counted as if it were a crossbar: all-to-alls are too fast"
+                "the torus is counted as a crossbar, so all-to-alls are too fast"
             ),
         ),
         Accelerator(
@@ -170,7 +170,7 @@ ACCELERATORS: dict[str, Accelerator] = {
             scale_out_bandwidth=12.5 * GB,
             source=(
                 "Google Cloud TPU v6e documentation (ICI 800 GB/s both ways; four NICs of 200 Gb/s "
-                "for 8 chips); the torus is counted as if it were a crossbar: all-to-alls are too fast"
+                "for 8 chips); the torus is counted as a crossbar, so all-to-alls are too fast"
             ),
         ),
     )
