@@ -211,9 +211,9 @@ class Checkpoints:
         if how == "never":
             self._set_aside(after=-1)
             return None
-        if how == "auto" and latest_valid(self.folder) is None:
+        step = self.latest_valid() if how == "auto" else _pick(self.folder, how)
+        if step is None:
             return None
-        step = _pick(self.folder, how)
         state, meta = _read(self.folder, step, abstract_state, config, partial=False)
         self._set_aside(after=step)
         log.info("resumed from the checkpoint of step %d", step)

@@ -9,6 +9,7 @@ This file knows no JAX: arrays come in as anything NumPy can read.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -33,11 +34,11 @@ log = logging.getLogger(__name__)
 PEAK_BF16_FLOPS = (
     ("NVIDIA H100 PCIe", 756e12),
     ("NVIDIA H100 NVL", 835e12),
-    ("NVIDIA H100", 989e12),
+    ("NVIDIA H100", 989.4e12),
     ("NVIDIA H800 PCIe", 756e12),
-    ("NVIDIA H800", 989e12),
+    ("NVIDIA H800", 989.4e12),
     ("NVIDIA H200 NVL", 835e12),
-    ("NVIDIA H200", 989e12),
+    ("NVIDIA H200", 989.4e12),
     ("NVIDIA A100", 312e12),
     ("TPU v6 lite", 918e12),  # v6e
     ("TPU v6e", 918e12),
@@ -144,18 +145,19 @@ class MetricsLog:
         """Writes one line for `step` without showing it."""
         if not self._primary:
             return
-        line = json.dumps({"step": int(step), **_plain(dict(values))}, allow_nan=False) + "\n"
+        record = {"step": int(step), **_plain(dict(values))}
+        line = _json_line(record).encode()
         try:
             # One write of the whole line: a killed process leaves all of it or nothing.
-            if os.write(self._file, line.encode()) != len(line):
-                raise OSError(f"only part of a line could be written to {self.path}: disk full?")
+            if os.write(self._file, line) != len(line):
+                raise OSError(errno.ENOSPC, "only part of a line could be written")
             os.fsync(self._file)
         except OSError as error:
-            raise OSError(error.errno, error.strerror or str(error), str(self.path)) from error
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         if self._board is not None:
-            for key, value in values.items():
-                if np.ndim(value) == 0 and not isinstance(value, Mapping | str):
-                    self._board.add_scalar(key, float(value), step)
+            for key, value in record.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(key, value, step)
 
     def close(self) -> None:
         """Ends the progress line and closes the files; harmless when repeated."""
@@ -168,11 +170,6 @@ class MetricsLog:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-
-
-def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The objects of a run's metrics.jsonl, in order; a torn last line is left out."""
-    return _whole_lines(Path(run_dir) / "metrics.jsonl")[0]
 
 
 def set_up_logging(run_dir: str | Path | None, *, primary: bool = True) -> None:
@@ -261,10 +258,10 @@ def expert_stats(
 ) -> dict[str, list[Any]]:
     """Per-layer router statistics, as metrics.jsonl holds them, from tokens routed to each expert.
 
-    `expert_load`: each expert's fraction of the layer's assignments (balanced: 1/E), rounded to 4
-    digits. `max_vio`: max(load) / mean(load) - 1, zero when balanced (Wang et al. 2024,
-    "Auxiliary-Loss-Free Load Balancing", section 2.1). `dead_experts`: how many got nothing.
-    `bias_range`: least and largest router bias, when given. A layer without any token has null.
+    `expert_load`: each expert's fraction of the layer's assignments (balanced: 1/E), to 3 digits.
+    `max_vio`: max(load) / mean(load) - 1, 0 when balanced (Wang et al. 2024, "Auxiliary-Loss-Free
+    Load Balancing", section 2.1). `dead_experts`: how many got nothing. `bias_range`: least and
+    largest router bias, when given. A layer without any token has null.
     """
     load = np.asarray(load, np.float64)
     if load.ndim != 2:
@@ -313,7 +310,7 @@ def _repair(path: Path, resumed_from: int | None) -> None:
     if torn or len(kept) < len(records):
         temporary = path.with_suffix(".tmp")
         with temporary.open("w") as file:
-            file.writelines(json.dumps(record) + "\n" for record in kept)
+            file.writelines(_json_line(record) for record in kept)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -333,6 +330,10 @@ def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     return records, torn
 
 
+def _json_line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False, separators=(",", ":")) + "\n"
+
+
 def _plain(value: Any) -> Any:
     """A value as JSON can hold it, with None for what is not finite."""
     if isinstance(value, Mapping):
@@ -347,7 +348,7 @@ def _plain(value: Any) -> Any:
 
 
 def _rounded(value: float) -> float | None:
-    return float(f"{value:.4g}") if math.isfinite(value) else None
+    return float(f"{value:.3g}") if math.isfinite(value) else None
 
 
 def _shown(values: Mapping[str, Any]) -> str:

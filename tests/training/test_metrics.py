@@ -1,0 +1,204 @@
+"""metrics.jsonl is one whole history whatever happens; statistics match their definitions."""
+
+import json
+import logging
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from dsv3_jax.training import metrics
+from dsv3_jax.training.metrics import Clock, MetricsLog
+
+
+def lines_of(run_dir) -> list[dict]:
+    """The records of a run, where each line must be strict JSON."""
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    text = (run_dir / "metrics.jsonl").read_text()
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def write_steps(run_dir, steps, resumed_from=None, **kwargs):
+    with MetricsLog(run_dir, steps=60, resumed_from=resumed_from) as log:
+        for step in steps:
+            log.log(step, {"loss": 5.0 - step / 100, **kwargs})
+
+
+def test_a_line_a_step_on_disk_at_once(tmp_path, capsys):
+    log = MetricsLog(tmp_path / "run", steps=600)
+    log.log(10, {"loss": 2.5, "ce": 2.25, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 1234.5})
+    assert lines_of(tmp_path / "run") == [
+        {"step": 10, "loss": 2.5, "ce": 2.25, "lr": 1e-3, "grad_norm": 0.5, "tokens_per_s": 1234.5}
+    ]
+    out = capsys.readouterr().out
+    assert out == "step 10/600 loss 2.5000 ce 2.2500 lr 1.00e-03 grad_norm 0.500 tok/s 1,234\n"
+    time.sleep(0.01)
+    log.log(20, {"loss": 2.0, "val_loss": 2.1, "val_bits_per_byte": 3.03, "mfu": None})
+    assert "step 20/600 loss 2.0000 val_loss 2.1000 val_bits_per_byte 3.0300 eta 0:0" in (
+        capsys.readouterr().out
+    )
+    log.record(20, {"seconds": {"step": 1.0}})
+    assert capsys.readouterr().out == ""
+    assert [r["step"] for r in lines_of(tmp_path / "run")] == [10, 20, 20]
+    log.close()
+    log.close()
+
+
+def test_what_is_not_finite_becomes_null(tmp_path, capsys):
+    values = {
+        "loss": float("nan"),
+        "grad_norm": np.float32(np.inf),
+        "lr": np.array(0.5, ml_dtypes.bfloat16),
+        "count": np.int64(3),
+        "nested": {"bias": np.array([[1.0, -np.inf]], np.float32), "list": [float("nan"), 1]},
+        "skipped": True,
+        "mfu": None,
+    }
+    with MetricsLog(tmp_path, steps=10) as log:
+        log.log(np.int32(1), values)
+    assert lines_of(tmp_path) == [
+        {
+            "step": 1,
+            "loss": None,
+            "grad_norm": None,
+            "lr": 0.5,
+            "count": 3,
+            "nested": {"bias": [[1.0, None]], "list": [None, 1]},
+            "skipped": True,
+            "mfu": None,
+        }
+    ]
+    assert "loss nan grad_norm" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("torn", [b'{"step":50,"loss":4.', b"\0" * 30, b'{"step":50}', b"[1]\n"])
+def test_a_torn_last_line_is_dropped_on_resume(tmp_path, torn):
+    write_steps(tmp_path, [10, 20])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(torn)
+    write_steps(tmp_path, [30], resumed_from=20)
+    assert [r["step"] for r in lines_of(tmp_path)] == [10, 20, 30]
+
+
+def test_resume_cuts_what_will_be_written_anew(tmp_path):
+    write_steps(tmp_path, [10, 20, 30, 40], history="first")
+    write_steps(tmp_path, [30, 40, 50], resumed_from=20, history="second")
+    records = lines_of(tmp_path)
+    assert [r["step"] for r in records] == [10, 20, 30, 40, 50]
+    assert [r["history"] for r in records] == ["first"] * 2 + ["second"] * 3
+
+
+def test_a_new_run_keeps_the_metrics_of_an_older_one(tmp_path):
+    for run in range(3):
+        write_steps(tmp_path, [10 + run])
+    assert [r["step"] for r in lines_of(tmp_path)] == [12]
+    old = [json.loads((tmp_path / f"metrics.old-{n}.jsonl").read_text()) for n in (1, 2)]
+    assert [r["step"] for r in old] == [10, 11]
+
+
+def test_other_processes_write_nothing(tmp_path, capsys):
+    with MetricsLog(tmp_path / "run", steps=10, primary=False) as log:
+        log.log(1, {"loss": 1.0})
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_an_unwritable_run_is_an_os_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        MetricsLog(tmp_path / "file", steps=1)
+
+
+def test_tensorboard_mirrors_the_numbers(tmp_path):
+    pytest.importorskip("tensorboardX")
+    with MetricsLog(tmp_path, steps=10, tensorboard=True) as log:
+        log.log(1, {"loss": 1.5, "expert_load": [[0.5, 0.5]], "mfu": None})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    content = events.read_bytes()
+    assert b"loss" in content
+    assert b"expert_load" not in content
+
+
+def test_log_txt_gets_messages_and_progress(tmp_path, capsys):
+    metrics.set_up_logging(tmp_path)
+    try:
+        logging.getLogger("dsv3_jax.training.checkpoint").warning("step 5 is damaged")
+        logging.getLogger("absl").info("forty lines a save")
+        with MetricsLog(tmp_path, steps=10) as log:
+            log.log(1, {"loss": 1.5})
+    finally:
+        metrics.set_up_logging(None)
+    text = (tmp_path / "log.txt").read_text()
+    assert "WARNING dsv3_jax.training.checkpoint: step 5 is damaged" in text
+    assert "step 1/10 loss 1.5000" in text
+    assert "forty" not in text
+    out = capsys.readouterr().out
+    assert out == "warning: step 5 is damaged\nstep 1/10 loss 1.5000\n"
+
+
+# Statistics
+
+
+def test_the_clock_books_every_second_once(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    clock = Clock()
+    now[0] += 1  # before any phase
+    with clock("step"):
+        now[0] += 10
+        with clock("checkpoint"):
+            now[0] += 2
+        now[0] += 5
+    with pytest.raises(KeyError), clock("eval"):
+        now[0] += 3
+        raise KeyError("a failed evaluation is booked too")
+    with clock("step"):
+        now[0] += 4
+        running = clock.seconds()
+    seconds = clock.seconds()
+    expected = {"step": 19.0, "checkpoint": 2.0, "eval": 3.0, "other": 1.0}
+    assert seconds == running == {**dict.fromkeys(Clock.PHASES, 0.0), **expected}
+    with pytest.raises(ValueError, match="coffee"), clock("coffee"):
+        pass
+
+
+def test_expert_statistics():
+    load = np.array([[10, 10, 10, 10], [40, 0, 0, 0], [0, 0, 0, 0], [1, 2, 3, 6]])
+    bias = np.array([[0.0, 0.001, -0.002, 0.0]] * 4, np.float32)
+    stats = metrics.expert_stats(load, bias)
+    none = [None] * 4
+    assert stats["expert_load"] == [[0.25] * 4, [1, 0, 0, 0], none, [0.0833, 0.167, 0.25, 0.5]]
+    assert stats["max_vio"] == [0.0, 3.0, None, 1.0]
+    assert stats["dead_experts"] == [0, 3, 4, 0]
+    assert stats["bias_range"] == [[-0.002, 0.001]] * 4
+    assert "bias_range" not in metrics.expert_stats(load)
+    with pytest.raises(ValueError, match=r"\(4,\).*\[layers, experts\]"):
+        metrics.expert_stats(load[0])
+
+
+@pytest.mark.parametrize(
+    "kind, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989.4),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("TPU v5", 459),
+        ("TPU v5 lite", 197),
+        ("TPU v6 lite", 918),
+        ("cpu", None),
+        ("NVIDIA GeForce RTX 3090", None),
+    ],
+)
+def test_peaks_are_known_or_none(kind, tflops):
+    assert metrics.peak_flops(kind) == (tflops and pytest.approx(tflops * 1e12))
+
+
+def test_mfu_is_none_without_a_peak():
+    assert metrics.mfu(6e9, 100_000.0, None) is None
+    assert metrics.mfu(6e9, 100_000.0, 8 * 989e12) == pytest.approx(6e14 / (8 * 989e12))
