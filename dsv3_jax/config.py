@@ -19,6 +19,10 @@ class UserError(ValueError):
     """The user's mistake: command lines show it in one message and exit with code 2."""
 
 
+class RunError(RuntimeError):
+    """The run or its environment failed: command lines show it in one message, exit code 1."""
+
+
 # The dtypes by name, as config.json spells them.
 DType = Literal["bfloat16", "float32"]
 
@@ -106,18 +110,33 @@ class ModelConfig:
         _require_positive(
             found,
             self,
-            (
-                "vocab_size hidden_size num_hidden_layers max_position_embeddings "
-                "num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim "
-                "intermediate_size moe_intermediate_size n_routed_experts num_experts_per_tok "
-                "n_group topk_group rope_theta rms_norm_eps"
-            ).split(),
+            [
+                "vocab_size",
+                "hidden_size",
+                "num_hidden_layers",
+                "max_position_embeddings",
+                "num_attention_heads",
+                "kv_lora_rank",
+                "qk_nope_head_dim",
+                "qk_rope_head_dim",
+                "v_head_dim",
+                "intermediate_size",
+                "moe_intermediate_size",
+                "n_routed_experts",
+                "num_experts_per_tok",
+                "n_group",
+                "topk_group",
+                "rope_theta",
+                "rms_norm_eps",
+            ],
         )
         for name in ("first_k_dense_replace", "n_shared_experts", "num_nextn_predict_layers"):
             if getattr(self, name) < 0:
                 found.append(f"{name}={getattr(self, name)} must not be negative")
         if self.q_lora_rank is not None and self.q_lora_rank <= 0:
-            found.append(f"q_lora_rank={self.q_lora_rank} must be positive, or None for no query compression")
+            found.append(
+                f"q_lora_rank={self.q_lora_rank} must be positive, or None for no query compression"
+            )
         if found:
             return found  # the rules below divide by these
         if self.qk_rope_head_dim % 2:
@@ -146,7 +165,8 @@ class ModelConfig:
                 )
             elif per_tok > self.topk_group * group_size:
                 found.append(
-                    f"num_experts_per_tok={per_tok} exceeds the {self.topk_group * group_size} experts "
+                    f"num_experts_per_tok={per_tok} exceeds the "
+                    f"{self.topk_group * group_size} experts "
                     f"of topk_group={self.topk_group} groups of {group_size}: "
                     f"use topk_group={math.ceil(per_tok / group_size)} or more"
                 )
@@ -157,7 +177,9 @@ class ModelConfig:
                 )
         for name in ("bos_token_id", "eos_token_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
-                found.append(f"{name}={getattr(self, name)} is outside vocab_size={self.vocab_size}")
+                found.append(
+                    f"{name}={getattr(self, name)} is outside vocab_size={self.vocab_size}"
+                )
         if self.num_nextn_predict_layers and not self.num_moe_layers:
             found.append(
                 "MTP modules are MoE blocks, but first_k_dense_replace="
@@ -272,8 +294,10 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """The paper's schedules (V3 report, section 4.2) in fractions of the run's tokens (14.8T there),
-    so that a run of any length goes through the same phases."""
+    """The paper's schedules (V3 report, section 4.2) in fractions of the run's tokens.
+
+    They are of 14.8T there; a run of any length goes through the same phases.
+    """
 
     warmup_steps: int = 2000
     decay_start: float = 10.0 / 14.8  # the peak rate until here,
@@ -410,7 +434,9 @@ def load_config(path: str | Path) -> Config:
         raise UserError(f"--config {path}: defines no get_config()")
     config = namespace["get_config"]()
     if not isinstance(config, Config):
-        raise UserError(f"--config {path}: get_config() returned {type(config).__name__}, not Config")
+        raise UserError(
+            f"--config {path}: get_config() returned {type(config).__name__}, not Config"
+        )
     return config
 
 
@@ -420,7 +446,9 @@ def _group_from_dict(kind: type, values: dict[str, Any], prefix: str) -> Any:
         raise UserError(f"unknown configuration field {prefix}.{unknown[0]}")
     values = dict(values)
     if isinstance(values.get("rope_scaling"), dict):
-        values["rope_scaling"] = _group_from_dict(RopeScaling, values["rope_scaling"], "rope_scaling")
+        values["rope_scaling"] = _group_from_dict(
+            RopeScaling, values["rope_scaling"], "rope_scaling"
+        )
     return kind(**values)
 
 

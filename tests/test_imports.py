@@ -40,7 +40,13 @@ ONLY_HOME = {
 }
 # `analysis` may plan with these, which know no JAX.
 ANALYSIS_MAY_SEE = {"parallel.schedules", "parallel.load_balancer"}
-WITHOUT_JAX = ["analysis", "data", "config.py", "parallel/schedules.py", "parallel/load_balancer.py"]
+WITHOUT_JAX = [
+    "analysis",
+    "data",
+    "config.py",
+    "parallel/schedules.py",
+    "parallel/load_balancer.py",
+]
 
 
 def files_of(*places: str) -> list[Path]:

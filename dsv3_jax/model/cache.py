@@ -15,7 +15,7 @@ from dsv3_jax.config import ModelConfig
 
 
 class LatentCache(NamedTuple):
-    """Rows [0, position) of each sequence are valid; a leading layer dim when stacked for a scan."""
+    """Rows [0, position) of each sequence are valid; a layer dim leads when stacked for a scan."""
 
     latent: Float[Array, "*L B S C"]
     k_rope: Float[Array, "*L B S R"]

@@ -81,7 +81,9 @@ def causal_mask(
     return mask
 
 
-def _softmax(logits: Float[Array, "B N T S"], mask: Bool[Array, "#B T S"]) -> Float[Array, "B N T S"]:
+def _softmax(
+    logits: Float[Array, "B N T S"], mask: Bool[Array, "#B T S"]
+) -> Float[Array, "B N T S"]:
     # The lowest finite number, not -inf: a row with no visible key must not become NaN.
     lowest = jnp.finfo(logits.dtype).min
     return jax.nn.softmax(jnp.where(mask[:, None], logits, lowest), axis=-1)
@@ -103,9 +105,9 @@ class MLA(nn.Module):
     ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
         """Attention output, and the cache with these T tokens appended at their positions.
 
-        Without a cache, or with prefill=True (the cache is still empty), the T tokens attend to each
-        other in the expanded form; otherwise they attend to all the cache holds in the absorbed
-        form, which `segments` does not apply to.
+        Without a cache, or with prefill=True (the cache is still empty), the T tokens attend to
+        each other in the expanded form; otherwise they attend to all the cache holds in the
+        absorbed form, which `segments` does not apply to.
         """
         config = self.config
         init, ones = nn.initializers.normal(config.initializer_range), nn.initializers.ones

@@ -67,7 +67,9 @@ def route(
     if bias_E is not None:
         choice_TE = choice_TE + bias_E
     if config.topk_method != "greedy" and config.n_group > 1:
-        choice_TE = jnp.where(_best_groups(choice_TE, bias_E is not None, config), choice_TE, -jnp.inf)
+        choice_TE = jnp.where(
+            _best_groups(choice_TE, bias_E is not None, config), choice_TE, -jnp.inf
+        )
     experts_TK = jax.lax.top_k(choice_TE, config.num_experts_per_tok)[1]
     weights_TK = jnp.take_along_axis(scores_TE, experts_TK, axis=-1)
     if config.norm_topk_prob:
@@ -93,7 +95,9 @@ def _best_groups(
 
 
 def balance_loss(
-    scores_BTE: Float[Array, "B T E"], experts_per_token: int, mask_BT: Bool[Array, "B T"] | None = None
+    scores_BTE: Float[Array, "B T E"],
+    experts_per_token: int,
+    mask_BT: Bool[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
     """The complementary sequence-wise balance loss without its alpha (V3 report, eqs. 17-20).
 
@@ -138,7 +142,7 @@ def expert_ffn(
     gate_up_E2FD: Float[Array, "E 2 F D"],
     down_EDF: Float[Array, "E D F"],
 ) -> Float[Array, "T D"]:
-    """The weighted sum of each token's experts: SwiGLU feed-forwards over rows grouped by expert."""
+    """The weighted sum of each token's experts: SwiGLU feed-forwards over grouped rows."""
     num_experts, _, width, dim = gate_up_E2FD.shape
     alignment = row_alignment(routing.experts_TK.size, num_experts)
     # dispatch
@@ -192,7 +196,11 @@ class MoE(nn.Module):
         bias = None
         if config.has_router_bias:
             bias = self.variable(
-                "router", "e_score_correction_bias", jnp.zeros, (config.n_routed_experts,), jnp.float32
+                "router",
+                "e_score_correction_bias",
+                jnp.zeros,
+                (config.n_routed_experts,),
+                jnp.float32,
             ).value
         routing = route(x_TD, gate, bias, config)
         y = Experts(config, name="experts")(x_TD, routing).reshape(x.shape)

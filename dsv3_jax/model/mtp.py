@@ -1,8 +1,8 @@
 """Multi-token prediction (V3 report, section 2.2, eqs. 21-25): one module of the causal chain.
 
-Module k turns the hidden state h^{k-1}_i, which has seen tokens up to i + k - 1, and token i + k into
-h^k_i, from which the shared head predicts token i + k + 1. Embedding and head belong to the main
-model.
+Module k turns the hidden state h^{k-1}_i, which has seen tokens up to i + k - 1, and token
+i + k into h^k_i, from which the shared head predicts token i + k + 1. Embedding and head belong to
+the main model.
 """
 
 import jax.numpy as jnp

@@ -9,7 +9,9 @@ from jaxtyping import Array, Float
 LATENT_NORM_EPS = 1e-6
 
 
-def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
+def rms_norm(
+    x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float
+) -> Float[Array, "*B D"]:
     """x over its root mean square, times weight; in x's dtype.
 
     The mean and the division are f32; the result is rounded to x's dtype before the weight is

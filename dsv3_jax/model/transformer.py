@@ -1,8 +1,8 @@
-"""The whole model as functions of plain dicts: `init_variables`, `forward`, `prefill`, `decode_step`.
+"""The whole model as functions of plain dicts: init_variables, forward, prefill, decode_step.
 
-variables = {"params": ..., "router": ...}: what the optimizer trains, and the router biases that it
-does not. Layers of one kind are stacked on a leading dim and scanned, so that a deeper model compiles
-to the same program.
+variables = {"params": ..., "router": ...}: what the optimizer trains, and the router biases that
+it does not. Layers of one kind are stacked on a leading dim and scanned, so that a deeper model
+compiles to the same program.
 """
 
 from functools import partial
@@ -113,9 +113,7 @@ def forward(
         )
         mtp_logits.append(logits_of(params, previous))
         mtp_stats.append(depth_stats)
-    return Outputs(
-        logits_of(params, hidden), tuple(mtp_logits), stats, tuple(mtp_stats), hidden
-    )
+    return Outputs(logits_of(params, hidden), tuple(mtp_logits), stats, tuple(mtp_stats), hidden)
 
 
 def logits_of(params: dict[str, Any], hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -160,12 +158,15 @@ def decode_step(
     return _cached(variables, tokens, positions, cache, config, is_prefill=False)
 
 
-def _cached(variables, tokens, positions, cache, config, is_prefill):
+def _cached(
+    variables: Variables, tokens, positions, cache: ModelCache, config, is_prefill: bool
+) -> tuple[Array, ModelCache]:
     embedded = _embed(variables["params"], tokens, config)
-    hidden, cache, _ = _layers(
+    hidden, new_cache, _ = _layers(
         variables, embedded, positions, config, cache=cache, is_prefill=is_prefill
     )
-    return hidden, cache
+    assert new_cache is not None
+    return hidden, new_cache
 
 
 def _embed(params, tokens, config: ModelConfig):
@@ -193,7 +194,7 @@ def _layers(
 
         def body(x, scanned):
             layer, layer_cache = scanned
-            apply = _remat(lambda v, x, c: block(v, x, positions, cache=c), remat)
+            apply: Any = _remat(lambda v, x, c: block(v, x, positions, cache=c), remat)
             x, layer_cache, stats = apply(layer, x, layer_cache)
             return x, (layer_cache, stats)
 

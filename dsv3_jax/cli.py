@@ -1,0 +1,179 @@
+"""Command lines: options on frozen dataclasses (tyro), exit codes, and `python -m dsv3_jax`.
+
+Exit codes: 0 done, 1 the environment failed (disk, backend, damaged files), 2 the user's mistake,
+143 and 130 stopped by SIGTERM and SIGINT with the state saved. A traceback is shown only for our
+own bugs, or with DSV3_DEBUG=1.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from dsv3_jax.config import Config, RunError, UserError, load_config
+
+Options = TypeVar("Options")
+
+EXIT_ENVIRONMENT = 1
+EXIT_USER = 2
+
+
+def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
+    """Runs a command line and exits with its code, turning expected errors into one message."""
+    try:
+        sys.exit(main(sys.argv[1:]) or 0)
+    except (UserError, RunError, OSError, NotImplementedError) as error:
+        if os.environ.get("DSV3_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_USER if isinstance(error, UserError) else EXIT_ENVIRONMENT)
+
+
+def parse_options(
+    kind: type[Options], argv: Sequence[str], *, default: Options | None = None, **about: Any
+) -> Options:
+    """The dataclass `kind` filled from `argv`; wrong options exit with 2 and name the nearest."""
+    given = {} if default is None else {"default": default}
+    return tyro.cli(kind, args=list(argv), config=(tyro.conf.AvoidSubcommands,), **given, **about)
+
+
+def parse_config(argv: Sequence[str], *, default_config: Path, description: str) -> Config:
+    """The run's Config: that of --config FILE (or of default_config), overridden by the options.
+
+    Raises UserError for a config file that cannot be used or values that do not fit together.
+    """
+    argv = list(argv)
+    path: Path | None = None
+    for i, word in enumerate(argv):
+        if word == "--config":
+            if i + 1 == len(argv):
+                raise UserError("--config needs the path of a Python file")
+            path, argv[i : i + 2] = Path(argv[i + 1]), []
+            break
+        if word.startswith("--config="):
+            path, argv[i : i + 1] = Path(word.removeprefix("--config=")), []
+            break
+    config = load_config(path or default_config)
+    description += "\n\n--config FILE picks a Python file with a get_config(), as in configs/."
+    return parse_options(Config, argv, default=config, description=description).validate()
+
+
+def use_virtual_devices(count: int | None) -> None:
+    """Makes JAX run on `count` virtual CPU devices; to be called before JAX is used. None: no."""
+    if count is not None:
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def describe_environment() -> list[str]:
+    """Lines that say what the program runs on: backend, devices and versions."""
+    import jax
+
+    devices = jax.devices()
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax.checkpoint", "numpy")
+    versions = [f"{p.split('.')[0]} {_version(p)}" for p in packages]
+    return [
+        f"backend     {jax.default_backend()}, {len(devices)} x {devices[0].device_kind}"
+        + (f", {jax.process_count()} processes" if jax.process_count() > 1 else ""),
+        f"versions    python {sys.version.split()[0]}, " + ", ".join(versions),
+    ]
+
+
+def _version(package: str) -> str:
+    return getattr(importlib.import_module(package), "__version__", "?")
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """Tokenise text into the shards that --data.path reads."""
+
+    inputs: tyro.conf.Positional[
+        list[Path]
+    ]  # .txt, .jsonl, .jsonl.gz, .parquet, or folders of text
+    out: Path  # the folder to write
+    tokenizer: str = "byte"  # "byte", or the path of a tokenizer.json
+    train_tokenizer: int | None = None  # first train a BPE of this size on the inputs
+    val_fraction: float = 0.02
+    fim_rate: float = 0.1
+    seed: int = 0
+    text_field: str = "text"  # of JSON lines and parquet
+
+
+def prepare(options: PrepareOptions) -> None:
+    """python -m dsv3_jax prepare"""
+    from dsv3_jax.data.corpus import prepare as prepare_corpus
+    from dsv3_jax.data.documents import find_files, read_documents
+    from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
+
+    if not options.inputs:
+        raise UserError("prepare needs at least one input file or folder")
+    tokenizer_file = options.tokenizer
+    if options.train_tokenizer is not None:
+        if options.tokenizer == "byte":
+            tokenizer_file = str(options.out.with_name(options.out.name + ".tokenizer.json"))
+        documents = read_documents(find_files(options.inputs), options.text_field)
+        train_tokenizer(documents, options.train_tokenizer, tokenizer_file)
+        print(f"wrote {tokenizer_file}")
+    summary = prepare_corpus(
+        options.inputs,
+        options.out,
+        load_tokenizer(tokenizer_file),
+        val_fraction=options.val_fraction,
+        fim_rate=options.fim_rate,
+        seed=options.seed,
+        text_field=options.text_field,
+    )
+    print(summary)
+    print(f"train with --data.path {options.out} --data.tokenizer {tokenizer_file}")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Draw a run's plots from its metrics.jsonl."""
+
+    run_dir: tyro.conf.Positional[Path]
+
+
+def report(options: ReportOptions) -> None:
+    """python -m dsv3_jax report"""
+    from dsv3_jax.analysis.report import write_report
+
+    for path in write_report(options.run_dir):
+        print(path)
+
+
+@dataclass(frozen=True)
+class Command:
+    """One sub-command: its options and what runs it."""
+
+    options: type
+    run: Callable[[Any], int | None] = field(repr=False)
+
+
+COMMANDS = {
+    "prepare": Command(PrepareOptions, prepare),
+    "report": Command(ReportOptions, report),
+}
+
+
+def main(argv: Sequence[str]) -> int | None:
+    """`python -m dsv3_jax COMMAND ...`: parses the sub-command's options and runs it."""
+    if not argv:
+        argv = ["--help"]
+    choices = tuple(
+        Annotated[c.options, tyro.conf.subcommand(name, prefix_name=False)]
+        for name, c in COMMANDS.items()
+    )
+    union: Any = choices[0]
+    for choice in choices[1:]:
+        union = union | choice
+    options = tyro.cli(union, args=list(argv), prog="python -m dsv3_jax", description=__doc__)
+    chosen = next(c for c in COMMANDS.values() if c.options is type(options))
+    return chosen.run(options)

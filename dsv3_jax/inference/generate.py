@@ -1,0 +1,101 @@
+"""Generation for prompts of different lengths at once: prefill, then decode from the cache."""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from dsv3_jax.config import ModelConfig, UserError
+from dsv3_jax.inference.sampling import sample
+from dsv3_jax.model.transformer import (
+    Variables,
+    decode_step,
+    init_model_cache,
+    logits_of,
+    prefill,
+)
+
+# Prompts are padded to a multiple, so that prompts of similar lengths share one compilation.
+PROMPT_MULTIPLE = 32
+
+
+def generate(
+    variables: Variables,
+    prompts: Sequence[Sequence[int]],
+    config: ModelConfig,
+    *,
+    max_new_tokens: int,
+    cache_length: int | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[Int[np.ndarray, " B"]]:
+    """Yields the next token of every prompt, int32 [B], up to max_new_tokens times.
+
+    A sequence that has ended (eos_token_id) yields eos again; iteration ends when all have. The
+    cache holds cache_length tokens a sequence, by default what the longest needs. Raises UserError
+    for an empty prompt, a token outside the vocabulary, or prompts longer than the cache.
+    """
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    cache_length = _checked_cache_length(prompts, lengths, config, max_new_tokens, cache_length)
+    padded_length = min(-(-lengths.max() // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, cache_length)
+    padded = np.full((len(prompts), padded_length), config.eos_token_id, np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+
+    key = jax.random.key(seed)
+    cache = init_model_cache(config, len(prompts), cache_length)
+    hidden, cache = _prefill(variables, padded, cache, config)
+    hidden = hidden[np.arange(len(prompts)), lengths - 1]
+    ended = np.zeros(len(prompts), bool)
+    for step in range(max_new_tokens):
+        tokens = _next_token(
+            variables["params"], hidden, jax.random.fold_in(key, step), temperature, top_p
+        )
+        ids = np.where(ended, config.eos_token_id, np.asarray(tokens))
+        yield ids
+        ended |= ids == config.eos_token_id
+        if ended.all() or step + 1 == max_new_tokens:
+            return
+        hidden, cache = _decode(variables, ids[:, None], lengths + step, cache, config)
+        hidden = hidden[:, 0]
+
+
+def _checked_cache_length(prompts, lengths, config: ModelConfig, max_new_tokens, cache_length):
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {number} is empty")
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise UserError(
+                f"prompt {number} has token ids from {min(prompt)} to {max(prompt)}; the model's "
+                f"vocabulary is 0 to {config.vocab_size - 1}"
+            )
+    needed = int(lengths.max()) + max_new_tokens - 1  # the last token is not fed back
+    limit = config.max_position_embeddings
+    cache_length = min(needed, limit) if cache_length is None else cache_length
+    if needed > cache_length:
+        raise UserError(
+            f"the longest prompt has {lengths.max()} tokens and {max_new_tokens} more are asked "
+            f"for, but the cache holds {cache_length}: shorten the prompt, ask for fewer tokens, "
+            f"or raise the cache length (at most max_position_embeddings={limit})"
+        )
+    if cache_length > limit:
+        raise UserError(f"cache length {cache_length} exceeds max_position_embeddings={limit}")
+    return cache_length
+
+
+@partial(jax.jit, static_argnames="config", donate_argnums=2)
+def _prefill(variables, tokens, cache, config):
+    return prefill(variables, tokens, cache, config)
+
+
+@partial(jax.jit, static_argnames="config", donate_argnums=3)
+def _decode(variables, tokens, start, cache, config):
+    return decode_step(variables, tokens, start, cache, config)
+
+
+@jax.jit
+def _next_token(params, hidden, key, temperature, top_p):
+    return sample(logits_of(params, hidden), key, temperature, top_p)

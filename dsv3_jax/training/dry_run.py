@@ -1,0 +1,94 @@
+"""What a run would take, without running it: shapes, parameters and memory per device."""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from dsv3_jax.config import Config
+from dsv3_jax.parallel.mesh import batch_sharding, replicated
+from dsv3_jax.training.schedule import Schedule
+from dsv3_jax.training.step import TrainState, init_state, train_step
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """The TrainState as shapes, dtypes and shardings; allocates nothing."""
+    shapes = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
+    place = replicated(mesh)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+
+
+def count_parameters(tree: Any) -> int:
+    """Elements of all leaves, arrays or shapes."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def parameter_counts(state: TrainState) -> tuple[int, int]:
+    """Parameters of the main model, router biases included, and those that only MTP has."""
+    trees = (state.params, state.router)
+    mtp = sum(
+        count_parameters(sub) for tree in trees for name, sub in tree.items() if name[:4] == "mtp_"
+    )
+    return count_parameters(trees) - mtp, mtp
+
+
+def dry_run_report(config: Config, mesh: Mesh) -> str:
+    """A text: every parameter's shape, the counts, and memory per device by XLA's own analysis."""
+    state = abstract_state(config, mesh)
+    lines = ["parameters"]
+    for tree in (state.params, state.router):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            lines.append(f"  {name:<52} {leaf.dtype!s:>8} {list(leaf.shape)!s:<24}")
+    main, mtp = parameter_counts(state)
+    lines.append(f"  {main:,} in the main model, {mtp:,} more in MTP")
+
+    memory = _compiled(config, mesh, state).memory_analysis()
+    gib = 2.0**30
+    rows = {
+        "master weights, f32": _bytes((state.params, state.router)) / gib,
+        f"moments, {config.optimizer.moment_dtype}": _bytes(state.opt_state) / gib,
+        "gradients, activations and scratch": memory.temp_size_in_bytes / gib,
+        "peak of one training step": _peak(memory) / gib,
+    }
+    lines.append(f"memory per device, GiB (XLA's analysis of the step for {jax.default_backend()})")
+    lines += [f"  {name:<40} {value:10.3f}" for name, value in rows.items()]
+    axes = ", ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items())
+    schedule = Schedule(config)
+    lines += [
+        f"mesh: {axes}",
+        f"a step reads {config.train.batch_size} rows of {config.train.seq_len} tokens in "
+        f"{schedule.max_micro_batches} micro-batches (full batch); "
+        f"the run, {schedule.tokens(config.train.steps):,} tokens in {config.train.steps:,} steps",
+    ]
+    return "\n".join(lines)
+
+
+def _compiled(config: Config, mesh: Mesh, state: TrainState) -> Any:
+    schedule = Schedule(config)
+    shape = (schedule.max_micro_batches, schedule.micro_batch_size, config.train.seq_len + 1)
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, 1))
+    step = jax.jit(partial(train_step, config=config), donate_argnums=0)
+    return step.lower(state, rows, schedule.settings(0)).compile()
+
+
+def _bytes(tree: Any) -> int:
+    """Bytes on one device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _peak(memory: Any) -> int:
+    aliased = memory.alias_size_in_bytes
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - aliased
+    )

@@ -1,0 +1,71 @@
+"""AdamW over f32 master weights, both moments in f32 or bf16 (V3 report, sections 3.3.3, 4.2)."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from dsv3_jax.config import OptimizerConfig
+
+
+class AdamState(NamedTuple):
+    """Steps taken, and the two moments, shaped as the parameters."""
+
+    count: Int[Array, ""]
+    mu: Any
+    nu: Any
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clipping by the global norm, Adam, and decoupled weight decay of matrices.
+
+    The learning rate is not in it: the caller subtracts rate times update, so that a schedule is
+    data. Epsilon and the decay mask are not published; norms are left out, as is common.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        scale_by_adam(config.b1, config.b2, config.eps, jnp.dtype(config.moment_dtype)),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+    )
+
+
+def scale_by_adam(
+    b1: float, b2: float, eps: float, moment_dtype: jnp.dtype
+) -> optax.GradientTransformation:
+    """Adam's direction (Kingma & Ba 2015), both moments held in moment_dtype, computed in f32.
+
+    optax's own can hold only the first moment in another dtype.
+    """
+
+    def init(params):
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, moment_dtype), params)
+        return AdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+
+    def update(updates, state, params=None):
+        del params
+        count = state.count + 1
+        steps = count.astype(jnp.float32)
+
+        def moment(decay, old, new):
+            return decay * old.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32)
+
+        mu = jax.tree.map(lambda m, g: moment(b1, m, g), state.mu, updates)
+        nu = jax.tree.map(lambda v, g: moment(b2, v, jnp.square(g)), state.nu, updates)
+        # The direction comes from the f32 moments; only what is kept is rounded.
+        correct_mu, correct_nu = 1 - b1**steps, 1 - b2**steps
+        direction = jax.tree.map(
+            lambda m, v: (m / correct_mu) / (jnp.sqrt(v / correct_nu) + eps), mu, nu
+        )
+        held_mu, held_nu = jax.tree.map(lambda x: x.astype(moment_dtype), (mu, nu))
+        return direction, AdamState(count, held_mu, held_nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def decayed(params: Any) -> Any:
+    """True for every leaf that weight decay applies to: all but the norms' weights."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not str(path[-1].key).endswith("norm"), params
+    )

@@ -1,0 +1,64 @@
+"""Turns what a step returned into one line of metrics.jsonl."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from dsv3_jax.training.metrics import Clock, expert_stats, mfu, peak_flops
+from dsv3_jax.training.schedule import Schedule
+from dsv3_jax.training.step import StepMetrics, TrainState, router_bias
+
+
+def step_values(
+    state: TrainState, metrics: StepMetrics, schedule: Schedule, step: int
+) -> dict[str, Any]:
+    """The keys that every line has, of step number `step` (from 0), and those of each MoE layer."""
+    told = schedule.settings(step)
+    values = {
+        "loss": metrics.loss,
+        "ce": metrics.terms.ce,
+        "mtp": metrics.terms.mtp,
+        "balance": metrics.terms.balance,
+        "lr": told.learning_rate,
+        "grad_norm": metrics.grad_norm,
+        "skipped": metrics.skipped,
+        "batch_size": schedule.rows(step),
+        "tokens": schedule.tokens(step + 1),
+        "bias_update_speed": told.bias_update_speed,
+        "mtp_loss_weight": told.mtp_loss_weight,
+    }
+    names = list(metrics.terms.load)
+    if names:
+        loads = [np.atleast_2d(metrics.terms.load[name]) for name in names]
+        biases = [np.atleast_2d(router_bias(state.router, n)) for n in names if state.router]
+        values |= expert_stats(np.concatenate(loads), np.concatenate(biases) if biases else None)
+    return values
+
+
+class Throughput:
+    """Tokens per second between two log steps, without the time of other phases."""
+
+    def __init__(self, clock: Clock, flops_per_token: float, devices: list[jax.Device]):
+        self._clock, self._flops_per_token = clock, flops_per_token
+        peak = peak_flops(devices[0].device_kind)
+        self._peak = peak * len(devices) if peak else None
+        self._tokens, self._start = 0, self._seconds()
+
+    def add(self, tokens: int) -> None:
+        """Counts the tokens of one step."""
+        self._tokens += tokens
+
+    def read(self) -> dict[str, float | None]:
+        """tokens_per_s since the last reading, and mfu (None on a CPU); call it between steps."""
+        now = self._seconds()
+        seconds, self._start = now - self._start, now
+        tokens, self._tokens = self._tokens, 0
+        if not tokens or seconds <= 0:
+            return {"tokens_per_s": None, "mfu": None}
+        rate = tokens / seconds
+        return {"tokens_per_s": rate, "mfu": mfu(self._flops_per_token, rate, self._peak)}
+
+    def _seconds(self) -> float:
+        spent = self._clock.seconds()
+        return spent["step"] + spent["data"]

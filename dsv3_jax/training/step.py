@@ -1,0 +1,132 @@
+"""One optimizer step: gradients over micro-batches, AdamW, the router bias, a guard against NaN."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from dsv3_jax.config import Config, RunError
+from dsv3_jax.model.moe import update_router_bias
+from dsv3_jax.model.transformer import forward, init_variables
+from dsv3_jax.training.loss import LossTerms, cross_entropy, document_numbers, training_loss
+from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.schedule import StepSettings
+
+BIAS = "e_score_correction_bias"
+
+
+class NonFiniteLoss(RunError):
+    """Too many steps in a row had a loss or gradient that was not finite."""
+
+
+class TrainState(NamedTuple):
+    """All that a checkpoint holds: f32 master weights, router biases, moments and counters."""
+
+    step: Int[Array, ""]
+    params: Any
+    router: Any
+    opt_state: Any
+    skipped: Int[Array, ""]  # steps not applied because loss or gradient was not finite
+    skipped_in_row: Int[Array, ""]
+
+
+class StepMetrics(NamedTuple):
+    """What one step reports; f32 scalars unless said."""
+
+    loss: Float[Array, ""]
+    terms: LossTerms  # means over the micro-batches; loads are their sums
+    grad_norm: Float[Array, ""]  # global, before clipping
+    applied: Bool[Array, ""]
+    skipped: Int[Array, ""]
+    skipped_in_row: Int[Array, ""]
+
+
+def init_state(key: PRNGKeyArray, config: Config) -> TrainState:
+    """The state before the first step."""
+    variables = init_variables(key, config.model)
+    params, router = variables["params"], variables["router"]
+    counters = [jnp.zeros((), jnp.int32) for _ in range(3)]
+    opt_state = make_optimizer(config.optimizer).init(params)
+    return TrainState(counters[0], params, router, opt_state, counters[1], counters[2])
+
+
+def train_step(
+    state: TrainState, rows: Int[Array, "A B T1"], settings: StepSettings, config: Config
+) -> tuple[TrainState, StepMetrics]:
+    """The state after one step on the first num_micro_batches of A micro-batches, and its metrics.
+
+    A step whose loss or gradient norm is not finite changes nothing but the counters.
+    """
+    loss, terms, grads = _mean_over_micro_batches(state, rows, settings, config)
+    grad_norm = optax.global_norm(grads)
+    optimizer = make_optimizer(config.optimizer)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - settings.learning_rate * u, state.params, updates)
+    router = move_router_biases(state.router, terms.load, settings.bias_update_speed)
+
+    applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    old = (state.params, state.router, state.opt_state)
+    params, router, opt_state = jax.tree.map(
+        partial(jnp.where, applied), (params, router, opt_state), old
+    )
+    skipped = state.skipped + ~applied
+    skipped_in_row = jnp.where(applied, 0, state.skipped_in_row + 1)
+    metrics = StepMetrics(loss, terms, grad_norm, applied, skipped, skipped_in_row)
+    new = TrainState(state.step + 1, params, router, opt_state, skipped, skipped_in_row)
+    return new, metrics
+
+
+def move_router_biases(
+    router: Any, load: dict[str, Any], speed: Float[Array, ""] | np.float32
+) -> Any:
+    """Every router's bias after the load of a whole step, moved by `speed` towards balance."""
+
+    def moved(path, bias):
+        assert path[-1].key == BIAS
+        return update_router_bias(bias, load[path[0].key], speed)
+
+    return jax.tree_util.tree_map_with_path(moved, router)
+
+
+def router_bias(router: Any, name: str) -> Float[Array, "*L E"]:
+    """The bias of the routers of one group of layers, "moe_layers" or "mtp_0", ..."""
+    layer = router[name]
+    return layer.get("block", layer)["mlp"][BIAS]
+
+
+def eval_step(
+    params: Any, router: Any, rows: Int[Array, "B T1"], config: Config
+) -> Float[Array, ""]:
+    """Mean cross-entropy of the main model, nats a token, of rows of T + 1 tokens."""
+    tokens = rows[:, :-1]
+    segments = document_numbers(tokens, config) if config.data.mask_documents else None
+    out = forward({"params": params, "router": router}, tokens, config.model, segments=segments)
+    return cross_entropy(out.logits, rows[:, 1:])
+
+
+def _mean_over_micro_batches(state, rows, settings: StepSettings, config: Config):
+    """(loss, terms, gradients): means over the step's micro-batches, and sums of the loads."""
+
+    def loss_of(params, micro_rows):
+        variables = {"params": params, "router": state.router}
+        return training_loss(variables, micro_rows, settings.mtp_loss_weight, config)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    if rows.shape[0] == 1:
+        (loss, terms), grads = gradient(state.params, rows[0])
+        return loss, terms, grads
+
+    def body(i, total):
+        return jax.tree.map(jnp.add, total, gradient(state.params, rows[i]))
+
+    # The trip count is data: the batch-size ramp compiles nothing anew.
+    shapes = jax.eval_shape(gradient, state.params, rows[0])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (loss, terms), grads = jax.lax.fori_loop(0, settings.num_micro_batches, body, zeros)
+    count = settings.num_micro_batches.astype(jnp.float32)
+    means = jax.tree.map(lambda x: x / count, (loss, terms._replace(load={}), grads))
+    return means[0], means[1]._replace(load=terms.load), means[2]

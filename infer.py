@@ -1,0 +1,136 @@
+"""Continues prompts with a trained model: prefill, then decode from the latent cache.
+
+    python infer.py --checkpoint runs/tiny --prompt "import os" --max-new-tokens 200
+    python infer.py --checkpoint runs/tiny --token-ids 256,105,109 --temperature 0
+
+Text is streamed as it comes; several prompts are decoded together and printed one after the other.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import tyro
+
+from dsv3_jax import cli
+from dsv3_jax.config import Config, UserError, config_from_dict
+from dsv3_jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from dsv3_jax.inference.generate import generate
+from dsv3_jax.model.transformer import Variables, init_variables
+from dsv3_jax.training import checkpoint
+
+
+@dataclass(frozen=True)
+class InferOptions:
+    """Continue prompts with a trained model."""
+
+    checkpoint: Path  # a run directory
+    prompt: Annotated[list[str], tyro.conf.UseAppendAction] = ()  # type: ignore[assignment]
+    """A text to continue; repeat the option for several."""
+    token_ids: Annotated[list[str], tyro.conf.UseAppendAction] = ()  # type: ignore[assignment]
+    """Comma-separated token ids to continue, printed as ids; repeat the option for several."""
+    max_new_tokens: int = 200
+    temperature: float = 0.7  # 0: always the likeliest token
+    top_p: float = 0.95
+    seed: int = 0
+    cache_length: int | None = None  # tokens the cache holds; None: what the longest prompt needs
+    step: str = "auto"  # "auto": the newest valid checkpoint; or its number
+    tokenizer: str | None = None  # None: the one the model was trained with
+    devices: int | None = None  # run on this many virtual CPU devices
+
+
+def main(argv: Sequence[str]) -> int:
+    """Generates; returns the exit code."""
+    options = cli.parse_options(InferOptions, argv, description=__doc__)
+    check(options)
+    cli.use_virtual_devices(options.devices)
+    config, variables = load_run(options)
+    if options.token_ids:
+        tokenizer, prompts = None, [parse_ids(text) for text in options.token_ids]
+    else:
+        tokenizer = load_tokenizer(options.tokenizer or config.data.tokenizer)
+        prompts = [[tokenizer.bos_token_id, *tokenizer.encode(p).tolist()] for p in options.prompt]
+    tokens = generate(
+        variables,
+        prompts,
+        config.model,
+        max_new_tokens=options.max_new_tokens,
+        cache_length=options.cache_length,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    if len(prompts) == 1:
+        stream((int(ids[0]) for ids in tokens), options, tokenizer, config.model.eos_token_id, 0)
+        return 0
+    columns = [
+        list(column) for column in zip(*((int(i) for i in ids) for ids in tokens), strict=True)
+    ]
+    for number, column in enumerate(columns):
+        stream(iter(column), options, tokenizer, config.model.eos_token_id, number)
+    return 0
+
+
+def check(options: InferOptions) -> None:
+    """Raises UserError for options that do not fit together."""
+    if bool(options.prompt) == bool(options.token_ids):
+        raise UserError("give either --prompt TEXT or --token-ids 1,2,3 (each may be repeated)")
+    if options.max_new_tokens <= 0:
+        raise UserError(f"--max-new-tokens {options.max_new_tokens} must be positive")
+    if options.temperature < 0 or not 0 < options.top_p <= 1:
+        raise UserError(
+            f"--temperature {options.temperature} must not be negative and --top-p {options.top_p} "
+            "must lie in (0, 1]"
+        )
+
+
+def load_run(options: InferOptions) -> tuple[Config, Variables]:
+    """The run's config and its parameters, without the optimizer's state."""
+    if not options.checkpoint.is_dir():
+        raise UserError(f"--checkpoint {options.checkpoint}: no such folder")
+    if options.step != "auto" and not options.step.isdigit():
+        raise UserError(f"--step {options.step} must be auto or a step number")
+    folder = options.checkpoint / "checkpoints"
+    step, meta = checkpoint.read_meta(folder, options.step)
+    config = config_from_dict(meta["config"])
+    abstract = jax.eval_shape(lambda key: init_variables(key, config.model), jax.random.key(0))
+    variables, _ = checkpoint.restore(folder, step, abstract, partial=True)
+    return config, variables
+
+
+def parse_ids(text: str) -> list[int]:
+    """Token ids from "1,2,3"; UserError when one is no number."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--token-ids {text!r} must be numbers with commas between") from None
+
+
+def stream(
+    tokens, options: InferOptions, tokenizer: Tokenizer | None, eos: int, number: int
+) -> None:
+    """Prints one prompt and its continuation, up to the end of the text."""
+    if tokenizer is None:
+        separator = ""
+        for token in tokens:
+            print(f"{separator}{token}", end="", flush=True)
+            separator = ","
+            if token == eos:
+                break
+        print()
+        return
+    if len(options.prompt) > 1:
+        print(f"--- {number}")
+    decoder = StreamDecoder(tokenizer)
+    print(options.prompt[number], end="", flush=True)
+    for token in tokens:
+        if token == eos:
+            break
+        print(decoder.push(token), end="", flush=True)
+    print(decoder.flush())
+
+
+if __name__ == "__main__":
+    cli.run_command(main)

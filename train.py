@@ -1,0 +1,212 @@
+"""Trains a DeepSeek-V3 model. Read from top to bottom: config, mesh, state, data, loop.
+
+    python train.py --config configs/tiny.py --train.steps 300 --optimizer.learning-rate 1e-3
+
+Writes a run directory: config.json, metrics.jsonl, log.txt, checkpoints/, plots/, sample.txt.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from dsv3_jax import cli
+from dsv3_jax.analysis.model_cost import training_flops_per_token
+from dsv3_jax.config import Config, to_json
+from dsv3_jax.data.batches import Rows, prefetch
+from dsv3_jax.data.corpus import Corpus, open_corpus
+from dsv3_jax.data.shards import check_vocab
+from dsv3_jax.inference.generate import generate
+from dsv3_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from dsv3_jax.training.checkpoint import Checkpoints, state_bytes
+from dsv3_jax.training.dry_run import abstract_state, dry_run_report, parameter_counts
+from dsv3_jax.training.evaluation import Evaluation
+from dsv3_jax.training.metrics import Clock, MetricsLog, set_up_logging
+from dsv3_jax.training.record import Throughput, step_values
+from dsv3_jax.training.schedule import Schedule
+from dsv3_jax.training.step import NonFiniteLoss, StepMetrics, TrainState, init_state, train_step
+from dsv3_jax.training.stopping import StopRequest
+
+ROOT = Path(__file__).parent
+log = logging.getLogger("dsv3_jax.train")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains; returns the exit code."""
+    config = cli.parse_config(
+        argv, default_config=ROOT / "configs/tiny.py", description="Train a DeepSeek-V3 model."
+    )
+    clock = Clock()
+    with clock("init"):
+        cli.use_virtual_devices(config.devices)
+        mesh = make_mesh(config.mesh)
+        if config.dry_run:
+            print(dry_run_report(config, mesh))
+            return 0
+        run_dir = Path(config.run_dir)
+        set_up_logging(run_dir)
+        abstract = abstract_state(config, mesh)
+        for line in banner(config, abstract):
+            log.info(line)
+        with clock("data"):
+            corpus = open_corpus(config.data, config.seed)
+            for split in (corpus.train, corpus.val):
+                check_vocab(split.index, config.model.vocab_size)
+        checkpoints = Checkpoints(
+            run_dir / "checkpoints",
+            every_steps=config.checkpoint.every_steps,
+            keep=config.checkpoint.keep,
+        )
+    with checkpoints, StopRequest() as stop:
+        with clock("init"):
+            checkpoints.probe(state_bytes(abstract))
+            resumed = checkpoints.resume(config.resume, abstract._asdict(), config)
+            (run_dir / "config.json").write_text(to_json(config))
+            if resumed is None:
+                start = 0
+                init = jax.jit(partial(init_state, config=config), out_shardings=replicated(mesh))
+                state = init(jax.random.key(config.seed))
+            else:
+                start, restored, _ = resumed
+                state = TrainState(**restored)
+        resumed_from = None if resumed is None else start
+        with MetricsLog(run_dir, steps=config.train.steps, resumed_from=resumed_from) as metrics:
+            state = train(config, mesh, corpus, state, start, checkpoints, metrics, clock, stop)
+            if stop.requested:
+                log.warning("stopped by signal %d at step %d", stop.signal, int(state.step))
+                return stop.exit_code
+            with clock("sample"):
+                write_sample(config, corpus, state, run_dir)
+            metrics.record(config.train.steps, {"seconds": clock.seconds()})
+    draw_plots(run_dir)
+    log.info("infer.py continues from it: ./run infer --checkpoint %s --prompt TEXT", run_dir)
+    return 0
+
+
+def banner(config: Config, abstract: TrainState) -> list[str]:
+    """What the run is and what it runs on."""
+    main_model, mtp = parameter_counts(abstract)
+    axes = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config.mesh).items())
+    return [
+        *cli.describe_environment(),
+        f"mesh        {axes}",
+        f"parameters  {main_model:,} in the main model, {mtp:,} more in MTP",
+        f"run         {config.run_dir}, seed {config.seed}",
+    ]
+
+
+def train(
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    corpus: Corpus,
+    state: TrainState,
+    start: int,
+    checkpoints: Checkpoints,
+    metrics: MetricsLog,
+    clock: Clock,
+    stop: StopRequest,
+) -> TrainState:
+    """The loop; returns the last state, which has been saved."""
+    plan, schedule = config.train, Schedule(config)
+    rows = Rows(corpus.train, plan.seq_len + 1, config.seed)
+    place = batch_sharding(mesh, batch_dim=1)
+    shape = (schedule.max_micro_batches, schedule.micro_batch_size, plan.seq_len + 1)
+
+    def batches():
+        for step in range(start, plan.steps):
+            batch = np.zeros(shape, np.int32)  # micro-batches past the ramp's are never read
+            read = rows.rows(schedule.first_row(step), schedule.rows(step))
+            batch.reshape(-1, shape[-1])[: len(read)] = read
+            yield jax.make_array_from_callback(shape, place, batch.__getitem__)
+
+    # Pinned output shardings: otherwise the second call, on the first one's output, compiles anew.
+    step_fn = jax.jit(
+        partial(train_step, config=config), donate_argnums=0, out_shardings=replicated(mesh)
+    )
+    evaluate = Evaluation(config, mesh, corpus)
+    flops = training_flops_per_token(config.model, plan.seq_len)
+    throughput = Throughput(clock, flops, list(mesh.devices.flat))
+    meta = {"config": dataclasses.asdict(config), "data_sha256": corpus.train.index.sha256}
+    last: StepMetrics | None = None
+    with prefetch(batches) as stream:
+        for step in range(start, plan.steps):
+            first, done = step == start, step + 1
+            is_last = done == plan.steps
+            logs = first or is_last or done % plan.log_every == 0
+            evaluates = is_last or done % plan.eval_every == 0
+            with clock("data"):
+                batch = next(stream)
+            with clock("compile" if first else "step"):
+                previous, (state, last) = last, step_fn(state, batch, schedule.settings(step))
+                # One step late unless this one is looked at, so that the device need not wait.
+                jax.block_until_ready(last if logs or evaluates else previous)
+            if not first:
+                throughput.add(schedule.rows(step) * plan.seq_len)
+            check_finite(config, checkpoints, last if is_last else previous)
+            assert last is not None
+            values = step_values(state, last, schedule, step) | throughput.read() if logs else {}
+            if evaluates:
+                with clock("eval"):
+                    values |= evaluate(state, stop)
+            if values:
+                metrics.log(done, values)
+            if checkpoints.due(done) or is_last or stop.requested:
+                with clock("checkpoint"):
+                    checkpoints.save(done, state._asdict(), meta)
+            if stop.requested:
+                break
+    with clock("checkpoint"):
+        checkpoints.wait()
+    return state
+
+
+def check_finite(config: Config, checkpoints: Checkpoints, metrics: StepMetrics | None) -> None:
+    """Raises NonFiniteLoss after too many skipped steps in a row, naming the last good step."""
+    if metrics is None or metrics.skipped_in_row < config.train.max_nonfinite_steps:
+        return
+    checkpoints.wait()
+    raise NonFiniteLoss(
+        f"loss or gradient was not finite in {int(metrics.skipped_in_row)} steps in a row; none of "
+        f"them was applied. The newest checkpoint is step {checkpoints.latest_valid()}. Try a "
+        "smaller --optimizer.learning-rate"
+    )
+
+
+def write_sample(config: Config, corpus: Corpus, state: TrainState, run_dir: Path) -> None:
+    """Lets the model continue the validation text's first lines; shown, and kept in sample.txt."""
+    if not config.train.sample_tokens:
+        return
+    prompt = corpus.val.slice(0, min(64, len(corpus.val), config.train.seq_len)).tolist()
+    variables = {"params": state.params, "router": state.router}
+    tokens = generate(
+        variables,
+        [prompt],
+        config.model,
+        max_new_tokens=config.train.sample_tokens,
+        temperature=0.7,
+        top_p=0.95,
+        seed=config.seed,
+    )
+    decode = corpus.tokenizer.decode
+    text = f"{decode(prompt)}\N{BROKEN BAR}{decode([int(ids[0]) for ids in tokens])}"
+    (run_dir / "sample.txt").write_text(text)
+    log.info("a sample (the model writes after the \N{BROKEN BAR}):\n%s", text)
+
+
+def draw_plots(run_dir: Path) -> None:
+    """Writes plots/*.png where matplotlib is installed, and says so where it is not."""
+    try:
+        from dsv3_jax.analysis.report import write_report
+
+        for path in write_report(run_dir):
+            log.info("wrote %s", path)
+    except ImportError as error:
+        log.warning("no plots (%s): pip install 'dsv3_jax[plot]', then report %s", error, run_dir)
+
+
+if __name__ == "__main__":
+    cli.run_command(main)
