@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -452,7 +453,7 @@ def _group_from_dict(kind: type, values: dict[str, Any], prefix: str) -> Any:
     return kind(**values)
 
 
-def _require_positive(found: list[str], group: Any, names: list[str]) -> None:
+def _require_positive(found: list[str], group: Any, names: Sequence[str]) -> None:
     found += [f"{n}={getattr(group, n)} must be positive" for n in names if getattr(group, n) <= 0]
 
 

@@ -107,7 +107,7 @@ def forward(
         # tokens: causality keeps them from all others, and they are masked.
         embedding = jnp.roll(embedded, -(depth + 1), axis=1)
         mask = jnp.broadcast_to(positions < tokens.shape[1] - (depth + 1), tokens.shape)
-        apply = partial(MTPModule(config).apply, segments=segments, mask=mask)
+        apply: Any = partial(MTPModule(config).apply, segments=segments, mask=mask)
         previous, _, depth_stats = _remat(apply, remat)(
             _of_layer(variables, f"mtp_{depth}"), previous, embedding, positions
         )

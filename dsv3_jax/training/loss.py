@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config
@@ -24,7 +23,7 @@ class LossTerms(NamedTuple):
 def training_loss(
     variables: Variables,
     rows: Int[Array, "B T1"],
-    mtp_loss_weight: Float[Array, ""] | np.float32,
+    mtp_loss_weight: Float[Array, ""],
     config: Config,
 ) -> tuple[Float[Array, ""], LossTerms]:
     """ce + lambda * mtp + alpha * balance, and its terms, of rows of T + 1 tokens.

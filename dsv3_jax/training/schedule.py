@@ -6,7 +6,7 @@ fractions of the run's tokens, 14.8T in the paper.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,10 +16,10 @@ from dsv3_jax.config import Config, OptimizerConfig, ScheduleConfig
 class StepSettings(NamedTuple):
     """What one step is told."""
 
-    learning_rate: np.float32
-    bias_update_speed: np.float32  # gamma
-    mtp_loss_weight: np.float32  # lambda
-    num_micro_batches: np.int32
+    learning_rate: Any  # f32 scalars, on the host or traced
+    bias_update_speed: Any  # gamma
+    mtp_loss_weight: Any  # lambda
+    num_micro_batches: Any  # int32
 
 
 class Schedule:

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
@@ -80,9 +79,7 @@ def train_step(
     return new, metrics
 
 
-def move_router_biases(
-    router: Any, load: dict[str, Any], speed: Float[Array, ""] | np.float32
-) -> Any:
+def move_router_biases(router: Any, load: dict[str, Any], speed: Any) -> Any:
     """Every router's bias after the load of a whole step, moved by `speed` towards balance."""
 
     def moved(path, bias):
