@@ -1,0 +1,248 @@
+"""A corpus: the training and validation shards of one set of texts, prepared once.
+
+`prepare` writes one where the user says. `open_corpus` opens what `data.path` names; texts that are
+not prepared yet go through `prepare` into a cache folder, whose name is a hash of everything that
+decides its tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from dsv3_jax.config import DataConfig, UserError
+from dsv3_jax.data.documents import Inputs, find_files, read_documents, stdlib_files
+from dsv3_jax.data.packing import Recipe, pack_documents
+from dsv3_jax.data.shards import (
+    INDEX_FILE,
+    DamagedShards,
+    ShardIndex,
+    ShardWriter,
+    TokenShards,
+    atomic_folder,
+)
+from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+RECIPE_FILE = "recipe.json"
+# Part of every cache key: raise it when the same texts would give other tokens.
+CACHE_FORMAT = 1
+# Smaller caches are hashed whole whenever they are opened (0.1 s); of larger ones, sizes only.
+VERIFY_BELOW_BYTES = 256 * 2**20
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What `prepare` wrote."""
+
+    train: ShardIndex
+    val: ShardIndex
+    recipe: Recipe
+    skipped: dict[str, int]  # what was passed over, by reason
+
+    def __str__(self) -> str:
+        lines = [
+            f"{name}: {index.documents:,} documents, {index.text_bytes:,} bytes of text, "
+            f"{index.tokens:,} tokens in {len(index.shards)} files"
+            for name, index in (("train", self.train), ("val", self.val))
+        ]
+        if self.recipe.split_by == "tail":
+            lines.append(
+                "too few documents to split: the last "
+                f"{self.recipe.val_fraction:.1%} of each is its validation part"
+            )
+        lines += [f"skipped {count:,}: {reason}" for reason, count in sorted(self.skipped.items())]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and validation tokens, and the tokenizer that made them."""
+
+    train: TokenShards
+    val: TokenShards
+    tokenizer: Tokenizer
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    val_fraction: float,
+    fim_rate: float,
+    seed: int,
+    text_field: str = "text",
+) -> Summary:
+    """What was written to `out`: the shards `train` and `val`, and the tokenizer's file.
+
+    The split follows a hash of each document; where that leaves one side empty (a single text
+    file), the last `val_fraction` of every document is its validation part instead. `out` appears
+    whole or not at all. UserError: a missing input, text that cannot be read, no documents at all,
+    an `out` that is not empty or cannot be written, a tokenizer without FIM tokens.
+    """
+    problems = DataConfig(val_fraction=val_fraction, fim_rate=fim_rate).problems()
+    if problems:
+        raise UserError("; ".join(problems))
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder: choose another output folder")
+    recipe = Recipe(val_fraction, fim_rate, seed)
+    return _prepare(find_files(inputs), out, tokenizer, recipe, text_field)
+
+
+def open_corpus(data: DataConfig, seed: int, cache_dir: str | Path | None = None) -> Corpus:
+    """The corpus that `data.path` names, tokenised into the cache when it is used first.
+
+    "stdlib" is the source of the running Python's standard library; a folder that `prepare` wrote
+    is opened as it is; any other path is text. The cache is `cache_dir`, or dsv3_jax in
+    $XDG_CACHE_HOME or ~/.cache; several processes may open one corpus at once, and a damaged cache
+    is built again. UserError: as for `prepare`, and when a prepared folder is damaged or was made
+    by another tokenizer.
+    """
+    tokenizer = load_tokenizer(data.tokenizer)
+    path = Path(data.path)
+    marks = (path / RECIPE_FILE, path / "train" / INDEX_FILE)
+    if data.path != "stdlib" and any(mark.exists() for mark in marks):
+        return _open_prepared(path, tokenizer, data)
+    recipe = Recipe(data.val_fraction, data.fim_rate, seed)
+    inputs = stdlib_files() if data.path == "stdlib" else find_files([path])
+    root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    folder = root / f"corpus-{_cache_key(inputs, tokenizer, recipe, data.path)}"
+    with _locked(folder):
+        try:
+            return _open_cached(folder, tokenizer)
+        except DamagedShards as error:
+            if folder.exists():
+                log.warning("rebuilding the token cache: %s", error)
+                _remove(folder)
+        log.info("tokenising %s into %s", data.path, folder)
+        summary = _prepare(inputs, folder, tokenizer, recipe, "text")
+        log.info("%s", summary)
+        return _open_cached(folder, tokenizer)
+
+
+def default_cache_dir() -> Path:
+    """dsv3_jax in the user's cache folder: $XDG_CACHE_HOME, else ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
+
+
+def _prepare(
+    inputs: Inputs, out: Path, tokenizer: Tokenizer, recipe: Recipe, text_field: str
+) -> Summary:
+    """Writes the corpus, in a second pass split by tails when the first left one side empty."""
+    with atomic_folder(out) as folder:
+        summary = _write_splits(inputs, folder, tokenizer, recipe, text_field)
+        if not (summary.train.documents and summary.val.documents):
+            for split in ("train", "val"):
+                shutil.rmtree(folder / split)
+            recipe = dataclasses.replace(recipe, split_by="tail")
+            summary = _write_splits(inputs, folder, tokenizer, recipe, text_field)
+        if tokenizer.path is not None:
+            shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+        made = {**dataclasses.asdict(recipe), "skipped": summary.skipped}
+        (folder / RECIPE_FILE).write_text(json.dumps(made, indent=2) + "\n")
+    return summary
+
+
+def _write_splits(
+    inputs: Inputs, folder: Path, tokenizer: Tokenizer, recipe: Recipe, text_field: str
+) -> Summary:
+    writers = {}
+    for split in ("train", "val"):
+        (folder / split).mkdir()
+        writers[split] = ShardWriter(folder / split, tokenizer)
+    skipped: Counter[str] = Counter()
+    texts = read_documents(inputs, text_field, skipped)
+    for document in pack_documents(texts, tokenizer, recipe):
+        writers[document.split].add(document.ids, document.text_bytes)
+    train, val = writers["train"].close(), writers["val"].close()
+    if not (train.documents or val.documents):
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(skipped.items()))
+        raise UserError(
+            f"the corpus is empty: no text in {len(inputs.files)} files ({reasons or 'no files'})"
+        )
+    return Summary(train, val, recipe, dict(skipped))
+
+
+def _open_prepared(path: Path, tokenizer: Tokenizer, data: DataConfig) -> Corpus:
+    corpus = Corpus(TokenShards(path / "train"), TokenShards(path / "val"), tokenizer)
+    index = corpus.train.index
+    if index.tokenizer_sha256 != tokenizer.fingerprint:
+        fits = "byte" if index.tokenizer == "byte" else path / "tokenizer.json"
+        raise UserError(
+            f"{path} was prepared with tokenizer {index.tokenizer} "
+            f"(sha256 {index.tokenizer_sha256[:12]}...), but data.tokenizer={data.tokenizer} is "
+            f"another: use data.tokenizer={fits}"
+        )
+    try:
+        made = json.loads((path / RECIPE_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        raise DamagedShards(f"{path / RECIPE_FILE}: missing or damaged: {error}") from error
+    for name in ("val_fraction", "fim_rate"):
+        if made.get(name) != getattr(data, name):
+            log.warning(
+                "%s was prepared with %s=%s, which stays; data.%s=%s has no effect",
+                *(path, name, made.get(name), name, getattr(data, name)),
+            )
+    return corpus
+
+
+def _open_cached(folder: Path, tokenizer: Tokenizer) -> Corpus:
+    corpus = Corpus(TokenShards(folder / "train"), TokenShards(folder / "val"), tokenizer)
+    for shards in (corpus.train, corpus.val):
+        if shards.num_bytes < VERIFY_BELOW_BYTES:
+            shards.verify()
+    return corpus
+
+
+def _cache_key(inputs: Inputs, tokenizer: Tokenizer, recipe: Recipe, path: str) -> str:
+    """A hash of all that decides the tokens; files count by path, size and time of change.
+
+    The standard library's files count by name and size, with Python's version.
+    """
+    files = []
+    for file in inputs.files:
+        status = file.path.stat()
+        if path == "stdlib":
+            files.append([platform.python_version(), file.path.name, status.st_size])
+        else:
+            files.append([str(file.path.resolve()), status.st_size, status.st_mtime_ns])
+    made_of = [CACHE_FORMAT, tokenizer.fingerprint, dataclasses.asdict(recipe), files]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:20]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a lock beside a cache folder, so that of several processes one builds, others wait."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_suffix(".lock").open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise UserError(
+            f"cannot use the token cache {folder.parent}: {error.strerror or error}; set "
+            "XDG_CACHE_HOME to a folder that can be written, or give a prepared folder"
+        ) from error
+    with lock:  # closing it lets go of the lock
+        yield
+
+
+def _remove(folder: Path) -> None:
+    # Renamed first: whoever has the files open keeps them, and no half-removed cache is ever seen.
+    grave = Path(tempfile.mkdtemp(prefix=f".{folder.name}.damaged-", dir=folder.parent))
+    folder.rename(grave / folder.name)
+    shutil.rmtree(grave)

@@ -1,0 +1,215 @@
+"""Documents of text from files: .txt, source trees, .jsonl, .jsonl.gz and .parquet.
+
+A file that the user names must be readable; in a folder, files that are not text are skipped, and
+`skipped` counts them by reason. Damaged structured data (a bad JSON line, a missing field) is an
+error everywhere. Memory is bounded by the largest document.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import sysconfig
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.config import UserError
+
+# Folders of the standard library that are not its source: tests, installed packages, caches.
+_NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of documents; `named` by the user, or found in a folder."""
+
+    path: Path
+    named: bool
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files of a corpus in reading order, and the entries of folders that are not read."""
+
+    files: tuple[InputFile, ...]
+    skipped: Counter[str]
+
+
+def find_files(inputs: Iterable[str | Path]) -> Inputs:
+    """Every file of the inputs; folders are walked in sorted order, without hidden entries.
+
+    UserError names an input that is missing.
+    """
+    files: list[InputFile] = []
+    skipped: Counter[str] = Counter()
+    for path in map(Path, inputs):
+        if path.is_file():
+            files.append(InputFile(path, named=True))
+        elif path.is_dir():
+            files += [InputFile(found, named=False) for found in _walk(path, skipped)]
+        else:
+            raise UserError(f"{path}: no such file or folder")
+    return Inputs(tuple(files), skipped)
+
+
+def stdlib_files() -> Inputs:
+    """The running Python's standard library source, without its tests: about 12 MB in 700 files."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files: list[InputFile] = []
+    for folder, names, leaves in os.walk(root):
+        names[:] = sorted(set(names) - _NOT_STDLIB)
+        files += [InputFile(Path(folder, leaf), False) for leaf in leaves if leaf.endswith(".py")]
+    if not files:
+        raise UserError(
+            f"data.path 'stdlib': no .py files under {root} (is Python's library zipped or "
+            "compiled?); point data.path at a text file or folder"
+        )
+    files.sort(key=lambda file: file.path.relative_to(root).as_posix())
+    return Inputs(tuple(files), Counter())
+
+
+def read_documents(
+    inputs: Inputs, text_field: str = "text", skipped: Counter[str] | None = None
+) -> Iterator[str]:
+    """The documents of all files, in order; empty ones are left out.
+
+    Adds to `skipped` what was passed over, by reason. Raises UserError naming the file and the
+    place: a byte offset, or a line or row number.
+    """
+    skipped = Counter() if skipped is None else skipped
+    skipped.update(inputs.skipped)
+    for file in inputs.files:
+        try:
+            for text in _READERS[_kind(file.path)](file.path, text_field):
+                if text:
+                    yield text
+                else:
+                    skipped["empty document"] += 1
+        except NotText as error:
+            if file.named:
+                raise
+            skipped[error.reason] += 1
+        except OSError as error:
+            if file.named:
+                raise UserError(f"cannot read {file.path}: {error.strerror or error}") from error
+            skipped["unreadable file"] += 1
+
+
+class NotText(UserError):
+    """A file that holds no text."""
+
+    def __init__(self, path: Path, reason: str, offset: int):
+        super().__init__(
+            f"{path}: {reason} at byte {offset:,}: not a text file "
+            "(.txt or other UTF-8 text, .jsonl, .jsonl.gz and .parquet are read)"
+        )
+        self.reason = reason
+
+
+def _walk(root: Path, skipped: Counter[str]) -> Iterator[Path]:
+    for folder, names, leaves in os.walk(root):
+        hidden = [name for name in names + leaves if name.startswith(".")]
+        if hidden:
+            skipped["hidden file or folder"] += len(hidden)
+        names[:] = sorted(set(names) - set(hidden))
+        for leaf in sorted(set(leaves) - set(hidden)):
+            path = Path(folder, leaf)
+            if path.is_file():
+                yield path
+            else:  # a pipe, a socket, a dangling link
+                skipped["not a regular file"] += 1
+
+
+def _kind(path: Path) -> str:
+    name = path.name.lower()
+    return next((end for end in (".jsonl", ".jsonl.gz", ".parquet") if name.endswith(end)), "text")
+
+
+def _read_text(path: Path, text_field: str) -> Iterator[str]:
+    yield _decode(path, path.read_bytes())
+
+
+def _decode(path: Path, raw: bytes) -> str:
+    if (offset := raw.find(b"\0")) >= 0:
+        raise NotText(path, "a NUL byte", offset)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise NotText(path, "bytes that are not UTF-8", error.start) from error
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+    with path.open("rb") as file:
+        yield from _json_texts(path, file, text_field)
+
+
+def _read_jsonl_gz(path: Path, text_field: str) -> Iterator[str]:
+    try:
+        with gzip.open(path, "rb") as file:
+            yield from _json_texts(path, file, text_field)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: damaged gzip file: {error}") from error
+
+
+def _json_texts(path: Path, lines: Iterable[bytes], text_field: str) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            record = json.loads(line.decode())
+        except UnicodeDecodeError as error:
+            raise UserError(f"{place}: not UTF-8 at byte {error.start} of the line") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{place}: not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise UserError(f"{place}: a {type(record).__name__}, not a JSON object")
+        if not isinstance(text := record.get(text_field), str):
+            raise _no_text(place, text_field, record)
+        # JSON can spell half a surrogate pair, which no UTF-8 can hold.
+        yield re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(
+            f"{path}: .parquet needs pyarrow: pip install 'dsv3_jax[parquet]'"
+        ) from error
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if text_field not in (names := file.schema_arrow.names):
+                raise _no_text(str(path), text_field, names)
+            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    if not isinstance(text, str):
+                        kind = type(text).__name__
+                        raise UserError(f"{path}: row {row}: {text_field!r} is {kind}, not text")
+                    yield text
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not a readable parquet file: {error}") from error
+
+
+def _no_text(place: str, text_field: str, fields: Iterable[Any]) -> UserError:
+    names = ", ".join(map(repr, list(fields)[:8])) or "none"
+    return UserError(
+        f"{place}: no text in field {text_field!r}; fields here: {names} (choose with --text-field)"
+    )
+
+
+_READERS = {
+    "text": _read_text,
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl_gz,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,274 @@
+"""Token shards: flat little-endian files of token ids, and an index that says what they hold.
+
+A folder of shards is one long stream of tokens, read through memory maps; documents are marked by
+their bos and eos tokens only. It is written once, beside its final place, and renamed when whole,
+so that a folder in its place is always complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from dsv3_jax.config import UserError
+from dsv3_jax.data.tokenizer import Tokenizer
+
+INDEX_FILE = "index.json"
+FORMAT = 1
+# 64 Mi tokens: 128 MiB as uint16, so that one damaged file is small beside a corpus.
+TOKENS_PER_SHARD = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of tokens."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a folder of shards holds; the content of its index.json."""
+
+    dtype: str  # "uint16" or "uint32"
+    vocab_size: int  # of the tokenizer
+    tokenizer: str
+    tokenizer_sha256: str
+    documents: int
+    text_bytes: int  # of all documents in UTF-8, without special tokens
+    shards: tuple[Shard, ...]
+    format: int = FORMAT
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all shards, special ones included."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def sha256(self) -> str:
+        """A fingerprint of the whole stream: two corpora with the same one hold the same tokens."""
+        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
+
+class DamagedShards(UserError):
+    """A shard folder that does not hold what its index says."""
+
+
+class ShardWriter:
+    """Writes a stream of tokens into an existing, empty folder; `close` writes the index.
+
+    Memory is bounded by the largest array added.
+    """
+
+    def __init__(
+        self, folder: Path, tokenizer: Tokenizer, tokens_per_shard: int = TOKENS_PER_SHARD
+    ):
+        self._folder = folder
+        self._tokenizer = tokenizer
+        self._tokens_per_shard = tokens_per_shard
+        self._dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        self._shards: list[Shard] = []
+        self._file: Any = None
+        self._sha256 = hashlib.sha256()
+        self._tokens = 0  # in the open file
+        self._documents = 0
+        self._text_bytes = 0
+
+    def add(self, ids: Int32[np.ndarray, " T"], text_bytes: int) -> None:
+        """Appends one document of `text_bytes` bytes of text."""
+        assert ids.size == 0 or (ids.min() >= 0 and ids.max() < self._tokenizer.vocab_size)
+        self._documents += 1
+        self._text_bytes += text_bytes
+        while ids.size:
+            if self._file is None:
+                self._file = (self._folder / self._file_name()).open("wb", buffering=2**20)
+            part, ids = np.split(ids, [self._tokens_per_shard - self._tokens])
+            raw = part.astype(self._dtype).tobytes()
+            self._file.write(raw)
+            self._sha256.update(raw)
+            self._tokens += part.size
+            if self._tokens == self._tokens_per_shard:
+                self._end_shard()
+
+    def close(self) -> ShardIndex:
+        """The index, after writing it as index.json."""
+        if self._file is not None:
+            self._end_shard()
+        index = ShardIndex(
+            dtype=self._dtype.name,
+            vocab_size=self._tokenizer.vocab_size,
+            tokenizer=self._tokenizer.name,
+            tokenizer_sha256=self._tokenizer.fingerprint,
+            documents=self._documents,
+            text_bytes=self._text_bytes,
+            shards=tuple(self._shards),
+        )
+        text = json.dumps(dataclasses.asdict(index), indent=2) + "\n"
+        (self._folder / INDEX_FILE).write_text(text)
+        return index
+
+    def _file_name(self) -> str:
+        return f"tokens-{len(self._shards):05d}.bin"
+
+    def _end_shard(self) -> None:
+        self._file.close()
+        self._shards.append(Shard(self._file_name(), self._tokens, self._sha256.hexdigest()))
+        self._file, self._sha256, self._tokens = None, hashlib.sha256(), 0
+
+
+class TokenShards:
+    """The tokens of a shard folder as one sequence.
+
+    Opening checks the index and every file's size; `verify` also reads and hashes the files.
+    Raises DamagedShards naming the file and what is wrong with it.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.index = _read_index(self.folder)
+        dtype = np.dtype(self.index.dtype).newbyteorder("<")
+        for shard in self.index.shards:
+            path, expected = self.folder / shard.file, shard.tokens * dtype.itemsize
+            size = path.stat().st_size if path.is_file() else None
+            if size != expected:
+                state = "is missing" if size is None else f"has {size:,} bytes, not {expected:,}"
+                raise DamagedShards(f"{path} {state}: prepare the folder again")
+        self._maps = [
+            np.memmap(self.folder / shard.file, dtype, mode="r", shape=(shard.tokens,))
+            for shard in self.index.shards
+        ]
+        # starts[i] is the position of shard i's first token; the last entry is the length.
+        self._starts = np.cumsum([0] + [shard.tokens for shard in self.index.shards])
+
+    def __len__(self) -> int:
+        """Tokens in the folder."""
+        return int(self._starts[-1])
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all token files."""
+        return sum(tokens.nbytes for tokens in self._maps)
+
+    def slice(self, start: int, stop: int) -> Int32[np.ndarray, " T"]:
+        """The tokens [start, stop) as int32, across files where need be.
+
+        ValueError when the range does not lie within the folder: a short answer would shift rows.
+        """
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"tokens [{start}, {stop}) are not within the {len(self)} there are")
+        parts: list[np.ndarray] = []
+        shard = int(np.searchsorted(self._starts, start, side="right")) - 1
+        while start < stop:
+            base = int(self._starts[shard])
+            end = min(stop, int(self._starts[shard + 1]))
+            parts.append(self._maps[shard][start - base : end - base])
+            start, shard = end, shard + 1
+        if not parts:
+            return np.zeros(0, np.int32)
+        return np.concatenate(parts, dtype=np.int32, casting="unsafe")
+
+    def verify(self) -> None:
+        """Reads every file and compares its sha256 with the index; DamagedShards names the file."""
+        for shard in self.index.shards:
+            path = self.folder / shard.file
+            with path.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != shard.sha256:
+                raise DamagedShards(
+                    f"{path} does not hold what was written (sha256 {found[:12]}..., expected "
+                    f"{shard.sha256[:12]}...): prepare the folder again"
+                )
+
+
+def check_vocab(index: ShardIndex, vocab_size: int) -> None:
+    """UserError when the tokens of a corpus do not fit a model's vocabulary."""
+    if index.vocab_size > vocab_size:
+        raise UserError(
+            f"the data's tokenizer ({index.tokenizer}) has {index.vocab_size} ids, but "
+            f"model.vocab_size={vocab_size}: use model.vocab_size={index.vocab_size} or more"
+        )
+
+
+@contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """A new folder beside `final`, which takes that place when the block ends without an error.
+
+    `final` must be absent or an empty folder. Nothing is left behind on an error. UserError when
+    the place cannot be written; other OSErrors (a full disk) pass through.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{final.name}.partial-", dir=final.parent))
+    except OSError as error:
+        raise UserError(f"cannot write to {final.parent}: {error.strerror or error}") from error
+    try:
+        partial.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        yield partial
+        os.rename(partial, final)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _read_index(folder: Path) -> ShardIndex:
+    path = folder / INDEX_FILE
+    try:
+        values = json.loads(path.read_bytes())
+        if values["format"] != FORMAT:
+            raise UserError(f"{path}: format {values['format']!r}; this version reads {FORMAT}")
+        index = ShardIndex(**{**values, "shards": tuple(Shard(**s) for s in values["shards"])})
+    except FileNotFoundError as error:
+        raise DamagedShards(
+            f"{folder}: no {INDEX_FILE}, so not a folder of token shards"
+        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedShards(
+            f"{path}: not a shard index: {type(error).__name__}: {error}"
+        ) from error
+    if problem := _index_problem(index):
+        raise DamagedShards(f"{path}: {problem}")
+    return index
+
+
+def _index_problem(index: ShardIndex) -> str | None:
+    """The first value no index of ours would hold; a hostile index is refused by name."""
+    if index.dtype not in ("uint16", "uint32"):
+        return f"dtype {index.dtype!r} is neither uint16 nor uint32"
+    for name in ("vocab_size", "documents", "text_bytes"):
+        if not _is_count(getattr(index, name)):
+            return f"{name}={getattr(index, name)!r} is not a count"
+    for shard in index.shards:
+        if not isinstance(shard.file, str) or Path(shard.file).name != shard.file:
+            return f"file {shard.file!r} is not a bare file name"
+        if not _is_count(shard.tokens) or shard.tokens == 0:
+            return f"{shard.file}: tokens={shard.tokens!r} is not a count"
+        if not isinstance(shard.sha256, str):
+            return f"{shard.file}: no sha256"
+    return None
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,343 @@
+"""Tokenizers: bytes without any dependency, and every lossless tokenizer.json.
+
+The one idea: a token *is* a string of bytes (empty for special tokens). Decoding, streaming and
+the count of bytes for bits per byte all follow from that one table. Tokenizers that lose text, such
+as WordPiece, have no such table and are refused. Special tokens written out in a text are text:
+only this package puts real ones in.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from dsv3_jax.config import UserError
+
+# The largest published tokenizer.json files are near 40 MB; more is a mistake or an attack.
+MAX_FILE_BYTES = 128 * 2**20
+
+# What published tokenizers call each role, ours (DeepSeek's) first.
+SPECIAL_NAMES = {
+    "bos": (
+        "<｜begin▁of▁sentence｜>",
+        "<s>",
+        "<|begin_of_text|>",
+        "<bos>",
+        "[BOS]",
+        "<|startoftext|>",
+    ),
+    "eos": ("<｜end▁of▁sentence｜>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "<|endoftext|>"),
+    "fim_begin": ("<｜fim▁begin｜>", "<fim_begin>", "<fim_prefix>", "<|fim_prefix|>"),
+    "fim_hole": ("<｜fim▁hole｜>", "<fim_hole>", "<fim_suffix>", "<|fim_suffix|>"),
+    "fim_end": ("<｜fim▁end｜>", "<fim_end>", "<fim_middle>", "<|fim_middle|>"),
+}
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """The ids of the special tokens this package places; the FIM ones are None where absent."""
+
+    bos: int
+    eos: int
+    fim_begin: int | None = None
+    fim_hole: int | None = None
+    fim_end: int | None = None
+
+
+class Tokenizer(ABC):
+    """Text to int32 ids and back. `pieces[i]` holds the bytes of id i, empty for special tokens."""
+
+    def __init__(
+        self,
+        name: str,
+        fingerprint: str,
+        pieces: list[bytes],
+        special: SpecialTokens,
+        *,
+        path: Path | None = None,
+        adds_space: bool = False,
+    ):
+        self.name = name
+        self.fingerprint = fingerprint  # sha256 of what defines it
+        self.path = path  # its file, where it has one
+        self.vocab_size = len(pieces)  # the highest id + 1
+        self.bos_token_id = special.bos
+        self.eos_token_id = special.eos
+        self.fim_begin_id = special.fim_begin
+        self.fim_hole_id = special.fim_hole
+        self.fim_end_id = special.fim_end
+        self.adds_space = adds_space  # encoding puts a space before the text; decoding removes it
+        self._pieces = pieces
+        self._piece_bytes = np.array([len(piece) for piece in pieces], np.int64)
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
+        """The ids of each text, no special token added."""
+
+    def encode(self, text: str) -> Int32[np.ndarray, " T"]:
+        """The ids of a text, no special token added."""
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        decoder = StreamDecoder(self)
+        return "".join([decoder.push(i) for i in ids]) + decoder.flush()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one id; none for special tokens and ids beyond the vocabulary.
+
+        A model's vocabulary may be padded past the tokenizer's (V3: 129,280 rows for 128,815 ids).
+        """
+        return self._pieces[token_id] if 0 <= token_id < self.vocab_size else b""
+
+    def count_bytes(self, ids: np.ndarray | Sequence[int]) -> int:
+        """How many bytes of text the ids stand for; special tokens count zero."""
+        ids = np.asarray(ids, np.int64).ravel()
+        return int(self._piece_bytes[ids[ids < self.vocab_size]].sum())
+
+
+class StreamDecoder:
+    """Text as ids come in: what `push` returns never splits a character.
+
+    All pushes and the flush, joined, equal `decode` of the whole. When the ids continue a prompt,
+    `continues=True` keeps the first token's leading space.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, continues: bool = False):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drop_space = tokenizer.adds_space and not continues
+
+    def push(self, token_id: int) -> str:
+        """The characters that this id completes."""
+        piece = self._tokenizer.token_bytes(int(token_id))
+        if self._drop_space and piece:
+            piece, self._drop_space = piece.removeprefix(b" "), False
+        return self._utf8.decode(piece)
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for a character that was never completed."""
+        return self._utf8.decode(b"", final=True)
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes are ids 0 to 255; 256 bos, 257 eos, 258 to 260 fim_begin, fim_hole, fim_end."""
+
+    def __init__(self):
+        layout = b"byte: 0-255 bytes, 256 bos, 257 eos, 258 fim_begin, 259 fim_hole, 260 fim_end"
+        super().__init__(
+            name="byte",
+            fingerprint=hashlib.sha256(layout).hexdigest(),
+            pieces=[bytes([i]) for i in range(256)] + [b""] * 5,
+            special=SpecialTokens(bos=256, eos=257, fim_begin=258, fim_hole=259, fim_end=260),
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
+        """The UTF-8 bytes of each text."""
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int32) for text in texts]
+
+
+class HFTokenizer(Tokenizer):
+    """A `tokenizer.json`, encoded by the `tokenizers` library.
+
+    Byte-level BPE (DeepSeek, GPT-2, Llama 3, Qwen) and sentencepiece-like models with metaspace and
+    byte fall-back (Llama 2, Gemma). UserError for a damaged file, a lossy tokenizer, or one without
+    an end-of-document token. Without a bos token, eos also begins documents, as in GPT-2.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        library = _tokenizers_library()
+        raw = _read_capped(path)
+        try:
+            spec = json.loads(raw)
+            special_ids = _mark_special(spec, path)
+            # The marks are in `spec` only, so the library reads that, not the file.
+            self._tokenizer = library.Tokenizer.from_str(json.dumps(spec))
+        except UserError:
+            raise
+        # RecursionError: nested too deep. The library raises bare Exceptions for what it refuses.
+        except Exception as error:
+            raise UserError(f"{path}: not a usable tokenizer.json: {error}") from error
+        # "</s>" within a document is text and must not end it.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        to_bytes, adds_space = _piece_reader(spec.get("decoder"), path)
+        super().__init__(
+            name=path.name,
+            fingerprint=hashlib.sha256(raw).hexdigest(),
+            pieces=_pieces(self._tokenizer, spec, to_bytes),
+            special=special_ids,
+            path=path,
+            adds_space=adds_space,
+        )
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
+        """The ids of each text, on all cores."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names: "byte", or the path of a tokenizer.json.
+
+    A folder stands for the tokenizer.json within it.
+    """
+    if spec == "byte":
+        return ByteTokenizer()
+    path = Path(spec)
+    if path.is_dir():
+        path = path / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"tokenizer {str(spec)!r}: no such file (or say 'byte')")
+    return HFTokenizer(path)
+
+
+def train_tokenizer(documents: Iterable[str], vocab_size: int, out_path: str | Path) -> HFTokenizer:
+    """A byte-level BPE of at most `vocab_size` ids, trained on documents and saved at `out_path`.
+
+    Ids 0 to 4 are bos, eos, fim_begin, fim_hole and fim_end under DeepSeek's names; fewer merges
+    than asked for are learnt when the text holds no more pairs.
+    """
+    library = _tokenizers_library()
+    special = [names[0] for names in SPECIAL_NAMES.values()]
+    if vocab_size < 256 + len(special):
+        raise UserError(
+            f"a byte-level vocabulary has at least {256 + len(special)} ids (256 bytes and "
+            f"{len(special)} special tokens), not {vocab_size}"
+        )
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    out_path = Path(out_path)
+    partial = out_path.with_name(f".{out_path.name}.{os.getpid()}")
+    try:
+        partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        partial.replace(out_path)
+    except OSError as error:
+        raise UserError(f"cannot write the tokenizer to {out_path}: {error.strerror}") from error
+    return HFTokenizer(out_path)
+
+
+def _tokenizers_library() -> Any:
+    try:
+        import tokenizers
+        import tokenizers.decoders
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError as error:
+        raise UserError(
+            "a tokenizer.json needs the tokenizers library: pip install 'dsv3_jax[tokenizers]'"
+        ) from error
+    return tokenizers
+
+
+def _read_capped(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    if len(raw) > MAX_FILE_BYTES:
+        raise UserError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes, so no tokenizer.json")
+    return raw
+
+
+def _mark_special(spec: Any, path: Path) -> SpecialTokens:
+    """The role ids of a parsed tokenizer.json, whose tokens are marked special in place.
+
+    DeepSeek-V3's file leaves its FIM tokens unmarked, and marks decide what encoding may emit.
+    """
+    added = {token["content"]: token for token in spec.get("added_tokens") or []}
+    ids: dict[str, int] = {}
+    for role, names in SPECIAL_NAMES.items():
+        if found := next((added[name] for name in names if name in added), None):
+            found["special"] = True
+            ids[role] = int(found["id"])
+    if "eos" not in ids:
+        raise UserError(
+            f"{path}: no end-of-document token; one of these must be an added token: "
+            + " ".join(SPECIAL_NAMES["eos"])
+        )
+    return SpecialTokens(**{"bos": ids["eos"], **ids})
+
+
+def _piece_reader(decoder: Any, path: Path) -> tuple[Any, bool]:
+    """(the function from a token's spelling to its bytes, whether encoding adds a first space)."""
+    decoder = decoder or {}
+    parts = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
+    kinds = {part.get("type") for part in parts}
+    if kinds == {"ByteLevel"}:
+        return _byte_level_bytes, False
+    if kinds & {"Replace", "Metaspace"} and kinds <= {
+        *("Replace", "Metaspace", "ByteFallback", "Fuse", "Strip")
+    }:
+        adds_space = any(
+            (part["type"] == "Strip" and part.get("start", 0) > 0)
+            or (part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never")
+            for part in parts
+        )
+        return _metaspace_bytes, adds_space
+    raise UserError(
+        f"{path}: its decoder ({', '.join(sorted(map(str, kinds)))}) does not give back the exact "
+        "text; byte-level BPE and sentencepiece-like (metaspace) tokenizers do"
+    )
+
+
+def _pieces(tokenizer: Any, spec: dict[str, Any], to_bytes: Any) -> list[bytes]:
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    pieces = [b""] * (max(vocabulary.values()) + 1)
+    for token, token_id in vocabulary.items():
+        pieces[token_id] = to_bytes(token)
+    for token in spec["added_tokens"]:  # spelt as they are, not in the model's alphabet
+        pieces[token["id"]] = b"" if token["special"] else token["content"].encode()
+    return pieces
+
+
+def _byte_level_bytes(token: str) -> bytes:
+    """The bytes that a token of GPT-2's printable alphabet spells."""
+    try:
+        return bytes([_BYTE_OF_CHARACTER[character] for character in token])
+    except KeyError:
+        return token.encode()
+
+
+def _metaspace_bytes(token: str) -> bytes:
+    """The bytes of a sentencepiece-like token: <0x0A> is a byte, ▁ is a space."""
+    if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
+        return bytes([int(byte[1], 16)])
+    return token.replace("▁", " ").encode()
+
+
+def _gpt2_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable Latin-1 as itself, the rest from U+0100 on.
+
+    Origin: openai/gpt-2, src/encoder.py, bytes_to_unicode.
+    """
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHARACTER = _gpt2_alphabet()
