@@ -163,7 +163,7 @@ def _json_texts(path: Path, lines: Iterable[bytes], text_field: str) -> Iterator
             continue
         place = f"{path}:{number}"
         try:
-            record = json.loads(line.decode())
+            record = json.loads(line.rstrip().decode())
         except UnicodeDecodeError as error:
             raise UserError(f"{place}: not UTF-8 at byte {error.start} of the line") from error
         except (ValueError, RecursionError) as error:
