@@ -17,7 +17,6 @@ same functions in the same order on one shared file system; process 0 checks, de
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
@@ -303,10 +302,8 @@ class Checkpoints:
             raise _unwritable(self.folder, error) from error
         if free < num_bytes:
             raise OSError(
-                errno.ENOSPC,
                 f"one checkpoint takes about {_gigabytes(num_bytes)} but only {_gigabytes(free)} "
-                "are free: free some space, or choose another --run-dir",
-                str(self.folder),
+                f"are free in {self.folder}: free some space, or choose another --run-dir"
             )
         if free < (self.keep + 1) * num_bytes:
             log.warning(
@@ -345,10 +342,9 @@ class Checkpoints:
             self._remove_unfinished()
         good = [s for s in steps_in(self.folder) if (self.folder / str(s) / MANIFEST).exists()]
         last = f"the last good one is step {good[-1]}" if good else "there is none before it"
-        reason = str(error).strip().splitlines() or [""]
         return CheckpointError(
-            f"saving the checkpoint of step {step} in {self.folder} failed; {last}. "
-            f"{type(error).__name__}: {reason[0]}"
+            f"saving the checkpoint of step {step} in {self.folder} failed ({_cause(error)}); "
+            + last
         )
 
     def _set_aside(self, after: int) -> None:
@@ -535,7 +531,15 @@ def _process_0_says(compute: Callable[[], T]) -> T:
 
 
 def _unwritable(folder: Path, error: OSError) -> OSError:
-    return OSError(error.errno, f"cannot write checkpoints ({error.strerror})", str(folder))
+    return OSError(f"cannot write checkpoints to {folder}: {error.strerror}")
+
+
+def _cause(error: BaseException) -> str:
+    """The reason in a few words: TensorStore puts it after a page of its own paths."""
+    text = (str(error).strip().splitlines() or [""])[0]
+    if " [os_error_code" in text:
+        return text.partition(" [os_error_code")[0].rpartition(": ")[2]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _gigabytes(num_bytes: int) -> str:

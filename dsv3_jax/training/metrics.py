@@ -283,7 +283,9 @@ class _ConsoleHandler(logging.Handler):
     """Prints records to rich's console, above a progress line; MetricsLog shows its own."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "progress", False):
+        # Orbax logs each failure as pages of tracebacks through absl; CheckpointError says it in a
+        # line, and log.txt has the rest.
+        if getattr(record, "progress", False) or record.name == "absl":
             return
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         console = rich.get_console()

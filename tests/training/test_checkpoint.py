@@ -371,7 +371,9 @@ def test_a_failed_save_is_told_at_the_next_call(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, limits[1]))  # writes beyond fail
     try:
-        with pytest.raises(CheckpointError, match=r"step 2 .* the last good one is step 1"):
+        with pytest.raises(
+            CheckpointError, match=r"step 2 .*File too large\); the last good one is step 1"
+        ):
             checkpoints.save(2, big_state(2), {})
             checkpoints.save(3, big_state(3), {})
     finally:

@@ -129,6 +129,7 @@ def test_log_txt_gets_messages_and_progress(tmp_path, capsys):
     try:
         logging.getLogger("dsv3_jax.training.checkpoint").warning("step 5 is damaged")
         logging.getLogger("absl").info("forty lines a save")
+        logging.getLogger("absl").error("a page of traceback")
         with MetricsLog(tmp_path, steps=10) as log:
             log.log(1, {"loss": 1.5})
     finally:
@@ -137,6 +138,7 @@ def test_log_txt_gets_messages_and_progress(tmp_path, capsys):
     assert "WARNING dsv3_jax.training.checkpoint: step 5 is damaged" in text
     assert "step 1/10 loss 1.5000" in text
     assert "forty" not in text
+    assert "a page of traceback" in text
     out = capsys.readouterr().out
     assert out == "warning: step 5 is damaged\nstep 1/10 loss 1.5000\n"
 
