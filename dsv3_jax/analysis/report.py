@@ -307,11 +307,12 @@ def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _edges(steps: np.ndarray) -> np.ndarray:
-    """Borders of heatmap cells: half-way between steps."""
+    """Borders of heatmap cells: half-way between steps, and nothing before the start."""
     if len(steps) == 1:
         return np.array([steps[0] - 0.5, steps[0] + 0.5])
     middle = (steps[1:] + steps[:-1]) / 2
-    return np.concatenate([[2 * steps[0] - middle[0]], middle, [2 * steps[-1] - middle[-1]]])
+    first = max(2 * steps[0] - middle[0], 0)
+    return np.concatenate([[first], middle, [2 * steps[-1] - middle[-1]]])
 
 
 def _layer_names(run_dir: Path, num_rows: int) -> list[str]:
