@@ -1,0 +1,364 @@
+"""A checkpoint as a table of published names, wherever its numbers lie.
+
+`open_checkpoint` reads a Hugging Face folder or the result of an import, `from_variables` a tree in
+memory; loading, importing, exporting and comparing see no difference. Opening reads headers only.
+Names, shapes, dtypes and scales are compared with what config.json asks for, and everything wrong
+is said at once, before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from dsv3_jax.config import ModelConfig, UserError, config_from_dict
+from dsv3_jax.interop.hf_config import model_config_from_hf, scale_format_of_hf
+from dsv3_jax.interop.name_map import (
+    IGNORED,
+    Place,
+    leaves,
+    num_places,
+    places,
+    scale_name,
+    scale_shape,
+)
+from dsv3_jax.interop.safetensors import (
+    DTYPE_NAMES,
+    MAX_TENSORS,
+    StoredTensor,
+    num_bytes,
+    parse_json,
+    read_header,
+)
+from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled
+
+log = logging.getLogger(__name__)
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MANIFEST = "dsv3_jax_weights.json"
+MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 1 << 20, 64 << 20
+FP8 = "F8_E4M3"
+_SHOWN = 8  # problems listed before "and N more"
+
+
+class Tensor(Protocol):
+    """A published matrix, readable by rows."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+    def read(self, first: int = 0, last: int | None = None) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class ArrayTensor:
+    """One published matrix inside an array of ours (NumPy or JAX)."""
+
+    array: Any
+    index: tuple[int, ...]
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        return num_bytes(self.dtype, self.shape)
+
+    def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """As `StoredTensor.read`."""
+        return np.asarray(self.array[self.index]).reshape(self.shape)[first:last]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An architecture and its tensors by published name, FP8 scales among them."""
+
+    config: ModelConfig
+    tensors: Mapping[str, Tensor]
+    folder: Path | None = None  # where its other files, such as the tokenizer's, are
+    scale_fmt: str | None = None  # "ue8m0" when all FP8 scales are powers of two, as in V3.1
+
+    @functools.cached_property
+    def places(self) -> dict[str, Place]:
+        """The places of the weights that are there; an MTP module's copies may be left out."""
+        return {n: p for n, p in places(self.config).items() if n in self.tensors}
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """The checkpoint in a folder: Hugging Face's form or the result of `import_hf`.
+
+    Raises UserError, naming files and tensors, for anything that does not fit.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    return open_imported(folder) if (folder / MANIFEST).exists() else open_hf(folder)
+
+
+def open_hf(folder: str | Path) -> Checkpoint:
+    """The checkpoint in a Hugging Face folder: config.json, and one or many safetensors files."""
+    folder = Path(folder)
+    values = read_json(folder, "config.json", MAX_CONFIG_BYTES)
+    try:
+        config = model_config_from_hf(values)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    tensors = _hf_tensors(folder)
+    config, tensors = _checked(folder, config, tensors)
+    return Checkpoint(config, tensors, folder, scale_format_of_hf(values))
+
+
+def open_imported(folder: str | Path) -> Checkpoint:
+    """The checkpoint that `import_hf` wrote: sizes checked here, contents by `verify_imported`."""
+    folder = Path(folder)
+    manifest = read_json(folder, MANIFEST, 4 * MAX_INDEX_BYTES)
+    if manifest.get("format") != 1:
+        raise UserError(f"{folder / MANIFEST}: format {manifest.get('format')!r} is not 1")
+    config = config_from_dict({"model": manifest["model"]}).model
+    stacked: dict[tuple[str, ...], dict[str, StoredTensor]] = {}
+    lead = {}
+    for path, leaf in leaves(config).items():
+        stored, _ = read_header(file_inside(folder, leaf_file(path)))
+        lead[path] = leaf.lead
+        if "values" not in stored or math.prod(stored["values"].shape) != math.prod(
+            leaf.lead + leaf.shape
+        ):
+            raise UserError(f"{folder / leaf_file(path)}: is not {leaf.lead + leaf.dims} values")
+        stacked[path] = stored
+    tensors: dict[str, Tensor] = {}
+    for name, place in places(config).items():
+        position = position_in(lead[place.path], place.index)
+        tensors[name] = stacked[place.path]["values"].at(position, place.shape)
+        if "scales" in stacked[place.path]:
+            scales = stacked[place.path]["scales"]
+            tensors[scale_name(name)] = scales.at(position, scale_shape(place.shape))
+    return Checkpoint(config, tensors, folder, manifest.get("scale_fmt"))
+
+
+def from_variables(
+    variables: Mapping[str, Any],
+    config: ModelConfig,
+    folder: Path | None = None,
+    scale_fmt: str | None = None,
+) -> Checkpoint:
+    """The checkpoint of variables in memory, for exporting; BlockScaled leaves stay FP8.
+
+    `folder` may hold tokenizer files to carry along. Raises ValueError for a leaf that is missing,
+    left over or of another shape than the config's.
+    """
+    arrays = dict(_flatten(variables))
+    expected = leaves(config)
+    if arrays.keys() != expected.keys():
+        odd = sorted("/".join(path) for path in arrays.keys() ^ expected.keys())
+        raise ValueError(f"variables and config differ in {', '.join(odd[:_SHOWN])}")
+    tensors: dict[str, Tensor] = {}
+    for name, place in places(config).items():
+        leaf, array = expected[place.path], arrays[place.path]
+        if math.prod(array.shape) != math.prod(leaf.lead + leaf.dims):
+            path = "/".join(place.path)
+            raise ValueError(
+                f"{path} has shape {array.shape}, the config's is {leaf.lead + leaf.dims}"
+            )
+        if isinstance(array, BlockScaled):
+            assert array.tile == PER_BLOCK, array.tile
+            tensors[name] = ArrayTensor(array.values, place.index, FP8, place.shape)
+            scales = scale_shape(place.shape)
+            tensors[scale_name(name)] = ArrayTensor(array.scales, place.index, "F32", scales)
+        else:
+            dtype = DTYPE_NAMES[np.dtype(array.dtype)]
+            tensors[name] = ArrayTensor(array, place.index, dtype, place.shape)
+    return Checkpoint(config, tensors, folder, scale_fmt)
+
+
+def copies_differ(checkpoint: Checkpoint) -> str | None:
+    """The name of an MTP copy of the embedding or head that differs from it, or None.
+
+    Our MTP modules share both with the main model, so such a checkpoint would lose numbers.
+    """
+    originals = {p.path: n for n, p in checkpoint.places.items() if not p.copy}
+    for name, place in checkpoint.places.items():
+        if place.copy and not same_numbers(checkpoint, name, originals[place.path]):
+            return name
+    return None
+
+
+def same_numbers(checkpoint: Checkpoint, name: str, other: str, rows: int = 1024) -> bool:
+    """Whether two tensors hold the same bytes, read a few rows at a time."""
+    a, b = checkpoint.tensors[name], checkpoint.tensors[other]
+    return a.dtype == b.dtype and all(
+        a.read(i, min(i + rows, a.shape[0])).tobytes()
+        == b.read(i, min(i + rows, a.shape[0])).tobytes()
+        for i in range(0, a.shape[0], rows)
+    )
+
+
+def leaf_file(path: tuple[str, ...]) -> str:
+    """Where an import keeps a leaf, relative to its folder."""
+    return f"weights/{'.'.join(path)}.safetensors"
+
+
+def position_in(lead: tuple[int, ...], index: tuple[int, ...]) -> int:
+    """The number of leaf[index] when the matrices of a leaf are counted through."""
+    position = 0
+    for i, size in zip(index, lead):
+        position = position * size + i
+    return position
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """The path of a file of the folder; UserError when it is missing or a link that leaves it.
+
+    Links into the `blobs` of the Hugging Face cache that the folder is part of are its normal form.
+    """
+    path, home = folder / name, folder.resolve()
+    roots = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
+    real = path.resolve()
+    if not any(real.is_relative_to(root) for root in roots):
+        raise UserError(f"{path} is a link to {real}, outside its folder: it is not followed")
+    if not real.is_file():
+        raise UserError(f"{path}: no such file")
+    return path
+
+
+def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
+    """A JSON object in a file of the folder that is no larger than `max_bytes`."""
+    path = file_inside(folder, name)
+    if (size := path.stat().st_size) > max_bytes:
+        raise UserError(f"{path}: {size} bytes exceed the {max_bytes} allowed")
+    return parse_json(path.read_bytes(), path)
+
+
+def _hf_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder's safetensors files, where the index says it is."""
+    if not (folder / INDEX).exists():
+        return read_header(file_inside(folder, SINGLE))[0]
+    if (folder / SINGLE).exists():
+        raise UserError(f"{folder}: has both {SINGLE} and {INDEX}: remove the one not meant")
+    weight_map = read_json(folder, INDEX, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{folder / INDEX}: has no weight_map")
+    for name, file in weight_map.items():
+        if not _is_bare(file):
+            raise UserError(
+                f"{folder / INDEX}: puts {name!r} in {file!r}, which is no file name here"
+            )
+    tensors: dict[str, StoredTensor] = {}
+    found: list[str] = []
+    for file in sorted(set(weight_map.values())):
+        for name, tensor in read_header(file_inside(folder, file))[0].items():
+            listed = weight_map.get(name)
+            if listed == file:
+                tensors[name] = tensor
+            else:
+                where = (
+                    "the index does not list" if listed is None else f"the index puts in {listed}"
+                )
+                found.append(f"{name} is in {file}, which {where}")
+    found += [
+        f"{n} is not in {f}, where the index puts it"
+        for n, f in weight_map.items()
+        if n not in tensors
+    ]
+    _raise_if(found, f"{folder / INDEX} does not describe the files")
+    return tensors
+
+
+def _is_bare(name: Any) -> bool:
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and not name.startswith(".")
+        and not set(name) & set("/\\\0")
+    )
+
+
+def _checked(
+    folder: Path, config: ModelConfig, tensors: dict[str, StoredTensor]
+) -> tuple[ModelConfig, dict[str, StoredTensor]]:
+    """(config, tensors that belong to it), or UserError with all that is missing or odd.
+
+    A checkpoint whose MTP modules were dropped gets a config without them.
+    """
+    if (count := num_places(config)) > MAX_TENSORS:
+        raise UserError(f"{folder}: config.json describes {count} tensors, over {MAX_TENSORS}")
+    expected = places(config)
+    main = dataclasses.replace(config, num_nextn_predict_layers=0)
+    if (
+        config.num_nextn_predict_layers
+        and not (expected.keys() - places(main).keys()) & tensors.keys()
+    ):
+        log.warning("%s holds none of its %d MTP layers", folder, config.num_nextn_predict_layers)
+        config, expected = main, places(main)
+    found = [
+        f"{name} is missing"
+        for name, place in expected.items()
+        if name not in tensors and not place.copy
+    ]
+    scales = {scale_name(name): name for name in expected}
+    kept: dict[str, StoredTensor] = {}
+    for name, tensor in tensors.items():
+        if name in expected:
+            found += _weight_problems(name, tensor, expected[name], tensors)
+            kept[name] = tensor
+        elif name in scales:
+            found += _scale_problems(name, tensor, scales[name], tensors)
+            kept[name] = tensor
+        elif not IGNORED.fullmatch(name):
+            found.append(f"{name} is not part of this architecture")
+    _raise_if(found, f"{folder} does not hold what its config.json describes")
+    return config, kept
+
+
+def _weight_problems(
+    name: str, tensor: StoredTensor, place: Place, tensors: Mapping[str, StoredTensor]
+) -> list[str]:
+    if tensor.shape != place.shape:
+        return [f"{name} has shape {list(tensor.shape)} instead of {list(place.shape)}"]
+    allowed = ("BF16", "F32", FP8) if place.fp8 else ("BF16", "F32")
+    if tensor.dtype not in allowed:
+        return [f"{name} is {tensor.dtype}; it may be {', '.join(allowed)}"]
+    if tensor.dtype == FP8 and scale_name(name) not in tensors:
+        return [f"{name} is {FP8} but {scale_name(name)} is missing"]
+    return []
+
+
+def _scale_problems(
+    name: str, tensor: StoredTensor, weight: str, tensors: Mapping[str, StoredTensor]
+) -> list[str]:
+    if weight not in tensors:
+        return [f"{name} has no weight: {weight} is missing"]
+    if tensors[weight].dtype != FP8:
+        return [f"{name} scales {weight}, which is {tensors[weight].dtype}, not {FP8}"]
+    shape = scale_shape(tensors[weight].shape)
+    if tensor.shape != shape or tensor.dtype != "F32":
+        return [f"{name} is {tensor.dtype} {list(tensor.shape)} instead of F32 {list(shape)}"]
+    return []
+
+
+def _raise_if(found: list[str], what: str) -> None:
+    if found:
+        more = [f"and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else []
+        raise UserError(f"{what}:\n  - " + "\n  - ".join(found[:_SHOWN] + more))
+
+
+def _flatten(
+    tree: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], Any]]:
+    """(path, leaf) of nested dicts; a BlockScaled is one leaf."""
+    found = []
+    for key, value in tree.items():
+        found += (
+            _flatten(value, (*path, key)) if isinstance(value, Mapping) else [((*path, key), value)]
+        )
+    return found

@@ -1,0 +1,110 @@
+"""Checkpoints of ours as Hugging Face folders for transformers, vLLM, SGLang and llama.cpp.
+
+Per-expert names, shards of at most 5 GB with an index, a weight and its scales always in one shard
+(vLLM and DeepSeek's converter look for them together), config.json in the hub's own form, MTP
+modules as the layers after the last with their copies of embedding and head.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dsv3_jax.interop.checkpoint import FP8, INDEX, Checkpoint
+from dsv3_jax.interop.hf_config import model_config_to_hf
+from dsv3_jax.interop.name_map import Place, places
+from dsv3_jax.interop.safetensors import Writer, num_bytes, open_writer
+from dsv3_jax.interop.stream import (
+    Specs,
+    StorageDType,
+    carry_along,
+    chunks,
+    finished_folder,
+    for_each,
+    specs_of,
+)
+
+SHARD_BYTES = 5 * 10**9
+
+
+def export_hf(
+    source: Checkpoint,
+    dst: str | Path,
+    dtype: StorageDType = "stored",
+    *,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes `source` as a Hugging Face folder `dst` and returns `dst`.
+
+    "stored" and FP8 from FP8 keep every byte; "fp8" quantises what V3 published in FP8, in 128x128
+    blocks, with power-of-two scales if `source.scale_fmt` is "ue8m0". Raises UserError when `dst`
+    exists, OSError when the disk is too small or fails, and then leaves nothing behind.
+    """
+    table = places(source.config)
+    originals = {place.path: name for name, place in table.items() if not place.copy}
+    # A copy is written from its original, which an imported or trained checkpoint holds once.
+    sources = {n: originals[p.path] if p.copy else n for n, p in table.items()}
+    specs: dict[str, Specs] = {}
+    for name, place in table.items():
+        made = specs_of(source, sources[name], place, dtype)
+        specs[name] = {_renamed(tensor, sources[name], name): made[tensor] for tensor in made}
+    shards = _shards(specs, shard_bytes)
+    size = sum(num_bytes(*spec) for group in specs.values() for spec in group.values())
+    with finished_folder(Path(dst), size, overwrite=overwrite, resume=False) as folder:
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            in_shard: Specs = {tensor: spec for n in names for tensor, spec in specs[n].items()}
+            weight_map |= dict.fromkeys(in_shard, file)
+            with open_writer(folder / file, in_shard, {"format": "pt"}) as writer:
+
+                def copy(name: str, writer: Writer = writer) -> int:
+                    return _copy_one(source, sources[name], name, table[name], dtype, writer)
+
+                for_each(names, copy, size, f"exporting {file}")
+        index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        values = _hf_config(source, specs)
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        carry_along(source.folder, folder)
+    return Path(dst)
+
+
+def _copy_one(
+    source: Checkpoint, origin: str, name: str, place: Place, dtype: StorageDType, writer: Writer
+) -> int:
+    done = 0
+    for tensor, first, rows in chunks(source, origin, place, dtype):
+        tensor = _renamed(tensor, origin, name)
+        stored = writer.tensors[tensor]
+        writer.write(tensor, rows, first * num_bytes(stored.dtype, stored.shape[1:]))
+        done += rows.nbytes
+    return done
+
+
+def _renamed(tensor: str, origin: str, name: str) -> str:
+    """`name`, or the name of its scales when `tensor` is that of `origin`'s."""
+    return name + tensor.removeprefix(origin)
+
+
+def _shards(specs: dict[str, Specs], shard_bytes: int) -> list[list[str]]:
+    """Names in groups of at most `shard_bytes`, in order; a larger weight is alone in its group."""
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, group in specs.items():
+        size = sum(num_bytes(*spec) for spec in group.values())
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _hf_config(source: Checkpoint, specs: dict[str, Specs]) -> dict:
+    """config.json that says what is stored: FP8 tensors without it load as garbage elsewhere."""
+    dtypes = {spec[0] for group in specs.values() for spec in group.values()}
+    weights = {group[name][0] for name, group in specs.items() if name.endswith(".weight")}
+    dtype = "float32" if weights == {"F32"} else "bfloat16"
+    return model_config_to_hf(source.config, dtype, FP8 in dtypes, source.scale_fmt)

@@ -1,0 +1,275 @@
+"""config.json of Hugging Face checkpoints to `ModelConfig` and back, by fields alone.
+
+Read are the hub's own form (`rope_theta`, `rope_scaling`, `torch_dtype`) and that of transformers 5
+(`rope_parameters`, `dtype`); written is the hub's, which old and new runtimes load. A config.json
+is data from a stranger: every number is bounded before anything is sized by it, what the model
+cannot compute is refused by name, and `auto_map`, which names code, is not looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dsv3_jax.config import ModelConfig, RopeScaling, UserError
+
+# What a file may leave out, because the modelling code of its `model_type` fixes it: transformers 5
+# writes neither scoring_func nor topk_method.
+_V3_DEFAULTS = {
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "num_nextn_predict_layers": 1,
+}
+_V2_DEFAULTS = {
+    "scoring_func": "softmax",
+    "topk_method": "greedy",
+    "norm_topk_prob": False,
+    "num_nextn_predict_layers": 0,
+}
+DEFAULTS = {"deepseek_v3": _V3_DEFAULTS, "kimi_k2": _V3_DEFAULTS, "deepseek_v2": _V2_DEFAULTS}
+
+# The largest each count may be: several times what any published model of the family has, and small
+# enough that a table of all expected tensors can be made.
+_BOUNDS = {
+    "vocab_size": 1 << 22,
+    "hidden_size": 1 << 17,
+    "num_hidden_layers": 1 << 10,
+    "max_position_embeddings": 1 << 30,
+    "num_attention_heads": 1 << 12,
+    "kv_lora_rank": 1 << 16,
+    "qk_nope_head_dim": 1 << 12,
+    "qk_rope_head_dim": 1 << 12,
+    "v_head_dim": 1 << 12,
+    "intermediate_size": 1 << 20,
+    "moe_intermediate_size": 1 << 20,
+    "n_routed_experts": 1 << 12,
+    "num_experts_per_tok": 1 << 10,
+}
+_BOUNDS_FROM_ZERO = {"first_k_dense_replace": 1 << 10, "n_shared_experts": 1 << 8}
+
+# Options that this model does not have, with the only value that means the same computation.
+_FIXED = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "tie_word_embeddings": False,
+    "moe_layer_freq": 1,
+    "rope_interleave": True,
+}
+FP8_BLOCK = 128
+
+# Written as they are, besides the bounded counts.
+_COPIED = (
+    "q_lora_rank",
+    "n_group",
+    "topk_group",
+    "num_nextn_predict_layers",
+    "bos_token_id",
+    "eos_token_id",
+    "rms_norm_eps",
+    "routed_scaling_factor",
+    "initializer_range",
+    "scoring_func",
+    "topk_method",
+    "norm_topk_prob",
+)
+_ROPE_FIELDS = (
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
+
+
+def model_config_from_hf(values: dict[str, Any]) -> ModelConfig:
+    """The architecture that a parsed config.json describes.
+
+    Raises UserError with every problem: a field that is missing, of the wrong type or out of
+    bounds, an unknown `model_type`, a feature the model lacks, or fields that do not fit together.
+    """
+    read = _Reader(values)
+    kind = read.choice("model_type", tuple(DEFAULTS), None)
+    defaults: dict[str, Any] = DEFAULTS.get(kind, _V3_DEFAULTS)
+    fields: dict[str, Any] = {name: read.integer(name, 1, top) for name, top in _BOUNDS.items()}
+    for name, top in _BOUNDS_FROM_ZERO.items():
+        fields[name] = read.integer(name, 0, top)
+    # 0 is how some runtimes spell "no query compression" (interop with llama.cpp needs it).
+    fields["q_lora_rank"] = read.integer("q_lora_rank", 0, 1 << 16, null=True) or None
+    for name in ("n_group", "topk_group"):
+        fields[name] = read.integer(name, 1, 1 << 12, default=1, null=True) or 1
+    mtp = "num_mtp_layers" if "num_mtp_layers" in values else "num_nextn_predict_layers"
+    fields["num_nextn_predict_layers"] = read.integer(
+        mtp, 0, 16, defaults["num_nextn_predict_layers"]
+    )
+    fields["bos_token_id"] = read.token("bos_token_id")
+    fields["eos_token_id"] = read.token("eos_token_id")
+    fields["rms_norm_eps"] = read.number("rms_norm_eps")
+    fields["routed_scaling_factor"] = read.number("routed_scaling_factor", 1.0)
+    fields["initializer_range"] = read.number("initializer_range", 0.02)
+    scoring, topk = defaults["scoring_func"], defaults["topk_method"]
+    fields["scoring_func"] = read.choice("scoring_func", ("sigmoid", "softmax"), scoring)
+    methods = ("noaux_tc", "group_limited_greedy", "greedy")
+    fields["topk_method"] = read.choice("topk_method", methods, topk)
+    fields["norm_topk_prob"] = read.choice(
+        "norm_topk_prob", (True, False), defaults["norm_topk_prob"]
+    )
+    dtype = "dtype" if "dtype" in values else "torch_dtype"
+    fields["dtype"] = read.choice(dtype, ("bfloat16", "float32"), "bfloat16")
+    fields["rope_theta"], fields["rope_scaling"] = _rope(values, read)
+    for name, only in _FIXED.items():
+        read.choice(name, (only,), only)
+    heads = values.get("num_key_value_heads")
+    if heads is not None and heads != fields["num_attention_heads"]:
+        read.found.append(f"num_key_value_heads={heads!r} must equal num_attention_heads")
+    _check_quantization(values.get("quantization_config"), read)
+    read.raise_if_found()
+    config = ModelConfig(**fields)
+    if found := config.problems():
+        raise UserError("config.json does not fit together:\n  - " + "\n  - ".join(found))
+    return config
+
+
+def scale_format_of_hf(values: dict[str, Any]) -> str | None:
+    """`scale_fmt` of the quantization_config: "ue8m0" for DeepSeek-V3.1, otherwise None."""
+    return (values.get("quantization_config") or {}).get("scale_fmt")
+
+
+def model_config_to_hf(
+    config: ModelConfig, dtype: str = "bfloat16", fp8: bool = False, scale_fmt: str | None = None
+) -> dict[str, Any]:
+    """config.json in the hub's form for weights stored as `dtype`, or as FP8 blocks if `fp8`.
+
+    Keys that a runtime would otherwise guess are all there: llama.cpp takes softmax gating without
+    `scoring_func`. A softmax router without a bias is DeepSeek-V2's architecture, otherwise V3's.
+    """
+    is_v2 = config.scoring_func == "softmax" and not config.has_router_bias
+    scaling = config.rope_scaling
+    values: dict[str, Any] = {
+        "architectures": ["DeepseekV2ForCausalLM" if is_v2 else "DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v2" if is_v2 else "deepseek_v3",
+        **{name: only for name, only in _FIXED.items() if name != "mlp_bias"},
+        "attention_dropout": 0.0,
+        "num_key_value_heads": config.num_attention_heads,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": None
+        if scaling is None
+        else {"type": "yarn"} | {name: getattr(scaling, name) for name in _ROPE_FIELDS},
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    for name in (*_BOUNDS, *_BOUNDS_FROM_ZERO, *_COPIED):
+        values[name] = getattr(config, name)
+    if fp8:
+        values["quantization_config"] = {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "quant_method": "fp8",
+            "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
+        } | ({"scale_fmt": scale_fmt} if scale_fmt else {})
+    return dict(sorted(values.items()))
+
+
+class _Reader:
+    """Typed, bounded look-ups that collect problems instead of raising at the first."""
+
+    def __init__(self, values: dict[str, Any]):
+        self.values, self.found = values, []
+
+    def integer(
+        self, name: str, low: int, high: int, default: int | None = None, null: bool = False
+    ) -> Any:
+        value = self.values.get(name, default)
+        if value is None and (null and name in self.values):
+            return None
+        if type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is int and low <= value <= high:
+            return value
+        return self._missing_or(name, f"must be an integer in [{low}, {high}]", low)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.values.get(name, default)
+        if type(value) in (int, float) and math.isfinite(value) and 0 < value < 1e12:
+            return float(value)
+        return self._missing_or(name, "must be a positive number", 1.0)
+
+    def choice(self, name: str, allowed: tuple[Any, ...], default: Any) -> Any:
+        value = self.values.get(name, default)
+        if any(type(value) is type(a) and value == a for a in allowed):
+            return value
+        shown = " or ".join(str(a) for a in allowed)
+        return self._missing_or(name, f"must be {shown}", allowed[0])
+
+    def token(self, name: str) -> int:
+        value = self.values.get(name)
+        if isinstance(value, list) and value:  # chat models may list several; the first is kept
+            value = value[0]
+        if value is None:
+            return 0
+        if type(value) is int and 0 <= value < 1 << 22:
+            return value
+        return self._missing_or(name, "must be a token id", 0)
+
+    def raise_if_found(self) -> None:
+        if self.found:
+            raise UserError("config.json cannot be used:\n  - " + "\n  - ".join(self.found))
+
+    def _missing_or(self, name: str, rule: str, stand_in: Any) -> Any:
+        value = repr(self.values[name])[:60] if name in self.values else None
+        self.found.append(f"{name} is missing" if value is None else f"{name}={value} {rule}")
+        return stand_in
+
+
+def _rope(values: dict[str, Any], read: _Reader) -> tuple[float, RopeScaling | None]:
+    """(rope_theta, YaRN or None) of either form; defaults are those of the published code."""
+    form = "rope_parameters" if values.get("rope_parameters") is not None else "rope_scaling"
+    scaling = values.get(form)
+    if scaling is None:
+        return read.number("rope_theta"), None
+    if not isinstance(scaling, dict):
+        read.found.append(f"{form} must be an object or null")
+        return 1.0, None
+    inner = _Reader(scaling)
+    theta = (inner if "rope_theta" in scaling else read).number("rope_theta")
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind == "default":
+        return theta, None
+    if kind != "yarn":
+        inner.found.append(f"type={kind!r} must be yarn")
+    known = {"type", "rope_type", "rope_theta", *_ROPE_FIELDS}
+    extra = sorted(name for name in scaling if name not in known and scaling[name] is not None)
+    inner.found += [f"{name}={scaling[name]!r} is not supported" for name in extra]
+    # Without mscale_all_dim the published code leaves the softmax scale alone.
+    all_dim = 0.0 if not scaling.get("mscale_all_dim") else inner.number("mscale_all_dim")
+    made = RopeScaling(
+        factor=inner.number("factor"),
+        original_max_position_embeddings=inner.integer(
+            "original_max_position_embeddings", 1, 1 << 30
+        ),
+        beta_fast=inner.number("beta_fast", 32.0),
+        beta_slow=inner.number("beta_slow", 1.0),
+        mscale=inner.number("mscale", 1.0),
+        mscale_all_dim=all_dim,
+    )
+    read.found += [f"{form}.{problem}" for problem in inner.found]
+    return theta, made
+
+
+def _check_quantization(quantization: Any, read: _Reader) -> None:
+    if quantization is None:
+        return
+    if not isinstance(quantization, dict):
+        read.found.append("quantization_config must be an object or null")
+        return
+    expected = {
+        "quant_method": ("fp8",),
+        "fmt": ("e4m3", None),
+        "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],),
+        "scale_fmt": ("ue8m0", None),
+    }
+    for name, allowed in expected.items():
+        if (value := quantization.get(name)) not in allowed:
+            read.found.append(f"quantization_config.{name}={value!r} must be {allowed[0]!r}")

@@ -1,0 +1,241 @@
+"""Hugging Face checkpoints into a folder of our own leaves, and that folder checked.
+
+    config.json               as in the hub
+    weights/PATH.safetensors  one leaf of our variables a file: "values", and "scales" if FP8
+    dsv3_jax_weights.json     the architecture, and the sha256 of every published matrix
+    tokenizer.json ...        carried along
+
+A published matrix is one contiguous block of its leaf, so blocks are written in the order the
+source has them and any part of a leaf can be read back for any mesh. Orbax, which the trainer
+saves with, wants whole arrays in memory; hence a form of our own, in a format everyone can read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv3_jax.config import UserError
+from dsv3_jax.interop.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    leaf_file,
+    open_hf,
+    open_imported,
+    position_in,
+    same_numbers,
+)
+from dsv3_jax.interop.hf_config import model_config_to_hf
+from dsv3_jax.interop.name_map import Place, leaves, scale_name
+from dsv3_jax.interop.safetensors import StoredTensor, Writer, num_bytes
+from dsv3_jax.interop.stream import (
+    Specs,
+    StorageDType,
+    carry_along,
+    chunks,
+    finished_folder,
+    for_each,
+    in_file_order,
+    specs_of,
+)
+
+log = logging.getLogger(__name__)
+PROGRESS = "progress.jsonl"
+
+
+def import_hf(
+    src: str | Path, dst: str | Path, dtype: StorageDType = "stored", *, overwrite: bool = False
+) -> Path:
+    """Imports a Hugging Face folder into `dst`, for `open_checkpoint`, and returns `dst`.
+
+    "stored" keeps every byte, FP8 included; "bf16" and "f32" convert. Killed and called again, it
+    keeps what was complete and still matches its digest. Raises UserError for a source that is
+    wrong in any way or a `dst` that exists, OSError when the disk is too small or fails; both leave
+    nothing behind.
+    """
+    if dtype == "fp8":
+        raise UserError("import to stored, bf16 or f32: FP8 is a form to export to")
+    source = open_hf(src)
+    plan = _leaf_specs(source, dtype)
+    size = sum(num_bytes(*spec) for specs in plan.values() for spec in specs.values())
+    with finished_folder(Path(dst), size, overwrite=overwrite, resume=True) as folder:
+        digests = _copy_all(source, plan, dtype, folder, size)
+        carry_along(source.folder, folder)
+        fp8 = any(spec[0] == "F8_E4M3" for specs in plan.values() for spec in specs.values())
+        hf_dtype = "float32" if dtype == "f32" else "bfloat16"
+        scale_fmt = source.scale_fmt if fp8 else None
+        values = model_config_to_hf(source.config, hf_dtype, fp8, scale_fmt)
+        (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+        manifest = {
+            "format": 1,
+            "model": dataclasses.asdict(source.config),
+            "scale_fmt": scale_fmt,
+            "sha256": dict(sorted(digests.items())),
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=0) + "\n")
+        (folder / PROGRESS).unlink()
+    return Path(dst)
+
+
+def verify_imported(folder: str | Path) -> list[str]:
+    """Every published name whose bytes differ from its sha256; reads all of an import."""
+    folder = Path(folder)
+    checkpoint = open_imported(folder)
+    expected = json.loads((folder / MANIFEST).read_bytes())["sha256"]
+    return [n for n, t in checkpoint.tensors.items() if n in expected and _sha256(t) != expected[n]]
+
+
+def _leaf_specs(source: Checkpoint, dtype: StorageDType) -> dict[tuple[str, ...], Specs]:
+    """Dtype and shape of "values" and "scales" of every leaf; a leaf has one dtype."""
+    made: dict[tuple[str, ...], Specs] = {}
+    first: dict[tuple[str, ...], str] = {}
+    stacks = leaves(source.config)
+    for name, place in source.places.items():
+        if place.copy:
+            continue
+        specs, leaf = specs_of(source, name, place, dtype), stacks[place.path]
+        target = specs[name][0]
+        scales = specs.get(scale_name(name))
+        # FP8 tiles cross heads (192 rows each), so FP8 leaves keep the published matrices.
+        values = leaf.lead + (leaf.shape if scales else leaf.dims)
+        wanted: Specs = {"values": (target, values)}
+        if scales:
+            wanted["scales"] = ("F32", leaf.lead + scales[1])
+        if made.setdefault(place.path, wanted) != wanted:
+            other = made[place.path]["values"][0]
+            raise UserError(
+                f"{name} is {target} but {first[place.path]} is {other}; they are stacked in one "
+                "array, which has one dtype: import with --dtype bf16"
+            )
+        first.setdefault(place.path, name)
+    return made
+
+
+def _copy_all(
+    source: Checkpoint, plan: dict[Any, Specs], dtype: StorageDType, folder: Path, size: int
+) -> dict[str, str]:
+    """Writes all leaves but what an earlier attempt completed; returns all digests."""
+    stacks = leaves(source.config)
+    originals = {p.path: n for n, p in source.places.items() if not p.copy}
+    (folder / "weights").mkdir(exist_ok=True)
+    digests = _completed(source, plan, dtype, folder)
+    lock = threading.Lock()
+    with ExitStack() as stack, (folder / PROGRESS).open("a") as progress:
+        writers = {}
+        for path, specs in plan.items():
+            writers[path] = Writer(folder / leaf_file(path), specs, keep=True)
+            stack.callback(writers[path].close, sync=False)
+
+        def copy(name: str) -> int:
+            place = source.places[name]
+            if place.copy:
+                if not same_numbers(source, name, originals[place.path]):
+                    raise UserError(
+                        f"{name} differs from {originals[place.path]}; MTP modules share the main "
+                        "model's embedding and head here, so its numbers would be lost"
+                    )
+                return 0
+            if name in digests:
+                return 0
+            position = position_in(stacks[place.path].lead, place.index)
+            made = _copy_one(source, name, place, dtype, writers[place.path], position)
+            with lock:
+                digests.update(made)
+                progress.write(json.dumps(made) + "\n")
+                progress.flush()
+            return source.tensors[name].nbytes
+
+        names = in_file_order((name, source.tensors[name]) for name in source.places)
+        for_each(names, copy, size, f"importing {source.folder}")
+        for writer in writers.values():
+            writer.sync()
+    return digests
+
+
+def _copy_one(
+    source: Checkpoint,
+    name: str,
+    place: Place,
+    dtype: StorageDType,
+    writer: Writer,
+    position: int,
+) -> dict[str, str]:
+    """Writes one weight (and scales) as the `position`-th matrix of its leaf; returns digests."""
+    specs = specs_of(source, name, place, dtype)
+    sums = {tensor: hashlib.sha256() for tensor in specs}
+    for tensor, first, rows in chunks(source, name, place, dtype):
+        target, shape = specs[tensor]
+        offset = position * num_bytes(target, shape) + first * num_bytes(target, shape[1:])
+        writer.write("values" if tensor == name else "scales", rows, offset)
+        sums[tensor].update(rows.reshape(-1).view(np.uint8).data)
+    return {tensor: sums[tensor].hexdigest() for tensor in specs}
+
+
+def _completed(
+    source: Checkpoint, plan: dict[Any, Specs], dtype: StorageDType, folder: Path
+) -> dict[str, str]:
+    """Digests of what an interrupted import of the same source left here, checked; else {}.
+
+    The first line of the progress file says which source and dtype it was.
+    """
+    assert source.folder is not None
+    files = {t.file for t in source.tensors.values() if isinstance(t, StoredTensor)}
+    stats = {path.name: path.stat() for path in sorted(files)}
+    identity = {
+        "source": str(source.folder.resolve()),
+        "dtype": dtype,
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+    }
+    progress = folder / PROGRESS
+    lines = progress.read_text().splitlines() if progress.exists() else []
+    recorded = [_json_or_none(line) for line in lines]
+    if not recorded or recorded[0] != identity:
+        if recorded:
+            log.warning("%s was left by another import: starting clean", folder)
+        progress.write_text(json.dumps(identity) + "\n")
+        return {}
+    stacks = leaves(source.config)
+    kept: dict[str, str] = {}
+    for made in recorded[1:]:
+        name = next(iter(made or {}), "")
+        if name not in source.places or made is None:
+            continue
+        place = source.places[name]
+        position = position_in(stacks[place.path].lead, place.index)
+        # Starts in the file depend on the leaf's specs alone, so they are where they were.
+        writer = Writer(folder / leaf_file(place.path), plan[place.path], keep=True)
+        shapes = specs_of(source, name, place, dtype)
+        parts = {
+            tensor: writer.tensors["values" if tensor == name else "scales"].at(position, spec[1])
+            for tensor, spec in shapes.items()
+        }
+        writer.close(sync=False)
+        if made == {tensor: _sha256(part) for tensor, part in parts.items()}:
+            kept.update(made)
+    log.info("continuing an import: %d tensors are there already", len(kept))
+    # A line cut off by the kill would spoil the next one.
+    progress.write_text("\n".join(json.dumps(line) for line in recorded if line) + "\n")
+    return kept
+
+
+def _sha256(tensor: Any, rows: int = 4096) -> str:
+    digest = hashlib.sha256()
+    for first in range(0, tensor.shape[0], rows):
+        part = tensor.read(first, min(first + rows, tensor.shape[0]))
+        digest.update(part.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _json_or_none(line: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None

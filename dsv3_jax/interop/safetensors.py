@@ -1,0 +1,292 @@
+"""The safetensors file format: a strict reader and a streaming writer, float8 included.
+
+A file is 8 bytes of header length (little endian), that many bytes of JSON, then the tensors.
+Written for checkpoints from strangers: everything in a header is checked before a byte of a tensor
+is read, and names are keys, never paths. Tensors are read with pread rather than mmap: the pages of
+a mapping count as this process's memory, and a file that shrinks under one ends the process with
+SIGBUS where pread gives an error.
+
+The library of the same name (https://github.com/huggingface/safetensors) defines the format. It
+cannot give float8 to NumPy, and accepts duplicate names and a million empty tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from dsv3_jax.config import UserError
+
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+# V3's 163 headers are about 70 KB each; a whole Kimi-K2 in one file would need 15 MB.
+MAX_HEADER_BYTES = 64 << 20
+MAX_TENSORS = 1 << 18
+_MAX_DIMS = 16
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a file: enough to read any of its rows, with nothing held open."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int  # of its bytes, from the start of the file
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return num_bytes(self.dtype, self.shape)
+
+    def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Rows [first, last) of the leading dim as a fresh array of the stored dtype."""
+        if not self.shape:
+            return self._read_bytes(0, self.nbytes).view(DTYPES[self.dtype]).reshape(())
+        last = self.shape[0] if last is None else last
+        row = num_bytes(self.dtype, self.shape[1:])
+        raw = self._read_bytes(first * row, last * row)
+        return raw.view(DTYPES[self.dtype]).reshape(last - first, *self.shape[1:])
+
+    def at(self, position: int, shape: tuple[int, ...]) -> StoredTensor:
+        """The `position`-th of the equal parts of `shape` that this tensor is a stack of."""
+        size = num_bytes(self.dtype, shape)
+        return StoredTensor(self.file, self.dtype, shape, self.start + position * size)
+
+    def _read_bytes(self, begin: int, end: int) -> np.ndarray:
+        raw = np.empty(end - begin, np.uint8)
+        with open(self.file, "rb", buffering=0) as file:
+            done = 0
+            while done < raw.size:
+                count = os.preadv(file.fileno(), [raw[done:].data], self.start + begin + done)
+                if count == 0:
+                    raise UserError(f"{self.file}: ends before the data its header announces")
+                done += count
+        return raw
+
+
+def num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of this dtype (a name of the format) and shape."""
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def read_header(path: str | Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """(tensors by name, metadata) of a file, every offset checked; reads no tensor.
+
+    Raises UserError that names the file and the tensor when the header is too large, is not JSON,
+    holds a name twice, an unknown dtype or an impossible shape, or when the tensors do not fill the
+    file exactly: no gap, no overlap, nothing cut off, nothing after the last.
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        file_size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise UserError(f"{path}: {file_size} bytes are no safetensors file")
+        length = int.from_bytes(prefix, "little")
+        if length > file_size - 8:
+            raise UserError(f"{path}: the header's {length} bytes exceed the file's {file_size}")
+        if length > MAX_HEADER_BYTES:
+            raise UserError(f"{path}: the header's {length} bytes exceed {MAX_HEADER_BYTES}")
+        text = file.read(length)
+    if not text.startswith(b"{"):
+        raise UserError(f"{path}: the header does not start with '{{'")
+    header = parse_json(text, path)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise UserError(f"{path}: __metadata__ must hold strings only")
+    if len(header) > MAX_TENSORS:
+        raise UserError(f"{path}: {len(header)} tensors exceed {MAX_TENSORS}")
+    tensors = {name: _checked_entry(path, name, header[name], 8 + length) for name in header}
+    _check_layout(path, tensors, 8 + length, file_size)
+    return tensors, metadata
+
+
+def parse_json(text: bytes | str, path: Path) -> dict[str, Any]:
+    """The JSON object in `text`; UserError for anything else, a key given twice, or NaN."""
+    try:
+        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return value
+
+
+def encode_header(
+    specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """(the file's first bytes, where each tensor starts in the file) for (dtype, shape) by name.
+
+    Wide dtypes come first, as the library writes them, so that every tensor is aligned to its own
+    item size; within a dtype the order is that of `specs`. The first tensor starts at a multiple
+    of 8.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset, offsets = 0, {}
+    for name in sorted(specs, key=lambda name: -DTYPES[specs[name][0]].itemsize):
+        dtype, shape = specs[name]
+        end = offset + num_bytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offsets[name], offset = offset, end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES or len(specs) > MAX_TENSORS:
+        raise ValueError(f"{len(specs)} tensors are too many for one file's header")
+    data = 8 + len(text)
+    return len(text).to_bytes(8, "little") + text, {n: data + at for n, at in offsets.items()}
+
+
+class Writer:
+    """A file whose tensors are all announced first and then written in any order, in pieces.
+
+    `specs` are (dtype, shape) by name. `keep=True` opens a file that an earlier Writer with the
+    same specs left unfinished, and keeps what is in it. Safe to call from several threads.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        specs: Mapping[str, tuple[str, tuple[int, ...]]],
+        metadata: Mapping[str, str] | None = None,
+        *,
+        keep: bool = False,
+    ):
+        head, starts = encode_header(specs, metadata)
+        self.path = Path(path)
+        self.tensors = {n: StoredTensor(self.path, *specs[n], starts[n]) for n in specs}
+        size = max([len(head)] + [t.start + t.nbytes for t in self.tensors.values()])
+        self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o644)
+        os.ftruncate(self._fd, size)
+        _write_at(self._fd, memoryview(head), 0)
+
+    def write(self, name: str, array: np.ndarray, offset: int = 0) -> None:
+        """Writes the array's bytes `offset` bytes into the tensor."""
+        tensor = self.tensors[name]
+        assert 0 <= offset <= tensor.nbytes - array.nbytes, (name, offset, array.shape)
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        _write_at(self._fd, raw.data, tensor.start + offset)
+
+    def sync(self) -> None:
+        """Returns when all that was written is on the disk."""
+        os.fsync(self._fd)
+
+    def close(self, *, sync: bool = True) -> None:
+        """Closes the file, its bytes on the disk when `sync`."""
+        if sync:
+            self.sync()
+        os.close(self._fd)
+
+
+@contextmanager
+def open_writer(path: str | Path, specs: Any, metadata: Any = None) -> Iterator[Writer]:
+    """A Writer that is closed at the end; the file is synced only when nothing was raised."""
+    writer = Writer(path, specs, metadata)
+    try:
+        yield writer
+    except BaseException:
+        writer.close(sync=False)
+        raise
+    writer.close()
+
+
+def save_file(
+    tensors: Mapping[str, np.ndarray], path: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a file of NumPy arrays (ml_dtypes included) at once."""
+    specs = {name: (DTYPE_NAMES[array.dtype], array.shape) for name, array in tensors.items()}
+    with open_writer(path, specs, metadata) as writer:
+        for name, array in tensors.items():
+            writer.write(name, array)
+
+
+def load_file(path: str | Path) -> dict[str, np.ndarray]:
+    """All tensors of a file, in memory, by name."""
+    return {name: tensor.read() for name, tensor in read_header(path)[0].items()}
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(fd, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _checked_entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
+    where = f"{path}: tensor {name!r}"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise UserError(f"{where} must have dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise UserError(f"{where} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
+    if not _are_sizes(shape) or len(shape) > _MAX_DIMS:
+        raise UserError(f"{where} has an impossible shape")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise UserError(f"{where} has impossible data_offsets")
+    if offsets[1] - offsets[0] != num_bytes(dtype, tuple(shape)):
+        raise UserError(
+            f"{where} is {dtype} {shape} of {num_bytes(dtype, tuple(shape))} bytes, "
+            f"but its data_offsets are {offsets}"
+        )
+    return StoredTensor(path, dtype, tuple(shape), data + offsets[0])
+
+
+def _check_layout(path: Path, tensors: dict[str, StoredTensor], data: int, file_size: int) -> None:
+    expected = data
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if tensor.start != expected:
+            what = "overlaps the one before it" if tensor.start < expected else "leaves a gap"
+            raise UserError(f"{path}: tensor {name!r} {what}")
+        expected = tensor.start + tensor.nbytes
+    if expected != file_size:
+        raise UserError(
+            f"{path}: has {file_size} bytes, but its header describes {expected}: "
+            + (
+                "it is cut off"
+                if file_size < expected
+                else "there is something after the last tensor"
+            )
+        )
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f"{name!r} appears twice")
+        made[name] = value
+    return made
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
