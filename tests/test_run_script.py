@@ -153,12 +153,25 @@ def test_the_commands_exit_code_is_the_scripts(checkout):
     assert checkout.run("test", FAKE_EXIT="143").returncode == 143
 
 
-def test_an_extra_of_another_command_is_added_and_kept(checkout):
+def test_what_train_needs_serves_infer_and_test_serves_both(checkout):
+    (checkout.root / "infer.py").touch()
     checkout.run("train")
+    checkout.made()
+    checkout.run("infer")
+    assert checkout.made() == []
+    shutil.rmtree(checkout.root / ".venv")
+    checkout.run("test")
+    checkout.made()
+    checkout.run("train")
+    assert checkout.made() == []
+
+
+def test_an_extra_of_another_command_is_added_and_kept(checkout):
+    checkout.run("train", DSV3_ACCELERATOR="tpu")
     checkout.made()
     checkout.run("test")
     (line,) = [line for line in checkout.calls.read_text().splitlines() if line.startswith("uv")]
-    assert line.endswith("[dev,plot]")
+    assert line.endswith("[dev,plot,tokenizers,tpu]")
     assert checkout.made() == ["pip", "uv", "import"]  # the environment itself is kept
     checkout.run("train")
     assert checkout.made() == []
@@ -194,7 +207,9 @@ def test_constraints_follow_the_python_version(checkout, version, pins):
     assert f"-c {checkout.root}/requirements/{pins}.txt" in line
 
 
-@pytest.mark.parametrize("env, extras", [({}, "plot"), ({"DSV3_ACCELERATOR": "tpu"}, "plot,tpu")])
+@pytest.mark.parametrize(
+    "env, extras", [({}, "plot,tokenizers"), ({"DSV3_ACCELERATOR": "tpu"}, "plot,tokenizers,tpu")]
+)
 def test_the_accelerators_extra_is_installed(checkout, env, extras):
     checkout.run("train", **({"DSV3_ACCELERATOR": "cpu"} | env))
     assert f"[{extras}]" in checkout.calls.read_text()
@@ -203,7 +218,7 @@ def test_the_accelerators_extra_is_installed(checkout, env, extras):
 def test_an_nvidia_driver_brings_the_cuda_extra(checkout):
     checkout.add_tool("nvidia-smi", "#!/bin/sh\n")
     checkout.run("train")
-    assert "[plot,cuda13]" in checkout.calls.read_text()
+    assert "[plot,tokenizers,cuda13]" in checkout.calls.read_text()
 
 
 def test_pip_installs_where_uv_cannot_and_says_so(checkout):
