@@ -122,6 +122,21 @@ def requantize(
     return quantize(dequantize(x, jnp.float32), tile, scale_format)
 
 
+def split_tiles(x: BlockScaled, tile: tuple[int, int]) -> BlockScaled:
+    """The very same numbers in smaller tiles, each with the scale of the tile it was part of.
+
+    Lets a kernel for 1x128 operands multiply what was scaled per 128x128 block.
+
+    Raises ValueError when `tile` does not divide that of `x`.
+    """
+    if x.tile[0] % tile[0] or x.tile[1] % tile[1]:
+        raise ValueError(f"{tile=} must divide the tile {x.tile}")
+    scales = jnp.repeat(x.scales, x.tile[0] // tile[0], -2)
+    scales = jnp.repeat(scales, x.tile[1] // tile[1], -1)
+    rows, columns = scales_shape(x.shape, tile)[-2:]
+    return BlockScaled(x.values, scales[..., :rows, :columns], tile)
+
+
 def scale_of_amax(
     amax: Float[Array, "*dims"], scale_format: ScaleFormat = "f32"
 ) -> Float[Array, "*dims"]:

@@ -20,6 +20,7 @@ from dsv3_jax.quantization.block_scaled import (
     quantize,
     requantize,
     scales_shape,
+    split_tiles,
 )
 
 # Half a unit in the last place of E4M3's 3 stored bits, relative to a number of its top binades;
@@ -185,6 +186,19 @@ def test_transpose_is_the_quantisation_of_the_transpose():
     np.testing.assert_array_equal(
         jit_dequantize(got, jnp.float32), jit_dequantize(expected, jnp.float32)
     )
+
+
+@pytest.mark.parametrize("tile", [PER_TOKEN, PER_CHANNEL, (32, 64)])
+def test_split_tiles_changes_no_number(tile):
+    x = jnp.asarray(np.random.default_rng(6).standard_normal((2, 130, 257)), jnp.float32)
+    block = jit_quantize(x, PER_BLOCK)
+    split = split_tiles(block, tile)
+    assert split.tile == tile and split.scales.shape == scales_shape(x.shape, tile)
+    np.testing.assert_array_equal(
+        jit_dequantize(split, jnp.float32), jit_dequantize(block, jnp.float32)
+    )
+    with pytest.raises(ValueError, match="divide"):
+        split_tiles(block, (3, 128))
 
 
 def test_a_stack_is_sliced_by_scan_and_counts_its_bytes():
