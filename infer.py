@@ -123,7 +123,7 @@ def stream(
         return
     if len(options.prompt) > 1:
         print(f"--- {number}")
-    decoder = StreamDecoder(tokenizer)
+    decoder = StreamDecoder(tokenizer, continues=True)
     print(options.prompt[number], end="", flush=True)
     for token in tokens:
         if token == eos:

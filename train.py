@@ -16,7 +16,7 @@ import numpy as np
 
 from dsv3_jax import cli
 from dsv3_jax.analysis.model_cost import training_flops_per_token
-from dsv3_jax.config import Config, to_json
+from dsv3_jax.config import Config, UserError, to_json
 from dsv3_jax.data.batches import Rows, prefetch
 from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.data.shards import check_vocab
@@ -54,8 +54,7 @@ def main(argv: Sequence[str]) -> int:
             log.info(line)
         with clock("data"):
             corpus = open_corpus(config.data, config.seed)
-            for split in (corpus.train, corpus.val):
-                check_vocab(split.index, config.model.vocab_size)
+            check_tokenizer(config, corpus)
         checkpoints = Checkpoints(
             run_dir / "checkpoints",
             every_steps=config.checkpoint.every_steps,
@@ -78,6 +77,7 @@ def main(argv: Sequence[str]) -> int:
             state = train(config, mesh, corpus, state, start, checkpoints, metrics, clock, stop)
             if stop.requested:
                 log.warning("stopped by signal %d at step %d", stop.signal, int(state.step))
+                metrics.record(int(state.step), {"seconds": clock.seconds()})
                 return stop.exit_code
             with clock("sample"):
                 write_sample(config, corpus, state, run_dir)
@@ -97,6 +97,19 @@ def banner(config: Config, abstract: TrainState) -> list[str]:
         f"parameters  {main_model:,} in the main model, {mtp:,} more in MTP",
         f"run         {config.run_dir}, seed {config.seed}",
     ]
+
+
+def check_tokenizer(config: Config, corpus: Corpus) -> None:
+    """Raises UserError unless the model and the tokenizer agree on ids."""
+    for split in (corpus.train, corpus.val):
+        check_vocab(split.index, config.model.vocab_size)
+    for role in ("bos_token_id", "eos_token_id"):
+        ours, theirs = getattr(config.model, role), getattr(corpus.tokenizer, role)
+        if ours != theirs:
+            raise UserError(
+                f"model.{role}={ours}, but the tokenizer {corpus.tokenizer.name} has {theirs}: "
+                f"use --model.{role.replace('_', '-')} {theirs}"
+            )
 
 
 def train(

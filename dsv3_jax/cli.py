@@ -8,6 +8,7 @@ own bugs, or with DSV3_DEBUG=1.
 import importlib
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,24 +115,29 @@ def prepare(options: PrepareOptions) -> None:
 
     if not options.inputs:
         raise UserError("prepare needs at least one input file or folder")
-    tokenizer_file = options.tokenizer
-    if options.train_tokenizer is not None:
-        if options.tokenizer == "byte":
-            tokenizer_file = str(options.out.with_name(options.out.name + ".tokenizer.json"))
-        documents = read_documents(find_files(options.inputs), options.text_field)
-        train_tokenizer(documents, options.train_tokenizer, tokenizer_file)
-        print(f"wrote {tokenizer_file}")
-    summary = prepare_corpus(
-        options.inputs,
-        options.out,
-        load_tokenizer(tokenizer_file),
-        val_fraction=options.val_fraction,
-        fim_rate=options.fim_rate,
-        seed=options.seed,
-        text_field=options.text_field,
-    )
+    if options.out.exists():
+        raise UserError(f"{options.out} exists: choose another output folder")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer_file = options.tokenizer
+        if options.train_tokenizer is not None:
+            if options.tokenizer != "byte":
+                raise UserError("--train-tokenizer makes a tokenizer: leave out --tokenizer")
+            tokenizer_file = str(Path(folder) / "tokenizer.json")
+            documents = read_documents(find_files(options.inputs), options.text_field)
+            train_tokenizer(documents, options.train_tokenizer, tokenizer_file)
+        summary = prepare_corpus(
+            options.inputs,
+            options.out,
+            load_tokenizer(tokenizer_file),
+            val_fraction=options.val_fraction,
+            fim_rate=options.fim_rate,
+            seed=options.seed,
+            text_field=options.text_field,
+        )
     print(summary)
-    print(f"train with --data.path {options.out} --data.tokenizer {tokenizer_file}")
+    # A prepared folder holds its own tokenizer.json.
+    tokenizer = "byte" if tokenizer_file == "byte" else options.out
+    print(f"train with --data.path {options.out} --data.tokenizer {tokenizer}")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ ROWS = [
     {"kernels", "parallel", "data"},
     {"model", "analysis"},
     {"training", "inference", "interop"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 

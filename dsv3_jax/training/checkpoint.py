@@ -34,7 +34,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from dsv3_jax.config import Config, UserError
+from dsv3_jax.config import Config, RunError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ PyTree = Any
 T = TypeVar("T")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """Checkpoints cannot be written, or none of those there can be trusted (exit code 1)."""
 
 
