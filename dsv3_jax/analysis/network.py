@@ -122,9 +122,10 @@ def simulate(
 ) -> Outcome:
     """Runs all flows from time 0 until each has moved its bytes, sharing anew as flows end.
 
-    Flows whose ends lie within `resolution` (a fraction) of each other end together, at the later
-    one, and rates are fair to that fraction: times are exact to about twice that. ValueError when a
-    flow with bytes can never end.
+    Flows whose ends lie within `resolution` (a fraction of the time since 0) of each other end
+    together, at the later one, and rates are fair to that fraction. A flow so holds its share at
+    most that much longer than it needs: times are exact to about twice `resolution`. ValueError
+    when a flow with bytes can never end.
     """
     if sizes.shape != routes.hops.shape[:1]:
         raise ValueError(
@@ -143,7 +144,8 @@ def simulate(
         if not rates.min() > 0:
             raise ValueError(f"{int((rates <= 0).sum())} flows have no live path: they never end")
         needs = left[active] / rates
-        over = needs <= needs.min() * (1 + resolution)
+        first = needs.min()
+        over = needs <= first + resolution * (now + first)
         step = needs[over].max()
         now += step
         finish[active[over]] = now

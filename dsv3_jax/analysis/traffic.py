@@ -16,6 +16,7 @@ from dsv3_jax.analysis.fabric import Fabric, Traffic
 from dsv3_jax.config import ModelConfig, UserError
 
 Dedup = Literal["expert", "rank", "node"]
+_CHUNK = 8192  # tokens scored at once: 8 MB for 256 experts
 
 
 def all_to_all_by_rail(fabric: Fabric, bytes_per_pair: float) -> Traffic:
@@ -61,15 +62,20 @@ def draw_choices(
     """
     rng = np.random.default_rng(seed)
     E, K = model.n_routed_experts, model.num_experts_per_tok
-    scores = rng.standard_normal((tokens, E)) + skew * rng.standard_normal(E)
-    if model.topk_method != "greedy" and model.n_group > 1:
-        grouped = scores.reshape(tokens, model.n_group, -1)
-        best = 2 if model.has_router_bias else 1
-        rank = np.sort(grouped, axis=2)[:, :, -best:].sum(axis=2)
-        closed = np.argsort(rank, axis=1)[:, : model.n_group - model.topk_group]
-        np.put_along_axis(grouped, closed[:, :, None], -np.inf, axis=1)
-        scores = grouped.reshape(tokens, E)
-    return np.argpartition(scores, -K, axis=1)[:, -K:]
+    popularity = skew * rng.standard_normal(E, np.float32)
+    chosen = []
+    for start in range(0, tokens, _CHUNK):
+        count = min(_CHUNK, tokens - start)
+        scores = rng.standard_normal((count, E), np.float32) + popularity
+        if model.topk_method != "greedy" and model.n_group > 1:
+            grouped = scores.reshape(count, model.n_group, -1)
+            best = 2 if model.has_router_bias else 1
+            rank = np.partition(grouped, -best, axis=2)[:, :, -best:].sum(axis=2)
+            closed = np.argsort(rank, axis=1)[:, : model.n_group - model.topk_group]
+            np.put_along_axis(grouped, closed[:, :, None], -np.inf, axis=1)
+            scores = grouped.reshape(count, E)
+        chosen.append(np.argpartition(scores, -K, axis=1)[:, -K:])
+    return np.concatenate(chosen)
 
 
 def expert_dispatch(

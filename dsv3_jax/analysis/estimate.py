@@ -1,0 +1,451 @@
+"""Time of a training step: a roofline for each layer, a wire, and the pipeline simulated.
+
+Every matmul runs at a fraction of the peak, everything else at a fraction of the memory bandwidth,
+every exchange at the achievable rate of the network it crosses. Those fractions are `Efficiency`:
+the default is what public kernels reach alone, so it bounds a step from below; `calibrate` replaces
+it by what your machine did. Kernel launches, stragglers and the data pipeline are left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsv3_jax.analysis import latency
+from dsv3_jax.analysis.hardware import Accelerator
+from dsv3_jax.analysis.memory import (
+    Memory,
+    Stage,
+    mesh_problems,
+    stage_parameters,
+    stages_of_ranks,
+    tokens_per_micro_batch,
+    training_memory,
+    uses_fp8,
+)
+from dsv3_jax.analysis.model_cost import (
+    attention_core_flops,
+    attention_parameters,
+    expected_groups_hit,
+    expert_parameters,
+    training_flops_per_token,
+)
+from dsv3_jax.config import Config, ModelConfig, ParallelConfig, UserError
+from dsv3_jax.parallel.schedules import Durations, make_schedule, simulate
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Fractions of peak that compute and memory reach; networks have theirs in `Accelerator`."""
+
+    matmul: float = 0.65
+    attention: float = 0.6
+    memory: float = 0.8
+    # Of the compute units, taken by all-to-all kernels while experts are on several devices: 20 of
+    # 132 SMs (V3 report, section 3.2.2).
+    exchange_units: float = 20 / 132
+    source: str = (
+        "assumed, after public kernels alone: DeepGEMM about 1,300 of 1,979 FP8 TFLOPS, "
+        "FlashAttention-3 about 600 of 989 BF16, memory copies about 80 %"
+    )
+
+    def scaled(self, factor: float, source: str) -> Efficiency:
+        """The fractions of peak times `factor`, at most 1 each."""
+        matmul, attention, memory = (
+            min(1.0, factor * v) for v in (self.matmul, self.attention, self.memory)
+        )
+        return Efficiency(matmul, attention, memory, self.exchange_units, source)
+
+
+DEFAULT_EFFICIENCY = Efficiency()
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Seconds of one micro-batch in one layer's forward on a device."""
+
+    matmul: float
+    attention: float
+    elementwise: float
+    experts: float  # dispatch and combine on the wire
+    others: float  # tensor and context parallelism on the wire
+
+    @property
+    def compute(self) -> float:
+        """What keeps the compute units busy."""
+        return self.matmul + self.attention + self.elementwise
+
+    @property
+    def wire(self) -> float:
+        """What keeps the networks busy."""
+        return self.experts + self.others
+
+
+@dataclass(frozen=True)
+class StepEstimate:
+    """A training step; `parts` are seconds of the busiest rank and add up to `seconds`."""
+
+    seconds: float
+    parts: dict[str, float]
+    tokens_per_second: float
+    flops_per_token: float
+    mfu: float  # causal, against the BF16 peak, as the paper counts
+    memory: Memory
+    devices: int
+    dollars_per_million_tokens: float | None
+
+    @property
+    def bottleneck(self) -> str:
+        """The largest part of the step."""
+        return max(self.parts, key=lambda name: self.parts[name])
+
+
+def node_copies(model: ModelConfig, nodes: int) -> float:
+    """Mean number of *other* nodes a token goes to under the model's routing, uniform experts."""
+    limited = model.topk_method != "greedy" and model.n_group > 1
+    limit = model.topk_group if limited and model.n_group == nodes else None
+    hit = expected_groups_hit(model.n_routed_experts, nodes, model.num_experts_per_tok, limit)
+    if limited:
+        hit = min(hit, float(model.topk_group))
+    return hit * (nodes - 1) / nodes
+
+
+def exchange_seconds(
+    model: ModelConfig,
+    mesh: ParallelConfig,
+    device: Accelerator,
+    tokens: float,
+    dispatch_bytes: float,
+    combine_bytes: float,
+) -> float:
+    """One dispatch and one combine of a MoE layer; bytes are of one token.
+
+    Hierarchical: once to each node over scale-out, then to each GPU over scale-up, both at the same
+    time on their own wires, so the slower one counts. A mesh within one scale-up domain has no
+    first hop.
+    """
+    ranks = mesh.node * mesh.local
+    if ranks == 1:
+        return 0.0
+    row = tokens * (dispatch_bytes + combine_bytes)
+    copies = expected_groups_hit(model.n_routed_experts, ranks, model.num_experts_per_tok)
+    if not leaves_domain(mesh, device) or mesh.node == 1:
+        within = row * copies * (ranks - 1) / ranks / device.bandwidth(scale_out=False)
+        return within + 2 * latency.NVLINK_SECONDS
+    across = row * node_copies(model, mesh.node) / device.bandwidth(scale_out=True)
+    within = row * copies * (mesh.local - 1) / mesh.local / device.bandwidth(scale_out=False)
+    return max(across, within) + 2 * latency.INFINIBAND.over(3)
+
+
+def leaves_domain(mesh: ParallelConfig, device: Accelerator) -> bool:
+    """Whether the mesh is larger than one scale-up domain, so that some axes use scale-out."""
+    return mesh.num_devices > device.scale_up_domain
+
+
+def layer_times(
+    config: Config, device: Accelerator, efficiency: Efficiency, moe: bool
+) -> LayerTimes:
+    """Forward times of one layer for one micro-batch on one device."""
+    model, mesh, fp8 = config.model, config.mesh, uses_fp8(config)
+    tokens = tokens_per_micro_batch(config)
+    D, F = model.hidden_size, model.moe_intermediate_size
+    active = model.num_experts_per_tok + model.n_shared_experts
+    ffn = active * expert_parameters(model) if moe else 3 * D * model.intermediate_size
+    weights = (attention_parameters(model) + ffn) / mesh.tensor
+    stage = Stage(0, 1, False, False) if moe else Stage(1, 0, False, False)
+    resident = stage_parameters(model, mesh, stage).total * (1 if fp8 else 2)
+    memory_rate = device.hbm_bandwidth * efficiency.memory
+    units = 1 - efficiency.exchange_units if mesh.node * mesh.local > 1 else 1.0
+    # A matmul over few tokens is bound by reading its weights.
+    rate = device.peak_flops(fp8) * efficiency.matmul * units
+    matmul = max(2 * tokens * weights / rate, resident / memory_rate)
+    core = attention_core_flops(model, config.train.seq_len) * tokens / mesh.tensor
+    attention = core / (device.bf16_flops * efficiency.attention * units)
+    # Norms, rotations, SwiGLU, residuals, casts and, with experts, permutations: each value read
+    # once and written once in BF16.
+    values = 8 * D + 3 * model.num_attention_heads * model.qk_head_dim / mesh.tensor
+    values += (active * (2 * D + 3 * F) if moe else 3 * model.intermediate_size) / mesh.tensor
+    elementwise = 2 * 2 * tokens * values / memory_rate
+    experts = 0.0
+    if moe:
+        sent = latency.fp8_message_bytes(D) if fp8 else 2 * D
+        experts = exchange_seconds(model, mesh, device, tokens, sent, 2 * D)
+    others, up = 0.0, device.bandwidth(scale_out=False)
+    if mesh.tensor > 1:  # two all-reduces of the residual stream
+        others += 2 * 2 * (mesh.tensor - 1) / mesh.tensor * tokens * D * 2 / up
+    if mesh.context > 1:  # every shard's latent goes round
+        latent = 2 * (model.kv_lora_rank + model.qk_rope_head_dim)
+        others += (mesh.context - 1) * tokens * latent / up
+    return LayerTimes(matmul, attention, elementwise, experts, others)
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """Seconds of one micro-batch in one stage; `compute` and `wire` by action (F, I, W)."""
+
+    compute: dict[str, float]
+    wire: dict[str, float]
+    shares: dict[str, float]  # of matmul, attention, elementwise, recomputation in all compute
+
+    def durations(self, paired: bool, transfer: float) -> Durations:
+        """As the schedule's actions last; `paired` hides the wire of an FB pair behind compute."""
+        each = {op: self.compute[op] + self.wire[op] for op in "FIW"}
+        compute, wire = sum(self.compute.values()), sum(self.wire.values())
+        pair = max(compute, wire) if paired else compute + wire
+        return Durations(each["F"], each["I"], each["W"], pair, transfer)
+
+
+def stage_times(
+    config: Config, device: Accelerator, efficiency: Efficiency, stage: Stage
+) -> StageTimes:
+    """Times of `stage`: its layers, and head and MTP where it holds them.
+
+    A matmul's input and weight gradients cost its forward each; attention's backward recomputes the
+    scores, five matmuls for two; elementwise work doubles. remat "dots" repeats the elementwise
+    forward, "full" everything, the exchange included.
+    """
+    model, train = config.model, config.train
+    dense = layer_times(config, device, efficiency, moe=False)
+    moe = layer_times(config, device, efficiency, moe=True)
+    mtp = model.num_nextn_predict_layers if stage.head else 0
+    layers = [(stage.dense_layers, dense), (stage.moe_layers + mtp, moe)]
+
+    def total(part: str) -> float:
+        return sum(count * getattr(layer, part) for count, layer in layers)
+
+    tokens = tokens_per_micro_batch(config)
+    logits = 2 * tokens * model.hidden_size * model.vocab_size / config.mesh.tensor
+    logits_seconds = logits / (device.bf16_flops * efficiency.matmul)
+    matmul = total("matmul") + (1 + mtp) * logits_seconds * stage.head
+    attention, elementwise, wire = total("attention"), total("elementwise"), total("wire")
+    forward = total("compute")
+    again = {"none": 0.0, "dots": elementwise, "full": forward}[train.remat]
+    again_wire = wire if train.remat == "full" else 0.0
+    parts = {
+        "matmul": 3 * matmul,
+        "attention": 3.5 * attention,
+        "elementwise": 3 * elementwise,
+        "recomputation": again,
+    }
+    everything = sum(parts.values())
+    return StageTimes(
+        compute={
+            "F": matmul + attention + elementwise,
+            "I": matmul + 2.5 * attention + 2 * elementwise + again,
+            "W": matmul,
+        },
+        wire={"F": wire, "I": wire + again_wire, "W": 0.0},
+        shares={name: value / everything for name, value in parts.items()},
+    )
+
+
+def estimate_step(
+    config: Config,
+    device: Accelerator,
+    schedule: str = "1f1b",
+    efficiency: Efficiency = DEFAULT_EFFICIENCY,
+    simulated: bool = True,
+) -> StepEstimate:
+    """The training step of `config` on `device`s laid out by config.mesh.
+
+    Every rank is as slow as the slowest, with the mean of its two stages where it holds two.
+    DualPipe and DualPipeV hide the wire of a pair's two micro-batches behind their compute, the
+    other schedules expose it. UserError lists every way in which mesh, model and network do not
+    fit. Memory is reported, not enforced. Without `simulated` the pipeline is the published
+    formulas, a hundred times faster and within a few per cent: for searches.
+    """
+    problems = mesh_problems(config, schedule) + _network_problems(config.mesh, device)
+    if problems:
+        raise UserError("mesh and model do not fit:\n  - " + "\n  - ".join(problems))
+    model, mesh, train = config.model, config.mesh, config.train
+    ranks = stages_of_ranks(model, mesh.pipe, schedule)
+    each = {s: stage_times(config, device, efficiency, s) for held in ranks for s in held}
+    times = max(
+        (_mean([each[s] for s in held]) for held in ranks),
+        key=lambda t: sum(t.compute.values()) + sum(t.wire.values()),
+    )
+    transfer = 0.0
+    if mesh.pipe > 1:
+        sent = 2 * tokens_per_micro_batch(config) * model.hidden_size / mesh.tensor
+        transfer = sent / device.bandwidth(leaves_domain(mesh, device))
+    paired = schedule.startswith("dualpipe") and mesh.pipe > 1
+    count = train.batch_size // (train.micro_batch_size or train.batch_size)
+    run = _run_pipeline if simulated else _run_pipeline_closed_form
+    pipeline = run(
+        schedule if mesh.pipe > 1 else "1f1b", mesh.pipe, count, times.durations(paired, transfer)
+    )
+
+    compute, wire = sum(times.compute.values()), sum(times.wire.values())
+    busy_compute = pipeline.pairs * compute
+    busy_compute += sum(n * times.compute[op] for op, n in pipeline.alone.items())
+    exposed = pipeline.pairs * (max(0.0, wire - compute) if paired else wire)
+    exposed += sum(n * times.wire[op] for op, n in pipeline.alone.items())
+    parts = {name: busy_compute * share for name, share in times.shares.items()}
+    parts["exchange on the wire"] = exposed
+    parts["pipeline bubble"] = pipeline.bubble
+    memory = training_memory(config, schedule, pipeline.peak_activations)
+    parts |= _optimizer_parts(config, device, efficiency, memory)
+    seconds = sum(parts.values())
+
+    rate = train.batch_size * train.seq_len / seconds
+    flops = training_flops_per_token(model, train.seq_len)
+    price = device.price_per_hour
+    dollars = None if price is None else price * mesh.num_devices / 3600 / rate * 1e6
+    used = latency.mfu(rate, flops, mesh.num_devices, device.bf16_flops)
+    return StepEstimate(seconds, parts, rate, flops, used, memory, mesh.num_devices, dollars)
+
+
+@dataclass(frozen=True)
+class _Pipeline:
+    """What the rank that idles longest does: FB pairs, F, I and W on their own, and its bubble."""
+
+    pairs: int
+    alone: dict[str, int]
+    bubble: float
+    peak_activations: tuple[int, ...]
+
+
+def _run_pipeline(schedule: str, ranks: int, count: int, durations: Durations) -> _Pipeline:
+    """The simulation, of at most eight micro-batches a stage: what comes after repeats.
+
+    With transfers the bubble grows with every micro-batch, at a rate that the second half of the
+    simulated ones shows.
+    """
+    folded = schedule == "dualpipev"
+    enough = 8 * ranks * (2 if folded else 1)
+    if count <= enough:
+        return _simulate_pipeline(schedule, ranks, count, durations)
+    half = _simulate_pipeline(schedule, ranks, enough // 2, durations)
+    whole = _simulate_pipeline(schedule, ranks, enough, durations)
+    rest = count - enough
+    growth = (whole.bubble - half.bubble) / (enough - enough // 2)
+    passes = rest * (2 if folded else 1)
+    paired = schedule.startswith("dualpipe")
+    return _Pipeline(
+        whole.pairs + (passes if paired else 0),
+        {op: n + (0 if paired else passes) for op, n in whole.alone.items()},
+        whole.bubble + growth * rest,
+        whole.peak_activations,
+    )
+
+
+def _simulate_pipeline(schedule: str, ranks: int, count: int, durations: Durations) -> _Pipeline:
+    made = make_schedule(schedule, ranks, count)
+    timeline = simulate(made, durations)
+    rank = int(np.argmax(timeline.bubbles))
+    alone = Counter(part.op for a in made.actions[rank] if a.op != "FB" for part in a.parts)
+    pairs = sum(a.op == "FB" for a in made.actions[rank])
+    return _Pipeline(pairs, dict(alone), timeline.bubbles[rank], timeline.peak_activations)
+
+
+def _run_pipeline_closed_form(
+    schedule: str, ranks: int, count: int, durations: Durations
+) -> _Pipeline:
+    """The published bubbles and peaks; DualPipe leaves about `ranks` micro-batches unpaired.
+
+    DualPipeV's micro-batches pass each rank twice, so its counts are doubled.
+    """
+    folded = schedule == "dualpipev"
+    stages, passes = ranks * (2 if folded else 1), count * (2 if folded else 1)
+    pair = durations.of("FB")
+    bubble = latency.bubble_seconds(
+        schedule,
+        stages,
+        durations.forward,
+        durations.backward,
+        durations.weight_backward,
+        pair,
+    )
+    bubble += 2 * (ranks - 1) * durations.transfer
+    if schedule.startswith("dualpipe"):
+        pairs, peaks = passes - stages, (stages + 1,) * ranks
+    elif schedule == "1f1b":
+        pairs, peaks = 0, tuple(min(ranks - r, count) for r in range(ranks))
+    else:
+        pairs, peaks = 0, (min(ranks, count),) * ranks
+    return _Pipeline(pairs, dict.fromkeys("FIW", passes - pairs), bubble, peaks)
+
+
+def _mean(times: list[StageTimes]) -> StageTimes:
+    """The mean of the stages a rank takes turns with; shares are weighted by compute."""
+
+    def mean(name: str) -> dict[str, float]:
+        groups = [getattr(t, name) for t in times]
+        return {key: sum(g[key] for g in groups) / len(groups) for key in groups[0]}
+
+    weights = [sum(t.compute.values()) for t in times]
+    shares = {
+        key: sum(w * t.shares[key] for w, t in zip(weights, times)) / sum(weights)
+        for key in times[0].shares
+    }
+    return StageTimes(mean("compute"), mean("wire"), shares)
+
+
+def _network_problems(mesh: ParallelConfig, device: Accelerator) -> list[str]:
+    """Axes that need scale-up bandwidth but do not fit a domain, and networks without a number."""
+    inner = mesh.local * mesh.context * mesh.tensor
+    found = []
+    if inner > device.scale_up_domain:
+        found.append(
+            f"mesh.local x mesh.context x mesh.tensor = {inner} exceeds the "
+            f"{device.scale_up_domain} devices of {device.name}'s scale-up domain: use mesh.node "
+            "for the rest"
+        )
+    if leaves_domain(mesh, device) and device.scale_out_bandwidth is None:
+        found.append(
+            f"{mesh.num_devices} devices leave {device.name}'s scale-up domain of "
+            f"{device.scale_up_domain}, and its scale_out_bandwidth has no source: describe it in "
+            "a JSON file"
+        )
+    return found
+
+
+def _optimizer_parts(
+    config: Config, device: Accelerator, efficiency: Efficiency, memory: Memory
+) -> dict[str, float]:
+    """Gradient reduce-scatter (f32), weight all-gather, and the sharded AdamW update.
+
+    All of a device's parameters are counted as reduced over data x node x local x context ranks,
+    those of experts too, which only data x context share: an upper bound.
+    """
+    mesh = config.mesh
+    replicas = mesh.data * mesh.node * mesh.local * mesh.context
+    moved = (memory.gradients + memory.weights) * (replicas - 1) / replicas
+    reduction = moved / device.bandwidth(leaves_domain(mesh, device)) if replicas > 1 else 0.0
+    # Gradients and states are read once, states written once, and the weights.
+    touched = memory.gradients / replicas + 2 * memory.optimizer + memory.weights
+    update = touched / (device.hbm_bandwidth * efficiency.memory)
+    return {"gradient reduction": reduction, "optimizer": update}
+
+
+def calibrate(
+    config: Config,
+    device: Accelerator,
+    measured_tokens_per_second: float,
+    schedule: str = "1f1b",
+    source: str = "calibrated",
+) -> Efficiency:
+    """The default Efficiency times the one factor that makes `estimate_step` give the measurement.
+
+    Found by bisection, as exchange and bubble do not scale with it. UserError when even full
+    efficiency is slower than what was measured, or the measurement is not positive.
+    """
+    if not measured_tokens_per_second > 0:
+        raise UserError(f"{measured_tokens_per_second=} must be positive")
+
+    def rate(factor: float) -> float:
+        scaled = DEFAULT_EFFICIENCY.scaled(factor, source)
+        return estimate_step(config, device, schedule, scaled).tokens_per_second
+
+    low, high = 1e-6, 1 / min(DEFAULT_EFFICIENCY.matmul, DEFAULT_EFFICIENCY.attention)
+    if rate(high) < measured_tokens_per_second:
+        raise UserError(
+            f"measured {measured_tokens_per_second:,.0f} tokens/s exceed the "
+            f"{rate(high):,.0f} that {device.name} reaches at full efficiency: check its peaks"
+        )
+    for _ in range(26):  # to 1e-6 of the factor
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if rate(middle) < measured_tokens_per_second else (low, middle)
+    return DEFAULT_EFFICIENCY.scaled(high, source)

@@ -1,0 +1,258 @@
+"""Bytes per device: weights, gradients, optimizer state, activations and cache under a mesh.
+
+Placement as in docs/design: layers over `pipe`, experts over `node` x `local`, heads and hidden
+dims of the dense parts over `tensor`, tokens over everything but `pipe` and `tensor`; master
+weights and moments are shared out over a parameter's replicas (ZeRO-1). The busiest stage counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv3_jax.analysis.model_cost import (
+    attention_parameters,
+    expert_parameters,
+    kv_bytes_per_token,
+)
+from dsv3_jax.config import Config, ModelConfig, ParallelConfig
+
+BYTES = {"bfloat16": 2, "float32": 4}
+
+
+def uses_fp8(config: Config) -> bool:
+    """Whether the matmuls of this run are FP8; every preset that is, is named so."""
+    return config.quant.preset.startswith("fp8")
+
+
+def mesh_problems(config: Config, schedule: str) -> list[str]:
+    """Each way in which the mesh does not divide the model or the batch, with a fix."""
+    model, mesh, train = config.model, config.mesh, config.train
+    experts = mesh.node * mesh.local
+    found = []
+    if model.n_routed_experts % experts:
+        found.append(
+            f"mesh.node={mesh.node} x mesh.local={mesh.local} = {experts} must divide "
+            f"n_routed_experts={model.n_routed_experts}"
+        )
+    for name in ("num_attention_heads", "intermediate_size", "moe_intermediate_size", "vocab_size"):
+        if getattr(model, name) % mesh.tensor:
+            found.append(f"mesh.tensor={mesh.tensor} must divide {name}={getattr(model, name)}")
+    if train.seq_len % mesh.context:
+        found.append(f"mesh.context={mesh.context} must divide train.seq_len={train.seq_len}")
+    stages = mesh.pipe * (2 if schedule == "dualpipev" else 1)
+    if stages > model.num_hidden_layers:
+        found.append(
+            f"mesh.pipe={mesh.pipe} under {schedule} needs {stages} stages, but the model has "
+            f"num_hidden_layers={model.num_hidden_layers}"
+        )
+    micro = train.micro_batch_size or train.batch_size
+    count = train.batch_size // micro
+    if mesh.pipe > 1 and schedule.startswith("dualpipe"):
+        if count < 2 * mesh.pipe:
+            found.append(
+                f"{schedule} needs at least {2 * mesh.pipe} micro-batches for mesh.pipe="
+                f"{mesh.pipe}, but train.batch_size / micro_batch_size = {count}"
+            )
+        elif schedule == "dualpipe" and (mesh.pipe % 2 or count % 2):
+            found.append(f"dualpipe needs even mesh.pipe={mesh.pipe} and micro-batches={count}")
+    return found
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pipeline stage holds, in layers."""
+
+    dense_layers: int
+    moe_layers: int
+    embedding: bool
+    head: bool  # and, with it, the MTP modules
+
+    @property
+    def layers(self) -> int:
+        """Main-model layers."""
+        return self.dense_layers + self.moe_layers
+
+
+def split_into_stages(model: ModelConfig, stages: int) -> list[Stage]:
+    """Contiguous layers for each stage, so that each does about the same FLOPs.
+
+    Head and MTP modules sit on the last stage, which gets fewer layers for it: for V3 on 16 they
+    weigh 4.2 of its MoE layers, and the last stage has none of the 61. The embedding is free.
+    """
+    D, mtp = model.hidden_size, model.num_nextn_predict_layers
+    active = model.num_experts_per_tok + model.n_shared_experts
+    layer = attention_parameters(model) + active * expert_parameters(model)
+    tail = mtp + (1 + mtp) * model.vocab_size * D / layer
+    last = model.num_hidden_layers
+    if stages > 1:
+        last = max(0, round((model.num_hidden_layers + tail) / stages - tail))
+    base, extra = divmod(model.num_hidden_layers - last, max(stages - 1, 1))
+    counts = [base + (s < extra) for s in range(stages - 1)] + [last]
+    made, start = [], 0
+    for s, count in enumerate(counts):
+        dense = max(0, min(model.num_dense_layers - start, count))
+        made.append(Stage(dense, count - dense, s == 0, s == stages - 1))
+        start += count
+    return made
+
+
+def stages_of_ranks(model: ModelConfig, ranks: int, schedule: str) -> list[list[Stage]]:
+    """The stages each pipeline rank holds: one, or two from opposite ends under DualPipe(V)."""
+    if ranks == 1 or not schedule.startswith("dualpipe"):
+        return [[stage] for stage in split_into_stages(model, ranks)]
+    stages = split_into_stages(model, 2 * ranks if schedule == "dualpipev" else ranks)
+    return [[stages[rank], stages[-1 - rank]] for rank in range(ranks)]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Parameters on one device, apart by how many replicas they have."""
+
+    replicated: float  # over data, node, local and context
+    expert: float  # over data and context
+
+    def __add__(self, other: Shard) -> Shard:
+        return Shard(self.replicated + other.replicated, self.expert + other.expert)
+
+    @property
+    def total(self) -> float:
+        """All parameters of the device."""
+        return self.replicated + self.expert
+
+
+def stage_parameters(model: ModelConfig, mesh: ParallelConfig, stage: Stage) -> Shard:
+    """Parameters of `stage` on one device."""
+    D, tensor = model.hidden_size, mesh.tensor
+    down = D * (model.kv_lora_rank + model.qk_rope_head_dim) + (model.q_lora_rank or 0) * D
+    attention = down + (attention_parameters(model) - down) / tensor
+    table = model.vocab_size * D / tensor
+    expert = expert_parameters(model)
+    router = model.n_routed_experts * D
+    moe = router + model.n_shared_experts * expert / tensor
+    routed = model.n_routed_experts / (mesh.node * mesh.local) * expert / tensor
+    mtp = model.num_nextn_predict_layers if stage.head else 0
+    moe_layers = stage.moe_layers + mtp
+    replicated = (
+        (stage.layers + mtp) * (attention + 2 * D)
+        + stage.dense_layers * 3 * D * model.intermediate_size / tensor
+        + moe_layers * moe
+        + mtp * 2 * D * D
+        + (stage.embedding + stage.head) * table
+    )
+    return Shard(replicated, moe_layers * routed)
+
+
+def activation_bytes_per_token(
+    model: ModelConfig, moe: bool, remat: str, fp8: bool, tensor: int = 1
+) -> float:
+    """Bytes a layer keeps per token from its forward to its backward.
+
+    remat "none" keeps the input of every matmul, norm and SwiGLU; "dots" the matmul outputs; "full"
+    only the layer's input. With `fp8`, matmul inputs are kept as E4M3 and SwiGLU's too, as V3 does
+    (section 3.3.3); the residual stream stays BF16. Softmax statistics and router scores are f32.
+    """
+    D, N, K = model.hidden_size, model.num_attention_heads, model.num_experts_per_tok
+    Q, C, R = model.q_lora_rank or 0, model.kv_lora_rank, model.qk_rope_head_dim
+    H, U = model.qk_nope_head_dim, model.v_head_dim
+    stream = 2 * 2 * D  # the two inputs of the residual blocks, BF16
+    if remat == "full":
+        return 2 * D
+    narrow = 1 if fp8 else 2
+    attention = N / tensor * (2 * (2 * (H + R) + U) + narrow * U + 4)  # q, k, v; o; statistics
+    latents = 2 * (Q + C + R)
+    wide = model.intermediate_size / tensor
+    if moe:
+        routed = K + model.n_shared_experts
+        wide = routed * model.moe_intermediate_size / tensor
+        rows = narrow * routed * D + 4 * model.n_routed_experts
+    else:
+        rows = narrow * D
+    if remat == "dots":
+        return stream + attention + latents + narrow * 2 * wide + 2 * D
+    normed = narrow * (D + Q + C)
+    return stream + attention + latents + normed + rows + narrow * 3 * wide
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the busiest device."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    cache: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(vars(self).values())
+
+
+def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -> Memory:
+    """Bytes of a training step; `in_flight[rank]` activations are held at once (simulated).
+
+    Weights are held in the dtype they are multiplied in, gradients are accumulated in f32, and
+    master weights (f32) with both moments are sharded over the replicas.
+    """
+    model, mesh, fp8 = config.model, config.mesh, uses_fp8(config)
+    state = 4 + 2 * BYTES[config.optimizer.moment_dtype]
+    replicas = mesh.data * mesh.context
+    tokens = tokens_per_micro_batch(config)
+    worst = None
+    for rank, held in enumerate(stages_of_ranks(model, mesh.pipe, schedule)):
+        shards = [stage_parameters(model, mesh, s) for s in held]
+        shard = sum(shards[1:], start=shards[0])
+        per_token = max(
+            s.dense_layers * _layer(config, moe=False) + s.moe_layers * _layer(config, moe=True)
+            for s in held
+        )
+        head = any(s.head for s in held)
+        made = Memory(
+            weights=shard.total * (1 if fp8 else 2),
+            gradients=4 * shard.total,
+            optimizer=state
+            * (shard.replicated / (replicas * mesh.node * mesh.local) + shard.expert / replicas),
+            activations=in_flight[rank] * tokens * per_token,
+            # Logits and their gradient in f32, for the main head and each MTP depth in turn.
+            logits=2 * 4 * tokens * model.vocab_size / mesh.tensor if head else 0.0,
+        )
+        if worst is None or made.total > worst.total:
+            worst = made
+    assert worst is not None
+    return worst
+
+
+def _layer(config: Config, moe: bool) -> float:
+    return activation_bytes_per_token(
+        config.model, moe, config.train.remat, uses_fp8(config), config.mesh.tensor
+    )
+
+
+def tokens_per_micro_batch(config: Config) -> float:
+    """Tokens of one micro-batch on one device."""
+    mesh, train = config.mesh, config.train
+    sequences = train.micro_batch_size or train.batch_size
+    return sequences * train.seq_len / (mesh.data * mesh.node * mesh.local * mesh.context)
+
+
+def serving_memory(
+    config: Config, batch: int, context: int, kv_bytes_per_value: float = 2
+) -> Memory:
+    """Bytes of decoding `batch` sequences of `context` tokens on each device of the mesh.
+
+    The whole model is spread over `pipe` and the expert axes; the cache is MLA's latent.
+    """
+    model, mesh = config.model, config.mesh
+    stages = split_into_stages(model, mesh.pipe)
+    weights = max(stage_parameters(model, mesh, s).total for s in stages)
+    cache = batch * context * kv_bytes_per_token(model, kv_bytes_per_value)
+    return Memory(
+        weights=weights * (1 if uses_fp8(config) else 2),
+        gradients=0.0,
+        optimizer=0.0,
+        activations=0.0,
+        logits=4.0 * batch * model.vocab_size / mesh.tensor,
+        cache=cache / (mesh.pipe * mesh.context),
+    )
