@@ -51,7 +51,7 @@ def hf_tensors(config: ModelConfig, dtype: str, seed: int = 0) -> dict[str, np.n
 
     def add(name: str, *shape: int, fp8: bool = False) -> None:
         if fp8 and dtype == "fp8":
-            tensors[name] = (rng.normal(size=shape) * 100).astype(FP8)
+            tensors[name] = np.clip(rng.normal(size=shape) * 100, -448, 448).astype(FP8)
             blocks = tuple(math.ceil(n / 128) for n in shape)
             scales = rng.uniform(1e-4, 9e-4, blocks).astype(np.float32)
             tensors[name + "_scale_inv"] = scales
