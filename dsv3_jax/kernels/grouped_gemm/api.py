@@ -15,7 +15,7 @@ from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled
 
 PACKAGE = "dsv3_jax.kernels.grouped_gemm"
 
-# XLA:CPU computes the reference's ragged_dot densely over all experts; the loop over blocks does not.
+# XLA:CPU computes the reference's ragged_dot densely over all experts; blocks.py does not.
 ORDER: Mapping[str, tuple[str, ...]] = {**backend.DEFAULT_ORDER, "cpu": ("blocks", "reference")}
 
 # A GEMM tile of a GPU or TPU kernel never spans two experts, and 128 rows are the smallest tile

@@ -1,0 +1,166 @@
+"""Products of rows grouped by expert on Hopper, in Pallas Mosaic GPU.
+
+The loop is the dense one's (`gemm/hopper.py`). What is added is a table of row tiles, made on the
+device from the group sizes: a tile never spans two experts, and the last tile of a group stores
+only its own rows.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.kernels.gemm import hopper, tiles
+from dsv3_jax.kernels.gemm.hopper import Tile, WorkTable
+from dsv3_jax.kernels.gemm.hopper_wgrad import wgrad
+from dsv3_jax.quantization.block_scaled import BlockScaled
+
+
+def grouped_matmul(
+    rows: Float[Array, "M K"] | BlockScaled,
+    weights: Float[Array, "E N K"] | BlockScaled,
+    group_sizes: Int[Array, " E"],
+    *,
+    alignment: int = 128,
+    tile: Tile | None = None,
+) -> Float[Array, "M N"]:
+    """Each row times its group's weights; see `api.grouped_matmul`. `tile` overrides the choice."""
+    _require(rows.dtype, alignment, *weights.shape[1:])
+    m = rows.shape[0]
+    if m % 8:
+        raise NotImplementedError(f"M={m} must be a multiple of 8")
+    if not isinstance(rows, BlockScaled) or not isinstance(weights, BlockScaled):
+        return _differentiable(rows, weights, group_sizes, tile or tiles.BF16)
+    experts, n, k = weights.shape
+    tile = tile or tiles.grouped(m, experts, n, k, hopper.multiprocessors())
+    return hopper.matmul(
+        rows.values,
+        weights.values,
+        tile,
+        a_scales=rows.scales.mT,
+        b_scales=weights.scales,
+        work=contiguous_work(group_sizes, m, tile),
+    )
+
+
+def grouped_wgrad(
+    a: Float[Array, "N M"] | BlockScaled,
+    b: Float[Array, "K M"] | BlockScaled,
+    group_sizes: Int[Array, " E"],
+    *,
+    accumulate: Float[Array, "E N K"] | None = None,
+    alignment: int = 128,
+    tile: Tile | None = None,
+) -> Float[Array, "E N K"]:
+    """Each expert's weight gradient; see `api.grouped_wgrad`."""
+    _require(a.dtype, alignment, a.shape[0], b.shape[0])
+    starts = jnp.cumsum(group_sizes) - group_sizes
+    if isinstance(a, BlockScaled):
+        assert isinstance(b, BlockScaled)
+        return wgrad(
+            a.values,
+            b.values,
+            starts,
+            group_sizes,
+            tile or tiles.WGRAD,
+            a_scales=a.scales.mT,
+            b_scales=b.scales.mT,
+            accumulate=accumulate,
+        )
+    assert not isinstance(b, BlockScaled)
+    # The tensor core reads bfloat16 with tokens first; a caller's transpose and this one cancel.
+    return wgrad(a.mT, b.mT, starts, group_sizes, tile or tiles.BF16_WGRAD, accumulate=accumulate)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _differentiable(rows, weights, group_sizes, tile):
+    work = contiguous_work(group_sizes, rows.shape[0], tile)
+    return hopper.matmul(rows, weights, tile, work=work)
+
+
+def _forward(rows, weights, group_sizes, tile):
+    return _differentiable(rows, weights, group_sizes, tile), (rows, weights, group_sizes)
+
+
+def _backward(tile, residuals, d_out):
+    rows, weights, group_sizes = residuals
+    work = contiguous_work(group_sizes, rows.shape[0], tile)
+    d_rows = hopper.matmul(d_out, weights, tile, work=work, b_rows_first=True)
+    d_weights = grouped_wgrad(d_out.mT, rows.mT, group_sizes).astype(weights.dtype)
+    return d_rows, d_weights, np.zeros(group_sizes.shape, jax.dtypes.float0)
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _require(dtype, alignment: int, *dims: int) -> None:
+    """Raises NotImplementedError for what TMA and wgmma cannot read."""
+    hopper.require()
+    if dtype not in (jnp.bfloat16, jnp.float8_e4m3fn):
+        raise NotImplementedError(f"operands must be bfloat16 or block-scaled, and are {dtype}")
+    if alignment % 128:
+        raise NotImplementedError(f"{alignment=} must be a multiple of 128")
+    multiple = 64 if dtype == jnp.bfloat16 else 8
+    if any(dim % multiple for dim in dims):
+        raise NotImplementedError(f"N and K, {dims}, must be multiples of {multiple} in {dtype}")
+
+
+def masked_grouped_matmul(
+    rows: Float[Array, "E M K"] | BlockScaled,
+    weights: Float[Array, "E N K"] | BlockScaled,
+    group_sizes: Int[Array, " E"],
+    *,
+    tile: Tile | None = None,
+) -> Float[Array, "E M N"]:
+    """Each expert's rows times its weights; see `api.masked_grouped_matmul`."""
+    experts, m, k = rows.shape
+    _require(rows.dtype, 128, *weights.shape[1:])
+    if m % 64:
+        raise NotImplementedError(f"M={m} must be a multiple of the 64 rows of a wgmma")
+    tile = tile or (tiles.MASKED if m > 64 else tiles.MASKED_64)
+    work = work_table(
+        jnp.arange(experts, dtype=jnp.int32) * m,
+        group_sizes,
+        tile,
+        limit=experts * -(-m // tile.m),
+        used=experts * m,
+    )
+    if not isinstance(rows, BlockScaled):
+        assert not isinstance(weights, BlockScaled)
+        out = hopper.matmul(rows.reshape(experts * m, k), weights, tiles.BF16, work=work)
+    else:
+        assert isinstance(weights, BlockScaled)
+        out = hopper.matmul(
+            rows.values.reshape(experts * m, k),
+            weights.values,
+            tile,
+            a_scales=rows.scales.reshape(experts * m, -1).mT,
+            b_scales=weights.scales,
+            work=work,
+        )
+    return out.reshape(experts, m, -1)
+
+
+def contiguous_work(group_sizes: Int[Array, " E"], rows: int, tile: Tile) -> WorkTable:
+    """The row tiles of groups that follow each other among `rows` rows."""
+    starts = jnp.cumsum(group_sizes) - group_sizes
+    limit = rows // tile.m + group_sizes.shape[0]
+    return work_table(starts, group_sizes, tile, limit=limit, used=group_sizes.sum())
+
+
+def work_table(
+    starts: Int[Array, " E"], sizes: Int[Array, " E"], tile: Tile, limit: int, used
+) -> WorkTable:
+    """The row tiles of groups that begin at `starts`; `limit` is the most there can be."""
+    tiles = -(-sizes // tile.m)
+    ends = jnp.cumsum(tiles)
+    t = jnp.arange(limit, dtype=jnp.int32)
+    # How many groups end at or before tile t: E comparisons, where a binary search takes kernels.
+    expert = (t[:, None] >= ends[None, :]).sum(1, dtype=jnp.int32)
+    expert = jnp.minimum(expert, sizes.shape[0] - 1)
+    row = starts[expert] + (t - (ends - tiles)[expert]) * tile.m
+    end = (starts + sizes)[expert]
+    columns = expert, row, end, ends[-1:], jnp.reshape(used, 1)
+    return WorkTable(*(jnp.asarray(column, jnp.int32) for column in columns))

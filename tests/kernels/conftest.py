@@ -1,0 +1,46 @@
+"""What the kernel tests share: which implementations can run here, and operands."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.kernels.gemm import hopper
+
+OLD_JAX = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11)
+INTERPRETER_IS_NEWER = pytest.mark.skipif(
+    OLD_JAX, reason=f"Pallas interprets GPU kernels from jax 0.11 on; this is {jax.__version__}"
+)
+IMPLEMENTATIONS = ["reference", pytest.param("pallas_gpu", marks=INTERPRETER_IS_NEWER)]
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def running(monkeypatch):
+    """A context in which an implementation runs on this machine, interpreted if need be."""
+
+    def enter(implementation: str):
+        if implementation != "pallas_gpu" or jax.default_backend() == "gpu":
+            return contextlib.nullcontext()
+        # Two simulated blocks: enough to divide the work, and each costs threads.
+        monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)
+        return hopper.interpreting()
+
+    return enter
+
+
+def normal(rng, *shape):
+    """Standard normal numbers, float32."""
+    return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def relative_error(out, exact) -> float:
+    """Frobenius norm of the difference over that of `exact`, in float64."""
+    out, exact = np.asarray(out, np.float64), np.asarray(exact, np.float64)
+    return float(np.linalg.norm(out - exact) / np.linalg.norm(exact))

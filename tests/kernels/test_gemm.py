@@ -1,0 +1,94 @@
+"""Dense products of block-scaled FP8 numbers: every implementation against a float64 product."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.kernels.gemm import tiles
+from dsv3_jax.kernels.gemm.api import scaled_matmul
+from dsv3_jax.kernels.gemm.hopper import Tile
+from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, dequantize, quantize
+from tests.kernels.conftest import (
+    IMPLEMENTATIONS,
+    INTERPRETER_IS_NEWER,
+    normal,
+    relative_error,
+)
+
+BF16_LIMIT = 2e-3  # rounding the result to bfloat16 alone is 1.7e-3
+F32_LIMIT = 1e-6  # the reference and the interpreter add in float32; a GPU reaches 1e-3 only
+
+
+def exact(a, b):
+    a, b = (np.asarray(dequantize(x, jnp.float32), np.float64) for x in (a, b))
+    return a @ b.T
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("m, n, k", [(13, 72, 256), (130, 200, 128)])
+def test_activations_by_weights(implementation, m, n, k, rng, running):
+    a, b = quantize(normal(rng, m, k), PER_TOKEN), quantize(normal(rng, n, k), PER_BLOCK)
+    with running(implementation):
+        out = scaled_matmul(a, b, implementation=implementation)
+    assert out.dtype == jnp.bfloat16
+    assert relative_error(out, exact(a, b)) < BF16_LIMIT
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_weight_gradient_adds_to_what_is_there(implementation, rng, running):
+    a, b = quantize(normal(rng, 13, 256), PER_TOKEN), quantize(normal(rng, 72, 256), PER_TOKEN)
+    before = normal(rng, 13, 72)
+    with running(implementation):
+        out = scaled_matmul(a, b, accumulate=before, implementation=implementation)
+    assert out.dtype == jnp.float32
+    assert relative_error(out - before, exact(a, b)) < F32_LIMIT
+
+
+@INTERPRETER_IS_NEWER
+@pytest.mark.parametrize(
+    "tile",
+    [
+        Tile(waves=2, stages=2, store_buffers=2),
+        Tile(columns=192, stages=2),
+        Tile(warpgroups=3, stages=2, cluster=2, shared="b"),
+        Tile(warpgroups=1, columns=56, stages=2, slabs=2),
+    ],
+    ids=["two waves", "scale changes inside", "shares b", "two slabs"],
+)
+def test_every_kind_of_tile(tile, rng, running):
+    from dsv3_jax.kernels.gemm import pallas_gpu
+
+    a, b = quantize(normal(rng, 72, 384), PER_TOKEN), quantize(normal(rng, 200, 384), PER_BLOCK)
+    with running("pallas_gpu"):
+        out = pallas_gpu.scaled_matmul(a, b, tile=tile)
+    assert relative_error(out, exact(a, b)) < BF16_LIMIT
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(k=136), "K=136 must be a multiple of 128"),
+        (dict(n=60), "N=60 of 8"),
+        (dict(b_tile=(128, 1)), "tiles"),
+        (dict(accumulate=jnp.zeros((8, 64))), "accumulate needs b in tiles of 1x128"),
+        (
+            dict(b_tile=PER_TOKEN, accumulate=jnp.zeros((8, 64), jnp.bfloat16)),
+            r"accumulate is bfloat16 \(8, 64\); it must be float32",
+        ),
+    ],
+)
+def test_refuses_what_it_cannot_multiply(change, message, rng):
+    n, k = change.get("n", 64), change.get("k", 128)
+    a = quantize(normal(rng, 8, k), PER_TOKEN)
+    b = quantize(normal(rng, n, k), change.get("b_tile", PER_BLOCK))
+    with pytest.raises(ValueError, match=message):
+        scaled_matmul(a, b, accumulate=change.get("accumulate"))
+
+
+def test_the_tile_grows_with_the_product():
+    decode, train = tiles.dense(64, 7168, 16384, 132), tiles.dense(4096, 7168, 16384, 132)
+    assert decode.m == 64 and train.m == 256
+    # 33 column tiles of 64 leave most of 132 blocks idle: narrower ones are worth their overhead.
+    assert tiles.dense(64, 2112, 7168, 132).n < decode.n
+    # 16 x 17 tiles of 256 x 128 are 3 rounds where 2.06 would do; 192 rows waste less.
+    assert tiles.dense(4096, 2112, 7168, 132).m == 192

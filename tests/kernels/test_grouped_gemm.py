@@ -1,0 +1,110 @@
+"""Products grouped by expert: every implementation against float64, with empty groups."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.kernels.grouped_gemm import api
+from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, dequantize, quantize
+from tests.kernels.conftest import IMPLEMENTATIONS, normal, relative_error
+
+BF16_LIMIT = 2e-3
+F32_LIMIT = 1e-6
+SIZES = jnp.array([128, 0, 256], jnp.int32)
+ROWS = 448  # 64 rows belong to nobody
+
+
+def plain(x):
+    x = x if isinstance(x, jax.Array) else dequantize(x, jnp.float32)
+    return np.asarray(x, np.float64)
+
+
+def in_groups(rows, weights, sizes):
+    out, start = np.zeros((rows.shape[0], weights.shape[1])), 0
+    for expert, size in enumerate(np.asarray(sizes)):
+        group = slice(start, start + size)
+        out[group] = plain(rows)[group] @ plain(weights)[expert].T
+        start += size
+    return out
+
+
+def operands(rng, scaled, n=64, k=128):
+    rows, weights = normal(rng, ROWS, k), normal(rng, len(SIZES), n, k)
+    if scaled:
+        return quantize(rows, PER_TOKEN), quantize(weights, PER_BLOCK)
+    return rows.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("scaled", [True, False], ids=["fp8", "bf16"])
+def test_each_group_meets_its_own_weights(implementation, scaled, rng, running):
+    rows, weights = operands(rng, scaled)
+    with running(implementation):
+        out = api.grouped_matmul(rows, weights, SIZES, implementation=implementation)
+    assert relative_error(out, in_groups(rows, weights, SIZES)) < BF16_LIMIT
+    assert not np.asarray(out[int(SIZES.sum()) :]).any(), "rows of nobody are zero"
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_are_those_of_the_groups(implementation, rng, running):
+    rows, weights = operands(rng, scaled=False)
+    d_out = normal(rng, ROWS, 64).astype(jnp.bfloat16)
+
+    def product(rows, weights):
+        return api.grouped_matmul(rows, weights, SIZES, implementation=implementation)
+
+    with running(implementation):
+        d_rows, d_weights = jax.vjp(product, rows, weights)[1](d_out)
+    assert relative_error(d_rows, in_groups(d_out, weights.mT, SIZES)) < BF16_LIMIT
+    ends = np.cumsum(np.asarray(SIZES))
+    for expert, (start, end) in enumerate(zip(ends - np.asarray(SIZES), ends)):
+        exact = plain(d_out)[start:end].T @ plain(rows)[start:end]
+        if start == end:
+            assert not np.asarray(d_weights[expert]).any()
+        else:
+            assert relative_error(d_weights[expert], exact) < BF16_LIMIT
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_masked_rows_of_each_expert(implementation, rng, running):
+    sizes = jnp.array([3, 0, 64], jnp.int32)
+    rows = quantize(normal(rng, 3, 64, 128), PER_TOKEN)
+    weights = quantize(normal(rng, 3, 64, 128), PER_BLOCK)
+    with running(implementation):
+        out = api.masked_grouped_matmul(rows, weights, sizes, implementation=implementation)
+    for expert, size in enumerate(np.asarray(sizes)):
+        exact = plain(rows)[expert, :size] @ plain(weights)[expert].T
+        if size:
+            assert relative_error(out[expert, :size], exact) < BF16_LIMIT
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("accumulated", [True, False], ids=["adds", "fresh"])
+def test_weight_gradients_sum_over_their_group(implementation, accumulated, rng, running):
+    sizes = jnp.array([256, 0, 128], jnp.int32)
+    a, b = (quantize(normal(rng, rows, 384), PER_TOKEN) for rows in (72, 40))
+    before = normal(rng, 3, 72, 40) if accumulated else jnp.zeros((3, 72, 40))
+    with running(implementation):
+        out = api.grouped_wgrad(
+            a, b, sizes, accumulate=before if accumulated else None, implementation=implementation
+        )
+    start = 0
+    for expert, size in enumerate(np.asarray(sizes)):
+        group = slice(start, start + size)
+        exact = plain(before)[expert] + plain(a)[:, group] @ plain(b)[:, group].T
+        start += size
+        if size or accumulated:
+            assert relative_error(out[expert], exact) < F32_LIMIT
+        else:
+            assert not np.asarray(out[expert]).any()
+
+
+def test_refuses_operands_that_do_not_belong_together(rng):
+    rows, weights = operands(rng, scaled=True)
+    with pytest.raises(ValueError, match="both be block-scaled"):
+        api.grouped_matmul(rows, dequantize(weights), SIZES)
+    with pytest.raises(ValueError, match="one size for each of the 3 experts"):
+        api.grouped_matmul(rows, weights, SIZES[:2])
+    with pytest.raises(ValueError, match="scales may not span groups"):
+        api.grouped_wgrad(rows, rows, SIZES, alignment=64)
