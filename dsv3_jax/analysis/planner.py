@@ -21,6 +21,9 @@ from dsv3_jax.config import Config, ParallelConfig, UserError
 Goal = Literal["training", "tpot"]
 # Left free for the runtime, fragmentation and communication buffers.
 USABLE_MEMORY = 0.92
+# Tensor parallelism is not tried below this many columns of an expert: the estimate gives every
+# matmul the same efficiency, which narrow ones do not reach.
+MIN_SHARD_WIDTH = 512
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,9 @@ def _meshes(config: Config, device: Accelerator, devices: int) -> Iterator[Paral
         if pipe > config.model.num_hidden_layers:
             continue
         for tensor in _divisors(rest // pipe):
+            width = config.model.moe_intermediate_size // tensor
+            if tensor > 1 and width < MIN_SHARD_WIDTH:
+                continue
             for local in _divisors(rest // pipe // tensor):
                 if local * tensor * context > device.scale_up_domain or tensor > 8:
                     continue
