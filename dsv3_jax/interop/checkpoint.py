@@ -106,6 +106,11 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     return open_imported(folder) if (folder / MANIFEST).exists() else open_hf(folder)
 
 
+def is_weights_folder(folder: str | Path) -> bool:
+    """Whether `open_checkpoint` is what opens this folder (a run directory is not one)."""
+    return any((Path(folder) / name).exists() for name in (MANIFEST, INDEX, SINGLE))
+
+
 def open_hf(folder: str | Path) -> Checkpoint:
     """The checkpoint in a Hugging Face folder: config.json, and one or many safetensors files."""
     folder = Path(folder)

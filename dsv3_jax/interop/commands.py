@@ -1,20 +1,114 @@
-"""What `python -m dsv3_jax import-hf`, `export-hf` and `logits` do; cli parses the options."""
+"""What `python -m dsv3_jax import-hf`, `export-hf` and `logits` do; cli parses their options.
+
+A run's own checkpoints belong to the trainer's room, so whoever calls passes `open_run`, which
+takes a run directory and a step and returns its config, its variables and its tokenizer's file.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.config import ModelConfig
+from dsv3_jax.config import ModelConfig, UserError
+from dsv3_jax.interop.checkpoint import (
+    Checkpoint,
+    from_variables,
+    is_weights_folder,
+    open_checkpoint,
+)
+from dsv3_jax.interop.exporting import export_hf
+from dsv3_jax.interop.importing import import_hf
+from dsv3_jax.interop.load import load
+from dsv3_jax.interop.stream import StorageDType
 from dsv3_jax.interop.trace import read_tokens, trace
 
+log = logging.getLogger(__name__)
 
-def write_logits(
-    variables: dict[str, Any], config: ModelConfig, tokens: str | Path, out: str | Path
-) -> dict[str, np.ndarray]:
-    """Writes `trace` of the token ids in a .npy file to `out`, a .npz file, and returns it."""
-    found = trace(variables, read_tokens(tokens, config), config)
-    np.savez(out, **found)
-    return found
+OpenRun = Callable[[Path, str], tuple[ModelConfig, dict[str, Any], Path | None]]
+
+
+@dataclass(frozen=True)
+class ImportOptions:
+    """Import a Hugging Face checkpoint folder."""
+
+    src: Path  # config.json and safetensors files
+    dst: Path  # the folder to write
+    dtype: Literal["stored", "bf16", "f32"] = "stored"  # stored: every byte kept, FP8 included
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Write a Hugging Face checkpoint folder for transformers, vLLM, SGLang and llama.cpp."""
+
+    src: Path  # a run directory, an import, or another Hugging Face folder
+    dst: Path  # the folder to write
+    dtype: StorageDType = "stored"  # stored: as it is, f32 for a run
+    step: str = "auto"  # of a run: the newest valid one, or its number
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class LogitsOptions:
+    """Write logits, MTP logits, hidden states and expert choices for given token ids."""
+
+    checkpoint: Path  # a run directory, an import, or a Hugging Face folder
+    tokens: Path  # a .npy file of token ids, [T] or [B, T]
+    out: Path  # the .npz file to write
+    dtype: Literal["bf16", "f32"] = "f32"  # of weights and arithmetic
+    step: str = "auto"  # of a run: the newest valid one, or its number
+
+
+def run_import(options: ImportOptions) -> None:
+    """python -m dsv3_jax import-hf SRC DST"""
+    start = time.monotonic()
+    import_hf(options.src, options.dst, options.dtype, overwrite=options.overwrite)
+    _say("imported", options.dst, start)
+
+
+def run_export(options: ExportOptions, open_run: OpenRun) -> None:
+    """python -m dsv3_jax export-hf SRC DST"""
+    start = time.monotonic()
+    source, tokenizer = _open(options.src, options.step, open_run)
+    export_hf(source, options.dst, options.dtype, overwrite=options.overwrite, tokenizer=tokenizer)
+    _say("exported", options.dst, start)
+
+
+def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
+    """python -m dsv3_jax logits --checkpoint DIR --tokens FILE --out FILE"""
+    source, _ = _open(options.checkpoint, options.step, open_run)
+    dtype = {"bf16": "bfloat16", "f32": "float32"}[options.dtype]
+    config = dataclasses.replace(source.config, dtype=dtype)
+    tokens = read_tokens(options.tokens, config)
+    if not options.out.parent.is_dir():
+        raise UserError(f"{options.out.parent}: no such folder")
+    found = trace(load(source, dtype=options.dtype), jnp.asarray(tokens), config)
+    with open(options.out, "wb") as file:
+        np.savez(file, allow_pickle=False, tokens=tokens, **found)
+    for name, array in found.items():
+        print(f"{name:16} {array.dtype} {list(array.shape)}")
+    print(f"wrote {options.out}")
+
+
+def _open(folder: Path, step: str, open_run: OpenRun) -> tuple[Checkpoint, Path | None]:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    if is_weights_folder(folder):
+        return open_checkpoint(folder), None
+    config, variables, tokenizer = open_run(folder, step)
+    return from_variables(variables, config), tokenizer
+
+
+def _say(what: str, folder: Path, start: float) -> None:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    seconds = time.monotonic() - start
+    print(f"{what} {size / 1e9:.2f} GB in {seconds:.1f} s ({size / 1e9 / seconds:.2f} GB/s)")
+    print(f"wrote {folder}")

@@ -8,6 +8,7 @@ modules as the layers after the last with their copies of embedding and head.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from dsv3_jax.interop.checkpoint import FP8, INDEX, Checkpoint
@@ -34,12 +35,14 @@ def export_hf(
     *,
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    tokenizer: Path | None = None,
 ) -> Path:
     """Writes `source` as a Hugging Face folder `dst` and returns `dst`.
 
     "stored" and FP8 from FP8 keep every byte; "fp8" quantises what V3 published in FP8, in 128x128
     blocks, with power-of-two scales if `source.scale_fmt` is "ue8m0". Raises UserError when `dst`
     exists, OSError when the disk is too small or fails, and then leaves nothing behind.
+    `tokenizer` is a tokenizer.json to add, for sources that bring no such files along.
     """
     table = places(source.config)
     originals = {place.path: name for name, place in table.items() if not place.copy}
@@ -68,6 +71,8 @@ def export_hf(
         values = _hf_config(source, specs)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         carry_along(source.folder, folder)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, folder / "tokenizer.json")
     return Path(dst)
 
 

@@ -14,6 +14,7 @@ from dsv3_jax.interop.exporting import export_hf
 from dsv3_jax.interop.importing import import_hf, verify_imported
 from dsv3_jax.interop.load import load, load_hf
 from dsv3_jax.interop.safetensors import load_file, read_header, save_file
+from dsv3_jax.interop.stream import dequantize_rows
 from dsv3_jax.model.transformer import init_variables
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, dequantize
 
@@ -111,6 +112,9 @@ def test_fp8_stays_block_scaled_and_dequantises_with_partial_blocks(make_hf):
     found = plain["params"]["moe_layers"]["self_attn"]["kv_a_proj_with_mqa"][0]
     np.testing.assert_array_equal(found, expected)
     np.testing.assert_array_equal(dequantize(kept, np.float32)[0], expected)
+    for dtype, name in ((np.float32, "F32"), (ml_dtypes.bfloat16, "BF16")):
+        on_host = dequantize_rows(np.asarray(kept.values[0]), np.asarray(kept.scales[0]), name)
+        assert on_host.tobytes() == np.asarray(dequantize(kept, dtype)[0]).tobytes()
 
 
 def test_fp8_export_quantises_what_v3_published_in_fp8(make_hf, tmp_path):
