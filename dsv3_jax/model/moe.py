@@ -223,5 +223,5 @@ def _load(
 ) -> Int[Array, " E"]:
     counted = jnp.ones(experts_TK.shape, jnp.int32)
     if mask is not None:
-        counted = counted * mask.reshape(-1, 1)
+        counted = counted * mask.reshape(-1, 1).astype(jnp.int32)
     return jnp.zeros(num_experts, jnp.int32).at[experts_TK].add(counted)

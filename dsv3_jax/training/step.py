@@ -72,7 +72,7 @@ def train_step(
     params, router, opt_state = jax.tree.map(
         partial(jnp.where, applied), (params, router, opt_state), old
     )
-    skipped = state.skipped + ~applied
+    skipped = jnp.where(applied, state.skipped, state.skipped + 1)
     skipped_in_row = jnp.where(applied, 0, state.skipped_in_row + 1)
     metrics = StepMetrics(loss, terms, grad_norm, applied, skipped, skipped_in_row)
     new = TrainState(state.step + 1, params, router, opt_state, skipped, skipped_in_row)

@@ -1,0 +1,58 @@
+"""What every test runs under: eight virtual CPU devices, strict dtypes, one compilation cache."""
+
+import importlib.metadata
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+# A GPU or TPU run of the marked tests says so: JAX_PLATFORMS=cuda ./run test -m gpu
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# XLA spends most of a test run on compiling programs that run for milliseconds. Without its costly
+# passes they compile four times as fast on jax 0.10 (11.3 -> 3.0 CPU seconds for a gradient), less
+# so later, where the second switch is gone and an unknown flag would end the process. The flag is
+# read once, and must not reach the processes that tests start.
+xla_flags = os.environ.get("XLA_FLAGS")
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] = f"{xla_flags or ''} --xla_cpu_use_fusion_emitters=false"
+
+import jax  # noqa: E402
+
+jax.config.update("jax_disable_most_optimizations", jax.config.jax_platforms == "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()
+if xla_flags is None:
+    os.environ.pop("XLA_FLAGS", None)
+else:
+    os.environ["XLA_FLAGS"] = xla_flags
+# f32 meets bf16 only where the code says so.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# A second run compiles nothing. `./run` names the folder; a bare pytest uses the same one.
+if jax.config.jax_compilation_cache_dir is None:
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(cache_home / "dsv3_jax" / "compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Marked tests skip where they cannot run, each with its reason (-ra shows them)."""
+    skips = {}
+    if not config.getoption("--slow"):
+        skips["slow"] = "takes minutes: run with --slow"
+    if jax.default_backend() != "gpu":
+        skips["gpu"] = "needs a GPU: JAX_PLATFORMS=cuda ./run test -m gpu"
+    if jax.default_backend() != "tpu":
+        skips["tpu"] = "needs a TPU: JAX_PLATFORMS=tpu ./run test -m tpu"
+    missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if missing:
+        skips["oracle"] = f"needs {' and '.join(missing)}: pip install '.[oracle]'"
+    for item in items:
+        for marker, reason in skips.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
