@@ -9,6 +9,7 @@ from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.moe import MoE, MoEStats
 from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.quantization.recipe import BF16, Recipe
 
 
 class Block(nn.Module):
@@ -16,6 +17,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     dense: bool
+    recipe: Recipe = BF16
 
     @nn.compact
     def __call__(
@@ -35,10 +37,12 @@ class Block(nn.Module):
         config, ones = self.config, nn.initializers.ones
         dim, eps = config.hidden_size, config.rms_norm_eps
         normed = rms_norm(x, self.param("input_layernorm", ones, (dim,)), eps)
-        attended, cache = MLA(config, name="self_attn")(normed, positions, segments, cache, prefill)
+        attention = MLA(config, self.recipe, name="self_attn")
+        attended, cache = attention(normed, positions, segments, cache, prefill)
         x = x + attended
         normed = rms_norm(x, self.param("post_attention_layernorm", ones, (dim,)), eps)
         if self.dense:
-            return x + MLP(config, config.intermediate_size, name="mlp")(normed), cache, None
-        y, stats = MoE(config, name="mlp")(normed, mask)
+            mlp = MLP(config, config.intermediate_size, self.recipe, name="mlp")
+            return x + mlp(normed), cache, None
+        y, stats = MoE(config, self.recipe, name="mlp")(normed, mask)
         return x + y, cache, stats

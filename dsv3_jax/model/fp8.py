@@ -50,7 +50,7 @@ def fp8_linear(
     batch = x.shape[: -_input_dims(activation)]
     x_T = x.reshape(math.prod(batch), *x.shape[len(batch) :])
     weight_NK = weight.reshape(-1, weight.shape[-1])
-    y: Array = _linear(x_T, weight_NK, None, None, recipe, activation)
+    y: Array = _linear(x_T, weight_NK, None, recipe, activation)
     return y.reshape(*batch, *weight.shape[:-1])
 
 
@@ -60,18 +60,15 @@ def fp8_grouped_linear(
     group_sizes: Int[Array, " E"],
     recipe: LinearRecipe,
     activation: Activation | None = None,
-    row_weights: Float[Array, " M"] | None = None,
 ) -> Float[Array, "M *N"]:
     """Each row of `activation(rows)` times its group's weights; `fp8_linear` for routed experts.
 
     group_sizes are multiples of 128, so that no scale along tokens spans two experts; rows beyond
-    the last group give zero. row_weights multiply the activation: a gate weight applied here,
-    rather than after the down projection, has its gradient without that projection's output
-    being saved.
+    the last group give zero.
     """
     experts, *out_dims, _ = weights.shape
     weights_ENK = weights.reshape(experts, -1, weights.shape[-1])
-    y: Array = _linear(rows, weights_ENK, group_sizes, row_weights, recipe, activation)
+    y: Array = _linear(rows, weights_ENK, group_sizes, recipe, activation)
     return y.reshape(-1, *out_dims)
 
 
@@ -80,13 +77,13 @@ def _input_dims(activation: Activation | None) -> int:
     return 1 if activation is None else 2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _linear(x, weight, group_sizes, row_weights, recipe, activation):
-    return _forward(x, weight, group_sizes, row_weights, recipe, activation)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _linear(x, weight, group_sizes, recipe, activation):
+    return _forward(x, weight, group_sizes, recipe, activation)[0]
 
 
-def _forward(x, weight, group_sizes, row_weights, recipe, activation):
-    product_input = _product_input(x, row_weights, activation)
+def _forward(x, weight, group_sizes, recipe, activation):
+    product_input = x if activation is None else activation(x)
     quantized = _quantize(product_input, recipe.input)
     y = _multiply(quantized, _quantize(weight, recipe.weight), group_sizes)
     y = y[:, : weight.shape[-2]].astype(x.dtype)
@@ -95,25 +92,23 @@ def _forward(x, weight, group_sizes, row_weights, recipe, activation):
         saved = quantized if activation is None else quantize(x, *astuple(recipe.input))
     # x's dtype and shape travel as an empty array: residuals are arrays.
     like = jnp.zeros((0, *x.shape[1:]), x.dtype)
-    return y, (saved, like, weight, group_sizes, row_weights)
+    return y, (saved, like, weight, group_sizes)
 
 
 def _backward(recipe, activation, residuals, dy):
-    saved, like, weight, group_sizes, row_weights = residuals
+    saved, like, weight, group_sizes = residuals
     x = saved
     if isinstance(saved, BlockScaled):
         # f32 is the exact form for requantising; an activation is computed in the model's dtype.
         dtype = jnp.float32 if activation is None else like.dtype
         x = dequantize(saved, dtype)[..., : like.shape[-1]]
-    product_input, pull_back = jax.vjp(
-        lambda x, row_weights: _product_input(x, row_weights, activation), x, row_weights
-    )
+    product_input, pull_back = jax.vjp(activation or (lambda x: x), x)
     # Dgrad
     dy_quantized = split_tiles(_quantize(dy, recipe.dgrad), PER_TOKEN)
     d_input = _multiply(dy_quantized, _quantize(weight, recipe.weight).mT, group_sizes)
     rows, columns = product_input.shape
     d_input = d_input[:rows, :columns].astype(product_input.dtype)
-    dx, d_row_weights = pull_back(d_input)
+    (dx,) = pull_back(d_input)
     # Wgrad
     dy_by_token = _quantize(dy, recipe.wgrad, columns=8).mT
     input_by_token = _quantize(product_input, recipe.wgrad, columns=8).mT
@@ -125,17 +120,10 @@ def _backward(recipe, activation, residuals, dy):
     no_gradient = None
     if group_sizes is not None:
         no_gradient = np.zeros(group_sizes.shape, jax.dtypes.float0)
-    return dx.astype(like.dtype), d_weight, no_gradient, d_row_weights
+    return dx.astype(like.dtype), d_weight, no_gradient
 
 
 _linear.defvjp(_forward, _backward)
-
-
-def _product_input(x, row_weights, activation):
-    y = x if activation is None else activation(x)
-    if row_weights is None:
-        return y
-    return (y.astype(jnp.float32) * row_weights[:, None]).astype(y.dtype)
 
 
 def _multiply(a: BlockScaled, b: BlockScaled, group_sizes):

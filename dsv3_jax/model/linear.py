@@ -1,13 +1,56 @@
 """The linear map of every projection; the one place that decides in which format it multiplies."""
 
+from collections.abc import Callable
+
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.kernels.grouped_gemm.api import KERNEL_ALIGNMENT, grouped_matmul, row_alignment
+from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
+from dsv3_jax.quantization.recipe import LinearRecipe
 
 
-def linear(x: Float[Array, "*B K"], weight: Float[Array, "*N K"]) -> Float[Array, "..."]:
+def linear(
+    x: Float[Array, "*B K"],
+    weight: Float[Array, "*N K"],
+    recipe: LinearRecipe | None = None,
+    activation: Callable[[Array], Array] | None = None,
+) -> Float[Array, "..."]:
     """x times the transposed weight, in x's dtype: [*B, K] by [*N, K] gives [*B, *N].
 
     The weight keeps its leading dims, so a [N, H, D] projection yields heads without a reshape.
+    A recipe says how the products are quantised, none that they are not. An activation is applied
+    to x first (`fp8_linear` saves x rather than what it makes of it).
     """
+    if recipe is not None:
+        return fp8_linear(x, weight, recipe, activation)
+    if activation is not None:
+        x = activation(x)
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     return jax.lax.dot_general(x, weight.astype(x.dtype), contract)
+
+
+def grouped_linear(
+    rows: Float[Array, "M K"],
+    weights: Float[Array, "E *N K"],
+    group_sizes: Int[Array, " E"],
+    alignment: int,
+    recipe: LinearRecipe | None = None,
+    activation: Callable[[Array], Array] | None = None,
+) -> Float[Array, "M *N"]:
+    """`linear` of each row with the weights of its group; sizes are multiples of `alignment`."""
+    if recipe is not None:
+        return fp8_grouped_linear(rows, weights, group_sizes, recipe, activation)
+    if activation is not None:
+        rows = activation(rows)
+    experts, *out_dims, _ = weights.shape
+    weights = weights.reshape(experts, -1, weights.shape[-1]).astype(rows.dtype)
+    y = grouped_matmul(rows, weights, group_sizes, alignment=alignment)
+    return y.reshape(-1, *out_dims)
+
+
+def group_alignment(entries: int, experts: int, *recipes: LinearRecipe | None) -> int:
+    """The multiple that groups of rows are padded to, so that every recipe can multiply them."""
+    if any(recipes):
+        return KERNEL_ALIGNMENT  # a scale along tokens covers 128 of them, all of one expert
+    return row_alignment(entries, experts)

@@ -15,6 +15,7 @@ from dsv3_jax.model.cache import LatentCache, append
 from dsv3_jax.model.linear import linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS, rms_norm
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
+from dsv3_jax.quantization.recipe import BF16, LinearRecipe, Recipe
 
 
 def mla_expand(
@@ -25,13 +26,15 @@ def mla_expand(
     kv_b_proj: Float[Array, "N HU C"],
     mask_BTS: Bool[Array, "#B T S"],
     scale: float,
+    recipe: LinearRecipe | None = None,
 ) -> Float[Array, "B T N U"]:
     """Attention of every head with keys and values expanded from the latent; softmax in f32.
 
-    kv_b_proj holds, per head, H rows of W^UK and then U rows of W^UV. True in the mask: visible.
+    kv_b_proj holds, per head, H rows of W^UK and then U rows of W^UV; the recipe is for its
+    product. True in the mask: visible.
     """
     nope_dim = q_nope_BTNH.shape[-1]
-    kv_BSNP = linear(latent_BSC, kv_b_proj)
+    kv_BSNP = linear(latent_BSC, kv_b_proj, recipe)
     k_nope_BSNH, v_BSNU = kv_BSNP[..., :nope_dim], kv_BSNP[..., nope_dim:]
     logits_BNTS = jnp.einsum(
         "BTNH,BSNH->BNTS", q_nope_BTNH, k_nope_BSNH, preferred_element_type=jnp.float32
@@ -93,6 +96,7 @@ class MLA(nn.Module):
     """Projections, latent norms and RoPE around `mla_expand` or `mla_absorb`."""
 
     config: ModelConfig
+    recipe: Recipe = BF16
 
     @nn.compact
     def __call__(
@@ -109,23 +113,25 @@ class MLA(nn.Module):
         each other in the expanded form; otherwise they attend to all the cache holds in the
         absorbed form, which `segments` does not apply to.
         """
-        config = self.config
+        config, recipe = self.config, self.recipe
         init, ones = nn.initializers.normal(config.initializer_range), nn.initializers.ones
         dim, heads = config.hidden_size, config.num_attention_heads
         latent_dim, rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
 
         if config.q_lora_rank is None:
-            q = linear(x, self.param("q_proj", init, (heads, config.qk_head_dim, dim)))
+            q_proj = self.param("q_proj", init, (heads, config.qk_head_dim, dim))
+            q = linear(x, q_proj, recipe.attention)
         else:
             rank = config.q_lora_rank
-            q_latent = linear(x, self.param("q_a_proj", init, (rank, dim)))
+            q_latent = linear(x, self.param("q_a_proj", init, (rank, dim)), recipe.attention)
             norm = self.param("q_a_layernorm", ones, (rank,))
             q_latent = rms_norm(q_latent, norm, LATENT_NORM_EPS)
-            q = linear(q_latent, self.param("q_b_proj", init, (heads, config.qk_head_dim, rank)))
+            q_b_proj = self.param("q_b_proj", init, (heads, config.qk_head_dim, rank))
+            q = linear(q_latent, q_b_proj, recipe.attention)
         q_nope, q_rope = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
 
         kv_a_proj = self.param("kv_a_proj_with_mqa", init, (latent_dim + rope_dim, dim))
-        latent_and_rope = linear(x, kv_a_proj)
+        latent_and_rope = linear(x, kv_a_proj, recipe.attention)
         norm = self.param("kv_a_layernorm", ones, (latent_dim,))
         latent = rms_norm(latent_and_rope[..., :latent_dim], norm, LATENT_NORM_EPS)
         cos, sin = rope_tables(positions, config)
@@ -142,9 +148,11 @@ class MLA(nn.Module):
         if cache is None or prefill:
             rows = jnp.arange(x.shape[1])[None]
             mask = causal_mask(rows, x.shape[1], None if segments is None else (segments, segments))
-            out = mla_expand(q_nope, q_rope, latent, k_rope, kv_b_proj, mask, scale)
+            out = mla_expand(
+                q_nope, q_rope, latent, k_rope, kv_b_proj, mask, scale, recipe.attention
+            )
         else:
             mask = causal_mask(positions, cache.latent.shape[1])
             out = mla_absorb(q_nope, q_rope, cache.latent, cache.k_rope, kv_b_proj, mask, scale)
         o_proj = self.param("o_proj", init, (dim, heads, value_dim)).reshape(dim, -1)
-        return linear(out.reshape(*out.shape[:2], -1), o_proj), cache
+        return linear(out.reshape(*out.shape[:2], -1), o_proj, recipe.o_proj), cache

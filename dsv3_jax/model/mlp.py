@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.linear import linear
+from dsv3_jax.quantization.recipe import BF16, Recipe
 
 
 def swiglu(gate_up: Float[Array, "*B 2 F"]) -> Float[Array, "*B F"]:
@@ -18,10 +19,12 @@ class MLP(nn.Module):
 
     config: ModelConfig
     width: int
+    recipe: Recipe = BF16
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         dim, init = x.shape[-1], nn.initializers.normal(self.config.initializer_range)
         gate_up_proj = self.param("gate_up_proj", init, (2, self.width, dim))
         down_proj = self.param("down_proj", init, (dim, self.width))
-        return linear(swiglu(linear(x, gate_up_proj)), down_proj)
+        gate_up = linear(x, gate_up_proj, self.recipe.gate_up_proj)
+        return linear(gate_up, down_proj, self.recipe.down_proj, swiglu)

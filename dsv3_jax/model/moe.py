@@ -13,9 +13,10 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul, row_alignment
+from dsv3_jax.model.linear import group_alignment, grouped_linear
 from dsv3_jax.model.mlp import MLP, swiglu
 from dsv3_jax.parallel.expert import combine, dispatch, plan
+from dsv3_jax.quantization.recipe import BF16, Recipe
 
 # A group is ranked by the sum of its best K_r / M = 8 / 4 experts (section 2.1.2); the published
 # code fixes the number at 2.
@@ -141,20 +142,18 @@ def expert_ffn(
     routing: Routing,
     gate_up_E2FD: Float[Array, "E 2 F D"],
     down_EDF: Float[Array, "E D F"],
+    recipe: Recipe = BF16,
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's experts: SwiGLU feed-forwards over grouped rows."""
-    num_experts, _, width, dim = gate_up_E2FD.shape
-    alignment = row_alignment(routing.experts_TK.size, num_experts)
+    gate_up, down = recipe.experts_gate_up_proj, recipe.experts_down_proj
+    num_experts = len(down_EDF)
+    alignment = group_alignment(routing.experts_TK.size, num_experts, gate_up, down)
     # dispatch
     handle, group_sizes, _ = plan(routing.experts_TK, num_experts, alignment)
     rows_MD = dispatch(x_TD, handle)
     # expert FFN
-    gate_up = gate_up_E2FD.reshape(num_experts, 2 * width, dim).astype(x_TD.dtype)
-    hidden = grouped_matmul(rows_MD, gate_up, group_sizes, alignment=alignment)
-    hidden_MF = swiglu(hidden.reshape(-1, 2, width))
-    out_MD = grouped_matmul(
-        hidden_MF, down_EDF.astype(x_TD.dtype), group_sizes, alignment=alignment
-    )
+    hidden_M2F = grouped_linear(rows_MD, gate_up_E2FD, group_sizes, alignment, gate_up)
+    out_MD = grouped_linear(hidden_M2F, down_EDF, group_sizes, alignment, down, swiglu)
     # combine
     return combine(out_MD, routing.weights_TK, handle)
 
@@ -163,6 +162,7 @@ class Experts(nn.Module):
     """The routed experts' weights, stacked."""
 
     config: ModelConfig
+    recipe: Recipe = BF16
 
     @nn.compact
     def __call__(self, x_TD: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
@@ -171,13 +171,14 @@ class Experts(nn.Module):
         experts, width, dim = config.n_routed_experts, config.moe_intermediate_size, x_TD.shape[-1]
         gate_up_proj = self.param("gate_up_proj", init, (experts, 2, width, dim))
         down_proj = self.param("down_proj", init, (experts, dim, width))
-        return expert_ffn(x_TD, routing, gate_up_proj, down_proj)
+        return expert_ffn(x_TD, routing, gate_up_proj, down_proj, self.recipe)
 
 
 class MoE(nn.Module):
     """Routed experts plus shared experts (one MLP of n_shared_experts times the width)."""
 
     config: ModelConfig
+    recipe: Recipe = BF16
 
     @nn.compact
     def __call__(
@@ -203,10 +204,10 @@ class MoE(nn.Module):
                 jnp.float32,
             ).value
         routing = route(x_TD, gate, bias, config)
-        y = Experts(config, name="experts")(x_TD, routing).reshape(x.shape)
+        y = Experts(config, self.recipe, name="experts")(x_TD, routing).reshape(x.shape)
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
-            y = y + MLP(config, width, name="shared_experts")(x)
+            y = y + MLP(config, width, self.recipe, name="shared_experts")(x)
         stats = MoEStats(
             _load(routing.experts_TK, config.n_routed_experts, mask),
             balance_loss(

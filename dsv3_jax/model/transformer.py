@@ -19,6 +19,7 @@ from dsv3_jax.model.linear import linear
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.quantization.recipe import BF16, Recipe
 
 Variables = dict[str, Any]
 
@@ -89,16 +90,18 @@ def forward(
     *,
     segments: Int[Array, "B T"] | None = None,
     remat: str = "none",
+    recipe: Recipe = BF16,
 ) -> Outputs:
     """Logits of the next token, and of the tokens after it by the MTP modules, for whole rows.
 
-    segments are document numbers that attention must not cross; None lets it (V3's way).
+    segments are document numbers that attention must not cross; None lets it (V3's way). The
+    recipe says what is computed in FP8; by default nothing is.
     """
     params = variables["params"]
     positions = jnp.arange(tokens.shape[1])[None]
     embedded = _embed(params, tokens, config)
     hidden, _, stats = _layers(
-        variables, embedded, positions, config, segments=segments, remat=remat
+        variables, embedded, positions, config, segments=segments, remat=remat, recipe=recipe
     )
     mtp_logits, mtp_stats = [], []
     previous = hidden
@@ -107,7 +110,7 @@ def forward(
         # tokens: causality keeps them from all others, and they are masked.
         embedding = jnp.roll(embedded, -(depth + 1), axis=1)
         mask = jnp.broadcast_to(positions < tokens.shape[1] - (depth + 1), tokens.shape)
-        apply: Any = partial(MTPModule(config).apply, segments=segments, mask=mask)
+        apply: Any = partial(MTPModule(config, recipe).apply, segments=segments, mask=mask)
         previous, _, depth_stats = _remat(apply, remat)(
             _of_layer(variables, f"mtp_{depth}"), previous, embedding, positions
         )
@@ -184,12 +187,13 @@ def _layers(
     cache: ModelCache | None = None,
     is_prefill: bool = False,
     remat: str = "none",
+    recipe: Recipe = BF16,
 ) -> tuple[Float[Array, "B T D"], ModelCache | None, MoEStats | None]:
     """The dense layers, the MoE layers and the final norm."""
 
     def scan(name, dense, x, layer_caches):
         block = partial(
-            Block(config, dense).apply, segments=segments, mask=mask, prefill=is_prefill
+            Block(config, dense, recipe).apply, segments=segments, mask=mask, prefill=is_prefill
         )
 
         def body(x, scanned):

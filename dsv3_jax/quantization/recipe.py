@@ -48,6 +48,8 @@ class Recipe:
     eh_proj: LinearRecipe | None = None  # of MTP modules
 
 
+BF16 = Recipe()
+
 _FP8 = LinearRecipe()
 # Power-of-two scales survive a round trip through BF16: the token is quantised for dispatch, and
 # again, to the same numbers, for the product (V3 report, section 3.3.3).
@@ -72,7 +74,7 @@ def _blockwise_dgrad(recipe: LinearRecipe | None) -> LinearRecipe | None:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "bf16": Recipe(),
+    "bf16": BF16,
     "fp8_paper": _PAPER,
     # What the paper says diverges after some 300B tokens: output gradients have outliers in single
     # tokens, which a 128x128 block shares out over 127 others (V3 report, appendix B.2).
