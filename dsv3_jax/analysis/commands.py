@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dsv3_jax.analysis import charts, reproduce, what_if
+from dsv3_jax.analysis import charts, reproduce, topology, what_if
 from dsv3_jax.analysis.estimate import (
     DEFAULT_EFFICIENCY,
     StepEstimate,
     calibrate,
     estimate_step,
+    leaves_domain,
 )
 from dsv3_jax.analysis.hardware import Accelerator, accelerator, nearest
 from dsv3_jax.analysis.model_cost import activated_parameters, kv_bytes_per_token, parameters
@@ -25,8 +26,11 @@ from dsv3_jax.analysis.output import table, write_json
 from dsv3_jax.analysis.planner import Goal, plan_decoding, plan_training
 from dsv3_jax.analysis.scenarios import SimulateOptions, simulate
 from dsv3_jax.analysis.serving import DecodeEstimate, estimate_decode
+from dsv3_jax.analysis.study import plot_study
 from dsv3_jax.config import Config, UserError, load_config
 from dsv3_jax.parallel.schedules import SCHEDULES
+
+PLANES = 8  # of the network that estimate prices, as in the ISCA paper's cluster
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,15 @@ def _print_estimate(
     print(f"efficiency: {source}")
     print(f"mesh: {charts.describe_mesh(config.mesh)}; {step.devices:,} devices\n")
     dollars = "no price: give --price-per-hour"
+    network: list[list[Any]] = []
+    if (
+        leaves_domain(config.mesh, device)
+        and step.devices <= PLANES * 2048
+        and not step.devices % PLANES
+    ):
+        fabric = topology.fitted_fat_tree_2(step.devices, planes=PLANES)
+        millions = topology.cost(fabric) / 1e6
+        network = [[f"network, {PLANES} planes", millions, "M$, 64-port switches, fitted prices"]]
     rows: list[list[Any]] = [
         ["parameters, main model", count.main, ""],
         ["parameters, MTP", count.mtp, ""],
@@ -187,6 +200,7 @@ def _print_estimate(
         ["decode rate", decode.tokens_per_second, "tokens/s, all devices"],
         ["decode cost", decode.dollars_per_million_tokens or dollars, "$ a million tokens"],
         ["decode bottleneck", decode.bottleneck, ""],
+        *network,
     ]
     print(table(["what", "value", "unit"], rows))
     print()
@@ -306,7 +320,7 @@ def weigh(options: WhatIfOptions) -> int:
     for study in studies:
         print(f"{study.name}\n{table(study.headers, study.rows)}\n")
         if options.plots:
-            what_if.plot_study(study, options.plots / f"{study.name}.png")
+            plot_study(study, options.plots / f"{study.name}.png")
     if options.json:
         write_json(options.json, studies)
     return 0

@@ -8,12 +8,9 @@ it by what your machine did. Kernel launches, stragglers and the data pipeline a
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
-import numpy as np
-
-from dsv3_jax.analysis import latency
+from dsv3_jax.analysis import latency, pipeline_cost
 from dsv3_jax.analysis.hardware import Accelerator
 from dsv3_jax.analysis.memory import (
     Memory,
@@ -33,7 +30,7 @@ from dsv3_jax.analysis.model_cost import (
     training_flops_per_token,
 )
 from dsv3_jax.config import Config, ModelConfig, ParallelConfig, UserError
-from dsv3_jax.parallel.schedules import Durations, make_schedule, simulate
+from dsv3_jax.parallel.schedules import Durations
 
 
 @dataclass(frozen=True)
@@ -272,7 +269,7 @@ def estimate_step(
         transfer = sent / device.bandwidth(leaves_domain(mesh, device))
     paired = schedule.startswith("dualpipe") and mesh.pipe > 1
     count = train.batch_size // (train.micro_batch_size or train.batch_size)
-    run = _run_pipeline if simulated else _run_pipeline_closed_form
+    run = pipeline_cost.run if simulated else pipeline_cost.from_formulas
     pipeline = run(
         schedule if mesh.pipe > 1 else "1f1b", mesh.pipe, count, times.durations(paired, transfer)
     )
@@ -295,77 +292,6 @@ def estimate_step(
     dollars = None if price is None else price * mesh.num_devices / 3600 / rate * 1e6
     used = latency.mfu(rate, flops, mesh.num_devices, device.bf16_flops)
     return StepEstimate(seconds, parts, rate, flops, used, memory, mesh.num_devices, dollars)
-
-
-@dataclass(frozen=True)
-class _Pipeline:
-    """What the rank that idles longest does: FB pairs, F, I and W on their own, and its bubble."""
-
-    pairs: int
-    alone: dict[str, int]
-    bubble: float
-    peak_activations: tuple[int, ...]
-
-
-def _run_pipeline(schedule: str, ranks: int, count: int, durations: Durations) -> _Pipeline:
-    """The simulation, of at most eight micro-batches a stage: what comes after repeats.
-
-    With transfers the bubble grows with every micro-batch, at a rate that the second half of the
-    simulated ones shows.
-    """
-    folded = schedule == "dualpipev"
-    enough = 8 * ranks * (2 if folded else 1)
-    if count <= enough:
-        return _simulate_pipeline(schedule, ranks, count, durations)
-    half = _simulate_pipeline(schedule, ranks, enough // 2, durations)
-    whole = _simulate_pipeline(schedule, ranks, enough, durations)
-    rest = count - enough
-    growth = (whole.bubble - half.bubble) / (enough - enough // 2)
-    passes = rest * (2 if folded else 1)
-    paired = schedule.startswith("dualpipe")
-    return _Pipeline(
-        whole.pairs + (passes if paired else 0),
-        {op: n + (0 if paired else passes) for op, n in whole.alone.items()},
-        whole.bubble + growth * rest,
-        whole.peak_activations,
-    )
-
-
-def _simulate_pipeline(schedule: str, ranks: int, count: int, durations: Durations) -> _Pipeline:
-    made = make_schedule(schedule, ranks, count)
-    timeline = simulate(made, durations)
-    rank = int(np.argmax(timeline.bubbles))
-    alone = Counter(part.op for a in made.actions[rank] if a.op != "FB" for part in a.parts)
-    pairs = sum(a.op == "FB" for a in made.actions[rank])
-    return _Pipeline(pairs, dict(alone), timeline.bubbles[rank], timeline.peak_activations)
-
-
-def _run_pipeline_closed_form(
-    schedule: str, ranks: int, count: int, durations: Durations
-) -> _Pipeline:
-    """The published bubbles and peaks; DualPipe leaves about `ranks` micro-batches unpaired.
-
-    DualPipeV's micro-batches pass each rank twice, so its counts are doubled.
-    """
-    folded = schedule == "dualpipev"
-    stages, passes = ranks * (2 if folded else 1), count * (2 if folded else 1)
-    pair = durations.of("FB")
-    bubble = latency.bubble_seconds(
-        schedule,
-        stages,
-        durations.forward,
-        durations.backward,
-        durations.weight_backward,
-        pair,
-    )
-    bubble += 2 * (ranks - 1) * durations.transfer
-    if schedule.startswith("dualpipe"):
-        pairs, peaks = passes - stages, (stages + 1,) * ranks
-    elif schedule == "1f1b":
-        pairs, peaks = 0, tuple(min(ranks - r, count) for r in range(ranks))
-    else:
-        pairs, peaks = 0, (min(ranks, count),) * ranks
-    return _Pipeline(pairs, dict.fromkeys("FIW", passes - pairs), bubble, peaks)
 
 
 def _mean(times: list[StageTimes]) -> StageTimes:

@@ -80,6 +80,11 @@ def test_latency_split_gives_back_both_measurements():
     assert latency.INFINIBAND.per_switch == pytest.approx(0.45e-6)
 
 
+def test_two_micro_batches_run_at_the_pace_of_the_busier_resource():
+    assert latency.dual_micro_batch_seconds(3.0, 2.0) == 6.0
+    assert latency.dual_micro_batch_seconds(3.0, 5.0) == 10.0
+
+
 def test_mtp_speedup_spans_the_published_range():
     assert latency.mtp_speedup(0.8) == pytest.approx(1.8)
     assert latency.mtp_speedup(1.0, depth=3) == 4

@@ -20,6 +20,7 @@ from dsv3_jax.analysis.commands import (
 )
 from dsv3_jax.analysis.output import table
 from dsv3_jax.analysis.scenarios import SimulateOptions
+from dsv3_jax.analysis.study import plot_study
 from dsv3_jax.config import UserError
 
 CONFIG = """
@@ -235,7 +236,7 @@ def test_every_study_has_rows_panels_and_a_plot(name, tmp_path):
         for panel in study.panels
         for values in panel.series.values()
     )
-    assert what_if.plot_study(study, tmp_path / "a.png").read_bytes().startswith(PNG)
+    assert plot_study(study, tmp_path / "a.png").read_bytes().startswith(PNG)
 
 
 def test_studies_agree_with_what_is_known():

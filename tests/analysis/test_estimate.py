@@ -4,10 +4,9 @@ import dataclasses
 
 import pytest
 
+from dsv3_jax.analysis import pipeline_cost
 from dsv3_jax.analysis.estimate import (
     DEFAULT_EFFICIENCY,
-    _run_pipeline,
-    _simulate_pipeline,
     calibrate,
     estimate_step,
     node_copies,
@@ -112,8 +111,8 @@ def test_closed_form_stays_near_the_simulation():
 @pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
 def test_long_pipelines_are_extrapolated_exactly(schedule):
     times = Durations(2.0, 3.0, 1.0, overlapped=5.5, transfer=0.25)
-    made = _run_pipeline(schedule, 2, 80, times)
-    whole = _simulate_pipeline(schedule, 2, 80, times)
+    made = pipeline_cost.run(schedule, 2, 80, times)
+    whole = pipeline_cost.run_whole(schedule, 2, 80, times)
     assert (made.pairs, made.alone, made.peak_activations) == (
         whole.pairs,
         whole.alone,

@@ -1,0 +1,81 @@
+"""One pipeline's idle time and peaks: simulated, extrapolated when long, or by the formulas."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsv3_jax.analysis import latency
+from dsv3_jax.parallel.schedules import Durations, make_schedule, simulate
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What the rank that idles longest does: FB pairs, F, I and W on their own, and its bubble."""
+
+    pairs: int
+    alone: dict[str, int]
+    bubble: float
+    peak_activations: tuple[int, ...]
+
+
+def run(schedule: str, ranks: int, count: int, durations: Durations) -> Pipeline:
+    """The simulation, of at most eight micro-batches a stage: what comes after repeats.
+
+    With transfers the bubble grows with every micro-batch, at a rate that the second half of the
+    simulated ones shows.
+    """
+    folded = schedule == "dualpipev"
+    enough = 8 * ranks * (2 if folded else 1)
+    if count <= enough:
+        return run_whole(schedule, ranks, count, durations)
+    half = run_whole(schedule, ranks, enough // 2, durations)
+    whole = run_whole(schedule, ranks, enough, durations)
+    rest = count - enough
+    growth = (whole.bubble - half.bubble) / (enough - enough // 2)
+    passes = rest * (2 if folded else 1)
+    paired = schedule.startswith("dualpipe")
+    return Pipeline(
+        whole.pairs + (passes if paired else 0),
+        {op: n + (0 if paired else passes) for op, n in whole.alone.items()},
+        whole.bubble + growth * rest,
+        whole.peak_activations,
+    )
+
+
+def run_whole(schedule: str, ranks: int, count: int, durations: Durations) -> Pipeline:
+    """The simulation of every micro-batch, seen from the rank that idles longest."""
+    made = make_schedule(schedule, ranks, count)
+    timeline = simulate(made, durations)
+    rank = int(np.argmax(timeline.bubbles))
+    alone = Counter(part.op for a in made.actions[rank] if a.op != "FB" for part in a.parts)
+    pairs = sum(a.op == "FB" for a in made.actions[rank])
+    return Pipeline(pairs, dict(alone), timeline.bubbles[rank], timeline.peak_activations)
+
+
+def from_formulas(schedule: str, ranks: int, count: int, durations: Durations) -> Pipeline:
+    """The published bubbles and peaks; DualPipe leaves about `ranks` micro-batches unpaired.
+
+    DualPipeV's micro-batches pass each rank twice, so its counts are doubled.
+    """
+    folded = schedule == "dualpipev"
+    stages, passes = ranks * (2 if folded else 1), count * (2 if folded else 1)
+    pair = durations.of("FB")
+    bubble = latency.bubble_seconds(
+        schedule,
+        stages,
+        durations.forward,
+        durations.backward,
+        durations.weight_backward,
+        pair,
+    )
+    bubble += 2 * (ranks - 1) * durations.transfer
+    if schedule.startswith("dualpipe"):
+        pairs, peaks = passes - stages, (stages + 1,) * ranks
+    elif schedule == "1f1b":
+        pairs, peaks = 0, tuple(min(ranks - r, count) for r in range(ranks))
+    else:
+        pairs, peaks = 0, (min(ranks, count),) * ranks
+    return Pipeline(pairs, dict.fromkeys("FIW", passes - pairs), bubble, peaks)
