@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from dsv3_jax.analysis import charts, reproduce, topology, what_if
 from dsv3_jax.analysis.estimate import (
@@ -27,7 +27,7 @@ from dsv3_jax.analysis.planner import Goal, plan_decoding, plan_training
 from dsv3_jax.analysis.scenarios import SimulateOptions, simulate
 from dsv3_jax.analysis.serving import DecodeEstimate, estimate_decode
 from dsv3_jax.analysis.study import plot_study
-from dsv3_jax.config import Config, UserError, load_config
+from dsv3_jax.config import Config, QuantConfig, UserError, load_config
 from dsv3_jax.parallel.schedules import SCHEDULES
 
 PLANES = 8  # of the network that estimate prices, as in the ISCA paper's cluster
@@ -158,7 +158,13 @@ def _configured(options: EstimateOptions) -> Config:
         train=dataclasses.replace(config.train, **changed),
     )
     if options.quant_preset is not None:
-        quant: Any = dataclasses.replace(config.quant, preset=options.quant_preset)  # pyright: ignore
+        known = get_args(get_type_hints(QuantConfig)["preset"])
+        if options.quant_preset not in known:
+            raise UserError(
+                f"unknown quant preset {options.quant_preset!r}: "
+                f"{nearest(options.quant_preset, known)}"
+            )
+        quant = dataclasses.replace(config.quant, preset=options.quant_preset)  # pyright: ignore
         config = dataclasses.replace(config, quant=quant)
     return config.validate()
 

@@ -197,6 +197,7 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
     master weights (f32) with both moments are sharded over the replicas.
     """
     model, mesh, fp8 = config.model, config.mesh, uses_fp8(config)
+    width = BYTES[model.dtype]  # activation_bytes_per_token counts in BF16
     state = 4 + 2 * BYTES[config.optimizer.moment_dtype]
     replicas = mesh.data * mesh.context
     tokens = tokens_per_micro_batch(config)
@@ -210,11 +211,11 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
         )
         head = any(s.head for s in held)
         made = Memory(
-            weights=shard.total * (1 if fp8 else 2),
+            weights=shard.total * (1 if fp8 else width),
             gradients=4 * shard.total,
             optimizer=state
             * (shard.replicated / (replicas * mesh.node * mesh.local) + shard.expert / replicas),
-            activations=in_flight[rank] * tokens * per_token,
+            activations=in_flight[rank] * tokens * per_token * width / 2,
             # Logits and their gradient in f32, for the main head and each MTP depth in turn.
             logits=2 * 4 * tokens * model.vocab_size / mesh.tensor if head else 0.0,
         )
@@ -249,7 +250,7 @@ def serving_memory(
     weights = max(stage_parameters(model, mesh, s).total for s in stages)
     cache = batch * context * kv_bytes_per_token(model, kv_bytes_per_value)
     return Memory(
-        weights=weights * (1 if uses_fp8(config) else 2),
+        weights=weights * (1 if uses_fp8(config) else BYTES[model.dtype]),
         gradients=0.0,
         optimizer=0.0,
         activations=0.0,

@@ -34,7 +34,7 @@ TOKENS = 32  # a device and micro-batch, as in the paper's section 2.3.2
 V3_RUN = Config(
     mesh=ParallelConfig(pipe=16, data=2, node=8, local=8),
     train=TrainConfig(batch_size=15360, micro_batch_size=128, seq_len=4096, remat="dots"),
-    quant=dataclasses.replace(QuantConfig(), preset="fp8_paper"),  # pyright: ignore
+    quant=QuantConfig(preset="fp8_paper"),
     optimizer=OptimizerConfig(moment_dtype="bfloat16"),
 )
 

@@ -107,6 +107,7 @@ def test_fp8_preset_halves_the_weights(config, tmp_path):
         (dict(schedule="dualpip"), "unknown schedule 'dualpip': did you mean dualpipe"),
         (dict(mesh=MeshOptions(node=3)), "micro-batch of 8 sequences must be a multiple"),
         (dict(mesh=MeshOptions(tensor=3)), "mesh.tensor=3 must divide num_attention_heads=4"),
+        (dict(quant_preset="fp8"), "unknown quant preset 'fp8': did you mean fp8_paper"),
         (dict(decode_batch=0), "batch=0"),
         (dict(measured_tokens_per_second=-1.0), "must be positive"),
         (dict(price_per_hour=-2.0), "price_per_hour=-2.0 must be a positive number"),

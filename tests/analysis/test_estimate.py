@@ -28,12 +28,10 @@ from dsv3_jax.config import (
 from dsv3_jax.parallel.schedules import Durations
 
 H800 = accelerator("h800")
-# Presets are added to QuantConfig as they are implemented; the cost model reads only the name.
-FP8 = dataclasses.replace(QuantConfig(), preset="fp8_paper")  # pyright: ignore[reportArgumentType]
 V3_RUN = Config(
     mesh=ParallelConfig(pipe=16, data=2, node=8, local=8),
     train=TrainConfig(batch_size=15360, micro_batch_size=128, seq_len=4096, remat="dots"),
-    quant=FP8,
+    quant=QuantConfig(preset="fp8_paper"),
     optimizer=OptimizerConfig(moment_dtype="bfloat16"),
 )
 TINY = Config(
@@ -138,6 +136,14 @@ def test_more_rematerialisation_trades_memory_for_time():
     memory = [m.memory.activations for m in made]
     assert memory == sorted(memory, reverse=True) and memory[0] > memory[-1]
     assert [m.seconds for m in made] == sorted(m.seconds for m in made)
+
+
+def test_float32_models_hold_twice_the_bytes():
+    wide = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, dtype="float32"))
+    narrow, wide = (estimate_step(c, H800).memory for c in (TINY, wide))
+    assert wide.weights == 2 * narrow.weights
+    assert wide.activations == 2 * narrow.activations
+    assert wide.optimizer == narrow.optimizer
 
 
 def test_zero_1_shards_the_optimizer_over_replicas():
