@@ -1,0 +1,57 @@
+"""What --dry-run reports, without running anything."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+
+from configs.deepseek_v3 import get_config
+from dsv3_jax.config import ParallelConfig
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.training.dry_run import abstract_state, dry_run_report, parameter_counts
+from tests.helpers import random_variables, tiny_config, tiny_model
+
+MODEL = tiny_model(num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return make_mesh(ParallelConfig())
+
+
+def test_the_paper_s_run_is_counted_without_allocating_it(one_device):
+    state = abstract_state(get_config(), one_device)
+    assert parameter_counts(state) == (671_026_419_200, 11_610_068_224)
+    # "the moments in BF16" of section 3.3.3, both of them: 4 bytes a parameter.
+    moments = jax.tree.leaves(state.opt_state[1].mu) + jax.tree.leaves(state.opt_state[1].nu)
+    assert {leaf.dtype.name for leaf in moments} == {"bfloat16"}
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
+
+
+def test_the_report_names_every_parameter_and_adds_up(one_device):
+    config = tiny_config(MODEL, batch_size=4, micro_batch_size=2, steps=7)
+    half = dataclasses.replace(config.optimizer, moment_dtype="bfloat16")
+    report = dry_run_report(dataclasses.replace(config, optimizer=half), one_device)
+    variables = random_variables(MODEL)
+    leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        assert any(
+            line.split()[:1] == [name] and str(list(leaf.shape)) in line
+            for line in report.splitlines()
+        ), name
+    total = sum(leaf.size for leaf in jax.tree.leaves(variables))
+    trained = sum(leaf.size for _, leaf in leaves)
+    main = next(line for line in report.splitlines() if "in the main model" in line)
+    assert sum(int(word.replace(",", "")) for word in main.split() if word[0].isdigit()) == total
+
+    def gib(label):
+        line = next(line for line in report.splitlines() if label in line)
+        return float(line.split()[-1])
+
+    assert gib("master weights, f32") == pytest.approx(4 * total / 2**30, abs=6e-4)
+    assert gib("moments, bfloat16") == pytest.approx(4 * trained / 2**30, abs=6e-4)
+    assert math.isfinite(gib("peak of one training step"))
+    assert "reads 4 rows of 9 tokens in 2 micro-batches" in report
+    assert "252 tokens in 7 steps" in report  # 7 x 4 x 9
