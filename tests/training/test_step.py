@@ -1,0 +1,178 @@
+"""One training step: accumulation, the router bias, the guard against NaN, devices, compilation."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import ParallelConfig
+from dsv3_jax.model.moe import update_router_bias
+from dsv3_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.schedule import StepSettings
+from dsv3_jax.training.step import TrainState, init_state, router_bias, train_step
+from tests.helpers import (
+    TOLERANCE,
+    random_tokens,
+    random_variables,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
+
+MODEL = tiny_model(num_hidden_layers=2)
+CONFIG = tiny_config(MODEL, batch_size=8, micro_batch_size=2)
+ROWS = random_tokens(MODEL, 8, 10)
+IN_FOUR = ROWS.reshape(4, 2, 10)
+NAMES = ("moe_layers", "mtp_0")
+
+# The only compiled step of this file but for the sharded one: shapes tell its uses apart.
+step = jax.jit(partial(train_step, config=CONFIG))
+
+
+def settings(micro_batches=4, mtp_loss_weight=0.3):
+    values = (np.float32(1e-2), np.float32(1e-3), np.float32(mtp_loss_weight))
+    return StepSettings(*values, np.int32(micro_batches))
+
+
+def fresh_state(seed=0):
+    """A state with two steps' worth of moments and biases in it."""
+    variables = random_variables(MODEL, seed)
+    zero = jnp.zeros((), jnp.int32)
+    opt_state = make_optimizer(CONFIG.optimizer).init(variables["params"])
+    return TrainState(zero, variables["params"], variables["router"], opt_state, zero, zero)
+
+
+@pytest.fixture(scope="module")
+def accumulated():
+    return step(fresh_state(), IN_FOUR, settings())
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return step(fresh_state(), ROWS[None], settings(1))
+
+
+def test_accumulation_equals_one_big_batch(accumulated, whole):
+    (got, got_metrics), (want, want_metrics) = accumulated, whole
+    assert float(got_metrics.loss) == pytest.approx(float(want_metrics.loss), rel=2e-6)
+    assert float(got_metrics.grad_norm) == pytest.approx(float(want_metrics.grad_norm), rel=1e-5)
+    moments = [s.opt_state[1].mu for s in (got, want)]
+    assert relative_error(*moments) < TOLERANCE["f32_gradient"]
+    # Loads are integers: the biases are equal bit for bit.
+    for name in NAMES:
+        np.testing.assert_array_equal(got_metrics.terms.load[name], want_metrics.terms.load[name])
+    jax.tree.map(np.testing.assert_array_equal, got.router, want.router)
+
+
+def test_the_bias_moves_by_the_load_of_the_whole_batch(accumulated):
+    """Moving it after every micro-batch would be another rule: signs do not add up."""
+    before, (after, metrics) = fresh_state(), accumulated
+    for name in NAMES:
+        load = metrics.terms.load[name]
+        want = update_router_bias(router_bias(before.router, name), load, np.float32(1e-3))
+        np.testing.assert_array_equal(router_bias(after.router, name), want)
+    load = metrics.terms.load["moe_layers"]
+    assert int(load.sum()) == 8 * 9 * MODEL.num_experts_per_tok
+    # The loads of the micro-batches one by one, each after the bias had moved by the last.
+    state = before
+    for micro in IN_FOUR:
+        rows = np.stack([micro] * 4)  # num_micro_batches=1 reads the first alone
+        moved, metrics = step(state, rows, settings(1))
+        state = state._replace(router=moved.router)
+    wrong = router_bias(state.router, "moe_layers")
+    assert np.abs(wrong - router_bias(after.router, "moe_layers")).max() > 1e-3
+
+
+def test_signs_of_micro_batch_loads_do_not_add_up():
+    """Three micro-batches slightly over, one far under: per micro-batch the bias would fall."""
+    loads = jnp.array([[11, 9], [11, 9], [11, 9], [2, 18]])
+    right = update_router_bias(jnp.zeros(2), loads.sum(0), 1.0)
+    wrong = sum(update_router_bias(jnp.zeros(2), load, 1.0) for load in loads)
+    np.testing.assert_array_equal(right, [1, -1])
+    np.testing.assert_array_equal(wrong, [-2, 2])
+
+
+def test_rows_beyond_the_step_s_batch_are_not_read():
+    """The batch-size ramp: two of four micro-batches, whatever the others hold."""
+    garbage = IN_FOUR.copy()
+    garbage[2:] = 0
+    results = [step(fresh_state(), rows, settings(2)) for rows in (IN_FOUR, garbage)]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_train_step_compiles_once():
+    """Steps, the batch-size ramp, lambda and the learning rate compile nothing anew."""
+    compiled = jax.jit(partial(train_step, config=CONFIG))
+    state = fresh_state()
+    for micro_batches in (1, 2, 4, 4):
+        changing = settings(micro_batches)._replace(learning_rate=np.float32(micro_batches * 1e-3))
+        state, _ = compiled(state, IN_FOUR, changing)
+    assert compiled._cache_size() == 1
+    assert int(state.step) == 4
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(value, accumulated):
+    before = fresh_state()
+    after, metrics = step(before, IN_FOUR, settings(mtp_loss_weight=value))
+    assert not metrics.applied and not np.isfinite(metrics.loss)
+    for kept in ("params", "router", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(after, kept), getattr(before, kept))
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (1, 1, 1)
+    again, _ = step(after, IN_FOUR, settings(mtp_loss_weight=value))
+    assert (int(again.skipped), int(again.skipped_in_row)) == (2, 2)
+    # The next good step is the one that would have been taken first.
+    resumed, metrics = step(again, IN_FOUR, settings())
+    assert metrics.applied
+    assert (int(resumed.step), int(resumed.skipped), int(resumed.skipped_in_row)) == (3, 2, 0)
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, accumulated[0].params)
+    jax.tree.map(np.testing.assert_array_equal, resumed.opt_state, accumulated[0].opt_state)
+
+
+def test_eight_devices_equal_one(whole):
+    """Data-parallel: the batch spread over 8 virtual devices, weights on each."""
+    mesh = make_mesh(ParallelConfig(data=8))
+    rows = jax.device_put(ROWS[None], batch_sharding(mesh, batch_dim=1))
+    assert rows.sharding.shard_shape(rows.shape) == (1, 1, 10)
+    state = jax.device_put(fresh_state(), replicated(mesh))
+    got, got_metrics = step(state, rows, settings(1))
+    want, want_metrics = whole
+    assert float(got_metrics.loss) == pytest.approx(float(want_metrics.loss), rel=1e-5)
+    for name in NAMES:
+        np.testing.assert_array_equal(got_metrics.terms.load[name], want_metrics.terms.load[name])
+    jax.tree.map(np.testing.assert_array_equal, got.router, want.router)
+    moments = [s.opt_state[1].mu for s in (got, want)]
+    assert relative_error(*moments) < TOLERANCE["f32_gradient"]
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(got)} == {8}
+
+
+def test_the_loss_falls():
+    state, losses = fresh_state(), []
+    for _ in range(8):
+        state, metrics = step(state, IN_FOUR, settings())
+        losses.append(float(metrics.terms.ce))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def lowered_step(layers):
+    """The step of a model with this many layers and no MTP, for one micro-batch, not compiled."""
+    model = dataclasses.replace(MODEL, num_hidden_layers=layers, num_nextn_predict_layers=0)
+    config = dataclasses.replace(CONFIG, model=model)
+    state = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
+    return jax.jit(partial(train_step, config=config)).lower(state, ROWS[None], settings(1))
+
+
+def test_a_deeper_model_is_the_same_program():
+    """Layers are scanned: 4 and 16 of them lower to equally many lines, so compile as fast."""
+    lines = [len(lowered_step(layers).as_text().splitlines()) for layers in (4, 16)]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.slow
+def test_a_deeper_model_compiles_to_as_many_instructions():
+    counts = [lowered_step(layers).compile().as_text().count(" = ") for layers in (4, 16)]
+    assert counts[0] == counts[1]
