@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
     if options.token_ids:
         tokenizer, prompts = None, [parse_ids(text) for text in options.token_ids]
     else:
-        tokenizer = load_tokenizer(options.tokenizer or config.data.tokenizer)
+        saved = options.checkpoint / "tokenizer.json"
+        tokenizer = load_tokenizer(options.tokenizer or (saved if saved.exists() else "byte"))
         prompts = [[tokenizer.bos_token_id, *tokenizer.encode(p).tolist()] for p in options.prompt]
     tokens = generate(
         variables,

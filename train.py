@@ -7,6 +7,7 @@ Writes a run directory: config.json, metrics.jsonl, log.txt, checkpoints/, plots
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,9 @@ import numpy as np
 
 from dsv3_jax import cli
 from dsv3_jax.analysis.model_cost import training_flops_per_token
-from dsv3_jax.config import Config, UserError, to_json
+from dsv3_jax.config import Config, to_json
 from dsv3_jax.data.batches import Rows, prefetch
-from dsv3_jax.data.corpus import Corpus, open_corpus
-from dsv3_jax.data.shards import check_vocab
+from dsv3_jax.data.corpus import Corpus, check_model, open_corpus
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from dsv3_jax.training.checkpoint import Checkpoints, state_bytes
@@ -28,7 +28,13 @@ from dsv3_jax.training.evaluation import Evaluation
 from dsv3_jax.training.metrics import Clock, MetricsLog, set_up_logging
 from dsv3_jax.training.record import Throughput, step_values
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.step import NonFiniteLoss, StepMetrics, TrainState, init_state, train_step
+from dsv3_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    check_finite,
+    create_state,
+    train_step,
+)
 from dsv3_jax.training.stopping import StopRequest
 
 ROOT = Path(__file__).parent
@@ -54,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
             log.info(line)
         with clock("data"):
             corpus = open_corpus(config.data, config.seed)
-            check_tokenizer(config, corpus)
+            check_model(config.model, corpus)
         checkpoints = Checkpoints(
             run_dir / "checkpoints",
             every_steps=config.checkpoint.every_steps,
@@ -65,10 +71,11 @@ def main(argv: Sequence[str]) -> int:
             checkpoints.probe(state_bytes(abstract))
             resumed = checkpoints.resume(config.resume, abstract._asdict(), config)
             (run_dir / "config.json").write_text(to_json(config))
+            if corpus.tokenizer.path is not None:
+                shutil.copyfile(corpus.tokenizer.path, run_dir / "tokenizer.json")
             if resumed is None:
                 start = 0
-                init = jax.jit(partial(init_state, config=config), out_shardings=replicated(mesh))
-                state = init(jax.random.key(config.seed))
+                state = create_state(jax.random.key(config.seed), config, replicated(mesh))
             else:
                 start, restored, _ = resumed
                 state = TrainState(**restored)
@@ -97,19 +104,6 @@ def banner(config: Config, abstract: TrainState) -> list[str]:
         f"parameters  {main_model:,} in the main model, {mtp:,} more in MTP",
         f"run         {config.run_dir}, seed {config.seed}",
     ]
-
-
-def check_tokenizer(config: Config, corpus: Corpus) -> None:
-    """Raises UserError unless the model and the tokenizer agree on ids."""
-    for split in (corpus.train, corpus.val):
-        check_vocab(split.index, config.model.vocab_size)
-    for role in ("bos_token_id", "eos_token_id"):
-        ours, theirs = getattr(config.model, role), getattr(corpus.tokenizer, role)
-        if ours != theirs:
-            raise UserError(
-                f"model.{role}={ours}, but the tokenizer {corpus.tokenizer.name} has {theirs}: "
-                f"use --model.{role.replace('_', '-')} {theirs}"
-            )
 
 
 def train(
@@ -159,7 +153,7 @@ def train(
                 jax.block_until_ready(last if logs or evaluates else previous)
             if not first:
                 throughput.add(schedule.rows(step) * plan.seq_len)
-            check_finite(config, checkpoints, last if is_last else previous)
+            check_finite(last if is_last else previous, plan.max_nonfinite_steps)
             assert last is not None
             values = step_values(state, last, schedule, step) | throughput.read() if logs else {}
             if evaluates:
@@ -175,18 +169,6 @@ def train(
     with clock("checkpoint"):
         checkpoints.wait()
     return state
-
-
-def check_finite(config: Config, checkpoints: Checkpoints, metrics: StepMetrics | None) -> None:
-    """Raises NonFiniteLoss after too many skipped steps in a row, naming the last good step."""
-    if metrics is None or metrics.skipped_in_row < config.train.max_nonfinite_steps:
-        return
-    checkpoints.wait()
-    raise NonFiniteLoss(
-        f"loss or gradient was not finite in {int(metrics.skipped_in_row)} steps in a row; none of "
-        f"them was applied. The newest checkpoint is step {checkpoints.latest_valid()}. Try a "
-        "smaller --optimizer.learning-rate"
-    )
 
 
 def write_sample(config: Config, corpus: Corpus, state: TrainState, run_dir: Path) -> None:

@@ -225,7 +225,7 @@ class DataConfig:
     """Where tokens come from and how documents become rows."""
 
     path: str = "stdlib"  # "stdlib", a text file, a folder of text files, or a `prepare`d folder
-    tokenizer: str = "byte"  # "byte", or the path of a tokenizer.json
+    tokenizer: str = "byte"  # "byte", "bpe:N" (trained on the corpus), or a tokenizer.json's path
     val_fraction: float = 0.02  # of the documents, chosen by a hash of each
     fim_rate: float = 0.1  # fraction of training documents in fill-in-the-middle (PSM) order
     mask_documents: bool = False  # True: no attention across documents of a row (V3: False)

@@ -21,10 +21,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from dsv3_jax.config import DataConfig, UserError
+from dsv3_jax.config import DataConfig, ModelConfig, UserError
 from dsv3_jax.data.documents import Inputs, find_files, read_documents, stdlib_files
-from dsv3_jax.data.packing import Recipe, pack_documents
+from dsv3_jax.data.packing import Recipe, in_validation, pack_documents
 from dsv3_jax.data.shards import (
     INDEX_FILE,
     DamagedShards,
@@ -32,8 +33,9 @@ from dsv3_jax.data.shards import (
     ShardWriter,
     TokenShards,
     atomic_folder,
+    check_vocab,
 )
-from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 
 RECIPE_FILE = "recipe.json"
 # Part of every cache key: raise it when the same texts would give other tokens.
@@ -111,16 +113,24 @@ def open_corpus(data: DataConfig, seed: int, cache_dir: str | Path | None = None
     is opened as it is; any other path is text. The cache is `cache_dir`, or dsv3_jax in
     $XDG_CACHE_HOME or ~/.cache; several processes may open one corpus at once, and a damaged cache
     is built again. UserError: as for `prepare`, and when a prepared folder is damaged or was made
-    by another tokenizer.
+    by another tokenizer. With "bpe:N" as the tokenizer, one of N ids is trained on the corpus'
+    training documents and cached beside the tokens; a prepared folder brings its own.
     """
-    tokenizer = load_tokenizer(data.tokenizer)
     path = Path(data.path)
+    bpe_size = _bpe_size(data.tokenizer)
     marks = (path / RECIPE_FILE, path / "train" / INDEX_FILE)
     if data.path != "stdlib" and any(mark.exists() for mark in marks):
+        has_own = (path / "tokenizer.json").exists()
+        own = path if has_own else "byte"
+        tokenizer = load_tokenizer(data.tokenizer if bpe_size is None else own)
         return _open_prepared(path, tokenizer, data)
     recipe = Recipe(data.val_fraction, data.fim_rate, seed)
     inputs = stdlib_files() if data.path == "stdlib" else find_files([path])
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    if bpe_size is None:
+        tokenizer = load_tokenizer(data.tokenizer)
+    else:
+        tokenizer = _trained_bpe(inputs, bpe_size, data, root)
     folder = root / f"corpus-{_cache_key(inputs, tokenizer, recipe, data.path)}"
     with _locked(folder):
         try:
@@ -133,6 +143,45 @@ def open_corpus(data: DataConfig, seed: int, cache_dir: str | Path | None = None
         summary = _prepare(inputs, folder, tokenizer, recipe, "text")
         log.info("%s", summary)
         return _open_cached(folder, tokenizer)
+
+
+def _bpe_size(spec: str) -> int | None:
+    """N of "bpe:N"; None for any other tokenizer."""
+    kind, _, size = spec.partition(":")
+    if kind != "bpe":
+        return None
+    if not size.isdigit():
+        raise UserError(f"data.tokenizer={spec!r}: write bpe:N with the number of ids, as bpe:1024")
+    return int(size)
+
+
+def _trained_bpe(inputs: Inputs, size: int, data: DataConfig, root: Path) -> Tokenizer:
+    """The corpus' own tokenizer, from the cache or trained on what is not validation text."""
+    key = _hash([CACHE_FORMAT, "bpe", size, data.val_fraction, _fingerprints(inputs, data.path)])
+    file = root / f"bpe-{key}.json"
+    with _locked(file):
+        if not file.exists():
+            log.info("training a tokenizer of %d ids on %s", size, data.path)
+            documents = (
+                text
+                for text in read_documents(inputs)
+                if not in_validation(text, data.val_fraction)
+            )
+            train_tokenizer(documents, size, file)
+        return load_tokenizer(file)
+
+
+def check_model(model: ModelConfig, corpus: Corpus) -> None:
+    """Raises UserError unless the model can read the corpus: vocabulary, bos and eos ids agree."""
+    for split in (corpus.train, corpus.val):
+        check_vocab(split.index, model.vocab_size)
+    for role in ("bos_token_id", "eos_token_id"):
+        ours, theirs = getattr(model, role), getattr(corpus.tokenizer, role)
+        if ours != theirs:
+            raise UserError(
+                f"model.{role}={ours}, but the tokenizer {corpus.tokenizer.name} has {theirs}: "
+                f"use --model.{role.replace('_', '-')} {theirs}"
+            )
 
 
 def default_cache_dir() -> Path:
@@ -210,18 +259,27 @@ def _open_cached(folder: Path, tokenizer: Tokenizer) -> Corpus:
 
 
 def _cache_key(inputs: Inputs, tokenizer: Tokenizer, recipe: Recipe, path: str) -> str:
-    """A hash of all that decides the tokens; files count by path, size and time of change.
+    """A hash of all that decides the tokens."""
+    files = _fingerprints(inputs, path)
+    return _hash([CACHE_FORMAT, tokenizer.fingerprint, dataclasses.asdict(recipe), files])
+
+
+def _fingerprints(inputs: Inputs, path: str) -> list[list[Any]]:
+    """What tells files apart: path, size and time of change.
 
     The standard library's files count by name and size, with Python's version.
     """
-    files = []
+    files: list[list[Any]] = []
     for file in inputs.files:
         status = file.path.stat()
         if path == "stdlib":
             files.append([platform.python_version(), file.path.name, status.st_size])
         else:
             files.append([str(file.path.resolve()), status.st_size, status.st_mtime_ns])
-    made_of = [CACHE_FORMAT, tokenizer.fingerprint, dataclasses.asdict(recipe), files]
+    return files
+
+
+def _hash(made_of: list[Any]) -> str:
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:20]
 
 

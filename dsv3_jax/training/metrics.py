@@ -178,9 +178,11 @@ def set_up_logging(run_dir: str | Path | None, *, primary: bool = True) -> None:
     Other processes than the first (`primary=False`) show warnings only and write no file.
     """
     root = logging.getLogger()
-    for old in [h for h in root.handlers if getattr(h, "dsv3_jax", False)]:
-        root.removeHandler(old)
-        old.close()
+    for old in list(root.handlers):
+        # A library's stray logging.info() before this installs a plain handler: lines would double.
+        if getattr(old, "dsv3_jax", False) or type(old) is logging.StreamHandler:
+            root.removeHandler(old)
+            old.close()
     handlers: list[logging.Handler] = [
         _ConsoleHandler(logging.INFO if primary else logging.WARNING)
     ]
