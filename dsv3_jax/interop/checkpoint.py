@@ -319,7 +319,9 @@ def _checked(
         elif name in scales:
             found += _scale_problems(name, tensor, scales[name], tensors)
             kept[name] = tensor
-        elif not IGNORED.fullmatch(name):
+        elif IGNORED.fullmatch(name):
+            log.info("%s: %s is left out, the config determines it", folder, name)
+        else:
             found.append(f"{name} is not part of this architecture")
     _raise_if(found, f"{folder} does not hold what its config.json describes")
     return config, kept
