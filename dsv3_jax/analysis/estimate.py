@@ -16,6 +16,7 @@ from dsv3_jax.analysis.memory import (
     Memory,
     Stage,
     mesh_problems,
+    rank_shards,
     stage_parameters,
     stages_of_ranks,
     tokens_per_micro_batch,
@@ -163,7 +164,9 @@ def layer_times(
     # Norms, rotations, SwiGLU, residuals, casts and, with experts, permutations: each value read
     # once and written once in BF16.
     values = 8 * D + 3 * model.num_attention_heads * model.qk_head_dim / mesh.tensor
-    values += (active * (2 * D + 3 * F) if moe else 3 * model.intermediate_size) / mesh.tensor
+    values += (
+        active * (2 * D + 3 * F / mesh.tensor) if moe else 3 * model.intermediate_size / mesh.tensor
+    )
     elementwise = 2 * 2 * tokens * values / memory_rate
     experts = 0.0
     if moe:
@@ -283,7 +286,7 @@ def estimate_step(
     parts["exchange on the wire"] = exposed
     parts["pipeline bubble"] = pipeline.bubble
     memory = training_memory(config, schedule, pipeline.peak_activations)
-    parts |= _optimizer_parts(config, device, efficiency, memory)
+    parts |= _optimizer_parts(config, device, efficiency, schedule, memory)
     seconds = sum(parts.values())
 
     rate = train.batch_size * train.seq_len / seconds
@@ -329,21 +332,36 @@ def _network_problems(mesh: ParallelConfig, device: Accelerator) -> list[str]:
 
 
 def _optimizer_parts(
-    config: Config, device: Accelerator, efficiency: Efficiency, memory: Memory
+    config: Config, device: Accelerator, efficiency: Efficiency, schedule: str, memory: Memory
 ) -> dict[str, float]:
-    """Gradient reduce-scatter (f32), weight all-gather, and the sharded AdamW update.
+    """Gradient reduce-scatter (f32), weight all-gather, and the sharded AdamW update; not hidden.
 
-    All of a device's parameters are counted as reduced over data x node x local x context ranks,
-    those of experts too, which only data x context share: an upper bound.
+    Hierarchical: replicas of one scale-up domain first, then, on a share of the bytes as small as
+    there are of those, the domains among each other.
     """
     mesh = config.mesh
-    replicas = mesh.data * mesh.node * mesh.local * mesh.context
-    moved = (memory.gradients + memory.weights) * (replicas - 1) / replicas
-    reduction = moved / device.bandwidth(leaves_domain(mesh, device)) if replicas > 1 else 0.0
-    # Gradients and states are read once, states written once, and the weights.
-    touched = memory.gradients / replicas + 2 * memory.optimizer + memory.weights
+    out = leaves_domain(mesh, device)
+    width = 4 + memory.weights / (memory.gradients / 4)
+    up = device.bandwidth(scale_out=False)
+
+    def reduction(parameters: float, inner: int, outer: int) -> float:
+        if not out:
+            inner, outer = inner * outer, 1
+        seconds = parameters * width * (inner - 1) / inner / up
+        if outer > 1:
+            moved = parameters * width / inner * (outer - 1) / outer
+            seconds += moved / device.bandwidth(scale_out=True)
+        return seconds
+
+    reductions = [
+        reduction(shard.replicated, mesh.local * mesh.context, mesh.data * mesh.node)
+        + reduction(shard.expert, mesh.context, mesh.data)
+        for shard in rank_shards(config.model, mesh, schedule)
+    ]
+    # Gradients' shares and states are read once, states written once, and the weights.
+    touched = 3 * memory.optimizer + memory.weights
     update = touched / (device.hbm_bandwidth * efficiency.memory)
-    return {"gradient reduction": reduction, "optimizer": update}
+    return {"gradient reduction": max(reductions), "optimizer": update}
 
 
 def calibrate(

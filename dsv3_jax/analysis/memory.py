@@ -142,6 +142,15 @@ def stage_parameters(model: ModelConfig, mesh: ParallelConfig, stage: Stage) -> 
     return Shard(replicated, moe_layers * routed)
 
 
+def rank_shards(model: ModelConfig, mesh: ParallelConfig, schedule: str) -> list[Shard]:
+    """Parameters on one device of each pipeline rank, over all stages that it holds."""
+    made = []
+    for held in stages_of_ranks(model, mesh.pipe, schedule):
+        first, *others = (stage_parameters(model, mesh, stage) for stage in held)
+        made.append(sum(others, start=first))
+    return made
+
+
 def activation_bytes_per_token(
     model: ModelConfig, moe: bool, remat: str, fp8: bool, tensor: int = 1
 ) -> float:
@@ -202,9 +211,9 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
     replicas = mesh.data * mesh.context
     tokens = tokens_per_micro_batch(config)
     worst = None
-    for rank, held in enumerate(stages_of_ranks(model, mesh.pipe, schedule)):
-        shards = [stage_parameters(model, mesh, s) for s in held]
-        shard = sum(shards[1:], start=shards[0])
+    held_by_rank = stages_of_ranks(model, mesh.pipe, schedule)
+    shards = rank_shards(model, mesh, schedule)
+    for rank, (held, shard) in enumerate(zip(held_by_rank, shards)):
         per_token = max(
             s.dense_layers * _layer(config, moe=False) + s.moe_layers * _layer(config, moe=True)
             for s in held

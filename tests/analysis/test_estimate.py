@@ -153,6 +153,20 @@ def test_zero_1_shards_the_optimizer_over_replicas():
     assert two.weights == one.weights
 
 
+def test_gradients_are_reduced_within_the_node_first():
+    # 8 replicas of everything but the experts: on one node, and one on each of eight nodes.
+    inside = estimate_step(with_mesh(TINY, local=8), H800).parts["gradient reduction"]
+    across = estimate_step(with_mesh(TINY, node=8), accelerator("h800")).parts["gradient reduction"]
+    assert inside == across  # 8 devices never leave the scale-up domain
+    both = estimate_step(with_mesh(TINY, data=2, local=8), H800).parts["gradient reduction"]
+    shard = stage_parameters(
+        TINY.model, ParallelConfig(local=8), split_into_stages(TINY.model, 1)[0]
+    )
+    # 4 bytes of gradient and 2 of weight: 7/8 over NVLink, then half of an eighth over the NIC.
+    wanted = 6 * shard.replicated * (7 / 8 / 160e9 + 1 / 16 / 40e9) + 6 * shard.expert / 2 / 40e9
+    assert both == pytest.approx(wanted)
+
+
 def test_calibration_reproduces_the_measurement():
     measured = 15360 * 4096 / 19.926
     fitted = calibrate(V3_RUN, H800, measured, "dualpipe", "ISCA table 4")
