@@ -13,19 +13,11 @@ from dsv3_jax.interop.checkpoint import open_checkpoint
 from dsv3_jax.interop.load import load_hf
 from dsv3_jax.interop.name_map import leaves, num_places, places
 from dsv3_jax.model.transformer import init_variables
+from tests.fixtures.interop.tiny import TINY
 
 
 def no_run(folder, step):
     raise AssertionError(f"{folder} is not a run")
-
-
-@pytest.fixture(autouse=True)
-def quick_compiles():
-    """Programs here run once: half the time goes without optimising them."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def test_v3_has_the_published_counts():
@@ -39,7 +31,7 @@ def test_v3_has_the_published_counts():
 
 
 def test_every_leaf_of_the_model_has_its_place():
-    config = ModelConfig()
+    config = dataclasses.replace(TINY, num_nextn_predict_layers=2)
     abstract = jax.eval_shape(lambda key: init_variables(key, config), jax.random.key(0))
     expected = {
         tuple(key.key for key in path): leaf.shape

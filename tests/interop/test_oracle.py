@@ -4,8 +4,7 @@ The golden numbers need nothing installed. Tests marked `oracle` ask transformer
 what we export, and are skipped with the reason shown where it is not installed.
 """
 
-import importlib.util
-from pathlib import Path
+import dataclasses
 
 import jax
 import numpy as np
@@ -16,30 +15,17 @@ from dsv3_jax.interop.exporting import export_hf
 from dsv3_jax.interop.load import load, load_hf
 from dsv3_jax.interop.trace import trace
 from dsv3_jax.model.transformer import forward
+from tests.fixtures.interop import make
+from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
 
 # f32 arithmetic in another order: runtimes that agree differ by up to 1e-4 in logits of std 4; a
 # norm's epsilon of 1e-5 instead of 1e-6 already moves them by more than 4e-4.
 LOGIT_LIMIT = 3e-4
 
-FIXTURES = Path(__file__).parent.parent / "fixtures/interop"
-_spec = importlib.util.spec_from_file_location("make_golden", FIXTURES / "make.py")
-assert _spec and _spec.loader
-make = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(make)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    """Each case is a new program that runs once: half the time goes without optimising it."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
 
 @pytest.fixture(scope="module")
 def golden():
-    return np.load(FIXTURES / "golden.npz", allow_pickle=False)
+    return np.load(make.HERE / "golden.npz", allow_pickle=False)
 
 
 def expected_of(golden, name):
@@ -77,10 +63,10 @@ def test_model_agrees_with_the_golden_numbers(tmp_path, golden, name):
     config, tensors, _ = make.case(name)
     expected = expected_of(golden, name)
     assert make.digest(tensors) == str(expected["digest"]), "NumPy's random numbers changed"
-    make.write_hf(tmp_path / "hf", config, tensors)
+    write_hf(tmp_path / "hf", config, tensors)
     found, variables = load_hf(tmp_path / "hf", dtype="f32")
     # Arithmetic is f32 here, whatever the storage.
-    config = make.dataclasses.replace(found, dtype="float32")
+    config = dataclasses.replace(found, dtype="float32")
     traced = compare(expected, variables, config)
     if name == "v3_two_mtp":
         outputs = jax.jit(forward, static_argnums=2)(variables, expected["tokens"], config)
@@ -102,7 +88,7 @@ def transformers_or_skip(fp8: bool = False):
 def test_transformers_reads_our_export_as_we_do(tmp_path, name):
     transformers_or_skip(fp8=name == "fp8_storage")
     config, tensors, tokens = make.case(name)
-    make.write_hf(tmp_path / "hf", config, tensors)
+    write_hf(tmp_path / "hf", config, tensors)
     checkpoint = open_hf(tmp_path / "hf")
     variables = load(checkpoint, dtype="f32")
     exported = export_hf(checkpoint, tmp_path / "out", shard_bytes=300_000)
@@ -114,13 +100,13 @@ def test_transformers_reads_our_export_as_we_do(tmp_path, name):
 def test_partial_fp8_blocks_are_right_in_an_f32_export(tmp_path):
     """transformers 5.23 reads partial blocks wrong, so it gets the same numbers in F32."""
     transformers_or_skip()
-    tensors = make.hf_tensors(make.TINY, "fp8", 3)
-    make.write_hf(tmp_path / "hf", make.TINY, tensors)
+    tensors = hf_tensors(TINY, "fp8", 3)
+    write_hf(tmp_path / "hf", TINY, tensors)
     _, variables = load_hf(tmp_path / "hf", dtype="f32")
-    exported = export_hf(from_variables(variables, make.TINY), tmp_path / "out")
+    exported = export_hf(from_variables(variables, TINY), tmp_path / "out")
     tokens = np.arange(34, dtype=np.int32).reshape(2, 17)
-    expected = make.transformers_outputs(exported, make.TINY, tokens)
-    compare(expected | {"tokens": tokens}, variables, make.TINY)
+    expected = make.transformers_outputs(exported, TINY, tokens)
+    compare(expected | {"tokens": tokens}, variables, TINY)
 
 
 @pytest.mark.oracle
@@ -131,11 +117,11 @@ def test_a_checkpoint_that_transformers_writes_loads(tmp_path):
     from transformers import AutoModelForCausalLM
 
     config, tensors, tokens = make.case("v3_two_mtp")
-    make.write_hf(tmp_path / "hf", config, tensors)
+    write_hf(tmp_path / "hf", config, tensors)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     model.save_pretrained(tmp_path / "theirs")
     found, variables = load_hf(tmp_path / "theirs")
-    assert found == make.dataclasses.replace(config, num_nextn_predict_layers=0)
+    assert found == dataclasses.replace(config, num_nextn_predict_layers=0)
     with torch.no_grad():
         logits = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
     ours = forward(variables, tokens, found).logits
