@@ -7,7 +7,7 @@ Text is streamed as it comes; several prompts are decoded together and printed o
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -27,9 +27,9 @@ class InferOptions:
     """Continue prompts with a trained model."""
 
     checkpoint: Path  # a run directory
-    prompt: Annotated[list[str], tyro.conf.UseAppendAction] = ()  # type: ignore[assignment]
+    prompt: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """A text to continue; repeat the option for several."""
-    token_ids: Annotated[list[str], tyro.conf.UseAppendAction] = ()  # type: ignore[assignment]
+    token_ids: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Comma-separated token ids to continue, printed as ids; repeat the option for several."""
     max_new_tokens: int = 200
     temperature: float = 0.7  # 0: always the likeliest token

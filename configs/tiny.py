@@ -1,4 +1,4 @@
-"""The default run: a 5M-parameter DeepSeek-V3 on the Python standard library's source.
+"""The default run: a 1.5M-parameter DeepSeek-V3 on the Python standard library's source.
 
     ./run train
 
@@ -44,9 +44,9 @@ def get_config() -> Config:
             dtype="float32",
         ),
         data=DataConfig(tokenizer="bpe:1024"),
-        train=TrainConfig(steps=240, batch_size=16, seq_len=128, eval_every=80),
+        train=TrainConfig(steps=200, batch_size=16, seq_len=128, eval_every=100),
         optimizer=OptimizerConfig(learning_rate=4e-3),
-        schedule=ScheduleConfig(warmup_steps=24, batch_start_ratio=1.0, bias_update_speed=0.01),
-        checkpoint=CheckpointConfig(every_steps=120),
+        schedule=ScheduleConfig(warmup_steps=20, batch_start_ratio=1.0, bias_update_speed=0.01),
+        checkpoint=CheckpointConfig(every_steps=100),
         run_dir="runs/tiny",
     )

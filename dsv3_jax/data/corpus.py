@@ -223,6 +223,7 @@ def _write_splits(
         reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(skipped.items()))
         raise UserError(
             f"the corpus is empty: no text in {len(inputs.files)} files ({reasons or 'no files'})"
+            + (f", as {inputs.files[0].path}" if inputs.files else "")
         )
     return Summary(train, val, recipe, dict(skipped))
 

@@ -41,6 +41,7 @@ class Throughput:
 
     def __init__(self, clock: Clock, flops_per_token: float, devices: list[jax.Device]):
         self._clock, self._flops_per_token = clock, flops_per_token
+        self._device = devices[0]
         peak = peak_flops(devices[0].device_kind)
         self._peak = peak * len(devices) if peak else None
         self._tokens, self._start = 0, self._seconds()
@@ -50,14 +51,23 @@ class Throughput:
         self._tokens += tokens
 
     def read(self) -> dict[str, float | None]:
-        """tokens_per_s since the last reading, and mfu (None on a CPU); call it between steps."""
+        """tokens_per_s since the last reading, mfu and peak_memory_gib of the first device.
+
+        The last two are None on a CPU. To be called between steps.
+        """
         now = self._seconds()
         seconds, self._start = now - self._start, now
         tokens, self._tokens = self._tokens, 0
+        memory = {"peak_memory_gib": self._peak_memory_gib()}
         if not tokens or seconds <= 0:
-            return {"tokens_per_s": None, "mfu": None}
+            return {"tokens_per_s": None, "mfu": None} | memory
         rate = tokens / seconds
-        return {"tokens_per_s": rate, "mfu": mfu(self._flops_per_token, rate, self._peak)}
+        utilisation = mfu(self._flops_per_token, rate, self._peak)
+        return {"tokens_per_s": rate, "mfu": utilisation} | memory
+
+    def _peak_memory_gib(self) -> float | None:
+        stats = self._device.memory_stats()  # None on a CPU
+        return stats["peak_bytes_in_use"] / 2**30 if stats else None
 
     def _seconds(self) -> float:
         spent = self._clock.seconds()

@@ -1,0 +1,38 @@
+"""V3's real layer shapes on one GPU: a dense layer, two MoE layers of 16 experts, and MTP.
+
+    python train.py --config configs/h200_slice.py
+
+Everything but the numbers of layers and experts is V3's, so that the time of a layer means something.
+"""
+
+import dataclasses
+
+from dsv3_jax.config import (
+    CheckpointConfig,
+    Config,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    """About 4.9B parameters, MTP included; 54 GiB of weights and moments."""
+    return Config(
+        model=dataclasses.replace(
+            ModelConfig(),
+            num_hidden_layers=3,
+            first_k_dense_replace=1,
+            n_routed_experts=16,
+            bos_token_id=256,  # of the byte tokenizer
+            eos_token_id=257,
+        ),
+        train=TrainConfig(
+            steps=30, batch_size=1, seq_len=4096, remat="full", log_every=5, eval_batches=2
+        ),
+        optimizer=OptimizerConfig(moment_dtype="bfloat16"),
+        schedule=ScheduleConfig(warmup_steps=10, batch_start_ratio=1.0),
+        checkpoint=CheckpointConfig(every_steps=1000, keep=1),
+        run_dir="runs/h200_slice",
+    )
