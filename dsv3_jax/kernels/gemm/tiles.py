@@ -22,8 +22,8 @@ class Cost(NamedTuple):
 # One H200, 1980 MHz, random normal data. Large tiles read each operand less often, small ones fill
 # the last round better, and below 128 rows only the columns are left to spread over 132 blocks.
 COSTS: dict[Tile, Cost] = {
-    Tile(waves=2): Cost(765, 1670),
-    Tile(warpgroups=3, cluster=2, shared="b", store_buffers=2): Cost(579, 700),
+    Tile(waves=2, cluster=2): Cost(765, 1670),
+    Tile(warpgroups=3, cluster=2, store_buffers=2): Cost(579, 700),
     Tile(stages=6): Cost(462, 680),
     Tile(columns=64, stages=4, slabs=2): Cost(285, 700),
     Tile(columns=32, stages=4, slabs=2): Cost(225, 600),
@@ -33,16 +33,16 @@ COSTS: dict[Tile, Cost] = {
 }
 
 GROUPED_COSTS: dict[Tile, Cost] = {
-    Tile(waves=2, rows_first=True): Cost(765, 1670),
-    Tile(warpgroups=3): Cost(579, 760),
+    Tile(waves=2, cluster=2, rows_first=True): Cost(765, 1670),
+    Tile(warpgroups=3, cluster=2, store_buffers=2): Cost(579, 700),
     Tile(stages=6, rows_first=True): Cost(462, 680),
 }
 
 # The fastest of the sweep in every shape, so that there is nothing to choose.
-WGRAD = Tile(waves=2)
+WGRAD = Tile(warpgroups=3)
 BF16 = Tile(columns=256, rows_first=True)
 BF16_WGRAD = Tile(columns=256)
-MASKED = Tile(stages=6)
+MASKED = Tile(parts=2, cluster=2)
 MASKED_64 = Tile(warpgroups=1, stages=8)  # buffers of 64 rows
 
 
