@@ -7,30 +7,17 @@ takes a run directory and a step and returns its config, its variables and its t
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import jax.numpy as jnp
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsv3_jax.config import ModelConfig, UserError
-from dsv3_jax.interop.checkpoint import (
-    Checkpoint,
-    from_variables,
-    is_weights_folder,
-    open_checkpoint,
-)
-from dsv3_jax.interop.exporting import export_hf
-from dsv3_jax.interop.importing import import_hf
-from dsv3_jax.interop.load import load
-from dsv3_jax.interop.stream import StorageDType
-from dsv3_jax.interop.trace import read_tokens, trace
 
-log = logging.getLogger(__name__)
+# The rest is imported where it is used, so that parsing these options does not wait for JAX.
+if TYPE_CHECKING:
+    from dsv3_jax.interop.checkpoint import Checkpoint
 
 OpenRun = Callable[[Path, str], tuple[ModelConfig, dict[str, Any], Path | None]]
 
@@ -51,7 +38,7 @@ class ExportOptions:
 
     src: Path  # a run directory, an import, or another Hugging Face folder
     dst: Path  # the folder to write
-    dtype: StorageDType = "stored"  # stored: as it is, f32 for a run
+    dtype: Literal["stored", "bf16", "f32", "fp8"] = "stored"  # stored: as it is, f32 for a run
     step: str = "auto"  # of a run: the newest valid one, or its number
     overwrite: bool = False
 
@@ -69,6 +56,8 @@ class LogitsOptions:
 
 def run_import(options: ImportOptions) -> None:
     """python -m dsv3_jax import-hf SRC DST"""
+    from dsv3_jax.interop.importing import import_hf
+
     start = time.monotonic()
     import_hf(options.src, options.dst, options.dtype, overwrite=options.overwrite)
     _say("imported", options.dst, start)
@@ -76,6 +65,8 @@ def run_import(options: ImportOptions) -> None:
 
 def run_export(options: ExportOptions, open_run: OpenRun) -> None:
     """python -m dsv3_jax export-hf SRC DST"""
+    from dsv3_jax.interop.exporting import export_hf
+
     start = time.monotonic()
     source, tokenizer = _open(options.src, options.step, open_run)
     export_hf(source, options.dst, options.dtype, overwrite=options.overwrite, tokenizer=tokenizer)
@@ -84,6 +75,12 @@ def run_export(options: ExportOptions, open_run: OpenRun) -> None:
 
 def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
     """python -m dsv3_jax logits --checkpoint DIR --tokens FILE --out FILE"""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from dsv3_jax.interop.load import load
+    from dsv3_jax.interop.trace import read_tokens, trace
+
     source, _ = _open(options.checkpoint, options.step, open_run)
     dtype = {"bf16": "bfloat16", "f32": "float32"}[options.dtype]
     config = dataclasses.replace(source.config, dtype=dtype)
@@ -99,6 +96,8 @@ def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
 
 
 def _open(folder: Path, step: str, open_run: OpenRun) -> tuple[Checkpoint, Path | None]:
+    from dsv3_jax.interop.checkpoint import from_variables, is_weights_folder, open_checkpoint
+
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if is_weights_folder(folder):
