@@ -11,9 +11,6 @@ from dsv3_jax.quantization.block_scaled import BlockScaled, ScaleFormat
 
 PACKAGE = "dsv3_jax.kernels.fused"
 
-# On a TPU XLA fuses the plain form into one pass by itself.
-ORDER = {**backend.DEFAULT_ORDER, "tpu": ("reference",)}
-
 
 def quantize_rows(
     x: Float[Array, "T D"],
@@ -78,4 +75,4 @@ def rms_norm_quantize(
 
 
 def _run(op: str, *args, implementation: str | None):
-    return backend.run(PACKAGE, op, *args, order=ORDER, implementation=implementation)
+    return backend.run(PACKAGE, op, *args, implementation=implementation)
