@@ -18,6 +18,8 @@ from dsv3_jax import cli
 from dsv3_jax.config import Config, UserError, config_from_dict
 from dsv3_jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from dsv3_jax.inference.generate import generate
+from dsv3_jax.interop.checkpoint import is_weights_folder
+from dsv3_jax.interop.load import load_hf
 from dsv3_jax.model.transformer import Variables, init_variables
 from dsv3_jax.training import checkpoint
 
@@ -26,7 +28,7 @@ from dsv3_jax.training import checkpoint
 class InferOptions:
     """Continue prompts with a trained model."""
 
-    checkpoint: Path  # a run directory
+    checkpoint: Path  # a run directory, an import, or a Hugging Face folder
     prompt: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """A text to continue; repeat the option for several."""
     token_ids: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
@@ -88,9 +90,12 @@ def check(options: InferOptions) -> None:
 
 
 def load_run(options: InferOptions) -> tuple[Config, Variables]:
-    """The run's config and its parameters, without the optimizer's state."""
+    """The config and parameters of a run, without the optimizer's state, or of a weights folder."""
     if not options.checkpoint.is_dir():
         raise UserError(f"--checkpoint {options.checkpoint}: no such folder")
+    if is_weights_folder(options.checkpoint):
+        model, variables = load_hf(options.checkpoint, dtype="bf16")
+        return Config(model=model), variables
     if options.step != "auto" and not options.step.isdigit():
         raise UserError(f"--step {options.step} must be auto or a step number")
     folder = options.checkpoint / "checkpoints"

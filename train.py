@@ -9,7 +9,6 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -28,13 +27,7 @@ from dsv3_jax.training.evaluation import Evaluation
 from dsv3_jax.training.metrics import Clock, MetricsLog, set_up_logging
 from dsv3_jax.training.record import Throughput, step_values
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.step import (
-    StepMetrics,
-    TrainState,
-    check_finite,
-    create_state,
-    train_step,
-)
+from dsv3_jax.training.step import TrainState, check_finite, create_state, jit_train_step
 from dsv3_jax.training.stopping import StopRequest
 
 ROOT = Path(__file__).parent
@@ -130,15 +123,12 @@ def train(
             batch.reshape(-1, shape[-1])[: len(read)] = read
             yield jax.make_array_from_callback(shape, place, batch.__getitem__)
 
-    # Pinned output shardings: otherwise the second call, on the first one's output, compiles anew.
-    step_fn = jax.jit(
-        partial(train_step, config=config), donate_argnums=0, out_shardings=replicated(mesh)
-    )
+    step_fn = jit_train_step(config, replicated(mesh))
     evaluate = Evaluation(config, mesh, corpus)
     flops = training_flops_per_token(config.model, plan.seq_len)
     throughput = Throughput(clock, flops, list(mesh.devices.flat))
     meta = {"config": dataclasses.asdict(config), "data_sha256": corpus.train.index.sha256}
-    last: StepMetrics | None = None
+    last = None
     with prefetch(batches) as stream:
         for step in range(start, plan.steps):
             first, done = step == start, step + 1
@@ -154,7 +144,6 @@ def train(
             if not first:
                 throughput.add(schedule.rows(step) * plan.seq_len)
             check_finite(last if is_last else previous, plan.max_nonfinite_steps)
-            assert last is not None
             values = step_values(state, last, schedule, step) | throughput.read() if logs else {}
             if evaluates:
                 with clock("eval"):

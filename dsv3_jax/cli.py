@@ -16,7 +16,23 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from dsv3_jax.config import Config, RunError, UserError, load_config
+from dsv3_jax.analysis.commands import COMMANDS as ANALYSES
+from dsv3_jax.config import (
+    Config,
+    ModelConfig,
+    RunError,
+    UserError,
+    config_from_dict,
+    load_config,
+)
+from dsv3_jax.interop.commands import (
+    ExportOptions,
+    ImportOptions,
+    LogitsOptions,
+    run_export,
+    run_import,
+    run_logits,
+)
 
 Options = TypeVar("Options")
 
@@ -155,17 +171,52 @@ def report(options: ReportOptions) -> None:
         print(path)
 
 
+def open_run(run_dir: Path, step: str) -> tuple[ModelConfig, dict[str, Any], Path | None]:
+    """(config, variables, tokenizer.json or None for bytes) of a run's checkpoint, in f32."""
+    import jax
+
+    from dsv3_jax.model.transformer import init_variables
+    from dsv3_jax.training import checkpoint
+
+    found, meta = checkpoint.read_meta(run_dir / "checkpoints", step)
+    config = config_from_dict(meta["config"])
+    abstract = jax.eval_shape(lambda key: init_variables(key, config.model), jax.random.key(0))
+    variables, _ = checkpoint.restore(run_dir / "checkpoints", found, abstract, partial=True)
+    tokenizer = run_dir / "tokenizer.json"  # where the run's tokenizer has a file
+    return config.model, variables, tokenizer if tokenizer.exists() else None
+
+
+def import_hf(options: ImportOptions) -> None:
+    """python -m dsv3_jax import-hf SRC DST"""
+    run_import(options)
+
+
+def export_hf(options: ExportOptions) -> None:
+    """python -m dsv3_jax export-hf SRC DST"""
+    run_export(options, open_run)
+
+
+def logits(options: LogitsOptions) -> None:
+    """python -m dsv3_jax logits --checkpoint DIR --tokens FILE --out FILE"""
+    run_logits(options, open_run)
+
+
 @dataclass(frozen=True)
 class Command:
     """One sub-command: its options and what runs it."""
 
     options: type
     run: Callable[[Any], int | None] = field(repr=False)
+    positional: bool = False  # its options without a default are words, not --options
 
 
 COMMANDS = {
     "prepare": Command(PrepareOptions, prepare),
     "report": Command(ReportOptions, report),
+    "import-hf": Command(ImportOptions, import_hf, positional=True),
+    "export-hf": Command(ExportOptions, export_hf, positional=True),
+    "logits": Command(LogitsOptions, logits),
+    **{name: Command(options, run) for name, (options, run) in ANALYSES.items()},
 }
 
 
@@ -174,7 +225,10 @@ def main(argv: Sequence[str]) -> int | None:
     if not argv:
         argv = ["--help"]
     choices = tuple(
-        Annotated[c.options, tyro.conf.subcommand(name, prefix_name=False)]
+        Annotated[
+            Annotated[c.options, tyro.conf.PositionalRequiredArgs] if c.positional else c.options,
+            tyro.conf.subcommand(name, prefix_name=False),
+        ]
         for name, c in COMMANDS.items()
     )
     union: Any = choices[0]

@@ -1,4 +1,4 @@
-"""train.py and infer.py from the outside: what a run leaves, how it resumes, what bad input gets."""
+"""train.py and infer.py from the outside: what a run leaves, resuming, bad input."""
 
 import json
 import os

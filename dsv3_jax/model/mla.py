@@ -36,9 +36,13 @@ def mla_expand(
     nope_dim = q_nope_BTNH.shape[-1]
     kv_BSNP = linear(latent_BSC, kv_b_proj, recipe)
     k_nope_BSNH, v_BSNU = kv_BSNP[..., :nope_dim], kv_BSNP[..., nope_dim:]
-    logits_BNTS = jnp.einsum(
-        "BTNH,BSNH->BNTS", q_nope_BTNH, k_nope_BSNH, preferred_element_type=jnp.float32
-    ) + jnp.einsum("BTNR,BSR->BNTS", q_rope_BTNR, k_rope_BSR, preferred_element_type=jnp.float32)
+    # One product over H + R dims: two would write and read the T x S logits once more each way.
+    k_rope_BSNR = jnp.broadcast_to(
+        k_rope_BSR[:, :, None], (*k_nope_BSNH.shape[:-1], k_rope_BSR.shape[-1])
+    )
+    q_BTNP = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], axis=-1)
+    k_BSNP = jnp.concatenate([k_nope_BSNH, k_rope_BSNR], axis=-1)
+    logits_BNTS = jnp.einsum("BTNP,BSNP->BNTS", q_BTNP, k_BSNP, preferred_element_type=jnp.float32)
     probs_BNTS = _softmax(logits_BNTS * scale, mask_BTS).astype(v_BSNU.dtype)
     return jnp.einsum("BNTS,BSNU->BTNU", probs_BNTS, v_BSNU)
 

@@ -1,4 +1,4 @@
-"""The loop over aligned blocks against ragged_dot: values and gradients."""
+"""Products over aligned blocks against ragged_dot: values and gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -8,28 +8,28 @@ import pytest
 from dsv3_jax.kernels.grouped_gemm import blocks, reference
 from tests.helpers import TOLERANCE, relative_error
 
-ALIGNMENT = 4
-# Rows of each group, of 32 in all: what is left over belongs to nobody.
+# Blocks of each group, of 8 in all: what is left over belongs to nobody.
 GROUPS = {
-    "even": [8, 8, 8, 8],
-    "empty_groups": [0, 12, 0, 4],
-    "all_to_the_last": [0, 0, 0, 32],
+    "even": [2, 2, 2, 2],
+    "empty_groups": [0, 3, 0, 1],
+    "all_to_the_last": [0, 0, 0, 8],
     "no_rows_at_all": [0, 0, 0, 0],
 }
 
 
 @pytest.mark.parametrize("dtype, limit", [("float32", "f32_op"), ("bfloat16", "bf16_op")])
 @pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
-def test_blocks_equal_the_reference(sizes, dtype, limit):
+@pytest.mark.parametrize("alignment", [4, blocks.BATCHED_FROM], ids=["looped", "batched"])
+def test_blocks_equal_the_reference(alignment, sizes, dtype, limit):
     rng = np.random.default_rng(0)
-    rows, d_out = (jnp.asarray(rng.normal(size=(32, n)), dtype) for n in (10, 6))
+    rows, d_out = (jnp.asarray(rng.normal(size=(8 * alignment, n)), dtype) for n in (10, 6))
     weights = jnp.asarray(rng.normal(size=(4, 6, 10)), dtype)
-    sizes = jnp.asarray(sizes, jnp.int32)
+    sizes = alignment * jnp.asarray(sizes, jnp.int32)
     used = int(sizes.sum())
 
     def run(implementation):
         def product(rows, weights):
-            return implementation.grouped_matmul(rows, weights, sizes, alignment=ALIGNMENT)
+            return implementation.grouped_matmul(rows, weights, sizes, alignment=alignment)
 
         out, pull_back = jax.vjp(product, rows, weights)
         d_rows, d_weights = pull_back(d_out)

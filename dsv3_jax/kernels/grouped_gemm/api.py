@@ -35,7 +35,7 @@ def row_alignment(entries: int, experts: int, implementation: str | None = None)
         return KERNEL_ALIGNMENT
     per_expert = max(entries // max(experts, 1), 1)
     if first == "blocks":
-        return min(128, 1 << (max(per_expert // 2, 1).bit_length() - 1))
+        return min(64, 1 << (max(per_expert // 2, 1).bit_length() - 1))
     return min(8, 1 << (per_expert.bit_length() - 1))
 
 
