@@ -25,6 +25,7 @@ from dsv3_jax.training.checkpoint import Checkpoints, state_bytes
 from dsv3_jax.training.dry_run import abstract_state, dry_run_report, parameter_counts
 from dsv3_jax.training.evaluation import Evaluation
 from dsv3_jax.training.metrics import Clock, MetricsLog, set_up_logging
+from dsv3_jax.training.profiling import ProfileWindow
 from dsv3_jax.training.record import Throughput, step_values
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import TrainState, check_finite, create_state, jit_train_step
@@ -90,10 +91,9 @@ def main(argv: Sequence[str]) -> int:
 def banner(config: Config, abstract: TrainState) -> list[str]:
     """What the run is and what it runs on."""
     main_model, mtp = parameter_counts(abstract)
-    axes = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config.mesh).items())
     return [
         *cli.describe_environment(),
-        f"mesh        {axes}",
+        "mesh        " + ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config.mesh).items()),
         f"parameters  {main_model:,} in the main model, {mtp:,} more in MTP",
         f"run         {config.run_dir}, seed {config.seed}",
     ]
@@ -128,6 +128,7 @@ def train(
     flops = training_flops_per_token(config.model, plan.seq_len)
     throughput = Throughput(clock, flops, list(mesh.devices.flat))
     meta = {"config": dataclasses.asdict(config), "data_sha256": corpus.train.index.sha256}
+    profile = ProfileWindow(Path(config.run_dir) / "profile", start, plan.profile_steps)
     last = None
     with prefetch(batches) as stream:
         for step in range(start, plan.steps):
@@ -135,6 +136,7 @@ def train(
             is_last = done == plan.steps
             logs = first or is_last or done % plan.log_every == 0
             evaluates = is_last or done % plan.eval_every == 0
+            profile.before(step)
             with clock("data"):
                 batch = next(stream)
             with clock("compile" if first else "step"):
@@ -155,6 +157,7 @@ def train(
                     checkpoints.save(done, state._asdict(), meta)
             if stop.requested:
                 break
+    profile.close()
     with clock("checkpoint"):
         checkpoints.wait()
     return state

@@ -11,11 +11,13 @@ implementations, and its fastest counts. Ours is also timed with MTP, as `./run 
 
 import argparse
 import dataclasses
+import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,27 +35,18 @@ ATTENTION = ("sdpa", "eager")
 EXPERTS = ("grouped_mm", "eager")
 
 
-# OpenMP's threads spin for a while after torch's step, which would be charged to who comes next.
-SETTLE_SECONDS = 0.3
+WARM_UP_STEPS = 3
 
 
 @dataclasses.dataclass
 class Contestant:
-    """A training step on a fixed batch, and the seconds its timed calls took."""
+    """A training step on a fixed batch."""
 
-    name: str
     step: Callable[[], float]  # runs one step to its end and returns the loss
     parameters: int
-    seconds: list[float] = dataclasses.field(default_factory=list)
-
-    def run(self) -> None:
-        """One timed step."""
-        start = time.perf_counter()
-        self.step()
-        self.seconds.append(time.perf_counter() - start)
 
 
-def ours(name: str, config: Config, rows: np.ndarray) -> Contestant:
+def ours(config: Config, rows: np.ndarray) -> Contestant:
     """This project's compiled step."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     state = create_state(jax.random.key(0), config, place)
@@ -66,7 +59,7 @@ def ours(name: str, config: Config, rows: np.ndarray) -> Contestant:
         held[0], metrics = compiled(held[0], batch, settings)
         return float(metrics.loss)
 
-    return Contestant(name, step, count_parameters((state.params, state.router)))
+    return Contestant(step, count_parameters((state.params, state.router)))
 
 
 def theirs(config: Config, rows: np.ndarray, attention: str, experts: str) -> Contestant:
@@ -75,6 +68,7 @@ def theirs(config: Config, rows: np.ndarray, attention: str, experts: str) -> Co
     from transformers import DeepseekV3ForCausalLM
 
     torch.manual_seed(0)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     hf_config = transformers_config(config.model)
     hf_config._attn_implementation = attention
     hf_config._experts_implementation = experts
@@ -102,7 +96,7 @@ def theirs(config: Config, rows: np.ndarray, attention: str, experts: str) -> Co
     named = dict(model.named_buffers())
     biases = sum(b.numel() for n, b in named.items() if n.endswith("e_score_correction_bias"))
     parameters = sum(p.numel() for p in model.parameters()) + biases
-    return Contestant(f"transformers, {attention} + {experts}", step, parameters)
+    return Contestant(step, parameters)
 
 
 def transformers_config(model: ModelConfig):
@@ -121,34 +115,55 @@ def transformers_config(model: ModelConfig):
     return DeepseekV3Config(**values, rope_parameters=rope, pad_token_id=None)
 
 
-def take_turns(contestants: list[Contestant], repeats: int) -> None:
-    """`repeats` timed steps of each, one at a time in turn, after one that compiles."""
-    for contestant in contestants:
+def serve(make: Callable[..., Contestant], args: tuple, pipe: Any) -> None:
+    """The life of a contestant's process: says its size, then runs a timed step at each request."""
+    try:
+        contestant = make(*args)
+        for _ in range(WARM_UP_STEPS):
+            contestant.step()
+    except (ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        return
+    pipe.send(contestant.parameters)
+    while pipe.recv():
+        start = time.perf_counter()
         contestant.step()
+        pipe.send(time.perf_counter() - start)
+
+
+@dataclasses.dataclass
+class Entry:
+    """A contestant in a process of its own: no thread pool or allocator is shared."""
+
+    name: str
+    parameters: int
+    pipe: Any
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+def enter(name: str, make: Callable[..., Contestant], *args: Any) -> Entry | None:
+    """Starts a contestant; None, with the reason on the screen, when it cannot run here."""
+    context = multiprocessing.get_context("spawn")
+    pipe, other_end = context.Pipe()
+    context.Process(target=serve, args=(make, args, other_end), daemon=True).start()
+    other_end.close()
+    if isinstance(answer := pipe.recv(), str):
+        print(f"left out: {name}: {answer}")
+        return None
+    return Entry(name, answer, pipe)
+
+
+def take_turns(entries: list[Entry], repeats: int) -> None:
+    """`repeats` timed steps of each, one at a time in turn; the others wait, asleep."""
     for _ in range(repeats):
-        for contestant in contestants:
-            time.sleep(SETTLE_SECONDS)
-            contestant.run()
+        for entry in entries:
+            for _ in range(2):  # the first finds cold caches and is not counted
+                entry.pipe.send(True)
+                seconds = entry.pipe.recv()
+            entry.seconds.append(seconds)
 
 
-def all_of_theirs(config: Config, rows: np.ndarray) -> list[Contestant]:
-    """transformers in every combination that it can run here; those it refuses are named."""
-    found = []
-    for attention in ATTENTION:
-        for experts in EXPERTS:
-            try:
-                contestant = theirs(config, rows, attention, experts)
-                contestant.step()
-            except (ValueError, KeyError, ImportError, RuntimeError, NotImplementedError) as error:
-                print(f"left out: transformers, {attention} + {experts}: {error}")
-                continue
-            found.append(contestant)
-    if not found:
-        raise SystemExit("transformers ran in no combination")
-    return found
-
-
-def report(contestants: list[Contestant], tokens: int) -> None:
+def report(contestants: list[Entry], tokens: int) -> None:
     """A table; each is compared with the fastest of transformers."""
     base = min(statistics.median(c.seconds) for c in contestants if "transformers" in c.name)
     print(f"{'':<36} {'parameters':>12} {'ms/step':>9} {'min':>8} {'tokens/s':>9} {'ratio':>6}")
@@ -181,7 +196,6 @@ def main() -> None:
         with_mtp, model=dataclasses.replace(with_mtp.model, num_nextn_predict_layers=0)
     )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(cores or 1)
     rows = np.random.default_rng(0).integers(0, 256, (batch_size, train.seq_len + 1))
     rows = rows.astype(np.int32)
     print(
@@ -189,15 +203,23 @@ def main() -> None:
         f"{os.getloadavg()[0]:.1f}; jax {jax.__version__}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}"
     )
-    peers = all_of_theirs(without, rows)
-    same = ours("dsv3_jax", without, rows)
-    if different := {c.parameters for c in peers} - {same.parameters}:
+    peers = [
+        enter(f"transformers, {attention} + {experts}", theirs, without, rows, attention, experts)
+        for attention in ATTENTION
+        for experts in EXPERTS
+    ]
+    same = enter("dsv3_jax", ours, without, rows)
+    entries = [e for e in (*peers, same, enter("dsv3_jax with MTP", ours, with_mtp, rows)) if e]
+    if same is None or not any("transformers" in e.name for e in entries):
+        raise SystemExit("nothing to compare")
+    if different := {e.parameters for e in peers if e} - {same.parameters}:
         raise SystemExit(
             f"not the same model: {same.parameters:,} parameters here, {different} in transformers"
         )
-    contestants = [*peers, same, ours("dsv3_jax with MTP", with_mtp, rows)]
-    take_turns(contestants, args.repeats)
-    report(contestants, tokens=batch_size * train.seq_len)
+    take_turns(entries, args.repeats)
+    for entry in entries:
+        entry.pipe.send(False)
+    report(entries, tokens=batch_size * train.seq_len)
     print(f"load at the end {os.getloadavg()[0]:.1f}")
 
 

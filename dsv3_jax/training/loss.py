@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import Config
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.transformer import Outputs, Variables, forward
+from dsv3_jax.quantization.recipe import RECIPES
 
 
 class LossTerms(NamedTuple):
@@ -33,7 +34,14 @@ def training_loss(
     """
     tokens, targets = rows[:, :-1], rows[:, 1:]
     segments = document_numbers(tokens, config) if config.data.mask_documents else None
-    out = forward(variables, tokens, config.model, segments=segments, remat=config.train.remat)
+    out = forward(
+        variables,
+        tokens,
+        config.model,
+        segments=segments,
+        remat=config.train.remat,
+        recipe=RECIPES[config.quant.preset],
+    )
     ce = cross_entropy(out.logits, targets)
     mtp = jnp.zeros(())
     for depth, logits in enumerate(out.mtp_logits, start=1):

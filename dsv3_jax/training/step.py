@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from dsv3_jax.config import Config, RunError
 from dsv3_jax.model.moe import update_router_bias
 from dsv3_jax.model.transformer import forward, init_variables
+from dsv3_jax.quantization.recipe import RECIPES
 from dsv3_jax.training.loss import LossTerms, cross_entropy, document_numbers, training_loss
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepSettings
@@ -64,10 +65,10 @@ def create_state(key: PRNGKeyArray, config: Config, sharding: Any) -> TrainState
     """`init_state` on devices: every leaf is made where `sharding` places it."""
     lowered = jax.jit(partial(init_state, config=config), out_shardings=sharding).lower(key)
     # XLA:CPU spends 1.2 s on optimising each leaf's random numbers, which are drawn once.
-    on_cpu = jax.default_backend() == "cpu"
-    return lowered.compile(
-        compiler_options={"xla_backend_optimization_level": 0} if on_cpu else {}
-    )(key)
+    options: Any = None
+    if jax.default_backend() == "cpu":
+        options = {"xla_backend_optimization_level": 0}
+    return lowered.compile(compiler_options=options)(key)
 
 
 def jit_train_step(config: Config, sharding: Any) -> Any:
@@ -143,7 +144,8 @@ def eval_step(
     """Mean cross-entropy of the main model, nats a token, of rows of T + 1 tokens."""
     tokens = rows[:, :-1]
     segments = document_numbers(tokens, config) if config.data.mask_documents else None
-    out = forward({"params": params, "router": router}, tokens, config.model, segments=segments)
+    variables, recipe = {"params": params, "router": router}, RECIPES[config.quant.preset]
+    out = forward(variables, tokens, config.model, segments=segments, recipe=recipe)
     return cross_entropy(out.logits, rows[:, 1:])
 
 

@@ -527,13 +527,14 @@ def _wgmma_in_place(accumulator, a, b):
         one = ir.VectorType.get((1,), ir.F32Type.get())
         result = llvm.inline_asm(
             llvm.StructType.get_literal([one] * count),
-            [*registers, a_base, b_base],
+            [*registers, a_base, b_base],  # pyright: ignore[reportArgumentType]
             "\n".join(lines),
             ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l", "l"]),
             asm_dialect=0,
             has_side_effects=True,
         )
-        values = [llvm.extractvalue(one, result, [i]) for i in range(count)]
+        operands: Any = result
+        values = [llvm.extractvalue(one, operands, [i]) for i in range(count)]
         return fragmented_array.FragmentedArray(
             _registers=np.array(values, dtype=object).reshape(held.registers.shape),
             _layout=held.layout,

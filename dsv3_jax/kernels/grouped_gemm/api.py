@@ -134,6 +134,7 @@ def grouped_wgrad(
         group_sizes,
         accumulate=accumulate,
         alignment=alignment,
+        order=ORDER,
         implementation=implementation,
     )
 

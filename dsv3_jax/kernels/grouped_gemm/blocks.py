@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.quantization.block_scaled import BlockScaled
+from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 
 # From this many rows a block, copying its weights costs less than a loop's products, which are too
 # small for two cores: 64 rows use each weight in 128 floating-point operations.
@@ -21,19 +21,45 @@ BATCHED_FROM = 64
 
 
 def grouped_matmul(
-    rows: Float[Array, "M K"],
-    weights: Float[Array, "E N K"],
+    rows: Float[Array, "M K"] | BlockScaled,
+    weights: Float[Array, "E N K"] | BlockScaled,
     group_sizes: Int[Array, " E"],
     *,
     alignment: int,
 ) -> Float[Array, "M N"]:
-    """What `api.grouped_matmul` returns for plain operands; M must be a multiple of alignment."""
-    if isinstance(rows, BlockScaled):
-        raise NotImplementedError("block-scaled operands")
+    """What `api.grouped_matmul` returns; M must be a multiple of alignment."""
     if rows.shape[0] % alignment:
         raise NotImplementedError(f"{rows.shape[0]} rows are no multiple of {alignment=}")
     product = _batched if alignment >= BATCHED_FROM else _looped
-    return product(rows, weights, group_sizes, alignment)
+    dtype = jnp.bfloat16 if isinstance(rows, BlockScaled) else rows.dtype
+    out: Array = product(_plain(rows), _plain(weights), group_sizes, alignment)
+    return out.astype(dtype)
+
+
+def grouped_wgrad(
+    a: Float[Array, "N M"] | BlockScaled,
+    b: Float[Array, "K M"] | BlockScaled,
+    group_sizes: Int[Array, " E"],
+    *,
+    accumulate: Float[Array, "E N K"] | None = None,
+    alignment: int,
+) -> Float[Array, "E N K"]:
+    """What `api.grouped_wgrad` returns; M must be a multiple of alignment."""
+    if a.shape[1] % alignment:
+        raise NotImplementedError(f"{a.shape[1]} rows are no multiple of {alignment=}")
+    operands = _plain(a), _plain(b)
+    block_group, used = _blocks(a.shape[1], group_sizes, alignment)
+
+    def body(i, total):
+        a_block, b_block = (
+            jax.lax.dynamic_slice(x, (0, i * alignment), (x.shape[0], alignment)) for x in operands
+        )
+        product = jnp.matmul(a_block, b_block.T, preferred_element_type=jnp.float32)
+        return total.at[block_group[i]].add(product)
+
+    if accumulate is None:
+        accumulate = jnp.zeros((group_sizes.shape[0], a.shape[0], b.shape[0]), jnp.float32)
+    return jax.lax.fori_loop(0, used, body, accumulate)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -97,6 +123,11 @@ def _looped_backward(alignment, residuals, d_out):
 
 
 _looped.defvjp(_looped_forward, _looped_backward)
+
+
+def _plain(x: Array | BlockScaled) -> Array:
+    # f32 holds an E4M3 number times its scale to one rounding, as in the reference.
+    return dequantize(x, jnp.float32) if isinstance(x, BlockScaled) else x
 
 
 def _blocks(rows: int, group_sizes, alignment: int):
