@@ -3,7 +3,7 @@
     python train.py --config configs/h200_slice.py
 
 Everything but the numbers of layers and experts is V3's, so that a layer's time means something.
-On an H200, with XLA's own attention: 7,665 tokens/s, 92.5 GiB at the peak (docs/architecture.md).
+On an H200, with XLA's own attention: 7,665 tokens/s, 92.5 GiB at the peak (docs/log.md).
 """
 
 import dataclasses
