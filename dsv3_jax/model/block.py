@@ -9,6 +9,7 @@ from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.moe import MoE, MoEStats
 from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.recipe import BF16, Recipe
 
 
@@ -18,6 +19,7 @@ class Block(nn.Module):
     config: ModelConfig
     dense: bool
     recipe: Recipe = BF16
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(
@@ -37,12 +39,12 @@ class Block(nn.Module):
         config, ones = self.config, nn.initializers.ones
         dim, eps = config.hidden_size, config.rms_norm_eps
         normed = rms_norm(x, self.param("input_layernorm", ones, (dim,)), eps)
-        attention = MLA(config, self.recipe, name="self_attn")
+        attention = MLA(config, self.recipe, self.layout, name="self_attn")
         attended, cache = attention(normed, positions, segments, cache, prefill)
         x = x + attended
         normed = rms_norm(x, self.param("post_attention_layernorm", ones, (dim,)), eps)
         if self.dense:
-            mlp = MLP(config, config.intermediate_size, self.recipe, name="mlp")
+            mlp = MLP(config, config.intermediate_size, self.recipe, self.layout, name="mlp")
             return x + mlp(normed), cache, None
-        y, stats = MoE(config, self.recipe, name="mlp")(normed, mask)
+        y, stats = MoE(config, self.recipe, self.layout, name="mlp")(normed, mask)
         return x + y, cache, stats

@@ -15,6 +15,7 @@ from dsv3_jax.model.cache import LatentCache, append
 from dsv3_jax.model.linear import linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS, rms_norm
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
+from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.recipe import BF16, LinearRecipe, Recipe
 
 
@@ -101,6 +102,7 @@ class MLA(nn.Module):
 
     config: ModelConfig
     recipe: Recipe = BF16
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.linear import linear
+from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.recipe import BF16, Recipe
 
 
@@ -20,6 +21,7 @@ class MLP(nn.Module):
     config: ModelConfig
     width: int
     recipe: Recipe = BF16
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

@@ -16,6 +16,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.linear import group_alignment, grouped_linear
 from dsv3_jax.model.mlp import MLP, swiglu
 from dsv3_jax.parallel.expert import combine, dispatch, plan
+from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.recipe import BF16, Recipe
 
 # A group is ranked by the sum of its best K_r / M = 8 / 4 experts (section 2.1.2); the published
@@ -163,6 +164,7 @@ class Experts(nn.Module):
 
     config: ModelConfig
     recipe: Recipe = BF16
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, x_TD: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
@@ -179,6 +181,7 @@ class MoE(nn.Module):
 
     config: ModelConfig
     recipe: Recipe = BF16
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(
@@ -204,10 +207,12 @@ class MoE(nn.Module):
                 jnp.float32,
             ).value
         routing = route(x_TD, gate, bias, config)
-        y = Experts(config, self.recipe, name="experts")(x_TD, routing).reshape(x.shape)
+        y = Experts(config, self.recipe, self.layout, name="experts")(x_TD, routing).reshape(
+            x.shape
+        )
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
-            y = y + MLP(config, width, self.recipe, name="shared_experts")(x)
+            y = y + MLP(config, width, self.recipe, self.layout, name="shared_experts")(x)
         stats = MoEStats(
             _load(routing.experts_TK, config.n_routed_experts, mask),
             balance_loss(

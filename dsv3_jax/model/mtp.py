@@ -15,6 +15,7 @@ from dsv3_jax.model.cache import LatentCache
 from dsv3_jax.model.linear import linear
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.recipe import BF16, Recipe
 
 
@@ -27,6 +28,7 @@ class MTPModule(nn.Module):
 
     config: ModelConfig
     recipe: Recipe = BF16
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(
@@ -52,7 +54,7 @@ class MTPModule(nn.Module):
         init = nn.initializers.normal(config.initializer_range)
         eh_proj = self.param("eh_proj", init, (dim, 2 * dim))
         x = linear(jnp.concatenate([embedding, hidden], axis=-1), eh_proj, self.recipe.eh_proj)
-        x, cache, stats = Block(config, dense=False, recipe=self.recipe, name="block")(
+        x, cache, stats = Block(config, False, self.recipe, self.layout, name="block")(
             x, positions, segments=segments, mask=mask, cache=cache, prefill=prefill
         )
         assert stats is not None

@@ -19,6 +19,7 @@ from dsv3_jax.model.linear import linear
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.parallel.sharding import Layout, constrain
 from dsv3_jax.quantization.recipe import BF16, Recipe
 
 Variables = dict[str, Any]
@@ -91,17 +92,26 @@ def forward(
     segments: Int[Array, "B T"] | None = None,
     remat: str = "none",
     recipe: Recipe = BF16,
+    layout: Layout | None = None,
 ) -> Outputs:
     """Logits of the next token, and of the tokens after it by the MTP modules, for whole rows.
 
     segments are document numbers that attention must not cross; None lets it (V3's way). The
-    recipe says what is computed in FP8; by default nothing is.
+    recipe says what is computed in FP8; by default nothing is. The layout says how the program is
+    spread over a mesh; None is a single device.
     """
     params = variables["params"]
     positions = jnp.arange(tokens.shape[1])[None]
-    embedded = _embed(params, tokens, config)
+    embedded = _embed(params, tokens, config, layout)
     hidden, _, stats = _layers(
-        variables, embedded, positions, config, segments=segments, remat=remat, recipe=recipe
+        variables,
+        embedded,
+        positions,
+        config,
+        segments=segments,
+        remat=remat,
+        recipe=recipe,
+        layout=layout,
     )
     mtp_logits, mtp_stats = [], []
     previous = hidden
@@ -110,7 +120,7 @@ def forward(
         # tokens: causality keeps them from all others, and they are masked.
         embedding = jnp.roll(embedded, -(depth + 1), axis=1)
         mask = jnp.broadcast_to(positions < tokens.shape[1] - (depth + 1), tokens.shape)
-        apply: Any = partial(MTPModule(config, recipe).apply, segments=segments, mask=mask)
+        apply: Any = partial(MTPModule(config, recipe, layout).apply, segments=segments, mask=mask)
         previous, _, depth_stats = _remat(apply, remat)(
             _of_layer(variables, f"mtp_{depth}"), previous, embedding, positions
         )
@@ -134,7 +144,11 @@ def init_model_cache(config: ModelConfig, batch: int, length: int) -> ModelCache
 
 
 def prefill(
-    variables: Variables, tokens: Int[Array, "B T"], cache: ModelCache, config: ModelConfig
+    variables: Variables,
+    tokens: Int[Array, "B T"],
+    cache: ModelCache,
+    config: ModelConfig,
+    layout: Layout | None = None,
 ) -> tuple[Float[Array, "B T D"], ModelCache]:
     """Final hidden states of whole prompts, and the empty cache filled with them.
 
@@ -142,7 +156,7 @@ def prefill(
     token sees them. The expanded form of MLA.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return _cached(variables, tokens, positions, cache, config, is_prefill=True)
+    return _cached(variables, tokens, positions, cache, config, layout, is_prefill=True)
 
 
 def decode_step(
@@ -151,6 +165,7 @@ def decode_step(
     start: Int[Array, " B"],
     cache: ModelCache,
     config: ModelConfig,
+    layout: Layout | None = None,
 ) -> tuple[Float[Array, "B T D"], ModelCache]:
     """Final hidden states of T new tokens at rows start[b].. of the cache, and the cache with them.
 
@@ -158,22 +173,23 @@ def decode_step(
     that comes in chunks.
     """
     positions = start[:, None] + jnp.arange(tokens.shape[1])
-    return _cached(variables, tokens, positions, cache, config, is_prefill=False)
+    return _cached(variables, tokens, positions, cache, config, layout, is_prefill=False)
 
 
 def _cached(
-    variables: Variables, tokens, positions, cache: ModelCache, config, is_prefill: bool
+    variables: Variables, tokens, positions, cache: ModelCache, config, layout, is_prefill: bool
 ) -> tuple[Array, ModelCache]:
-    embedded = _embed(variables["params"], tokens, config)
+    embedded = _embed(variables["params"], tokens, config, layout)
     hidden, new_cache, _ = _layers(
-        variables, embedded, positions, config, cache=cache, is_prefill=is_prefill
+        variables, embedded, positions, config, cache=cache, is_prefill=is_prefill, layout=layout
     )
     assert new_cache is not None
     return hidden, new_cache
 
 
-def _embed(params, tokens, config: ModelConfig):
-    return jnp.take(params["embed_tokens"], tokens, axis=0).astype(config.dtype)
+def _embed(params, tokens, config: ModelConfig, layout: Layout | None):
+    embedded = jnp.take(params["embed_tokens"], tokens, axis=0).astype(config.dtype)
+    return constrain(embedded, layout, "batch", "residual")
 
 
 def _layers(
@@ -188,18 +204,23 @@ def _layers(
     is_prefill: bool = False,
     remat: str = "none",
     recipe: Recipe = BF16,
+    layout: Layout | None = None,
 ) -> tuple[Float[Array, "B T D"], ModelCache | None, MoEStats | None]:
     """The dense layers, the MoE layers and the final norm."""
 
     def scan(name, dense, x, layer_caches):
         block = partial(
-            Block(config, dense, recipe).apply, segments=segments, mask=mask, prefill=is_prefill
+            Block(config, dense, recipe, layout).apply,
+            segments=segments,
+            mask=mask,
+            prefill=is_prefill,
         )
 
         def body(x, scanned):
             layer, layer_cache = scanned
             apply: Any = _remat(lambda v, x, c: block(v, x, positions, cache=c), remat)
             x, layer_cache, stats = apply(layer, x, layer_cache)
+            x = constrain(x, layout, "batch", "residual")
             return x, (layer_cache, stats)
 
         return jax.lax.scan(body, x, (_of_layer(variables, name), layer_caches))

@@ -1,0 +1,59 @@
+"""The rules from logical dims to mesh axes, and what a layout does with them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax.config import ParallelConfig
+from dsv3_jax.model.transformer import forward
+from dsv3_jax.parallel.mesh import AXES, make_mesh
+from dsv3_jax.parallel.sharding import RULES, Layout, constrain
+from tests.helpers import TOLERANCE, random_tokens, random_variables, relative_error, tiny_model
+
+
+@pytest.fixture(scope="module")
+def layout():
+    return Layout(make_mesh(ParallelConfig(data=4)))
+
+
+def test_dims_become_mesh_axes_by_the_table(layout):
+    assert layout.spec("batch", "seq", None) == P(("data", "node", "local"), ("context",), None)
+    assert layout.size("batch") == 4 and layout.size("heads") == 1
+    assert {axis for rules in RULES.values() for axes in rules for axis in axes} <= set(AXES)
+
+
+def test_unknown_names_and_axes_used_twice_are_errors(layout):
+    with pytest.raises(ValueError, match=r"unknown dim 'sequence': the rules name batch, seq"):
+        layout.spec("batch", "sequence")
+    with pytest.raises(ValueError, match=r"'heads', 'vocab'.*use one mesh axis twice"):
+        layout.spec("heads", "vocab")
+
+
+def test_equal_layouts_share_one_compilation(layout):
+    twin = Layout(make_mesh(ParallelConfig(data=4)))
+    assert twin == layout and hash(twin) == hash(layout)
+    double = jax.jit(lambda x, layout: constrain(2 * x, layout, "batch"), static_argnums=1)
+    for each in (layout, twin):
+        assert double(jnp.ones((8, 3)), each).sharding.shard_shape((8, 3)) == (2, 3)
+    assert double._cache_size() == 1
+
+
+def test_a_shard_mapped_function_sees_local_shapes_and_axis_names(layout):
+    def of_shard(x):
+        assert x.shape == (2, 3)
+        return jax.lax.psum(x.sum(), layout.axes("batch"))
+
+    x = np.arange(24.0, dtype=np.float32).reshape(8, 3)
+    total = layout.shard_map(of_shard, layout.spec("batch"), P())
+    assert jax.jit(total)(x) == x.sum()
+
+
+def test_the_model_on_a_mesh_equals_the_model_on_one_device(layout):
+    model = tiny_model(num_hidden_layers=2)
+    variables, tokens = random_variables(model), random_tokens(model, 4, 9)
+    run = jax.jit(forward, static_argnames=("config", "layout"))
+    want, got = run(variables, tokens, model), run(variables, tokens, model, layout=layout)
+    assert got.logits.sharding.shard_shape(got.logits.shape)[0] == 1
+    assert relative_error(got, want) < TOLERANCE["f32_model"]
