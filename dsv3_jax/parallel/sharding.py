@@ -1,8 +1,8 @@
 """Where the dims of every array lie on the mesh: logical names, a rules table, and `Layout`.
 
 Code names the dims of an array ("batch", "heads", None for a dim that no axis splits); the table of
-a preset says which mesh axes each name is spread over. A `Layout` is the mesh with its table, frozen
-and hashable, so that it may be a static argument or a module's field; None is a single device.
+a preset says which mesh axes each name is spread over. A `Layout` is the mesh with its table, and
+hashable, so that it may be a static argument or a module's field; None is a single device.
 """
 
 from collections.abc import Callable
