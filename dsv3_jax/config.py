@@ -221,6 +221,30 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class ExpertParallelConfig:
+    """How tokens reach experts on other devices and come back (docs/parallelism.md)."""
+
+    # local: every device holds all experts. allgather: everybody sees all tokens. padded: buffers
+    # of a fixed size for each peer. ragged: as padded, but only the rows in use are sent.
+    transport: Literal["local", "allgather", "padded", "ragged"] = "allgather"
+    # True: a token goes to each node once and is handed on there; False: straight to each device.
+    hierarchical: bool = True
+    capacity_factor: float = 2.0  # rows that buffers hold, over those of an even load
+    # What happens to rows that do not fit. rounds: they are sent in further rounds; error: the
+    # output is NaN, so that the step is not applied. None is ever left out.
+    overflow: Literal["rounds", "error"] = "rounds"
+    # On the wire: tokens to experts (forward) and their gradients (backward), and the way back.
+    dispatch_format: Literal["none", "fp8"] = "none"
+    combine_format: Literal["none", "bf16", "logfmt10"] = "none"
+
+    def problems(self) -> list[str]:
+        """Buffers that hold nothing."""
+        found: list[str] = []
+        _require_positive(found, self, ["capacity_factor"])
+        return found
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where tokens come from and how documents become rows."""
 
@@ -351,6 +375,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     quant: QuantConfig = field(default_factory=QuantConfig)
     mesh: ParallelConfig = field(default_factory=ParallelConfig)
+    expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -384,6 +409,17 @@ class Config:
             found.append(
                 f"train.seq_len={self.train.seq_len} leaves nothing to predict at MTP depth "
                 f"{self.model.num_nextn_predict_layers}"
+            )
+        expert_shards = self.mesh.node * self.mesh.local
+        if self.model.n_routed_experts % expert_shards:
+            found.append(
+                f"model.n_routed_experts={self.model.n_routed_experts} must be a multiple of "
+                f"mesh.node x mesh.local = {expert_shards}"
+            )
+        if self.expert_parallel.transport == "local" and expert_shards > 1:
+            found.append(
+                "expert_parallel.transport='local' moves nothing, but the experts are spread over "
+                f"mesh.node x mesh.local = {expert_shards} devices: use 'allgather'"
             )
         token_shards = self.mesh.data * self.mesh.node * self.mesh.local
         micro = self.train.micro_batch_size or self.train.batch_size
@@ -465,6 +501,7 @@ _GROUPS: dict[str, type] = {
     "model": ModelConfig,
     "quant": QuantConfig,
     "mesh": ParallelConfig,
+    "expert_parallel": ExpertParallelConfig,
     "data": DataConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,
