@@ -8,6 +8,7 @@ import pytest
 
 from dsv3_jax.config import (
     Config,
+    ExpertParallelConfig,
     ModelConfig,
     ParallelConfig,
     TrainConfig,
@@ -83,6 +84,24 @@ def test_an_impossible_architecture_names_its_numbers(fields, problem):
             dataclasses.replace(tiny_config(), mesh=ParallelConfig(data=3)),
             "a micro-batch of 4 sequences must be a multiple of mesh.data x mesh.node x "
             "mesh.local = 3: use 6",
+        ),
+        (
+            dataclasses.replace(tiny_config(), mesh=ParallelConfig(node=3, local=2)),
+            "model.n_routed_experts=8 must be a multiple of mesh.node x mesh.local = 6",
+        ),
+        (
+            dataclasses.replace(
+                tiny_config(),
+                mesh=ParallelConfig(local=2),
+                expert_parallel=ExpertParallelConfig(transport="local"),
+            ),
+            "expert_parallel.transport='local' moves nothing",
+        ),
+        (
+            dataclasses.replace(
+                tiny_config(), expert_parallel=ExpertParallelConfig(capacity_factor=0)
+            ),
+            "expert_parallel.capacity_factor=0 must be positive",
         ),
     ],
 )
