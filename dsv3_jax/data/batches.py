@@ -113,11 +113,6 @@ def val_batches(
     return made
 
 
-def segment_ids(tokens: Int32[np.ndarray, "B T"], bos_token_id: int) -> Int32[np.ndarray, "B T"]:
-    """Which document of its row each token belongs to; a bos begins the next one."""
-    return np.cumsum(tokens == bos_token_id, axis=1, dtype=np.int32)
-
-
 class Prefetcher(Generic[Item]):
     """Iterates over what a thread makes ahead of time; use `with`, or call `close`."""
 

@@ -245,16 +245,6 @@ def peak_flops(device_kind: str) -> float | None:
     return next((peak for kind, peak in PEAK_BF16_FLOPS if device_kind.startswith(kind)), None)
 
 
-def mfu(flops_per_token: float, tokens_per_s: float, peak: float | None) -> float | None:
-    """Model FLOPs utilisation in [0, 1], or None when the peak is unknown, as on a CPU.
-
-    `flops_per_token` counts the model's own work, forward and backward, without rematerialisation;
-    `tokens_per_s` and `peak` (FLOP/s) are of all devices together. Chowdhery et al. 2022 (PaLM),
-    appendix B.
-    """
-    return flops_per_token * tokens_per_s / peak if peak else None
-
-
 def expert_stats(
     load: Num[np.ndarray, "L E"], bias: Float[np.ndarray, "L E"] | None = None
 ) -> dict[str, list[Any]]:

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dsv3_jax.training.metrics import Clock, expert_stats, mfu, peak_flops
+from dsv3_jax.analysis.latency import mfu
+from dsv3_jax.training.metrics import Clock, expert_stats, peak_flops
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import StepMetrics, TrainState, router_bias
 
@@ -42,8 +43,7 @@ class Throughput:
     def __init__(self, clock: Clock, flops_per_token: float, devices: list[jax.Device]):
         self._clock, self._flops_per_token = clock, flops_per_token
         self._device = devices[0]
-        peak = peak_flops(devices[0].device_kind)
-        self._peak = peak * len(devices) if peak else None
+        self._num_devices, self._peak = len(devices), peak_flops(devices[0].device_kind)
         self._tokens, self._start = 0, self._seconds()
 
     def add(self, tokens: int) -> None:
@@ -62,8 +62,10 @@ class Throughput:
         if not tokens or seconds <= 0:
             return {"tokens_per_s": None, "mfu": None} | memory
         rate = tokens / seconds
-        utilisation = mfu(self._flops_per_token, rate, self._peak)
-        return {"tokens_per_s": rate, "mfu": utilisation} | memory
+        used = (
+            mfu(rate, self._flops_per_token, self._num_devices, self._peak) if self._peak else None
+        )
+        return {"tokens_per_s": rate, "mfu": used} | memory
 
     def _peak_memory_gib(self) -> float | None:
         stats = self._device.memory_stats()  # None on a CPU

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.config import UserError
-from dsv3_jax.data.batches import Rows, prefetch, segment_ids, shuffled, val_batches
+from dsv3_jax.data.batches import Rows, prefetch, shuffled, val_batches
 from dsv3_jax.data.shards import ShardWriter, TokenShards
 from dsv3_jax.data.tokenizer import ByteTokenizer
 
@@ -132,13 +132,6 @@ def test_too_few_tokens_for_a_row_are_refused(tmp_path):
     assert Rows(shards, 4, 0).rows(0, 2).tolist() == [[0, 1, 2, 3]] * 2
     with pytest.raises(ValueError, match="nothing to predict"):
         Rows(shards, 1, 0)
-
-
-def test_segments_begin_at_each_bos():
-    tokens = np.array([[5, 256, 6, 7, 256, 256, 8], [256, 1, 1, 1, 1, 1, 1]], np.int32)
-    found = segment_ids(tokens, 256)
-    assert found.dtype == np.int32
-    assert found.tolist() == [[0, 1, 1, 1, 2, 3, 3], [1] * 7]
 
 
 def prefetch_threads():

@@ -199,8 +199,3 @@ def test_expert_statistics():
 )
 def test_peaks_are_known_or_none(kind, tflops):
     assert metrics.peak_flops(kind) == (tflops and pytest.approx(tflops * 1e12))
-
-
-def test_mfu_is_none_without_a_peak():
-    assert metrics.mfu(6e9, 100_000.0, None) is None
-    assert metrics.mfu(6e9, 100_000.0, 8 * 989e12) == pytest.approx(6e14 / (8 * 989e12))
