@@ -18,9 +18,11 @@ from dsv3_jax import cli
 from dsv3_jax.config import Config, UserError, config_from_dict
 from dsv3_jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from dsv3_jax.inference.generate import generate
+from dsv3_jax.inference.redundant_experts import measure_load, replicate_experts
 from dsv3_jax.interop.checkpoint import is_weights_folder
 from dsv3_jax.interop.load import load_hf
 from dsv3_jax.model.transformer import Variables, init_variables
+from dsv3_jax.parallel.load_balancer import balance, logged_load
 from dsv3_jax.training import checkpoint
 
 
@@ -40,6 +42,10 @@ class InferOptions:
     cache_length: int | None = None  # tokens the cache holds; None: what the longest prompt needs
     step: str = "auto"  # "auto": the newest valid checkpoint; or its number
     tokenizer: str | None = None  # None: the one the model was trained with
+    redundant_experts: int = 0
+    """Give busy experts this many more places in every MoE layer; the text stays the same."""
+    expert_load: str = "logged"
+    """Which are busy: as "logged" by the run, counted on the "prompts", or a metrics.jsonl."""
     devices: int | None = None  # run on this many virtual CPU devices
 
 
@@ -55,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
         saved = options.checkpoint / "tokenizer.json"
         tokenizer = load_tokenizer(options.tokenizer or (saved if saved.exists() else "byte"))
         prompts = [[tokenizer.bos_token_id, *tokenizer.encode(p).tolist()] for p in options.prompt]
+    if options.redundant_experts:
+        variables = with_redundant_experts(options, config, variables, prompts)
     tokens = generate(
         variables,
         prompts,
@@ -82,6 +90,8 @@ def check(options: InferOptions) -> None:
         raise UserError("give either --prompt TEXT or --token-ids 1,2,3 (each may be repeated)")
     if options.max_new_tokens <= 0:
         raise UserError(f"--max-new-tokens {options.max_new_tokens} must be positive")
+    if options.redundant_experts < 0:
+        raise UserError(f"--redundant-experts {options.redundant_experts} must not be negative")
     if options.temperature < 0 or not 0 < options.top_p <= 1:
         raise UserError(
             f"--temperature {options.temperature} must not be negative and --top-p {options.top_p} "
@@ -104,6 +114,22 @@ def load_run(options: InferOptions) -> tuple[Config, Variables]:
     abstract = jax.eval_shape(lambda key: init_variables(key, config.model), jax.random.key(0))
     variables, _ = checkpoint.restore(folder, step, abstract, partial=True)
     return config, variables
+
+
+def with_redundant_experts(
+    options: InferOptions, config: Config, variables: Variables, prompts: list[list[int]]
+) -> Variables:
+    """The variables with more than one place for busy experts."""
+    model = config.model
+    if options.expert_load == "prompts":
+        load = measure_load(variables, prompts, model)
+    else:
+        logged = options.checkpoint / "metrics.jsonl"
+        load = logged_load(logged if options.expert_load == "logged" else options.expert_load)
+    places = model.n_routed_experts + options.redundant_experts
+    groups = 1 if model.topk_method == "greedy" else model.n_group
+    plan = balance(load, places, num_groups=groups)
+    return replicate_experts(variables, plan, model)
 
 
 def parse_ids(text: str) -> list[int]:

@@ -159,18 +159,31 @@ def expert_ffn(
     return combine(out_MD, routing.weights_TK, handle)
 
 
+def choose_places(
+    experts_TK: Int[Array, "T K"], place_EC: Int[Array, "E C"], count_E: Int[Array, " E"]
+) -> Int[Array, "T K"]:
+    """Where each choice is computed when experts have replicas: token by token, one after another.
+
+    place_EC are the places of each expert, of which the first count_E are in use.
+    """
+    turn_TK = jnp.arange(len(experts_TK))[:, None] % count_E[experts_TK]
+    return place_EC[experts_TK, turn_TK]
+
+
 class Experts(nn.Module):
-    """The routed experts' weights, stacked."""
+    """The weights in the places of routed experts, stacked: one place each, or replicas besides."""
 
     config: ModelConfig
     recipe: Recipe = BF16
     layout: Layout | None = None
+    num_places: int | None = None  # None: n_routed_experts
 
     @nn.compact
     def __call__(self, x_TD: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
         config = self.config
         init = nn.initializers.normal(config.initializer_range)
-        experts, width, dim = config.n_routed_experts, config.moe_intermediate_size, x_TD.shape[-1]
+        experts = self.num_places or config.n_routed_experts
+        width, dim = config.moe_intermediate_size, x_TD.shape[-1]
         gate_up_proj = self.param("gate_up_proj", init, (experts, 2, width, dim))
         down_proj = self.param("down_proj", init, (experts, dim, width))
         return expert_ffn(x_TD, routing, gate_up_proj, down_proj, self.recipe)
@@ -207,9 +220,14 @@ class MoE(nn.Module):
                 jnp.float32,
             ).value
         routing = route(x_TD, gate, bias, config)
-        y = Experts(config, self.recipe, self.layout, name="experts")(x_TD, routing).reshape(
-            x.shape
-        )
+        # Redundant experts (inference/redundant_experts.py): statistics stay those of experts.
+        placed, num_places = routing, None
+        if self.has_variable("placement", "expert"):
+            place, count = (self.get_variable("placement", name) for name in ("place", "count"))
+            placed = routing._replace(experts_TK=choose_places(routing.experts_TK, place, count))
+            num_places = len(self.get_variable("placement", "expert"))
+        experts = Experts(config, self.recipe, self.layout, num_places, name="experts")
+        y = experts(x_TD, placed).reshape(x.shape)
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
             y = y + MLP(config, width, self.recipe, self.layout, name="shared_experts")(x)

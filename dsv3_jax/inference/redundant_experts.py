@@ -1,0 +1,82 @@
+"""Serving with redundant experts: busy experts get replicas by a plan, outputs stay the same.
+
+Checkpoints hold every expert once. `replicate_experts` makes the variables to serve from: the
+experts' weights gathered into their places, and a third collection, `placement`, by which
+`model/moe.py` shares an expert's tokens out over its replicas. Plans come from
+`parallel/load_balancer.py`; their loads are those that training logged, or `measure_load` counts.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from dsv3_jax.config import ModelConfig, UserError
+from dsv3_jax.model.transformer import Variables, forward
+from dsv3_jax.parallel.load_balancer import Placement
+
+
+def replicate_experts(variables: Variables, placement: Placement, config: ModelConfig) -> Variables:
+    """The variables with the experts of every layer in the places that the plan gives them.
+
+    The plan's layers are the main model's MoE layers and then, if it has more, MTP modules; those
+    that it leaves out keep one place an expert. Raises UserError for a plan of another model.
+    """
+    num_layers, num_experts = placement.count_LE.shape
+    most = config.num_moe_layers + config.num_nextn_predict_layers
+    fits = 0 < config.num_moe_layers <= num_layers <= most
+    if num_experts != config.n_routed_experts or not fits:
+        raise UserError(
+            f"a plan for {num_layers} layers of {num_experts} experts is not one for a model with "
+            f"{config.num_moe_layers} MoE layers, {config.num_nextn_predict_layers} MTP modules "
+            f"and {config.n_routed_experts} experts"
+        )
+    params, placed = dict(variables["params"]), {}
+    main = Placement(*(rows[: config.num_moe_layers] for rows in placement))
+    params["moe_layers"], placed["moe_layers"] = _placed(params["moe_layers"], main)
+    for depth in range(num_layers - config.num_moe_layers):
+        name, layer = f"mtp_{depth}", config.num_moe_layers + depth
+        if name not in params:
+            continue  # a model served without its MTP modules
+        one = Placement(*(rows[layer] for rows in placement))
+        block, places = _placed(params[name]["block"], one)
+        params[name] = {**params[name], "block": block}
+        placed[name] = {"block": places}
+    return {**variables, "params": params, "placement": placed}
+
+
+def _placed(layer, placement: Placement):
+    """(the layer with its experts gathered, its entry of the `placement` collection)."""
+    places = jax.tree.map(jnp.asarray, placement)
+    # In a layer, or in each of a stack.
+    gather = lambda weights, expert_P: weights[expert_P]  # noqa: E731
+    if places.expert_LP.ndim == 2:
+        gather = jax.vmap(gather)
+    gather = jax.jit(gather)
+    experts = jax.tree.map(lambda w: gather(w, places.expert_LP), layer["mlp"]["experts"])
+    names = {"expert": places.expert_LP, "place": places.place_LEC, "count": places.count_LE}
+    return {**layer, "mlp": {**layer["mlp"], "experts": experts}}, {"mlp": names}
+
+
+def measure_load(
+    variables: Variables, prompts: Sequence[Sequence[int]], config: ModelConfig
+) -> Int[np.ndarray, "L E"]:
+    """How many of the prompts' (token, choice) pairs each expert of each MoE layer receives."""
+    lengths = np.array([len(prompt) for prompt in prompts])
+    tokens = np.full((len(prompts), lengths.max()), config.eos_token_id, np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    counted = np.arange(tokens.shape[1]) < lengths[:, None]
+    chosen = np.asarray(_choices(variables, tokens, config))  # [L, B, T, K]
+    num_experts = config.n_routed_experts
+    return np.array([np.bincount(c[counted].reshape(-1), minlength=num_experts) for c in chosen])
+
+
+@partial(jax.jit, static_argnames="config")
+def _choices(variables, tokens, config):
+    stats = forward(variables, tokens, config).stats
+    assert stats is not None
+    return stats.experts

@@ -1,0 +1,90 @@
+"""Replicated experts: the same outputs, tokens shared out evenly, loads counted per expert."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import UserError
+from dsv3_jax.inference.generate import generate
+from dsv3_jax.inference.redundant_experts import measure_load, replicate_experts
+from dsv3_jax.model.moe import choose_places
+from dsv3_jax.model.transformer import forward
+from dsv3_jax.parallel.load_balancer import balance, placement_of
+from tests.helpers import (
+    TOLERANCE,
+    random_tokens,
+    random_variables,
+    relative_error,
+    tiny_model,
+)
+
+CONFIG = tiny_model()
+VARIABLES = random_variables(CONFIG)
+TOKENS = random_tokens(CONFIG, 2, 9)
+LAYERS = CONFIG.num_moe_layers + CONFIG.num_nextn_predict_layers
+
+
+@pytest.fixture(scope="module")
+def run():
+    return jax.jit(forward, static_argnames="config")
+
+
+def skewed_plan(layers: int):
+    load = np.random.default_rng(0).exponential(size=(layers, CONFIG.n_routed_experts))
+    return balance(load, 12, num_groups=CONFIG.n_group, num_nodes=2, num_devices=4)
+
+
+@pytest.mark.parametrize("layers", [LAYERS, CONFIG.num_moe_layers], ids=["with MTP", "main model"])
+def test_logits_and_loads_are_those_without_replicas(run, layers):
+    served = replicate_experts(VARIABLES, skewed_plan(layers), CONFIG)
+    experts = served["params"]["moe_layers"]["mlp"]["experts"]
+    assert {leaf.shape[1] for leaf in jax.tree.leaves(experts)} == {12}
+    got, want = run(served, TOKENS, config=CONFIG), run(VARIABLES, TOKENS, config=CONFIG)
+    # On CPU, rows are cut into blocks by the number of places: sums in another order.
+    assert relative_error(got.logits, want.logits) < TOLERANCE["f32_reordered"]
+    assert relative_error(got.mtp_logits[0], want.mtp_logits[0]) < TOLERANCE["f32_reordered"]
+    np.testing.assert_array_equal(got.stats.load_E, want.stats.load_E)
+
+
+def test_any_order_of_places_gives_the_same_logits(run):
+    rng = np.random.default_rng(1)
+    experts = np.arange(12) % CONFIG.n_routed_experts
+    plan = placement_of(np.array([rng.permutation(experts) for _ in range(LAYERS)]), 8)
+    served = replicate_experts(VARIABLES, plan, CONFIG)
+    want = run(VARIABLES, TOKENS, config=CONFIG).logits
+    got = run(served, TOKENS, config=CONFIG).logits
+    assert relative_error(got, want) < TOLERANCE["f32_reordered"]
+
+
+def test_prefill_and_decode_use_the_replicas():
+    prompts = [row.tolist() for row in TOKENS]
+    served = replicate_experts(VARIABLES, skewed_plan(LAYERS), CONFIG)
+    want = list(generate(VARIABLES, prompts, CONFIG, max_new_tokens=4))
+    np.testing.assert_array_equal(list(generate(served, prompts, CONFIG, max_new_tokens=4)), want)
+
+
+def test_tokens_of_an_expert_are_shared_out_evenly():
+    """Every token picks expert 0, which has three places, and one of the others, with one each."""
+    plan = placement_of(np.array([[0, 1, 0, 2, 3, 0]]), 4)
+    experts = jnp.stack([jnp.zeros(30, jnp.int32), 1 + jnp.arange(30) % 3], axis=1)
+    places = np.asarray(choose_places(experts, plan.place_LEC[0], plan.count_LE[0]))
+    assert (plan.expert_LP[0][places] == experts).all()
+    assert np.bincount(places[:, 0], minlength=6).tolist() == [10, 0, 10, 0, 0, 10]
+
+
+def test_measured_load_counts_what_the_router_chose(run):
+    prompts = [TOKENS[0, :9].tolist(), TOKENS[1, :4].tolist()]
+    load = measure_load(VARIABLES, prompts, CONFIG)
+    chosen = np.asarray(run(VARIABLES, TOKENS, config=CONFIG).stats.experts)
+    assert load.shape == (CONFIG.num_moe_layers, CONFIG.n_routed_experts)
+    for row, layer in zip(load, chosen, strict=True):
+        want = np.concatenate([layer[0].reshape(-1), layer[1, :4].reshape(-1)])
+        assert row.tolist() == np.bincount(want, minlength=8).tolist()
+
+
+def test_a_plan_of_another_model_is_refused():
+    for layers, experts in ((LAYERS + 1, 8), (CONFIG.num_moe_layers - 1, 8), (LAYERS, 4)):
+        plan = balance(np.ones((layers, experts)), experts)
+        with pytest.raises(UserError, match="not one for a model with 2 MoE layers"):
+            replicate_experts(VARIABLES, plan, CONFIG)
