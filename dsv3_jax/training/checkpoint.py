@@ -240,6 +240,8 @@ class Checkpoints:
         saved_meta |= {"jax": jax.__version__, "orbax": ocp.__version__}
         self._saving = step
         try:
+            # Found out by orbax, a full disk prints a traceback for every array from C++ threads.
+            _process_0_says(lambda: self._free_for(state_bytes(state)))
             manager = self._manager
             if manager is None:
                 options = ocp.CheckpointManagerOptions(save_root_metadata=False)
@@ -297,19 +299,24 @@ class Checkpoints:
                 file.flush()
                 os.fsync(file.fileno())
             path.unlink()
-            free = shutil.disk_usage(self.folder).free
         except OSError as error:
             raise _unwritable(self.folder, error) from error
-        if free < num_bytes:
-            raise OSError(
-                f"one checkpoint takes about {_gigabytes(num_bytes)} but only {_gigabytes(free)} "
-                f"are free in {self.folder}: free some space, or choose another --run-dir"
-            )
+        free = self._free_for(num_bytes)
         if free < (self.keep + 1) * num_bytes:
             log.warning(
                 "checkpoints: %s free in %s; keeping %d of %s needs room for %d while saving",
                 *(_gigabytes(free), self.folder, self.keep, _gigabytes(num_bytes), self.keep + 1),
             )
+
+    def _free_for(self, num_bytes: int) -> int:
+        """The free bytes; OSError when one checkpoint of `num_bytes` does not fit."""
+        free = shutil.disk_usage(self.folder).free
+        if free < num_bytes:
+            raise OSError(
+                f"one checkpoint takes about {_gigabytes(num_bytes)} but only {_gigabytes(free)} "
+                f"are free in {self.folder}: free some space, or choose another --run-dir"
+            )
+        return free
 
     def _finish(self, manager: ocp.CheckpointManager, step: int) -> None:
         """In a thread: waits for orbax's commit, writes the manifest, and removes old steps."""

@@ -401,6 +401,18 @@ def test_a_full_or_unwritable_disk_is_told_before_training(tmp_path):
         checkpoints.probe(1)
 
 
+def test_a_disk_that_fills_while_training_is_told_before_the_save(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, every_steps=1, keep=2)
+    checkpoints.save(1, make_state(1), {})
+    checkpoints.wait()
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
+    with pytest.raises(CheckpointError, match=r"step 2 .*only 1e-07 GB .*the last good .* step 1"):
+        checkpoints.save(2, make_state(2), {})
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]  # orbax has written nothing
+    checkpoints.close()
+
+
 def test_state_bytes_counts_every_leaf():
     abstract = jax.eval_shape(lambda: {"a": jnp.zeros((3, 5)), "b": jnp.zeros(7, jnp.bfloat16)})
     assert checkpoint.state_bytes(abstract) == 3 * 5 * 4 + 7 * 2
