@@ -2,10 +2,12 @@
 
     python infer.py --checkpoint runs/tiny --prompt "import os" --max-new-tokens 200
     python infer.py --checkpoint runs/tiny --token-ids 256,105,109 --temperature 0
+    python infer.py --checkpoint DeepSeek-V3 --fp8 --prompt "import os"
 
 Text is streamed as it comes; several prompts are decoded together and printed one after the other.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +22,8 @@ from dsv3_jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.redundant_experts import measure_load, replicate_experts
 from dsv3_jax.interop.checkpoint import is_weights_folder
-from dsv3_jax.interop.load import load_hf
+from dsv3_jax.interop.load import load_hf, stores_fp8
+from dsv3_jax.model.held import describe_weights, hold_in_fp8
 from dsv3_jax.model.transformer import Variables, init_variables
 from dsv3_jax.parallel.load_balancer import balance, logged_load
 from dsv3_jax.training import checkpoint
@@ -42,6 +45,8 @@ class InferOptions:
     cache_length: int | None = None  # tokens the cache holds; None: what the longest prompt needs
     step: str = "auto"  # "auto": the newest valid checkpoint; or its number
     tokenizer: str | None = None  # None: the one the model was trained with
+    fp8: bool = False
+    """Hold the projections as FP8 (a byte a number, and scales) and multiply in FP8."""
     redundant_experts: int = 0
     """Give busy experts this many more places in every MoE layer; the text stays the same."""
     expert_load: str = "logged"
@@ -55,6 +60,9 @@ def main(argv: Sequence[str]) -> int:
     check(options)
     cli.use_virtual_devices(options.devices)
     config, variables = load_run(options)
+    if options.fp8:
+        variables = hold_in_fp8(variables, config.model)
+        print(describe_weights(variables), file=sys.stderr)
     if options.token_ids:
         tokenizer, prompts = None, [parse_ids(text) for text in options.token_ids]
     else:
@@ -104,7 +112,8 @@ def load_run(options: InferOptions) -> tuple[Config, Variables]:
     if not options.checkpoint.is_dir():
         raise UserError(f"--checkpoint {options.checkpoint}: no such folder")
     if is_weights_folder(options.checkpoint):
-        model, variables = load_hf(options.checkpoint, dtype="bf16")
+        dtype = "stored" if options.fp8 and stores_fp8(options.checkpoint) else "bf16"
+        model, variables = load_hf(options.checkpoint, dtype=dtype)
         return Config(model=model), variables
     if options.step != "auto" and not options.step.isdigit():
         raise UserError(f"--step {options.step} must be auto or a step number")

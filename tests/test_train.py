@@ -160,6 +160,14 @@ def test_infer_streams_text_after_the_prompt(finished_run, capsys):
     assert capsys.readouterr().out == first, "the same seed writes the same text"
 
 
+def test_infer_holds_a_run_in_fp8(finished_run, capsys):
+    argv = ["--checkpoint", str(finished_run), "--max-new-tokens", "3", "--temperature", "0"]
+    assert infer.main([*argv, "--token-ids", "256,84,104", "--fp8"]) == 0
+    shown = capsys.readouterr()
+    assert len(shown.out.split(",")) == 3
+    assert "MB of them FP8" in shown.err
+
+
 def test_dry_run_shows_shapes_and_memory_and_trains_nothing(config_file, tmp_path, capsys):
     run = tmp_path / "dry"
     argv = ["--config", str(config_file), "--run-dir", str(run), "--dry-run"]

@@ -43,6 +43,11 @@ def load_hf(
     return checkpoint.config, load(checkpoint, dtype=dtype, shardings=shardings)
 
 
+def stores_fp8(folder: str | Path) -> bool:
+    """Whether a Hugging Face folder or an import holds FP8 weights."""
+    return any(tensor.dtype == FP8 for tensor in open_checkpoint(folder).tensors.values())
+
+
 def load(
     checkpoint: Checkpoint, *, dtype: LoadDType = "stored", shardings: Any = None
 ) -> dict[str, Any]:

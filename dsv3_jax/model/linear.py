@@ -7,12 +7,13 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels.grouped_gemm.api import KERNEL_ALIGNMENT, grouped_matmul, row_alignment
 from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
+from dsv3_jax.model.held import FP8Weight, held_grouped_linear, held_linear
 from dsv3_jax.quantization.recipe import LinearRecipe
 
 
 def linear(
     x: Float[Array, "*B K"],
-    weight: Float[Array, "*N K"],
+    weight: Float[Array, "*N K"] | FP8Weight,
     recipe: LinearRecipe | None = None,
     activation: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "..."]:
@@ -20,8 +21,11 @@ def linear(
 
     The weight keeps its leading dims, so a [N, H, D] projection yields heads without a reshape.
     A recipe says how the products are quantised, none that they are not. An activation is applied
-    to x first (`fp8_linear` saves x rather than what it makes of it).
+    to x first (`fp8_linear` saves x rather than what it makes of it). An FP8Weight is multiplied in
+    FP8 with or without a recipe, and has no gradient.
     """
+    if isinstance(weight, FP8Weight):
+        return held_linear(x if activation is None else activation(x), weight, recipe)
     if recipe is not None:
         return fp8_linear(x, weight, recipe, activation)
     if activation is not None:
@@ -32,13 +36,16 @@ def linear(
 
 def grouped_linear(
     rows: Float[Array, "M K"],
-    weights: Float[Array, "E *N K"],
+    weights: Float[Array, "E *N K"] | FP8Weight,
     group_sizes: Int[Array, " E"],
     alignment: int,
     recipe: LinearRecipe | None = None,
     activation: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "M *N"]:
     """`linear` of each row with the weights of its group; sizes are multiples of `alignment`."""
+    if isinstance(weights, FP8Weight):
+        rows = rows if activation is None else activation(rows)
+        return held_grouped_linear(rows, weights, group_sizes, alignment, recipe)
     if recipe is not None:
         return fp8_grouped_linear(rows, weights, group_sizes, recipe, activation)
     if activation is not None:

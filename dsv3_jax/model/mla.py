@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.cache import LatentCache, append
+from dsv3_jax.model.held import parameter
 from dsv3_jax.model.linear import linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS, rms_norm
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
@@ -125,18 +126,18 @@ class MLA(nn.Module):
         latent_dim, rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
 
         if config.q_lora_rank is None:
-            q_proj = self.param("q_proj", init, (heads, config.qk_head_dim, dim))
+            q_proj = parameter(self, "q_proj", init, (heads, config.qk_head_dim, dim))
             q = linear(x, q_proj, recipe.attention)
         else:
             rank = config.q_lora_rank
-            q_latent = linear(x, self.param("q_a_proj", init, (rank, dim)), recipe.attention)
+            q_latent = linear(x, parameter(self, "q_a_proj", init, (rank, dim)), recipe.attention)
             norm = self.param("q_a_layernorm", ones, (rank,))
             q_latent = rms_norm(q_latent, norm, LATENT_NORM_EPS)
-            q_b_proj = self.param("q_b_proj", init, (heads, config.qk_head_dim, rank))
+            q_b_proj = parameter(self, "q_b_proj", init, (heads, config.qk_head_dim, rank))
             q = linear(q_latent, q_b_proj, recipe.attention)
         q_nope, q_rope = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
 
-        kv_a_proj = self.param("kv_a_proj_with_mqa", init, (latent_dim + rope_dim, dim))
+        kv_a_proj = parameter(self, "kv_a_proj_with_mqa", init, (latent_dim + rope_dim, dim))
         latent_and_rope = linear(x, kv_a_proj, recipe.attention)
         norm = self.param("kv_a_layernorm", ones, (latent_dim,))
         latent = rms_norm(latent_and_rope[..., :latent_dim], norm, LATENT_NORM_EPS)
@@ -145,8 +146,8 @@ class MLA(nn.Module):
         k_rope = apply_rope(latent_and_rope[..., latent_dim:], cos, sin)
 
         value_dim = config.v_head_dim
-        kv_b_proj = self.param(
-            "kv_b_proj", init, (heads, config.qk_nope_head_dim + value_dim, latent_dim)
+        kv_b_proj = parameter(
+            self, "kv_b_proj", init, (heads, config.qk_nope_head_dim + value_dim, latent_dim)
         ).astype(x.dtype)
         scale = softmax_scale(config)
         if cache is not None:
@@ -160,5 +161,5 @@ class MLA(nn.Module):
         else:
             mask = causal_mask(positions, cache.latent.shape[1])
             out = mla_absorb(q_nope, q_rope, cache.latent, cache.k_rope, kv_b_proj, mask, scale)
-        o_proj = self.param("o_proj", init, (dim, heads, value_dim)).reshape(dim, -1)
+        o_proj = parameter(self, "o_proj", init, (dim, heads, value_dim)).reshape(dim, -1)
         return linear(out.reshape(*out.shape[:2], -1), o_proj, recipe.o_proj), cache

@@ -5,6 +5,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.held import parameter
 from dsv3_jax.model.linear import linear
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.recipe import BF16, Recipe
@@ -26,7 +27,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         dim, init = x.shape[-1], nn.initializers.normal(self.config.initializer_range)
-        gate_up_proj = self.param("gate_up_proj", init, (2, self.width, dim))
-        down_proj = self.param("down_proj", init, (dim, self.width))
+        gate_up_proj = parameter(self, "gate_up_proj", init, (2, self.width, dim))
+        down_proj = parameter(self, "down_proj", init, (dim, self.width))
         gate_up = linear(x, gate_up_proj, self.recipe.gate_up_proj)
         return linear(gate_up, down_proj, self.recipe.down_proj, swiglu)

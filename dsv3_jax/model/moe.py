@@ -13,6 +13,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.held import FP8Weight, parameter
 from dsv3_jax.model.linear import group_alignment, grouped_linear
 from dsv3_jax.model.mlp import MLP, swiglu
 from dsv3_jax.parallel.expert import combine, dispatch, plan
@@ -141,8 +142,8 @@ def update_router_bias(
 def expert_ffn(
     x_TD: Float[Array, "T D"],
     routing: Routing,
-    gate_up_E2FD: Float[Array, "E 2 F D"],
-    down_EDF: Float[Array, "E D F"],
+    gate_up_E2FD: Float[Array, "E 2 F D"] | FP8Weight,
+    down_EDF: Float[Array, "E D F"] | FP8Weight,
     recipe: Recipe = BF16,
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's experts: SwiGLU feed-forwards over grouped rows."""
@@ -184,8 +185,8 @@ class Experts(nn.Module):
         init = nn.initializers.normal(config.initializer_range)
         experts = self.num_places or config.n_routed_experts
         width, dim = config.moe_intermediate_size, x_TD.shape[-1]
-        gate_up_proj = self.param("gate_up_proj", init, (experts, 2, width, dim))
-        down_proj = self.param("down_proj", init, (experts, dim, width))
+        gate_up_proj = parameter(self, "gate_up_proj", init, (experts, 2, width, dim))
+        down_proj = parameter(self, "down_proj", init, (experts, dim, width))
         return expert_ffn(x_TD, routing, gate_up_proj, down_proj, self.recipe)
 
 

@@ -30,8 +30,12 @@ def grouped_matmul(
     """What `api.grouped_matmul` returns; M must be a multiple of alignment."""
     if rows.shape[0] % alignment:
         raise NotImplementedError(f"{rows.shape[0]} rows are no multiple of {alignment=}")
-    product = _batched if alignment >= BATCHED_FROM else _looped
+    batched = alignment >= BATCHED_FROM
+    if isinstance(weights, BlockScaled) and not batched:
+        scaled: Array = _looped_scaled(_plain(rows), weights, group_sizes, alignment)
+        return scaled.astype(jnp.bfloat16)
     dtype = jnp.bfloat16 if isinstance(rows, BlockScaled) else rows.dtype
+    product = _batched if batched else _looped
     out: Array = product(_plain(rows), _plain(weights), group_sizes, alignment)
     return out.astype(dtype)
 
@@ -123,6 +127,18 @@ def _looped_backward(alignment, residuals, d_out):
 
 
 _looped.defvjp(_looped_forward, _looped_backward)
+
+
+def _looped_scaled(x, weights: BlockScaled, group_sizes, alignment):
+    """`_looped` that dequantises the weights of the groups in use, one at a time."""
+    block_group, used = _blocks(x.shape[0], group_sizes, alignment)
+
+    def body(i, out):
+        of_group = jax.tree.map(lambda leaf: leaf[block_group[i]], weights)
+        product = _rows(x, i, alignment) @ dequantize(of_group, jnp.float32).T
+        return jax.lax.dynamic_update_slice(out, product, (i * alignment, 0))
+
+    return jax.lax.fori_loop(0, used, body, jnp.zeros((x.shape[0], weights.shape[1]), x.dtype))
 
 
 def _plain(x: Array | BlockScaled) -> Array:

@@ -1,0 +1,175 @@
+"""Weights held as FP8 for inference: a byte a number, and a scale for each block of 128 x 128.
+
+The one idea: a weight's format says how it is multiplied. Where variables hold a projection as
+BlockScaled, in the published matrix's shape, `parameter` hands out an `FP8Weight`, and the linear
+operations quantise their input per token and multiply in FP8, as DeepSeek-V3's inference/model.py
+does for weights of one byte. Nothing is dequantised but kv_b_proj, a layer at a time: absorbing it
+multiplies its two parts apart. Such weights have no gradient.
+
+Embedding, head, norms, router and eh_proj stay as they are (V3 report, section 3.3.1).
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.gemm.api import scaled_matmul
+from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul
+from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, dequantize, quantize
+from dsv3_jax.quantization.recipe import LinearRecipe
+
+# The dims of one published matrix at the end of each leaf, as (rows, columns).
+_MATRIX_DIMS: dict[str, tuple[int, int]] = {
+    "q_proj": (2, 1),
+    "q_a_proj": (1, 1),
+    "q_b_proj": (2, 1),
+    "kv_a_proj_with_mqa": (1, 1),
+    "kv_b_proj": (2, 1),
+    "o_proj": (1, 2),
+    "gate_up_proj": (1, 1),
+    "down_proj": (1, 1),
+}
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["numbers"], meta_fields=["shape"])
+@dataclass(frozen=True)
+class FP8Weight:
+    """A layer's weight as checkpoints hold it, and the shape that it has among our parameters.
+
+    Fields:
+        numbers: BlockScaled [*lead, rows, K] in tiles of 128 x 128; lead are experts and the pair
+            of gate and up, whose blocks do not meet.
+        shape: [*N, K], or [*N, *K] where K counts heads and their dims.
+    """
+
+    numbers: BlockScaled
+    shape: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def astype(self, dtype: Any) -> Array:
+        """The dequantised weight."""
+        return dequantize(self.numbers, dtype).reshape(self.shape)
+
+    def reshape(self, *shape: int) -> "FP8Weight":
+        """The same numbers known by another shape, in which -1 may stand for one size."""
+        size = math.prod(self.shape) // math.prod(abs(s) for s in shape)
+        return FP8Weight(self.numbers, tuple(size if s == -1 else s for s in shape))
+
+
+def parameter(
+    module: nn.Module, name: str, init: Callable[..., Array], shape: tuple[int, ...]
+) -> Any:
+    """`module.param(name, init, shape)`, or an FP8Weight where the variables hold it as FP8."""
+    if module.has_variable("params", name):
+        held = module.get_variable("params", name)
+        if isinstance(held, BlockScaled):
+            return FP8Weight(held, shape)
+    return module.param(name, init, shape)
+
+
+def held_linear(
+    x: Float[Array, "*B K"], weight: FP8Weight, recipe: LinearRecipe | None = None
+) -> Float[Array, "..."]:
+    """x times the transposed weight in x's dtype: x quantised as the recipe says, 1x128 if none."""
+    matrix, rows = _one_matrix(weight.numbers, experts=0)
+    x_T = x.reshape(-1, x.shape[-1])
+    y = scaled_matmul(_quantize_rows(x_T, matrix, recipe), matrix)
+    return _split(y, rows).astype(x.dtype).reshape(*x.shape[:-1], *weight.shape[:-1])
+
+
+def held_grouped_linear(
+    rows: Float[Array, "M K"],
+    weights: FP8Weight,
+    group_sizes: Int[Array, " E"],
+    alignment: int,
+    recipe: LinearRecipe | None = None,
+) -> Float[Array, "M *N"]:
+    """`held_linear` of each row with the weights of its group."""
+    matrices, num_rows = _one_matrix(weights.numbers, experts=1)
+    quantized = _quantize_rows(rows, matrices, recipe)
+    y = grouped_matmul(quantized, matrices, group_sizes, alignment=alignment)
+    return _split(y, num_rows).astype(rows.dtype).reshape(-1, *weights.shape[1:-1])
+
+
+def hold_in_fp8(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The variables with every projection that the paper multiplies in FP8 as BlockScaled.
+
+    Blocks of 128 x 128 of the matrices as published, scales in f32: what `export-hf --dtype fp8`
+    writes. What is BlockScaled already stays. Embedding, head and eh_proj are in config.dtype;
+    norms, gates and router biases stay.
+    """
+
+    def hold(path, leaf):
+        if isinstance(leaf, BlockScaled):
+            return leaf
+        name = path[-1].key
+        if name in _MATRIX_DIMS and path[0].key == "params":
+            return _hold_matrix(leaf, *_MATRIX_DIMS[name])
+        return leaf.astype(config.dtype) if name in ("embed_tokens", "lm_head", "eh_proj") else leaf
+
+    return jax.tree_util.tree_map_with_path(
+        hold, variables, is_leaf=lambda node: isinstance(node, BlockScaled)
+    )
+
+
+def describe_weights(variables: Any) -> str:
+    """One line: how many bytes the weights take, and how many of them are FP8 with its scales."""
+    nodes = jax.tree.leaves(variables, is_leaf=lambda node: isinstance(node, BlockScaled))
+    total = sum(node.nbytes for node in nodes)
+    fp8 = sum(node.nbytes for node in nodes if isinstance(node, BlockScaled))
+    numbers = sum(math.prod(node.shape) for node in nodes)
+    return (
+        f"weights     {total / 1e6:,.1f} MB, {fp8 / 1e6:,.1f} MB of them FP8 with scales; "
+        f"{total / numbers:.2f} bytes a number"
+    )
+
+
+def _hold_matrix(leaf: Array, rows: int, columns: int) -> BlockScaled:
+    lead = leaf.shape[: leaf.ndim - rows - columns]
+    matrix = (math.prod(leaf.shape[len(lead) : len(lead) + rows]), -1)
+    return _quantize_blocks(leaf.reshape(*lead, *matrix))
+
+
+@jax.jit
+def _quantize_blocks(matrices: Array) -> BlockScaled:
+    return quantize(matrices, PER_BLOCK)
+
+
+def _one_matrix(x: BlockScaled, experts: int) -> tuple[BlockScaled, tuple[int, int]]:
+    """x [*experts, *pair, rows, K] as one matrix, whole tiles throughout; (pairs, rows) of it.
+
+    Zeros fill partial blocks, which have scales of their own already.
+    """
+    *lead, rows, columns = x.shape
+    tile_rows, tile_columns = x.tile
+    fill = [(0, 0)] * len(lead) + [(0, -rows % tile_rows), (0, -columns % tile_columns)]
+    values = jnp.pad(x.values, fill) if any(right for _, right in fill) else x.values
+    kept = tuple(lead[:experts])
+    merged = BlockScaled(
+        values.reshape(*kept, -1, values.shape[-1]),
+        x.scales.reshape(*kept, -1, x.scales.shape[-1]),
+        x.tile,
+    )
+    return merged, (math.prod(lead[experts:]), rows)
+
+
+def _quantize_rows(x: Array, matrix: BlockScaled, recipe: LinearRecipe | None) -> BlockScaled:
+    form = (recipe or LinearRecipe()).input
+    x = jnp.pad(x, [(0, 0), (0, matrix.shape[-1] - x.shape[-1])])
+    return quantize(x, form.tile, form.scale_format)
+
+
+def _split(y: Array, pairs_and_rows: tuple[int, int]) -> Array:
+    """The columns of y [T, pairs * padded rows] that belong to the weight's own rows."""
+    pairs, rows = pairs_and_rows
+    return y.reshape(y.shape[0], pairs, -1)[..., :rows]
