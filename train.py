@@ -9,10 +9,10 @@ import dataclasses
 import logging
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from dsv3_jax import cli
 from dsv3_jax.analysis.model_cost import training_flops_per_token
@@ -20,6 +20,7 @@ from dsv3_jax.config import Config, to_json
 from dsv3_jax.data.batches import Rows, prefetch
 from dsv3_jax.data.corpus import Corpus, check_model, open_corpus
 from dsv3_jax.inference.generate import generate
+from dsv3_jax.parallel import hosts
 from dsv3_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from dsv3_jax.training.checkpoint import Checkpoints, state_bytes
 from dsv3_jax.training.dry_run import abstract_state, dry_run_report, parameter_counts
@@ -30,6 +31,7 @@ from dsv3_jax.training.record import Throughput, step_values
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import TrainState, check_finite, create_state, jit_train_step
 from dsv3_jax.training.stopping import StopRequest
+from dsv3_jax.training.watchdog import Watchdog
 
 ROOT = Path(__file__).parent
 log = logging.getLogger("dsv3_jax.train")
@@ -43,38 +45,43 @@ def main(argv: Sequence[str]) -> int:
     clock = Clock()
     with clock("init"):
         cli.use_virtual_devices(config.devices)
+        hosts.start(config.distributed)
         mesh = make_mesh(config.mesh)
         if config.dry_run:
             print(dry_run_report(config, mesh))
             return 0
         run_dir = Path(config.run_dir)
-        set_up_logging(run_dir)
+        set_up_logging(run_dir, process=jax.process_index())
         abstract = abstract_state(config, mesh)
         for line in banner(config, abstract):
             log.info(line)
         with clock("data"):
             corpus = open_corpus(config.data, config.seed)
             check_model(config.model, corpus)
+        hosts.check_agreement(config, data_sha256=corpus.train.index.sha256)
         checkpoints = Checkpoints(
             run_dir / "checkpoints",
             every_steps=config.checkpoint.every_steps,
             keep=config.checkpoint.keep,
         )
+    primary = jax.process_index() == 0
     with checkpoints, StopRequest() as stop:
         with clock("init"):
             checkpoints.probe(state_bytes(abstract))
             resumed = checkpoints.resume(config.resume, abstract._asdict(), config)
-            (run_dir / "config.json").write_text(to_json(config))
-            if corpus.tokenizer.path is not None:
+            if primary:
+                (run_dir / "config.json").write_text(to_json(config))
+            if primary and corpus.tokenizer.path is not None:
                 shutil.copyfile(corpus.tokenizer.path, run_dir / "tokenizer.json")
             if resumed is None:
-                start = 0
+                start, resumed_from = 0, None
                 state = create_state(jax.random.key(config.seed), config, replicated(mesh))
             else:
-                start, restored, _ = resumed
-                state = TrainState(**restored)
-        resumed_from = None if resumed is None else start
-        with MetricsLog(run_dir, steps=config.train.steps, resumed_from=resumed_from) as metrics:
+                start = resumed_from = resumed[0]
+                state = TrainState(**resumed[1])
+        steps = config.train.steps
+        metrics = MetricsLog(run_dir, steps=steps, resumed_from=resumed_from, primary=primary)
+        with metrics:
             state = train(config, mesh, corpus, state, start, checkpoints, metrics, clock, stop)
             if stop.requested:
                 log.warning("stopped by signal %d at step %d", stop.signal, int(state.step))
@@ -82,8 +89,9 @@ def main(argv: Sequence[str]) -> int:
                 return stop.exit_code
             with clock("sample"):
                 write_sample(config, corpus, state, run_dir)
-            metrics.record(config.train.steps, {"seconds": clock.seconds()})
-    draw_plots(run_dir)
+            metrics.record(steps, {"seconds": clock.seconds()})
+    if primary:
+        cli.draw_plots(run_dir)
     log.info("infer.py continues from it: ./run infer --checkpoint %s --prompt TEXT", run_dir)
     return 0
 
@@ -118,10 +126,10 @@ def train(
 
     def batches():
         for step in range(start, plan.steps):
-            batch = np.zeros(shape, np.int32)  # micro-batches past the ramp's are never read
-            read = rows.rows(schedule.first_row(step), schedule.rows(step))
-            batch.reshape(-1, shape[-1])[: len(read)] = read
-            yield jax.make_array_from_callback(shape, place, batch.__getitem__)
+            first, count = schedule.first_row(step), schedule.rows(step)
+            # Rows after them, micro-batches past the ramp's, are never read.
+            read = partial(rows.batch_part, first, count, shape)
+            yield jax.make_array_from_callback(shape, place, read)
 
     step_fn = jit_train_step(config, replicated(mesh))
     evaluate = Evaluation(config, mesh, corpus)
@@ -130,13 +138,15 @@ def train(
     meta = {"config": dataclasses.asdict(config), "data_sha256": corpus.train.index.sha256}
     profile = ProfileWindow(Path(config.run_dir) / "profile", start, plan.profile_steps)
     last = None
-    with prefetch(batches) as stream:
+    with prefetch(batches) as stream, Watchdog(config.watchdog, config.run_dir) as watchdog:
         for step in range(start, plan.steps):
             first, done = step == start, step + 1
             is_last = done == plan.steps
             logs = first or is_last or done % plan.log_every == 0
             evaluates = is_last or done % plan.eval_every == 0
             profile.before(step)
+            stop.poll()
+            watchdog.beat()
             with clock("data"):
                 batch = next(stream)
             with clock("compile" if first else "step"):
@@ -180,19 +190,9 @@ def write_sample(config: Config, corpus: Corpus, state: TrainState, run_dir: Pat
     )
     decode = corpus.tokenizer.decode
     text = f"{decode(prompt)}\N{BROKEN BAR}{decode([int(ids[0]) for ids in tokens])}"
-    (run_dir / "sample.txt").write_text(text)
+    if jax.process_index() == 0:
+        (run_dir / "sample.txt").write_text(text)
     log.info("a sample (the model writes after the \N{BROKEN BAR}):\n%s", text)
-
-
-def draw_plots(run_dir: Path) -> None:
-    """Writes plots/*.png where matplotlib is installed, and says so where it is not."""
-    try:
-        from dsv3_jax.analysis.report import write_report
-
-        for path in write_report(run_dir):
-            log.info("wrote %s", path)
-    except ImportError as error:
-        log.warning("no plots (%s): pip install 'dsv3_jax[plot]', then report %s", error, run_dir)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ own bugs, or with DSV3_DEBUG=1.
 """
 
 import importlib
+import logging
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,7 @@ from dsv3_jax.interop.commands import (
     run_logits,
 )
 
+log = logging.getLogger(__name__)
 Options = TypeVar("Options")
 
 EXIT_ENVIRONMENT = 1
@@ -44,11 +47,31 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command line and exits with its code, turning expected errors into one message."""
     try:
         sys.exit(main(sys.argv[1:]) or 0)
-    except (UserError, RunError, OSError, NotImplementedError) as error:
-        if os.environ.get("DSV3_DEBUG"):
+    except Exception as error:
+        expected = isinstance(error, UserError | RunError | OSError | NotImplementedError)
+        if expected and not os.environ.get("DSV3_DEBUG"):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif _one_of_several_processes():
+            traceback.print_exc()
+        else:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER if isinstance(error, UserError) else EXIT_ENVIRONMENT)
+        _leave(EXIT_USER if isinstance(error, UserError) else EXIT_ENVIRONMENT)
+
+
+def _one_of_several_processes() -> bool:
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
+
+
+def _leave(code: int) -> None:
+    if _one_of_several_processes():
+        from dsv3_jax.parallel.hosts import leave
+
+        leave(code)
+    sys.exit(code)
 
 
 def parse_options(
@@ -161,6 +184,17 @@ class ReportOptions:
     """Draw a run's plots from its metrics.jsonl."""
 
     run_dir: tyro.conf.Positional[Path]
+
+
+def draw_plots(run_dir: Path) -> None:
+    """Writes plots/*.png where matplotlib is installed, and says so where it is not."""
+    try:
+        from dsv3_jax.analysis.report import write_report
+
+        for path in write_report(run_dir):
+            log.info("wrote %s", path)
+    except ImportError as error:
+        log.warning("no plots (%s): pip install 'dsv3_jax[plot]', then report %s", error, run_dir)
 
 
 def report(options: ReportOptions) -> None:

@@ -369,6 +369,50 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run on several hosts, one on each, find and watch each other.
+
+    Under SLURM's srun everything is found out; under Kubernetes JobSet everything but the number of
+    processes is (launch/). What is given here goes before what is found.
+    """
+
+    coordinator: str | None = None  # HOST:PORT of process 0, reachable from all
+    num_processes: int | None = None
+    process_id: int | None = None  # 0 to num_processes - 1
+    start_timeout: int = 300  # seconds until all processes must have started
+    heartbeat_timeout: int = 100  # seconds without a sign of life until the others end
+
+    def problems(self) -> list[str]:
+        """Numbers that no set of processes has."""
+        found: list[str] = []
+        _require_positive(found, self, ["start_timeout", "heartbeat_timeout"])
+        if self.num_processes is not None and self.num_processes <= 0:
+            found.append(f"num_processes={self.num_processes} must be positive")
+        if self.process_id is not None and self.process_id < 0:
+            found.append(f"process_id={self.process_id} must not be negative")
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
+            found.append(f"coordinator={self.coordinator!r} must be HOST:PORT")
+        return found
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """When a run counts as stuck: its stacks are then written to stacks.txt."""
+
+    min_seconds: float = 600.0  # no step for this long,
+    median_steps: float = 20.0  # and for this many times the median step; 0 seconds: never
+    exit: bool = False  # then also end the process, with exit code 124
+
+    def problems(self) -> list[str]:
+        """Limits that every run would pass."""
+        found = []
+        for name in ("min_seconds", "median_steps"):
+            if getattr(self, name) < 0:
+                found.append(f"{name}={getattr(self, name)} must not be negative")
+        return found
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run: what `configs/*.py` return and `train.py` takes."""
 
@@ -381,6 +425,8 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     run_dir: str = "runs/default"
     seed: int = 0
     resume: str = "auto"  # "auto": the newest valid checkpoint; "never": start anew; or a step
@@ -507,4 +553,6 @@ _GROUPS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,
     "checkpoint": CheckpointConfig,
+    "distributed": DistributedConfig,
+    "watchdog": WatchdogConfig,
 }

@@ -12,7 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Int32, UInt64
@@ -53,6 +53,19 @@ class Rows:
         for row, start in zip(out, starts.tolist()):
             row[:] = self._shards.slice(start, start + self.row_len)
         return out
+
+    def batch_part(
+        self, first_row: int, count: int, shape: tuple[int, int, int], part: Any
+    ) -> Int32[np.ndarray, "A B T"]:
+        """The part (three slices) of a batch of A micro-batches of B rows; reads only that.
+
+        The batch has `count` rows from first_row on, micro-batch by micro-batch, then zeros.
+        """
+        numbers = np.arange(shape[0] * shape[1]).reshape(shape[:2])[part[:2]]
+        wanted = numbers[numbers < count]
+        batch = np.zeros((*numbers.shape, self.row_len), np.int32)
+        batch[numbers < count] = self.host_rows(first_row, wanted.tolist())
+        return batch[..., part[2]]
 
     def windows(self, row_numbers: Iterable[int]) -> np.ndarray:
         """The window that each row of the stream shows, int64."""

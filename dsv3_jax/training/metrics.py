@@ -172,10 +172,10 @@ class MetricsLog:
             self._file = -1
 
 
-def set_up_logging(run_dir: str | Path | None, *, primary: bool = True) -> None:
+def set_up_logging(run_dir: str | Path | None, *, process: int = 0) -> None:
     """Sends log records to RUN/log.txt (appended) and, in short form, to the console.
 
-    Other processes than the first (`primary=False`) show warnings only and write no file.
+    Of several processes, the first does this; process N shows warnings only and writes log.N.txt.
     """
     root = logging.getLogger()
     for old in list(root.handlers):
@@ -184,11 +184,12 @@ def set_up_logging(run_dir: str | Path | None, *, primary: bool = True) -> None:
             root.removeHandler(old)
             old.close()
     handlers: list[logging.Handler] = [
-        _ConsoleHandler(logging.INFO if primary else logging.WARNING)
+        _ConsoleHandler(logging.WARNING if process else logging.INFO)
     ]
-    if run_dir is not None and primary:
+    if run_dir is not None:
         Path(run_dir).mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(Path(run_dir) / "log.txt", encoding="utf-8")
+        name = f"log.{process}.txt" if process else "log.txt"
+        file = logging.FileHandler(Path(run_dir) / name, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         handlers.append(file)
     for handler in handlers:

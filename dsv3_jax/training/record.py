@@ -42,7 +42,8 @@ class Throughput:
 
     def __init__(self, clock: Clock, flops_per_token: float, devices: list[jax.Device]):
         self._clock, self._flops_per_token = clock, flops_per_token
-        self._device = devices[0]
+        # Of another process' device nothing is known here.
+        self._device = next(d for d in devices if d.process_index == jax.process_index())
         self._num_devices, self._peak = len(devices), peak_flops(devices[0].device_kind)
         self._tokens, self._start = 0, self._seconds()
 
@@ -51,7 +52,7 @@ class Throughput:
         self._tokens += tokens
 
     def read(self) -> dict[str, float | None]:
-        """tokens_per_s since the last reading, mfu and peak_memory_gib of the first device.
+        """tokens_per_s since the last reading, mfu and peak_memory_gib of a device here.
 
         The last two are None on a CPU. To be called between steps.
         """

@@ -57,6 +57,23 @@ def test_a_row_does_not_depend_on_how_it_is_asked_for(shards):
     np.testing.assert_array_equal(rows.rows(far, 2)[1], rows.rows(far + 1, 1)[0])
 
 
+@pytest.mark.parametrize("count", [24, 14])
+def test_parts_of_a_batch_are_read_alone_and_make_up_the_batch(shards, count, monkeypatch):
+    """Three micro-batches of 8 rows over four hosts and two pieces of the sequence."""
+    rows, shape = Rows(shards, ROW, seed=3), (3, 8, ROW)
+    whole = np.zeros(shape, np.int32)
+    whole.reshape(-1, ROW)[:count] = rows.rows(200, count)
+    read = []
+    host_rows = rows.host_rows
+    monkeypatch.setattr(rows, "host_rows", lambda f, w: read.append(list(w)) or host_rows(f, w))
+    for b in range(0, 8, 2):
+        for t in (slice(0, 3), slice(3, None)):
+            part = (slice(None), slice(b, b + 2), t)
+            np.testing.assert_array_equal(rows.batch_part(200, count, shape, part), whole[part])
+        assert read.pop() == read.pop() == [a * 8 + b + i for a in range(3) for i in (0, 1)
+                                            if a * 8 + b + i < count]  # fmt: skip
+
+
 def test_epochs_and_seeds_differ(shards):
     first, second = (Rows(shards, ROW, seed=3).rows(e * 249, 249) for e in (0, 1))
     other = Rows(shards, ROW, seed=4).rows(0, 249)

@@ -1,0 +1,200 @@
+"""Several processes as one program: they find each other, agree before step 0, and end together.
+
+Plain multi-controller JAX: every host runs the same command with one process, which sees the
+devices of its host; jitted programs run on all devices. With one process, all of this does nothing.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dsv3_jax.config import Config, DistributedConfig, RunError, UserError
+
+log = logging.getLogger(__name__)
+
+# Where JobSet does not say one; that of jax's own Kubernetes start-up.
+JOBSET_PORT = 55527
+
+
+class Processes(NamedTuple):
+    """The processes of a run, and which of them this one is."""
+
+    coordinator: str  # HOST:PORT of process 0
+    count: int
+    index: int
+
+
+def find_processes(options: DistributedConfig, environ: Mapping[str, str]) -> Processes | None:
+    """The processes of this run, by the options and then the scheduler; None for a run of one.
+
+    SLURM: the tasks of an srun step. JobSet: the pods of an indexed Job, by the variables that
+    launch/jobset.yaml sets. Raises UserError for a part that nothing says.
+    """
+    told = {"coordinator": options.coordinator, "num_processes": options.num_processes}
+    told |= {"process_id": options.process_id}
+    found: dict[str, Any] = {name: None for name in told}
+    if int(environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        # A port of the job's own in the ephemeral range, as several jobs may share a host.
+        port = 61440 + int(environ["SLURM_JOB_ID"]) % 4096
+        found = {
+            "coordinator": f"{first_host(environ['SLURM_STEP_NODELIST'])}:{port}",
+            "num_processes": int(environ["SLURM_STEP_NUM_TASKS"]),
+            "process_id": int(environ["SLURM_PROCID"]),
+        }
+    elif "JOBSET_NAME" in environ:
+        name, job = environ["JOBSET_NAME"], environ["JOBSET_REPLICATED_JOB"]
+        found["coordinator"] = f"{name}-{job}-0-0.{name}:{JOBSET_PORT}"
+        found["process_id"] = int(environ["JOB_COMPLETION_INDEX"])
+    elif not any(value is not None for value in told.values()):
+        return None
+    known = {name: found[name] if told[name] is None else told[name] for name in told}
+    if missing := [name.replace("_", "-") for name, value in known.items() if value is None]:
+        raise UserError(
+            "a run on several hosts needs "
+            + " and ".join(f"--distributed.{name}" for name in missing)
+            + " as well: no scheduler says it"
+        )
+    if known["process_id"] >= known["num_processes"]:
+        raise UserError(
+            f"distributed.process_id={known['process_id']} must be below "
+            f"distributed.num_processes={known['num_processes']}"
+        )
+    return Processes(known["coordinator"], known["num_processes"], known["process_id"])
+
+
+def first_host(node_list: str) -> str:
+    """The first of SLURM's node list: a1 of "a1,b2", a001 of "a[001-016,020],b2"."""
+    prefix, bracket, rest = node_list.partition("[")
+    if not bracket or "," in prefix:
+        return prefix.partition(",")[0]
+    numbers, _, suffix = rest.partition("]")
+    return prefix + numbers.replace("-", ",").partition(",")[0] + suffix.partition(",")[0]
+
+
+def start(options: DistributedConfig) -> None:
+    """Joins the run's other processes; to be called before JAX looks for devices.
+
+    Returns once all are there. Raises RunError when they are not in time.
+    """
+    processes = find_processes(options, os.environ)
+    if processes is None or processes.count == 1:
+        return
+    # SIGTERM is handled by training/stopping.py.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=processes.coordinator,
+            num_processes=processes.count,
+            process_id=processes.index,
+            cluster_detection_method="deactivate",
+            initialization_timeout=options.start_timeout,
+            heartbeat_timeout_seconds=options.heartbeat_timeout,
+        )
+    except RuntimeError as error:
+        raise RunError(
+            f"process {processes.index} of {processes.count} could not join the others at "
+            f"{processes.coordinator} in {options.start_timeout} s: {error}"
+        ) from error
+
+
+def file_name(name: str) -> str:
+    """The name of this process's own file: log.txt of process 0, log.3.txt of process 3."""
+    stem, dot, suffix = name.rpartition(".")
+    index = jax.process_index()
+    return f"{stem}.{index}{dot}{suffix}" if index else name
+
+
+def check_agreement(config: Config, **facts: str) -> None:
+    """Raises UserError, on every process, when one has another config than process 0.
+
+    Or other `facts` (a hash of the data), another version of JAX, or more or fewer devices.
+    """
+    if jax.process_count() == 1:
+        return
+    devices = Counter(device.process_index for device in jax.devices())
+    if len(set(devices.values())) > 1:
+        raise UserError(
+            "every process must have as many devices as the others: "
+            + ", ".join(f"process {i} has {n}" for i, n in sorted(devices.items()))
+        )
+    ours = dataclasses.asdict(config) | {"distributed": None, "jax": jax.__version__} | facts
+    said = [json.loads(text) for text in _gather_texts(json.dumps(ours))]
+    first = _leaves(said[0])
+    wrong = []
+    for index, theirs in enumerate(map(_leaves, said)):
+        for name in sorted(first.keys() | theirs.keys()):
+            has, wants = theirs.get(name, "absent"), first.get(name, "absent")
+            if has != wants:
+                wrong.append(f"{name} is {has} on process {index}, {wants} on process 0")
+    if wrong:
+        raise UserError("the processes do not agree:\n  " + "\n  ".join(wrong))
+
+
+class LargestOfAll:
+    """The largest number that any process gave, learnt one call late so that no device waits.
+
+    Every process calls it equally often, between the same steps.
+    """
+
+    def __init__(self) -> None:
+        # Axis types as everywhere: the default would be Explicit.
+        mesh = Mesh(np.array(jax.devices()), ("all",), axis_types=(AxisType.Auto,))
+        self._given = NamedSharding(mesh, PartitionSpec("all"))
+        self._largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self._last: jax.Array | None = None
+
+    def __call__(self, number: int) -> int:
+        """The largest number of the call before; 0 at the first."""
+        shape = (len(jax.devices()),)
+        values = jax.make_array_from_callback(
+            shape, self._given, lambda index: np.full(shape, number, np.int32)[index]
+        )
+        before, self._last = self._last, self._largest(values)
+        return 0 if before is None else int(before)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends a process that has failed; one of several does not wait for the others.
+
+    At a normal exit JAX waits for all processes, for minutes, while they may wait for this one.
+    Process 0, whose end ends the others, goes last: they may have the same to say.
+    """
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if jax.process_index() == 0:
+            time.sleep(2)
+        os._exit(code)
+    sys.exit(code)
+
+
+def _gather_texts(text: str) -> list[str]:
+    """The text of every process, on every process."""
+    mine = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(mine))))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(mine)] = mine
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested dicts."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= _leaves(value, f"{prefix}.{name}" if prefix else name)
+    return found
