@@ -78,7 +78,9 @@ def expert_outputs(variables: Variables, tokens: Array, config: ModelConfig) -> 
                 if name in tree
             }
             (x, _, _), captured = run(layer, x)
-            outputs += jax.tree.leaves(captured)
+            if not dense:
+                ((y, _),) = captured["intermediates"]["mlp"]["experts"]["__call__"]
+                outputs.append(y)
     return [output.reshape(-1, output.shape[-1]).astype(jnp.float32) for output in outputs]
 
 

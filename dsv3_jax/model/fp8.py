@@ -23,6 +23,7 @@ from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul, grouped_wgrad
 from dsv3_jax.quantization.block_scaled import (
     PER_TOKEN,
     BlockScaled,
+    StraightThrough,
     dequantize,
     quantize,
     split_tiles,
@@ -55,7 +56,7 @@ def fp8_linear(
 
 
 def fp8_grouped_linear(
-    rows: Float[Array, "M K"],
+    rows: Float[Array, "M K"] | StraightThrough,
     weights: Float[Array, "E *N K"],
     group_sizes: Int[Array, " E"],
     recipe: LinearRecipe,
@@ -64,11 +65,16 @@ def fp8_grouped_linear(
     """Each row of `activation(rows)` times its group's weights; `fp8_linear` for routed experts.
 
     group_sizes are multiples of 128, so that no scale along tokens spans two experts; rows beyond
-    the last group give zero.
+    the last group give zero. Rows that come quantised (1x128) are multiplied as they are, whatever
+    the recipe says of the input; they take no activation.
     """
     experts, *out_dims, _ = weights.shape
     weights_ENK = weights.reshape(experts, -1, weights.shape[-1])
-    y: Array = _linear(rows, weights_ENK, group_sizes, recipe, activation)
+    arrived = None
+    if isinstance(rows, StraightThrough):
+        assert activation is None and rows.numbers.tile == PER_TOKEN
+        rows, arrived = rows.carrier, rows.numbers
+    y: Array = _linear(rows, weights_ENK, group_sizes, recipe, activation, arrived)
     return y.reshape(-1, *out_dims)
 
 
@@ -78,16 +84,20 @@ def _input_dims(activation: Activation | None) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _linear(x, weight, group_sizes, recipe, activation):
-    return _forward(x, weight, group_sizes, recipe, activation)[0]
+def _linear(x, weight, group_sizes, recipe, activation, arrived=None):
+    return _forward(x, weight, group_sizes, recipe, activation, arrived)[0]
 
 
-def _forward(x, weight, group_sizes, recipe, activation):
-    product_input = x if activation is None else activation(x)
-    quantized = _quantize(product_input, recipe.input)
+def _forward(x, weight, group_sizes, recipe, activation, arrived=None):
+    """`arrived` are the numbers of x if they were quantised before; x then has their gradient."""
+    if arrived is None:
+        quantized = _quantize(x if activation is None else activation(x), recipe.input)
+    else:
+        values = jnp.pad(arrived.values, [(0, 0), (0, -x.shape[1] % _TILE)])
+        quantized = BlockScaled(values, arrived.scales, arrived.tile)
     y = _multiply(quantized, _quantize(weight, recipe.weight), group_sizes)
     y = y[:, : weight.shape[-2]].astype(x.dtype)
-    saved = x
+    saved = x if arrived is None else quantized
     if recipe.saved_input == "quantized":
         saved = quantized if activation is None else quantize(x, *astuple(recipe.input))
     # x's dtype and shape travel as an empty array: residuals are arrays.
@@ -120,7 +130,7 @@ def _backward(recipe, activation, residuals, dy):
     no_gradient = None
     if group_sizes is not None:
         no_gradient = np.zeros(group_sizes.shape, jax.dtypes.float0)
-    return dx.astype(like.dtype), d_weight, no_gradient
+    return dx.astype(like.dtype), d_weight, no_gradient, None
 
 
 _linear.defvjp(_forward, _backward)

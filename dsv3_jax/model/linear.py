@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.kernels.grouped_gemm.api import KERNEL_ALIGNMENT, grouped_matmul, row_alignment
 from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
 from dsv3_jax.model.held import FP8Weight, held_grouped_linear, held_linear
+from dsv3_jax.quantization.block_scaled import StraightThrough
 from dsv3_jax.quantization.recipe import LinearRecipe
 
 
@@ -35,19 +36,24 @@ def linear(
 
 
 def grouped_linear(
-    rows: Float[Array, "M K"],
+    rows: Float[Array, "M K"] | StraightThrough,
     weights: Float[Array, "E *N K"] | FP8Weight,
     group_sizes: Int[Array, " E"],
     alignment: int,
     recipe: LinearRecipe | None = None,
     activation: Callable[[Array], Array] | None = None,
 ) -> Float[Array, "M *N"]:
-    """`linear` of each row with the weights of its group; sizes are multiples of `alignment`."""
+    """`linear` of each row with the weights of its group; sizes are multiples of `alignment`.
+
+    Rows that are quantised already need a recipe, and weights that are not.
+    """
     if isinstance(weights, FP8Weight):
+        assert not isinstance(rows, StraightThrough)
         rows = rows if activation is None else activation(rows)
         return held_grouped_linear(rows, weights, group_sizes, alignment, recipe)
     if recipe is not None:
         return fp8_grouped_linear(rows, weights, group_sizes, recipe, activation)
+    assert not isinstance(rows, StraightThrough)
     if activation is not None:
         rows = activation(rows)
     experts, *out_dims, _ = weights.shape

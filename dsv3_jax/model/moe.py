@@ -1,142 +1,43 @@
-"""DeepSeekMoE: the router, its balance loss and bias update, and the experts.
+"""DeepSeekMoE: routed experts, on one device or spread over a mesh, and shared experts.
 
-V3 report, section 2.1.2. Scores are f32. A bias steers which experts are chosen and nothing else;
-it is state of the router, moved by `update_router_bias` once a step, not by the optimizer. No token
-is ever dropped.
+V3 report, section 2.1.2. No token is ever dropped. This is where arrays of the batch become arrays
+of a device (`sharded_experts`): what travels between devices is `parallel/expert.py`'s.
 """
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.held import FP8Weight, parameter
 from dsv3_jax.model.linear import group_alignment, grouped_linear
 from dsv3_jax.model.mlp import MLP, swiglu
-from dsv3_jax.parallel.expert import combine, dispatch, plan
+from dsv3_jax.model.router import Routing, balance_loss, route
+from dsv3_jax.parallel.collectives import total, vary
+from dsv3_jax.parallel.expert import Exchange, combine, dispatch, make_exchange, may_overflow
+from dsv3_jax.parallel.hops import NOBODY
+from dsv3_jax.parallel.rounds import fits_or_nan, in_rounds
 from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.quantization.recipe import BF16, Recipe
-
-# A group is ranked by the sum of its best K_r / M = 8 / 4 experts (section 2.1.2); the published
-# code fixes the number at 2.
-EXPERTS_PER_GROUP_SCORE = 2
-
-
-class Routing(NamedTuple):
-    """Which experts each token goes to, with what weight."""
-
-    experts_TK: Int[Array, "T K"]
-    weights_TK: Float[Array, "T K"]  # f32
-    scores_TE: Float[Array, "T E"]  # f32, without the bias
+from dsv3_jax.quantization.block_scaled import PER_TOKEN
+from dsv3_jax.quantization.recipe import BF16, Recipe, TileFormat
 
 
 class MoEStats(NamedTuple):
-    """What a MoE layer reports besides its output; a leading layer dim when scanned."""
+    """What a MoE layer reports besides its output; a leading layer dim when scanned.
+
+    All of it is of the whole batch, whatever the devices: load, loss and rounds are the same on
+    each of them.
+    """
 
     load_E: Int[Array, "*L E"]  # entries that each expert received
     balance_loss: Float[Array, "*L"]  # sequence-wise, before alpha
     experts: Int[Array, "*L B T K"]
     weights: Float[Array, "*L B T K"]
-
-
-def route(
-    x_TD: Float[Array, "T D"],
-    gate_ED: Float[Array, "E D"],
-    bias_E: Float[Array, " E"] | None,
-    config: ModelConfig,
-) -> Routing:
-    """K experts for every token out of its best topk_group groups, with their gate weights.
-
-    Scores are sigmoids (V3) or a softmax (V2) of f32 logits. Experts of losing groups score -inf,
-    so that none of them can win however negative the others are. Gate weights come from the scores
-    without the bias. V3 report, eqs. 12-16; DeepSeek-V3:inference/model.py, Gate.
-    """
-    # f32 operands: with bf16 scores, 15 % of the tokens choose other experts at E=256.
-    logits_TE = jax.lax.dot_general(
-        x_TD.astype(jnp.float32),
-        gate_ED.astype(jnp.float32),
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-    )
-    if config.scoring_func == "sigmoid":
-        scores_TE = jax.nn.sigmoid(logits_TE)
-    else:
-        scores_TE = jax.nn.softmax(logits_TE, axis=-1)
-    # The choice is not differentiated: gradients reach the router through the weights alone.
-    choice_TE = jax.lax.stop_gradient(scores_TE)
-    if bias_E is not None:
-        choice_TE = choice_TE + bias_E
-    if config.topk_method != "greedy" and config.n_group > 1:
-        choice_TE = jnp.where(
-            _best_groups(choice_TE, bias_E is not None, config), choice_TE, -jnp.inf
-        )
-    experts_TK = jax.lax.top_k(choice_TE, config.num_experts_per_tok)[1]
-    weights_TK = jnp.take_along_axis(scores_TE, experts_TK, axis=-1)
-    if config.norm_topk_prob:
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdims=True) + 1e-20)
-    return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores_TE)
-
-
-def _best_groups(
-    choice_TE: Float[Array, "T E"], by_two_best: bool, config: ModelConfig
-) -> Bool[Array, "T E"]:
-    """True for the experts of each token's best topk_group groups.
-
-    A group counts for the sum of its two best experts where there is a bias (noaux_tc), and for its
-    best one otherwise (group_limited_greedy).
-    """
-    num_tokens, num_experts = choice_TE.shape
-    grouped = choice_TE.reshape(num_tokens, config.n_group, -1)
-    best = EXPERTS_PER_GROUP_SCORE if by_two_best else 1
-    group_scores = jax.lax.top_k(grouped, best)[0].sum(-1)
-    winners = jax.lax.top_k(group_scores, config.topk_group)[1]
-    kept = jax.nn.one_hot(winners, config.n_group, dtype=jnp.bool_).any(axis=1)
-    return jnp.repeat(kept, num_experts // config.n_group, axis=1)
-
-
-def balance_loss(
-    scores_BTE: Float[Array, "B T E"],
-    experts_per_token: int,
-    mask_BT: Bool[Array, "B T"] | None = None,
-) -> Float[Array, ""]:
-    """The complementary sequence-wise balance loss without its alpha (V3 report, eqs. 17-20).
-
-    sum_i f_i P_i per sequence, averaged over the sequences: f_i counts the tokens whose K best raw
-    scores include expert i, times E / (K T); P_i is the mean share of expert i in the tokens'
-    scores. f has no gradient. T counts the tokens that the mask lets in. The reduction over
-    sequences is not published; the mean makes alpha independent of the batch size.
-    """
-    num_experts = scores_BTE.shape[-1]
-    chosen = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), experts_per_token)[1]
-    chosen_BTE = jax.nn.one_hot(chosen, num_experts, dtype=jnp.float32).sum(axis=2)
-    share_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)
-    if mask_BT is None:
-        mask_BT = jnp.ones(scores_BTE.shape[:2], bool)
-    weight_BT1 = mask_BT[..., None].astype(jnp.float32)
-    tokens_B1 = jnp.maximum(weight_BT1.sum(axis=1), 1.0)
-    f_BE = (chosen_BTE * weight_BT1).sum(axis=1) * num_experts / (experts_per_token * tokens_B1)
-    p_BE = (share_BTE * weight_BT1).sum(axis=1) / tokens_B1
-    return (f_BE * p_BE).sum(-1).mean()
-
-
-def update_router_bias(
-    bias: Float[Array, "*L E"], load: Int[Array, "*L E"], speed: Float[Array, ""] | float
-) -> Float[Array, "*L E"]:
-    """The bias moved by `speed` towards balance: up for underloaded experts, down for overloaded.
-
-    `load` is that of the whole batch of the step: every micro-batch, every device. An expert is
-    overloaded when its load exceeds the mean; one exactly at the mean stays (V3 report, section
-    2.1.2; the sign rule is that of arXiv 2408.15664).
-    """
-    # Integers, as a mean in f32 would round above 2**24 entries: floor and remainder, because
-    # load * E would overflow.
-    mean, remainder = jnp.divmod(load.sum(-1, keepdims=True), load.shape[-1])
-    underloaded = (load < mean) | ((load == mean) & (remainder > 0))
-    overloaded = load > mean
-    return bias + speed * (underloaded.astype(bias.dtype) - overloaded.astype(bias.dtype))
+    rounds: Int[Array, "*L"]  # of exchanges it took; 1 unless a buffer was too small
 
 
 def expert_ffn(
@@ -147,17 +48,51 @@ def expert_ffn(
     recipe: Recipe = BF16,
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's experts: SwiGLU feed-forwards over grouped rows."""
+    here = Exchange((), len(down_EDF), None, ())
+    operands = (x_TD, routing.weights_TK, gate_up_E2FD, down_EDF)
+    return _expert_round(operands, routing.experts_TK, None, recipe=recipe, exchange=here)[0]
+
+
+def exchanged_expert_ffn(
+    x_TD: Float[Array, "T D"],
+    routing: Routing,
+    gate_up_E2FD: Float[Array, "E 2 F D"] | FP8Weight,
+    down_EDF: Float[Array, "E D F"] | FP8Weight,
+    recipe: Recipe,
+    exchange: Exchange,
+) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
+    """`expert_ffn` where a device holds some experts, and the rounds that it took.
+
+    Inside shard_map, with arrays that vary over exchange.token_axes. Choices NOBODY count nothing.
+    """
+    operands = (x_TD, routing.weights_TK, gate_up_E2FD, down_EDF)
+    piece = partial(_expert_round, recipe=recipe, exchange=exchange)
+    if not may_overflow(exchange, routing.experts_TK.shape[1]):
+        return piece(operands, routing.experts_TK, None)[0], jnp.ones((), jnp.int32)
+    run = in_rounds if exchange.overflow == "rounds" else fits_or_nan
+    return run(piece, exchange.token_axes, exchange.levels, operands, routing.experts_TK)
+
+
+def _expert_round(
+    operands: tuple[Any, ...],
+    experts_TK: Int[Array, "T K"],
+    window: Int[Array, " levels"] | None,
+    *,
+    recipe: Recipe,
+    exchange: Exchange,
+) -> tuple[Float[Array, "T D"], Bool[Array, " levels"]]:
+    """`expert_ffn` for the entries of one window, and at which levels others are left."""
+    x_TD, weights_TK, gate_up_E2FD, down_EDF = operands
     gate_up, down = recipe.experts_gate_up_proj, recipe.experts_down_proj
-    num_experts = len(down_EDF)
-    alignment = group_alignment(routing.experts_TK.size, num_experts, gate_up, down)
-    # dispatch
-    handle, group_sizes, _ = plan(routing.experts_TK, num_experts, alignment)
-    rows_MD = dispatch(x_TD, handle)
+    entries = experts_TK.size if exchange.entries is None else exchange.entries
+    alignment = group_alignment(entries, exchange.experts, gate_up, down)
+    rows_MD, group_sizes, handle = dispatch(
+        x_TD, weights_TK, experts_TK, exchange, alignment, window
+    )
     # expert FFN
     hidden_M2F = grouped_linear(rows_MD, gate_up_E2FD, group_sizes, alignment, gate_up)
     out_MD = grouped_linear(hidden_M2F, down_EDF, group_sizes, alignment, down, swiglu)
-    # combine
-    return combine(out_MD, routing.weights_TK, handle)
+    return combine(out_MD, handle, exchange), handle.left
 
 
 def choose_places(
@@ -171,8 +106,165 @@ def choose_places(
     return place_EC[experts_TK, turn_TK]
 
 
+class MoEWeights(NamedTuple):
+    """The parameters and state of the routed part of a layer."""
+
+    gate: Float[Array, "E D"]
+    bias: Float[Array, " E"] | None
+    gate_up: (
+        Float[Array, "P 2 F D"] | FP8Weight
+    )  # in the places of experts, P = E unless some have replicas
+    down: Float[Array, "P D F"] | FP8Weight
+    places: tuple[Int[Array, "E C"], Int[Array, " E"]] | None = None  # see choose_places
+
+
+def routed_experts(
+    x: Float[Array, "B T D"],
+    weights: MoEWeights,
+    mask: Bool[Array, "B T"] | None,
+    config: ModelConfig,
+    recipe: Recipe = BF16,
+) -> tuple[Float[Array, "B T D"], MoEStats]:
+    """The routed experts' share of a MoE layer's output, and its statistics, on one device."""
+    x_TD = x.reshape(-1, x.shape[-1])
+    routing = route(x_TD, weights.gate, weights.bias, config)
+    placed = routing
+    if weights.places is not None:  # statistics stay those of experts
+        placed = routing._replace(experts_TK=choose_places(routing.experts_TK, *weights.places))
+    y = expert_ffn(x_TD, placed, weights.gate_up, weights.down, recipe)
+    by_token = (*x.shape[:2], -1)
+    stats = MoEStats(
+        _load(routing.experts_TK, config.n_routed_experts, mask),
+        balance_loss(routing.scores_TE.reshape(by_token), config.num_experts_per_tok, mask),
+        routing.experts_TK.reshape(by_token),
+        routing.weights_TK.reshape(by_token),
+        jnp.ones((), jnp.int32),
+    )
+    return y.reshape(x.shape), stats
+
+
+def sharded_experts(
+    x: Float[Array, "B T D"],
+    weights: MoEWeights,
+    mask: Bool[Array, "B T"] | None,
+    config: ModelConfig,
+    recipe: Recipe,
+    layout: Layout,
+) -> tuple[Float[Array, "B T D"], MoEStats]:
+    """`routed_experts` over a mesh: the boundary between arrays of the batch and those of a device.
+
+    Tokens lie on the axes of "batch" and "residual", experts on those of "expert". Where B or T do
+    not divide, tokens that nobody handles fill them up.
+    """
+    batch, length = x.shape[:2]
+    fill = [(0, -batch % layout.size("batch")), (0, -length % layout.size("residual"))]
+    real = jnp.ones((batch, length), bool)
+    if fill != [(0, 0), (0, 0)]:
+        x, real = jnp.pad(x, [*fill, (0, 0)]), jnp.pad(real, fill)
+        mask = None if mask is None else jnp.pad(mask, fill)
+    exchange = exchange_of(
+        config,
+        recipe,
+        layout,
+        tokens=x.shape[0] * x.shape[1] // (layout.size("batch") * layout.size("residual")),
+        num_places=len(weights.down),
+        held_in_fp8=isinstance(weights.gate_up, FP8Weight),
+    )
+    per_device = partial(_experts_of_device, batch, config, recipe, layout, exchange)
+    tokens: Any = layout.spec("batch", "residual")
+    held: Any = layout.spec("expert")
+    everywhere: Any = PartitionSpec()
+    y, stats = layout.shard_map(
+        per_device,
+        in_specs=(tokens, MoEWeights(everywhere, everywhere, held, held, everywhere), tokens),
+        out_specs=(tokens, MoEStats(everywhere, everywhere, tokens, tokens, everywhere)),
+    )(x, weights, (real, real if mask is None else mask))
+    return y[:batch, :length], stats._replace(
+        experts=stats.experts[:batch, :length], weights=stats.weights[:batch, :length]
+    )
+
+
+def _experts_of_device(
+    batch: int,
+    config: ModelConfig,
+    recipe: Recipe,
+    layout: Layout,
+    exchange: Exchange,
+    x,
+    weights,
+    masks,
+) -> tuple[Float[Array, "B T D"], MoEStats]:
+    batch_axes, sequence_axes = layout.axes("batch"), layout.axes("residual")
+    axes = (*batch_axes, *sequence_axes)
+    # The gradients of all weights are summed over the devices here.
+    x, weights, (real, mask) = vary((x, weights, masks), axes)
+    x_TD = x.reshape(-1, x.shape[-1])
+    routing = route(x_TD, weights.gate, weights.bias, config)
+    experts_TK = routing.experts_TK
+    if weights.places is not None:
+        experts_TK = choose_places(experts_TK, *weights.places)
+    if exchange.hops:
+        experts_TK = jnp.where(real.reshape(-1, 1), experts_TK, NOBODY)
+    placed = routing._replace(experts_TK=experts_TK)
+    y, rounds = exchanged_expert_ffn(x_TD, placed, weights.gate_up, weights.down, recipe, exchange)
+    mask, by_token = mask & real, (*x.shape[:2], -1)
+    stats = MoEStats(
+        total(_load(routing.experts_TK, config.n_routed_experts, mask), axes),
+        balance_loss(
+            routing.scores_TE.reshape(by_token),
+            config.num_experts_per_tok,
+            mask,
+            batch=batch,
+            batch_axes=batch_axes,
+            token_axes=sequence_axes,
+        ),
+        routing.experts_TK.reshape(by_token),
+        routing.weights_TK.reshape(by_token),
+        rounds,
+    )
+    return y.reshape(x.shape), stats
+
+
+def exchange_of(
+    config: ModelConfig,
+    recipe: Recipe,
+    layout: Layout,
+    *,
+    tokens: int,
+    num_places: int | None = None,
+    held_in_fp8: bool = False,
+) -> Exchange:
+    """How a device's `tokens` tokens reach their experts under `layout`.
+
+    num_places counts the experts with their replicas; None: there are none. held_in_fp8: weights
+    are an FP8Weight.
+    """
+    gate_up = recipe.experts_gate_up_proj
+    axes = layout.axes("expert")
+    num_nodes = layout.mesh.shape[axes[0]]
+    max_nodes = None
+    num_places = num_places or config.n_routed_experts
+    # A group of experts lies within one node, unless they are replicated.
+    grouped = config.topk_method != "greedy" and num_places == config.n_routed_experts
+    if grouped and config.n_group % num_nodes == 0:
+        max_nodes = config.topk_group
+    return make_exchange(
+        layout.expert,
+        {axis: layout.mesh.shape[axis] for axis in axes},
+        (*layout.axes("batch"), *layout.axes("residual")),
+        tokens=tokens,
+        per_token=config.num_experts_per_tok,
+        num_experts=num_places,
+        max_nodes=max_nodes,
+        # Only rows quantised as the recipe would may stay as they arrive.
+        quantized_rows=gate_up is not None
+        and gate_up.input == TileFormat(PER_TOKEN, "ue8m0")
+        and not held_in_fp8,
+    )
+
+
 class Experts(nn.Module):
-    """The weights in the places of routed experts, stacked: one place each, or replicas besides."""
+    """The routed experts, their weights stacked: one place each, or replicas besides."""
 
     config: ModelConfig
     recipe: Recipe = BF16
@@ -180,14 +272,24 @@ class Experts(nn.Module):
     num_places: int | None = None  # None: n_routed_experts
 
     @nn.compact
-    def __call__(self, x_TD: Float[Array, "T D"], routing: Routing) -> Float[Array, "T D"]:
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mask: Bool[Array, "B T"] | None,
+        gate: Float[Array, "E D"],
+        bias: Float[Array, " E"] | None,
+        places: tuple[Int[Array, "E C"], Int[Array, " E"]] | None,
+    ) -> tuple[Float[Array, "B T D"], MoEStats]:
         config = self.config
         init = nn.initializers.normal(config.initializer_range)
-        experts = self.num_places or config.n_routed_experts
-        width, dim = config.moe_intermediate_size, x_TD.shape[-1]
-        gate_up_proj = parameter(self, "gate_up_proj", init, (experts, 2, width, dim))
-        down_proj = parameter(self, "down_proj", init, (experts, dim, width))
-        return expert_ffn(x_TD, routing, gate_up_proj, down_proj, self.recipe)
+        num_places = self.num_places or config.n_routed_experts
+        width, dim = config.moe_intermediate_size, x.shape[-1]
+        gate_up_proj = parameter(self, "gate_up_proj", init, (num_places, 2, width, dim))
+        down_proj = parameter(self, "down_proj", init, (num_places, dim, width))
+        weights = MoEWeights(gate, bias, gate_up_proj, down_proj, places)
+        if self.layout is None or self.layout.mesh.size == 1:
+            return routed_experts(x, weights, mask, config, self.recipe)
+        return sharded_experts(x, weights, mask, config, self.recipe, self.layout)
 
 
 class MoE(nn.Module):
@@ -206,10 +308,10 @@ class MoE(nn.Module):
         Tokens outside the mask are computed but count neither for the load nor for the loss.
         """
         config = self.config
-        batch, length, dim = x.shape
-        x_TD = x.reshape(-1, dim)
         gate = self.param(
-            "gate", nn.initializers.normal(config.initializer_range), (config.n_routed_experts, dim)
+            "gate",
+            nn.initializers.normal(config.initializer_range),
+            (config.n_routed_experts, x.shape[-1]),
         )
         bias = None
         if config.has_router_bias:
@@ -220,26 +322,16 @@ class MoE(nn.Module):
                 (config.n_routed_experts,),
                 jnp.float32,
             ).value
-        routing = route(x_TD, gate, bias, config)
-        # Redundant experts (inference/redundant_experts.py): statistics stay those of experts.
-        placed, num_places = routing, None
+        # Redundant experts (inference/redundant_experts.py).
+        places = num_places = None
         if self.has_variable("placement", "expert"):
-            place, count = (self.get_variable("placement", name) for name in ("place", "count"))
-            placed = routing._replace(experts_TK=choose_places(routing.experts_TK, place, count))
+            places = tuple(self.get_variable("placement", name) for name in ("place", "count"))
             num_places = len(self.get_variable("placement", "expert"))
         experts = Experts(config, self.recipe, self.layout, num_places, name="experts")
-        y = experts(x_TD, placed).reshape(x.shape)
+        y, stats = experts(x, mask, gate, bias, places)
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
             y = y + MLP(config, width, self.recipe, self.layout, name="shared_experts")(x)
-        stats = MoEStats(
-            _load(routing.experts_TK, config.n_routed_experts, mask),
-            balance_loss(
-                routing.scores_TE.reshape(batch, length, -1), config.num_experts_per_tok, mask
-            ),
-            routing.experts_TK.reshape(batch, length, -1),
-            routing.weights_TK.reshape(batch, length, -1),
-        )
         return y, stats
 
 

@@ -1,112 +1,286 @@
-"""Moves tokens to the rows of their experts and back: the `local` transport, within one device.
+"""Moves tokens to the rows of their experts, on this device or others, and the results back.
 
-Rows are grouped by expert, and each group is padded to a multiple of `alignment` rows, which is
-what grouped GEMM kernels read. `dispatch` and `combine` are each other's adjoint, and both are
-gathers in both directions: no scatter-add, hence bitwise deterministic on every backend.
+`dispatch` and `combine` are a pair with a handle between them. An `Exchange` says, statically, by
+which hops tokens travel: none (all experts are here), one, or two. The functions run per device,
+inside `jax.shard_map`. `_send` and `_give_back` are each other's adjoint: the backward pass of one
+is the other, over the same plan, and number formats belong to the direction (see `wire`).
 """
 
-from typing import NamedTuple
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import ExpertParallelConfig
+from dsv3_jax.parallel import wire
+from dsv3_jax.parallel.collectives import Axes
+from dsv3_jax.parallel.grouping import Groups, gather_rows, plan, sum_rows
+from dsv3_jax.parallel.hops import Hop, HopPlan, copies, plan_hop, send, send_back
+from dsv3_jax.quantization.block_scaled import BlockScaled, StraightThrough
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How tokens reach their experts; static.
+
+    Fields:
+        hops: one after the other; none when every device holds all experts.
+        experts: how many each device holds.
+        entries: (token, choice) pairs that a device takes in one window; None: all.
+        token_axes: the mesh axes that tokens are spread over.
+        dispatch_format, combine_format: on the wire, by direction.
+        quantized_rows: whether the experts are given the FP8 numbers that arrived.
+        overflow: "rounds" or "error", see ExpertParallelConfig.
+    """
+
+    hops: tuple[Hop, ...]
+    experts: int
+    entries: int | None
+    token_axes: Axes
+    dispatch_format: wire.Format = "none"
+    combine_format: wire.Format = "none"
+    quantized_rows: bool = False
+    overflow: str = "rounds"
+
+    @property
+    def levels(self) -> int:
+        """Where windows are counted: at every hop, and at the experts."""
+        return len(self.hops) + 1
+
+    @property
+    def rows(self) -> int:
+        """Rows that arrive at a device after all hops, unused ones included."""
+        return self.hops[-1].size * self.hops[-1].capacity
 
 
 class Handle(NamedTuple):
-    """Where each (token, choice) lies among the rows, and which token each row holds."""
+    """What `combine` must know of a `dispatch`."""
 
-    slot_TK: Int[Array, "T K"]  # the row of a token's k-th expert
-    token_M: Int[Array, " M"]  # the token of a row; T for a padding row
-
-
-def num_rows(entries: int, groups: int, alignment: int) -> int:
-    """Rows that always hold `entries` entries in `groups` groups padded to `alignment` rows."""
-    worst = entries + min(groups, entries) * (alignment - 1)
-    return -(-worst // alignment) * alignment
+    groups: Groups
+    weights: Float[Array, "R K"]  # of the choices of each row that arrived
+    plans: tuple[HopPlan, ...]
+    left: Bool[Array, " levels"]  # whether this device has rows left for later windows, by level
 
 
-def plan(
-    experts_TK: Int[Array, "T K"], num_experts: int, alignment: int
-) -> tuple[Handle, Int[Array, " E"], Int[Array, " E"]]:
-    """The handle of a routing, the rows of each expert's padded group, and its load.
+def make_exchange(
+    config: ExpertParallelConfig,
+    expert_axes: Mapping[str, int],
+    token_axes: Axes,
+    *,
+    tokens: int,
+    per_token: int,
+    num_experts: int,
+    max_nodes: int | None = None,
+    quantized_rows: bool = False,
+) -> Exchange:
+    """The exchange of `tokens` tokens a device among experts spread over `expert_axes`.
 
-    The load counts the entries of each expert without padding. Entries keep their order within a
-    group (a stable sort), so that results do not depend on the machine.
+    expert_axes holds the sizes of the axes, slowest first; experts lie on them in that order. At
+    even load a token's per_token choices lie on as many devices, and at most max_nodes of the first
+    axis; capacity_factor times the rows that this makes is what a buffer holds.
+
+    Raises ValueError when experts do not divide over the axes, and for the transport "local" when
+    they are spread at all.
     """
-    num_tokens, per_token = experts_TK.shape
-    entries = num_tokens * per_token
-    flat = experts_TK.reshape(-1)
-    order = jnp.argsort(flat, stable=True)
-    load = jnp.bincount(flat, length=num_experts)
-    aligned = -(-load // alignment) * alignment
-    group_start = jnp.cumsum(aligned) - aligned
-    first_entry = jnp.cumsum(load) - load
-    slot_sorted = group_start[flat[order]] + jnp.arange(entries) - first_entry[flat[order]]
-    rows = num_rows(entries, num_experts, alignment)
-    token = jnp.full(rows, num_tokens).at[slot_sorted].set(order // per_token, unique_indices=True)
-    slot = jnp.zeros(entries, slot_sorted.dtype).at[order].set(slot_sorted, unique_indices=True)
-    handle = Handle(slot.reshape(num_tokens, per_token), token)
-    return handle, aligned.astype(jnp.int32), load.astype(jnp.int32)
-
-
-@jax.custom_vjp
-def dispatch(x: Float[Array, "T D"], handle: Handle) -> Float[Array, "M D"]:
-    """The row of every entry: its token's x; padding rows are zero."""
-    # A padding row's token is out of range and reads the fill value.
-    return jnp.take(x, handle.token_M, axis=0, mode="fill", fill_value=0)
-
-
-def _dispatch_fwd(x, handle):
-    return dispatch(x, handle), handle
-
-
-def _dispatch_bwd(handle, d_rows):
-    d_x = _sum_of_entries(d_rows, jnp.ones(handle.slot_TK.shape, jnp.float32), handle)
-    return d_x, _no_gradient(handle)
-
-
-dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
-
-
-@jax.custom_vjp
-def combine(
-    rows: Float[Array, "M D"], weights: Float[Array, "T K"], handle: Handle
-) -> Float[Array, "T D"]:
-    """Each token's sum of its entries' rows times their weights, in f32, in the rows' dtype."""
-    return _sum_of_entries(rows, weights, handle)
-
-
-def _combine_fwd(rows, weights, handle):
-    return combine(rows, weights, handle), (rows, weights, handle)
-
-
-def _combine_bwd(residuals, d_y):
-    rows, weights, handle = residuals
-    num_rows_, per_token = rows.shape[0], weights.shape[1]
-    entry_weight = jnp.zeros(num_rows_, weights.dtype)
-    entry_weight = entry_weight.at[handle.slot_TK].set(weights, unique_indices=True)
-    d_rows = dispatch(d_y, handle).astype(jnp.float32) * entry_weight[:, None]
-    d_weights = jnp.stack(
-        [
-            jnp.sum(rows[handle.slot_TK[:, k]].astype(jnp.float32) * d_y.astype(jnp.float32), -1)
-            for k in range(per_token)
-        ],
-        axis=1,
+    axes = {axis: size for axis, size in expert_axes.items() if size > 1}
+    devices = math.prod(axes.values())
+    if num_experts % devices:
+        raise ValueError(f"{num_experts=} must be a multiple of the {devices} devices of {axes}")
+    here = num_experts // devices
+    if devices == 1:
+        return Exchange((), here, None, token_axes)
+    if config.transport == "local":
+        raise ValueError(f"transport 'local' moves nothing, but experts are spread over {axes}")
+    steps = [(axis,) for axis in axes] if config.hierarchical else [tuple(axes)]
+    hops: list[Hop] = []
+    rows, reached = tokens, 1
+    for step in steps:
+        size = math.prod(axes[axis] for axis in step)
+        reached *= size
+        spread = min(per_token, reached)
+        if max_nodes is not None and not hops and config.hierarchical:
+            spread = min(spread, max_nodes)
+        even = math.ceil(config.capacity_factor * tokens * spread / size)
+        hop = Hop(
+            axes=step,
+            size=size,
+            before=tuple(axis for hop in hops for axis in hop.axes),
+            span=num_experts // reached,
+            rows=rows,
+            capacity=rows if config.transport == "allgather" else min(rows, even),
+            fanout=min(spread if not hops else per_token, size),
+            transport=config.transport,
+        )
+        hops.append(hop)
+        rows = hop.size * hop.capacity
+    entries = math.ceil(config.capacity_factor * tokens * per_token)
+    return Exchange(
+        tuple(hops),
+        here,
+        min(rows * min(per_token, here), entries),
+        token_axes,
+        config.dispatch_format,
+        config.combine_format,
+        quantized_rows and config.dispatch_format == "fp8",
+        config.overflow,
     )
-    return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), _no_gradient(handle)
 
 
-combine.defvjp(_combine_fwd, _combine_bwd)
+def may_overflow(exchange: Exchange, per_token: int) -> bool:
+    """Whether some routing does not fit into one window."""
+    if not exchange.hops:
+        return False
+    all_entries = exchange.rows * min(per_token, exchange.experts)
+    assert exchange.entries is not None
+    return any(hop.may_overflow for hop in exchange.hops) or exchange.entries < all_entries
 
 
-def _sum_of_entries(rows, weights, handle: Handle):
-    total = 0.0
-    for k in range(weights.shape[1]):
-        entry = rows[handle.slot_TK[:, k]].astype(jnp.float32)
-        total = total + entry * weights[:, k, None].astype(jnp.float32)
-    return jnp.asarray(total).astype(rows.dtype)
+def dispatch(
+    x: Float[Array, "T D"],
+    weights: Float[Array, "T K"],
+    experts: Int[Array, "T K"],
+    exchange: Exchange,
+    alignment: int,
+    window: Int[Array, " levels"] | None = None,
+) -> tuple[Float[Array, "M D"] | StraightThrough, Int[Array, " E"], Handle]:
+    """The rows of this device's experts, the size of each one's group, and the handle.
+
+    Groups follow each other, padded with zero rows to multiples of `alignment`. An expert
+    `hops.NOBODY` gets no row (only where there are hops). With `quantized_rows` the rows are the
+    FP8 numbers that were sent. Of rows that do not fit into the buffers, `window` says which ones
+    are meant, and the handle whether there are more.
+    """
+    if not exchange.hops:
+        groups, sizes, _ = plan(experts, exchange.experts, alignment)
+        left = jnp.zeros(1, bool)
+        return gather_rows(x, groups), sizes, Handle(groups, weights, (), left)
+    if window is None:
+        window = jnp.zeros(exchange.levels, jnp.int32)
+    sent: Any = _send(x, weights, experts, window, exchange)
+    local, left = _own_entries(sent.experts, exchange, window[-1])
+    groups, sizes, _ = plan(local, exchange.experts, alignment, exchange.entries)
+    arrived = sent.x if sent.numbers is None else StraightThrough(sent.numbers, sent.x)
+    handle = Handle(groups, sent.weights, sent.plans, jnp.append(sent.left, left))
+    return gather_rows(arrived, groups), sizes, handle
 
 
-def _no_gradient(handle: Handle):
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), handle)
+def combine(rows: Float[Array, "M D"], handle: Handle, exchange: Exchange) -> Float[Array, "T D"]:
+    """Each token's weighted sum of its experts' rows, in the rows' dtype.
+
+    Summed in f32 at the experts' device, and once more at each device it passes on its way back.
+    """
+    y = sum_rows(rows, handle.weights, handle.groups)
+    return y if not exchange.hops else _give_back(y, handle.plans, exchange)
+
+
+def _own_entries(experts_RK, exchange: Exchange, window):
+    """Each choice's expert as numbered here, `exchange.experts` for those of others."""
+    axes = tuple(axis for hop in exchange.hops for axis in hop.axes)
+    local = experts_RK - lax.axis_index(axes) * exchange.experts
+    own = (local >= 0) & (local < exchange.experts)
+    assert exchange.entries is not None
+    number = jnp.cumsum(own.reshape(-1), dtype=jnp.int32).reshape(own.shape) - 1
+    number -= window * exchange.entries
+    left = (own & (number >= exchange.entries)).any()
+    own &= (number >= 0) & (number < exchange.entries)
+    return jnp.where(own, local, exchange.experts), left
+
+
+class _Sent(NamedTuple):
+    """What arrived after all hops, and how it came."""
+
+    x: Float[Array, "R D"]  # zeros that carry the gradient where `numbers` are given
+    numbers: BlockScaled | None
+    weights: Float[Array, "R K"]
+    experts: Int[Array, "R K"]
+    plans: tuple[HopPlan, ...]
+    left: Bool[Array, " hops"]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _send(x, weights, experts, window, exchange: Exchange) -> _Sent:
+    """Tokens with their choices and gate weights, by all hops, in one collective each."""
+    assert exchange.experts * math.prod(hop.size for hop in exchange.hops) <= 2**15
+    # 0 is what unused places of a buffer hold: nobody.
+    parts = (*wire.encode(x, exchange.dispatch_format), weights, (experts + 1).astype(jnp.int16))
+    like = wire.shapes_of(parts)
+    rows = wire.pack(parts)
+    plans, left = [], []
+    for level, hop in enumerate(exchange.hops):
+        choices = wire.unpack(rows, like)[-1].astype(jnp.int32) - 1
+        hop_plan, more = plan_hop(choices, hop, window[level])
+        rows = send(rows, hop_plan, hop)
+        plans.append(hop_plan)
+        left.append(more)
+    *encoded, weights, choices = wire.unpack(rows, like)
+    encoded = tuple(encoded)
+    if exchange.quantized_rows:
+        numbers = wire.block_scaled(encoded)
+        x = jnp.zeros_like(x, shape=(rows.shape[0], x.shape[1]))
+    else:
+        numbers = None
+        x = wire.decode(encoded, exchange.dispatch_format, x.shape[1], x.dtype)
+    choices = choices.astype(jnp.int32) - 1
+    return _Sent(x, numbers, weights, choices, tuple(plans), jnp.stack(left))
+
+
+def _send_fwd(x, weights, experts, window, exchange):
+    sent: Any = _send(x, weights, experts, window, exchange)
+    return sent, (sent.plans, experts, window)
+
+
+def _send_bwd(exchange: Exchange, residuals, d_sent: _Sent):
+    plans, experts, window = residuals
+    d_x, d_weights = _hops_back((d_sent.x, d_sent.weights), plans, exchange)
+    none = (np.zeros(experts.shape, jax.dtypes.float0), np.zeros(window.shape, jax.dtypes.float0))
+    return d_x, d_weights, *none
+
+
+_send.defvjp(_send_fwd, _send_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _give_back(y, plans: tuple[HopPlan, ...], exchange: Exchange):
+    """The results on the way that their tokens came, summed at every device they pass."""
+    return _hops_back((y,), plans, exchange)[0]
+
+
+def _give_back_bwd(exchange: Exchange, plans, d_y):
+    form = exchange.dispatch_format
+    parts = wire.encode(d_y, form)
+    like = wire.shapes_of(parts)
+    rows = wire.pack(parts)
+    for hop, hop_plan in zip(exchange.hops, plans):
+        rows = send(rows, hop_plan, hop)
+    d_rows = wire.decode(wire.unpack(rows, like), form, d_y.shape[1], d_y.dtype)
+    return d_rows, jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), plans)
+
+
+_give_back.defvjp(
+    lambda y, plans, exchange: (_give_back(y, plans, exchange), plans), _give_back_bwd
+)
+
+
+def _hops_back(arrays: Any, plans, exchange: Exchange) -> Any:
+    """The hops in reverse. The first array is in the combined format, any other as it is."""
+    form, dtype = exchange.combine_format, arrays[0].dtype
+    for hop, hop_plan in zip(reversed(exchange.hops), reversed(plans)):
+        channels = arrays[0].shape[1]
+        parts = (*wire.encode(arrays[0], form), *arrays[1:])
+        like, split = wire.shapes_of(parts), len(parts) - len(arrays) + 1
+        returned = send_back(wire.pack(parts), hop_plan, hop)
+        sums: list[Any] = [0.0] * len(arrays)
+        for f in range(hop.fanout):
+            back = wire.unpack(copies(returned, hop_plan, f), like)
+            x = wire.decode(back[:split], form, channels, jnp.float32)
+            sums = [a + b for a, b in zip(sums, (x, *back[split:]))]
+        # On to the next hop in the rows' own dtype, or as the format rounds.
+        arrays = (sums[0].astype(dtype), *sums[1:])
+    return arrays

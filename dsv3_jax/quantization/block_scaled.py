@@ -10,7 +10,7 @@ choice, and multiplications of these numbers are the kernels' work.
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +75,18 @@ class BlockScaled:
     def mT(self) -> "BlockScaled":
         """The same numbers with the last two dims swapped, tiles and scales with them."""
         return BlockScaled(self.values.mT, self.scales.mT, (self.tile[1], self.tile[0]))
+
+
+class StraightThrough(NamedTuple):
+    """Block-scaled numbers that a gradient flows back from, as if they had never been rounded.
+
+    The cotangent of FP8 values would be FP8 itself. The gradient takes another way: `carrier` has
+    the numbers' shape and the gradient's dtype. Its values are zeros that nobody reads; its
+    cotangent is the gradient.
+    """
+
+    numbers: BlockScaled
+    carrier: Array
 
 
 def quantize(

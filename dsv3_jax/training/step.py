@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsv3_jax.config import Config, RunError
-from dsv3_jax.model.moe import update_router_bias
+from dsv3_jax.model.router import update_router_bias
 from dsv3_jax.model.transformer import forward, init_variables
 from dsv3_jax.quantization.recipe import RECIPES
 from dsv3_jax.training.loss import LossTerms, cross_entropy, document_numbers, training_loss

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.moe import Routing, balance_loss, expert_ffn, route, update_router_bias
+from dsv3_jax.model.moe import expert_ffn
+from dsv3_jax.model.router import Routing, balance_loss, route, update_router_bias
 from tests import oracle
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 

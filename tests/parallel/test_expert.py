@@ -1,103 +1,148 @@
-"""Dispatch and combine: nothing lost, each other's adjoint, and deterministic."""
+"""Experts over 8 devices equal a dense reference: every transport, topology and routing."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from dsv3_jax.parallel.expert import combine, dispatch, num_rows, plan
-from tests.helpers import TOLERANCE, relative_error
+from dsv3_jax.config import ExpertParallelConfig
+from dsv3_jax.model.moe import exchanged_expert_ffn
+from dsv3_jax.model.router import Routing
+from dsv3_jax.parallel.collectives import vary
+from dsv3_jax.parallel.expert import make_exchange
+from dsv3_jax.quantization.recipe import BF16
 
-TOKENS, PER_TOKEN, EXPERTS = 11, 3, 6
+AXES = ("node", "local")
+# A device's tokens, and experts in all: a token's 4 may lie on one device (8 of them) or on 4.
+TOKENS, EXPERTS, PER_TOKEN, DIM, WIDTH = 6, 16, 4, 12, 10
+TOPOLOGIES = [(8, 1), (4, 2), (2, 4), (1, 8)]
+TRANSPORTS = {
+    "allgather": {"transport": "allgather"},
+    "padded": {"transport": "padded"},
+    "padded_flat": {"transport": "padded", "hierarchical": False},
+    "ragged": {"transport": "ragged"},
+}
 
 
-def routing(kind):
-    if kind == "one_expert_for_all":  # top-1, everyone to expert 4
-        return jnp.full((TOKENS, 1), 4)
-    if kind == "empty_experts":  # 1 and 3 get nothing
-        return jnp.tile(jnp.array([[0, 2, 5], [5, 4, 2]]), (6, 1))[:TOKENS]
+def mesh_of(nodes, local):
+    devices = np.array(jax.devices()[: nodes * local]).reshape(nodes, local)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def routing_of(kind):
+    """Experts of all 48 tokens."""
     rng = np.random.default_rng(0)
-    return jnp.asarray(np.stack([rng.permutation(EXPERTS)[:PER_TOKEN] for _ in range(TOKENS)]))
+    tokens = 8 * TOKENS
+    if kind == "top_1":
+        return rng.integers(0, EXPERTS, (tokens, 1))
+    if kind == "all_to_one_expert":
+        return np.full((tokens, 1), 5)
+    if kind == "an_empty_device":  # the fourth one's, 6 and 7
+        others = [e for e in range(EXPERTS) if e not in (6, 7)]
+        return np.stack([rng.permutation(others)[:PER_TOKEN] for _ in range(tokens)])
+    return np.stack([rng.permutation(EXPERTS)[:PER_TOKEN] for _ in range(tokens)])
 
 
-@pytest.mark.parametrize("alignment", [1, 4, 16])
-@pytest.mark.parametrize("kind", ["random", "one_expert_for_all", "empty_experts"])
-def test_every_entry_has_a_row_of_its_own_in_its_expert_s_group(kind, alignment):
-    experts = routing(kind)
-    handle, group_sizes, load = plan(experts, EXPERTS, alignment)
-    np.testing.assert_array_equal(load, np.bincount(experts.ravel(), minlength=EXPERTS))
-    assert not (np.asarray(group_sizes) % alignment).any()
-    assert ((group_sizes >= load) & (group_sizes < load + alignment)).all()
-    slots, ends = np.asarray(handle.slot_TK), np.cumsum(group_sizes)
-    assert len(set(slots.ravel())) == experts.size
-    np.testing.assert_array_equal(np.searchsorted(ends, slots, side="right"), experts)
-    rows = np.full(len(handle.token_M), TOKENS)
-    rows[slots] = np.arange(TOKENS)[:, None]
-    np.testing.assert_array_equal(handle.token_M, rows)
-    # The order within a group is that of the tokens, whatever the machine.
-    for e in range(EXPERTS):
-        assert (np.diff(slots[np.asarray(experts) == e]) > 0).all()
+def arrays_of(experts, dtype=np.float32, dim=DIM):
+    rng = np.random.default_rng(1)
+    tokens, per_token = experts.shape
+    shapes = {
+        "x": (tokens, dim),
+        "weights": (tokens, per_token),
+        "gate_up": (EXPERTS, 2, WIDTH, dim),
+        "down": (EXPERTS, dim, WIDTH),
+        "d_y": (tokens, dim),
+    }
+    scale = {"gate_up": dim**-0.5, "down": WIDTH**-0.5}
+    arrays = [scale.get(name, 1) * rng.normal(size=shape) for name, shape in shapes.items()]
+    return [jnp.asarray(array, dtype) for array in arrays]
 
 
-@pytest.mark.parametrize("alignment", [1, 3, 8, 128])
-@pytest.mark.parametrize("entries, groups", [(1, 5), (5, 5), (33, 6), (64, 2), (7, 100)])
-def test_num_rows_is_enough_for_any_routing(entries, groups, alignment):
-    have = num_rows(entries, groups, alignment)
-    assert have % alignment == 0
-    # The worst: as many groups as can be hold one entry over a multiple of the alignment.
-    filled = min(groups, entries)
-    rest, needed = entries - filled, filled * alignment
-    needed += -(-max(rest - filled * (alignment - 1), 0) // alignment) * alignment
-    assert have >= needed
+def over(mesh, config, per_token, tokens=TOKENS, recipe=BF16, **options):
+    """The compiled (y, rounds, gradients) of all tokens, spread over the mesh."""
+    exchange = make_exchange(
+        ExpertParallelConfig(**config),
+        dict(mesh.shape),
+        AXES,
+        tokens=tokens,
+        per_token=per_token,
+        num_experts=EXPERTS,
+        **options,
+    )
+
+    def per_device(x, weights, gate_up, down, experts):
+        x, weights, gate_up, down = vary((x, weights, gate_up, down), AXES)
+        routing = Routing(experts, weights, weights)
+        return exchanged_expert_ffn(x, routing, gate_up, down, recipe, exchange)
+
+    split = PartitionSpec(AXES)
+    spread = jax.shard_map(
+        per_device, mesh=mesh, in_specs=(split,) * 5, out_specs=(split, PartitionSpec())
+    )
+
+    @jax.jit
+    def run(x, weights, gate_up, down, d_y, experts):
+        y, pull_back, rounds = jax.vjp(
+            lambda *operands: spread(*operands, experts), x, weights, gate_up, down, has_aux=True
+        )
+        return y, rounds, pull_back(d_y)
+
+    return run
 
 
-def test_combine_undoes_dispatch():
-    """With weights 1/K each token comes back as it went."""
-    experts = routing("random")
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(TOKENS, 5)), jnp.float32)
-    handle, _, _ = plan(experts, EXPERTS, 4)
-    rows = dispatch(x, handle)
-    padding = np.asarray(handle.token_M) == TOKENS
-    assert padding.any() and not np.asarray(rows)[padding].any()
-    back = combine(rows, jnp.full(experts.shape, 1 / PER_TOKEN), handle)
-    assert relative_error(back, x) < TOLERANCE["f32_op"]
+@jax.jit
+def dense(x, weights, gate_up, down, d_y, experts):
+    """Every expert on every token, weighted by 0 where it was not chosen."""
+
+    def forward(x, weights, gate_up, down):
+        chosen = (jax.nn.one_hot(experts, EXPERTS) * weights[..., None]).sum(1)
+        h = jnp.einsum("td,ecfd->tecf", x, gate_up, precision="highest")
+        h = jax.nn.silu(h[:, :, 0]) * h[:, :, 1]
+        return jnp.einsum("tef,edf,te->td", h, down, chosen, precision="highest")
+
+    y, pull_back = jax.vjp(forward, x, weights, gate_up, down)
+    return y, pull_back(d_y)
 
 
-def test_dispatch_and_combine_are_adjoint():
-    """<dispatch(x), r> = <x, combine(r, 1)>, and each one's derivative is the other."""
-    rng = np.random.default_rng(2)
-    experts = routing("empty_experts")
-    handle, _, _ = plan(experts, EXPERTS, 4)
-    x = jnp.asarray(rng.normal(size=(TOKENS, 5)), jnp.float32)
-    rows = jnp.asarray(rng.normal(size=(len(handle.token_M), 5)), jnp.float32)
-    ones = jnp.ones(experts.shape)
-    left = jnp.vdot(dispatch(x, handle), rows)
-    right = jnp.vdot(x, combine(rows, ones, handle))
-    assert float(left) == pytest.approx(float(right), rel=1e-5)
-    (d_x,) = jax.vjp(lambda x: dispatch(x, handle), x)[1](rows)
-    assert relative_error(d_x, combine(rows, ones, handle)) < TOLERANCE["f32_op"]
-    (d_rows,) = jax.vjp(lambda r: combine(r, ones, handle), rows)[1](x)
-    assert relative_error(d_rows, dispatch(x, handle)) < TOLERANCE["f32_op"]
+def distance(got, want):
+    """The norm of the difference over that of what is wanted, for the worst leaf."""
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
+    return max(np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in pairs)
 
 
-def test_gradient_of_the_weights_is_the_row_s_share():
-    rng = np.random.default_rng(3)
-    experts = routing("random")
-    handle, _, _ = plan(experts, EXPERTS, 4)
-    rows = jnp.asarray(rng.normal(size=(len(handle.token_M), 5)), jnp.float32)
-    weights = jnp.asarray(rng.uniform(size=experts.shape), jnp.float32)
-    d_y = jnp.asarray(rng.normal(size=(TOKENS, 5)), jnp.float32)
-    d_rows, d_weights = jax.vjp(lambda r, w: combine(r, w, handle), rows, weights)[1](d_y)
-    want_weights, want_rows = np.zeros(experts.shape), np.zeros(rows.shape)
-    for t, k in np.ndindex(experts.shape):
-        slot = int(handle.slot_TK[t, k])
-        want_weights[t, k] = np.float64(rows[slot]) @ np.float64(d_y[t])
-        want_rows[slot] = np.float64(weights[t, k]) * np.float64(d_y[t])
-    assert relative_error(d_weights, want_weights) < TOLERANCE["f32_op"]
-    assert relative_error(d_rows, want_rows) < TOLERANCE["f32_op"]
+def check(run, kind, rounds=None):
+    """Values and all gradients of one routing against the dense reference."""
+    experts = jnp.asarray(routing_of(kind), jnp.int32)
+    arrays = arrays_of(experts)
+    y, took, gradients = run(*arrays, experts)
+    want, want_gradients = dense(*arrays, experts)
+    assert distance(y, want) < 1e-6
+    assert distance(gradients, want_gradients) < 1e-6
+    if rounds is not None:
+        assert int(took) == rounds
 
 
-def test_plan_is_bitwise_the_same_when_compiled():
-    experts = routing("random")
-    eager, compiled = (p(experts, EXPERTS, 4) for p in (plan, jax.jit(plan, static_argnums=(1, 2))))
-    jax.tree.map(np.testing.assert_array_equal, eager, compiled)
+# Buffers that hold any routing: one round, and no loop in the program.
+ROOMY = {"capacity_factor": 100.0}
+
+
+@pytest.mark.parametrize("nodes, local", TOPOLOGIES)
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_values_and_gradients_equal_a_dense_reference(transport, nodes, local):
+    if 1 in (nodes, local) and transport == "padded_flat":
+        transport = "padded"  # the same program
+    run = over(mesh_of(nodes, local), TRANSPORTS[transport] | ROOMY, PER_TOKEN)
+    check(run, "an_empty_device", rounds=1)
+    run = over(mesh_of(nodes, local), TRANSPORTS[transport] | ROOMY, 1)
+    check(run, "top_1", rounds=1)
+    check(run, "all_to_one_expert", rounds=1)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_rounds_lose_no_token(transport):
+    """Buffers for 0.7 of an even load: in every hop, and at the experts."""
+    config = TRANSPORTS[transport] | {"capacity_factor": 0.7}
+    check(over(mesh_of(2, 4), config, PER_TOKEN), "even")
+    check(over(mesh_of(2, 4), config, 1), "all_to_one_expert")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ParallelConfig
-from dsv3_jax.model.moe import update_router_bias
+from dsv3_jax.model.router import update_router_bias
 from dsv3_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepSettings

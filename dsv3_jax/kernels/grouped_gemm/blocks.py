@@ -62,7 +62,8 @@ def grouped_wgrad(
         return total.at[block_group[i]].add(product)
 
     if accumulate is None:
-        accumulate = jnp.zeros((group_sizes.shape[0], a.shape[0], b.shape[0]), jnp.float32)
+        shape = (group_sizes.shape[0], a.shape[0], b.shape[0])
+        accumulate = jnp.zeros_like(operands[0], jnp.float32, shape)
     return jax.lax.fori_loop(0, used, body, accumulate)
 
 
@@ -102,7 +103,9 @@ def _looped(x, weights, group_sizes, alignment):
         product = _rows(x, i, alignment) @ weights[block_group[i]].T
         return jax.lax.dynamic_update_slice(out, product, (i * alignment, 0))
 
-    return jax.lax.fori_loop(0, used, body, jnp.zeros((x.shape[0], weights.shape[1]), x.dtype))
+    # zeros_like, also below: inside shard_map zeros must vary over the same axes as their rows.
+    start = jnp.zeros_like(x, shape=(x.shape[0], weights.shape[1]))
+    return jax.lax.fori_loop(0, used, body, start)
 
 
 def _looped_forward(x, weights, group_sizes, alignment):
@@ -121,7 +124,7 @@ def _looped_backward(alignment, residuals, d_out):
         return d_x, d_weights.at[group].add(product)
 
     # f32: a group's weight gradient is a sum over its blocks.
-    start = (jnp.zeros_like(x), jnp.zeros(weights.shape, jnp.float32))
+    start = (jnp.zeros_like(x), jnp.zeros_like(weights, jnp.float32))
     d_x, d_weights = jax.lax.fori_loop(0, used, body, start)
     return d_x, d_weights.astype(weights.dtype), _no_gradient(group_sizes)
 

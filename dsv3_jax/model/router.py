@@ -1,0 +1,136 @@
+"""The router: which experts each token goes to, its balance loss and the update of its bias.
+
+V3 report, section 2.1.2. Scores are f32. A bias steers which experts are chosen and nothing else;
+it is state of the router, moved by `update_router_bias` once a step, not by the optimizer.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.parallel.collectives import total
+
+# A group is ranked by the sum of its best K_r / M = 8 / 4 experts (section 2.1.2); the published
+# code fixes the number at 2.
+EXPERTS_PER_GROUP_SCORE = 2
+
+
+class Routing(NamedTuple):
+    """Which experts each token goes to, with what weight."""
+
+    experts_TK: Int[Array, "T K"]
+    weights_TK: Float[Array, "T K"]  # f32
+    scores_TE: Float[Array, "T E"]  # f32, without the bias
+
+
+def route(
+    x_TD: Float[Array, "T D"],
+    gate_ED: Float[Array, "E D"],
+    bias_E: Float[Array, " E"] | None,
+    config: ModelConfig,
+) -> Routing:
+    """K experts for every token out of its best topk_group groups, with their gate weights.
+
+    Scores are sigmoids (V3) or a softmax (V2) of f32 logits. Experts of losing groups score -inf,
+    so that none of them can win however negative the others are. Gate weights come from the scores
+    without the bias. V3 report, eqs. 12-16; DeepSeek-V3:inference/model.py, Gate.
+    """
+    # f32 operands: with bf16 scores, 15 % of the tokens choose other experts at E=256.
+    logits_TE = jax.lax.dot_general(
+        x_TD.astype(jnp.float32),
+        gate_ED.astype(jnp.float32),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+    if config.scoring_func == "sigmoid":
+        scores_TE = jax.nn.sigmoid(logits_TE)
+    else:
+        scores_TE = jax.nn.softmax(logits_TE, axis=-1)
+    # The choice is not differentiated: gradients reach the router through the weights alone.
+    choice_TE = jax.lax.stop_gradient(scores_TE)
+    if bias_E is not None:
+        choice_TE = choice_TE + bias_E
+    if config.topk_method != "greedy" and config.n_group > 1:
+        choice_TE = jnp.where(
+            _best_groups(choice_TE, bias_E is not None, config), choice_TE, -jnp.inf
+        )
+    experts_TK = jax.lax.top_k(choice_TE, config.num_experts_per_tok)[1]
+    weights_TK = jnp.take_along_axis(scores_TE, experts_TK, axis=-1)
+    if config.norm_topk_prob:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdims=True) + 1e-20)
+    return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores_TE)
+
+
+def _best_groups(
+    choice_TE: Float[Array, "T E"], by_two_best: bool, config: ModelConfig
+) -> Bool[Array, "T E"]:
+    """True for the experts of each token's best topk_group groups.
+
+    A group counts for the sum of its two best experts where there is a bias (noaux_tc), and for its
+    best one otherwise (group_limited_greedy).
+    """
+    num_tokens, num_experts = choice_TE.shape
+    grouped = choice_TE.reshape(num_tokens, config.n_group, -1)
+    best = EXPERTS_PER_GROUP_SCORE if by_two_best else 1
+    group_scores = jax.lax.top_k(grouped, best)[0].sum(-1)
+    winners = jax.lax.top_k(group_scores, config.topk_group)[1]
+    kept = jax.nn.one_hot(winners, config.n_group, dtype=jnp.bool_).any(axis=1)
+    return jnp.repeat(kept, num_experts // config.n_group, axis=1)
+
+
+def balance_loss(
+    scores_BTE: Float[Array, "B T E"],
+    experts_per_token: int,
+    mask_BT: Bool[Array, "B T"] | None = None,
+    *,
+    batch: int | None = None,
+    batch_axes: Sequence[str] = (),
+    token_axes: Sequence[str] = (),
+) -> Float[Array, ""]:
+    """The complementary sequence-wise balance loss without its alpha (V3 report, eqs. 17-20).
+
+    sum_i f_i P_i per sequence, averaged over the sequences: f_i counts the tokens whose K best raw
+    scores include expert i, times E / (K T); P_i is the mean share of expert i in the tokens'
+    scores. f has no gradient. T counts the tokens that the mask lets in. The reduction over
+    sequences is not published; the mean makes alpha independent of the batch size.
+
+    Inside shard_map, `batch` is the number of sequences in all, spread over batch_axes, and
+    token_axes are those that a sequence's tokens are spread over. f and P are summed over these
+    before they meet: a product of sums is not the sum of the shards' products.
+    """
+    num_experts = scores_BTE.shape[-1]
+    chosen = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), experts_per_token)[1]
+    chosen_BTE = jax.nn.one_hot(chosen, num_experts, dtype=jnp.float32).sum(axis=2)
+    share_BTE = scores_BTE / scores_BTE.sum(-1, keepdims=True)
+    if mask_BT is None:
+        mask_BT = jnp.ones(scores_BTE.shape[:2], bool)
+    weight_BT1 = mask_BT[..., None].astype(jnp.float32)
+    tokens_B1 = jnp.maximum(total(weight_BT1.sum(axis=1), token_axes), 1.0)
+    chosen_BE = total((chosen_BTE * weight_BT1).sum(axis=1), token_axes)
+    f_BE = chosen_BE * num_experts / (experts_per_token * tokens_B1)
+    p_BE = total((share_BTE * weight_BT1).sum(axis=1), token_axes) / tokens_B1
+    by_sequence = (f_BE * p_BE).sum(-1)
+    if batch is None:
+        return by_sequence.mean()
+    return total(by_sequence.sum(), batch_axes) / batch
+
+
+def update_router_bias(
+    bias: Float[Array, "*L E"], load: Int[Array, "*L E"], speed: Float[Array, ""] | float
+) -> Float[Array, "*L E"]:
+    """The bias moved by `speed` towards balance: up for underloaded experts, down for overloaded.
+
+    `load` is that of the whole batch of the step: every micro-batch, every device. An expert is
+    overloaded when its load exceeds the mean; one exactly at the mean stays (V3 report, section
+    2.1.2; the sign rule is that of arXiv 2408.15664).
+    """
+    # Integers, as a mean in f32 would round above 2**24 entries: floor and remainder, because
+    # load * E would overflow.
+    mean, remainder = jnp.divmod(load.sum(-1, keepdims=True), load.shape[-1])
+    underloaded = (load < mean) | ((load == mean) & (remainder > 0))
+    overloaded = load > mean
+    return bias + speed * (underloaded.astype(bias.dtype) - overloaded.astype(bias.dtype))
