@@ -54,7 +54,7 @@ def find_processes(options: DistributedConfig, environ: Mapping[str, str]) -> Pr
             "process_id": int(environ["SLURM_PROCID"]),
         }
     elif "JOBSET_NAME" in environ:
-        name, job = environ["JOBSET_NAME"], environ["JOBSET_REPLICATED_JOB"]
+        name, job = environ["JOBSET_NAME"], environ["REPLICATED_JOB_NAME"]
         found["coordinator"] = f"{name}-{job}-0-0.{name}:{JOBSET_PORT}"
         found["process_id"] = int(environ["JOB_COMPLETION_INDEX"])
     elif not any(value is not None for value in told.values()):

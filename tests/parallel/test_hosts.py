@@ -11,7 +11,7 @@ SLURM = {
     "SLURM_STEP_NUM_TASKS": "5",
     "SLURM_PROCID": "2",
 }
-JOBSET = {"JOBSET_NAME": "dsv3", "JOBSET_REPLICATED_JOB": "hosts", "JOB_COMPLETION_INDEX": "3"}
+JOBSET = {"JOBSET_NAME": "dsv3", "REPLICATED_JOB_NAME": "hosts", "JOB_COMPLETION_INDEX": "3"}
 
 
 def test_a_run_of_one_process_starts_nothing():
