@@ -1,17 +1,23 @@
 """How much loss FP8 training costs: the same runs under several recipes, and their relative gap.
 
-    python examples/fp8_loss_gap.py --config configs/tiny.py --steps 400 --out runs/fp8_loss_gap
+    python examples/fp8_loss_gap.py --out runs/fp8_loss_gap
+    python examples/fp8_loss_gap.py --config configs/half_billion.py --seeds 0 --steps 2000
 
-Trains every preset from the same seeds on the same data, smooths the losses (EMA 0.9, as in the V3
-report, appendix B.1, which found less than 0.25 %), and prints the gap to BF16 over the last
-quarter of the steps. Writes losses as JSON, one file a run, and loss_gap.png; a run whose file is
-there is not repeated, so that an interrupted call goes on where it stopped.
+Trains every preset from the same seeds on the same data and prints the gap to BF16 of the smoothed
+losses over the last quarter of the steps (the V3 report, appendix B.1, found less than 0.25 %).
+Losses go to `PRESET-seedN.jsonl` as they come, the curves of all that is there to loss_gap.png. A
+run that is complete there is not repeated, so that an interrupted call goes on where it stopped and
+several calls, one a preset, may share a folder.
+
+Activations and products are bfloat16 in every run, whatever the config's dtype: "bf16" then means
+what it does in the paper. `--dtype float32` leaves FP8 as the only rounding.
 """
 
 import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -19,91 +25,75 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dsv3_jax.analysis.loss_gap import BASELINE, gaps_of, plot_loss_gap, read_losses, read_run
+from dsv3_jax.analysis.output import save_figure
 from dsv3_jax.config import Config, QuantConfig, load_config
 from dsv3_jax.data.batches import Rows
 from dsv3_jax.data.corpus import open_corpus
+from dsv3_jax.kernels import backend
 from dsv3_jax.quantization.recipe import RECIPES
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.step import init_state, train_step
-
-EMA = 0.9
-BASELINE = "bf16"
+from dsv3_jax.training.step import TrainState, init_state, train_step
 
 
-def train_losses(config: Config, seeds: list[int], out: Path) -> dict[int, list[float]]:
-    """Next-token cross-entropy (nats a token) of every step, per seed; one compilation for all."""
-    schedule = Schedule(config)
-    init = jax.jit(partial(init_state, config=config))
-    step_fn = jax.jit(partial(train_step, config=config), donate_argnums=0)
-    shape = (schedule.max_micro_batches, schedule.micro_batch_size, config.train.seq_len + 1)
-    losses = {}
-    for seed in seeds:
-        path = out / f"{config.quant.preset}-seed{seed}.json"
-        identity = json.loads(
-            json.dumps(dataclasses.asdict(dataclasses.replace(config, seed=seed)))
-        )
-        if path.is_file() and (saved := json.loads(path.read_text()))["config"] == identity:
-            losses[seed] = saved["ce"]
-            continue
-        rows = Rows(open_corpus(config.data, seed).train, config.train.seq_len + 1, seed)
-        state = init(jax.random.key(seed))
-        ce, start = [], time.perf_counter()
-        for step in range(config.train.steps):
+class Trainer:
+    """One preset's compiled step, which serves every seed; `state` is the latest run's."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.state: TrainState | None = None
+        self._init = jax.jit(partial(init_state, config=config))
+        self._step = jax.jit(partial(train_step, config=config), donate_argnums=0)
+
+    def losses(self, seed: int) -> Iterator[float]:
+        """Next-token cross-entropy, nats a token, of one step after the other."""
+        train, schedule = self.config.train, Schedule(self.config)
+        shape = (schedule.max_micro_batches, schedule.micro_batch_size, train.seq_len + 1)
+        rows = Rows(open_corpus(self.config.data, seed).train, train.seq_len + 1, seed)
+        self.state, previous = self._init(jax.random.key(seed)), None
+        for step in range(train.steps):
             batch = np.zeros(shape, np.int32)
             read = rows.rows(schedule.first_row(step), schedule.rows(step))
             batch.reshape(-1, shape[-1])[: len(read)] = read
-            state, metrics = step_fn(state, jnp.asarray(batch), schedule.settings(step))
-            ce.append(float(metrics.terms.ce))
-            if step == 0 or (step + 1) % 50 == 0:
-                seconds = time.perf_counter() - start
-                print(
-                    f"{path.stem} step {step + 1}: {ce[-1]:.4f} after {seconds:.0f} s", flush=True
-                )
-        losses[seed] = ce
-        path.write_text(json.dumps({"config": identity, "ce": ce}))
-    return losses
+            self.state, metrics = self._step(
+                self.state, jnp.asarray(batch), schedule.settings(step)
+            )
+            if previous is not None:  # one step late, so that the device need not wait
+                yield float(previous)
+            previous = metrics.terms.ce
+        if previous is not None:
+            yield float(previous)
 
-
-def smooth(losses: list[float]) -> np.ndarray:
-    """The exponential moving average with coefficient 0.9, starting at the first loss."""
-    smoothed = np.array(losses, np.float64)
-    for i in range(1, len(smoothed)):
-        smoothed[i] = EMA * smoothed[i - 1] + (1 - EMA) * smoothed[i]
-    return smoothed
-
-
-def relative_gap(losses: list[float], baseline: list[float]) -> np.ndarray:
-    """(smoothed - smoothed baseline) / smoothed baseline at every step."""
-    return smooth(losses) / smooth(baseline) - 1
-
-
-def plot(losses: dict[str, dict[int, list[float]]], out: Path) -> None:
-    """Smoothed losses above, their gap to BF16 in percent below, a line a seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (upper, lower) = plt.subplots(
-        2, 1, figsize=(7, 6), sharex=True, height_ratios=[3, 2], layout="constrained"
-    )
-    for color, (preset, runs) in zip(
-        plt.rcParams["axes.prop_cycle"].by_key()["color"], losses.items()
-    ):
-        for seed, ce in runs.items():
-            label = preset if seed == min(runs) else None
-            upper.plot(smooth(ce), color=color, label=label, linewidth=1)
-            if preset != BASELINE:
-                gap = 100 * relative_gap(ce, losses[BASELINE][seed])
-                lower.plot(gap, color=color, label=label, linewidth=1)
-    upper.set(ylabel="cross-entropy, EMA 0.9 [nats/token]")
-    upper.legend()
-    lower.axhspan(-0.25, 0.25, alpha=0.15, color="gray", label="0.25 %, the paper's bound")
-    lower.axhline(0, color="gray", linewidth=0.8)
-    lower.set(xlabel="step", ylabel="gap to bf16 [%]", ylim=(-1, 1))
-    lower.legend()
-    figure.savefig(out / "loss_gap.png", dpi=120)
-    print(f"wrote {out / 'loss_gap.png'}")
+    def run(self, seed: int, folder: Path, every: int) -> list[float]:
+        """The losses of a whole run, written to the folder every so many steps; or those there."""
+        path = folder / f"{self.config.quant.preset}-seed{seed}.jsonl"
+        config = dataclasses.asdict(dataclasses.replace(self.config, seed=seed))
+        identity = json.loads(json.dumps(config))
+        if path.is_file():
+            saved, losses = read_run(path)
+            if saved == identity and len(losses) == self.config.train.steps:
+                return losses
+        losses, start = [], time.perf_counter()
+        with path.open("w") as file:
+            file.write(json.dumps({"config": identity}) + "\n")
+            written = 0
+            for loss in self.losses(seed):
+                losses.append(loss)
+                if len(losses) % every == 0 or len(losses) == self.config.train.steps:
+                    line = {
+                        "step": len(losses),
+                        "seconds": round(time.perf_counter() - start, 2),
+                        "ce": [round(value, 6) for value in losses[written:]],
+                    }
+                    file.write(json.dumps(line) + "\n")
+                    file.flush()
+                    written = len(losses)
+                    print(
+                        f"{path.stem} step {line['step']}: {losses[-1]:.4f} "
+                        f"after {line['seconds']:.0f} s",
+                        flush=True,
+                    )
+        return losses
 
 
 def main() -> None:
@@ -115,40 +105,45 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, help="default: the config's")
     parser.add_argument("--seq-len", type=int, help="default: the config's")
-    # In f32 the baseline would be more exact than the paper's.
+    parser.add_argument("--data-path", help="default: the config's")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--every", type=int, default=25, help="steps from line to line")
     parser.add_argument("--out", type=Path, default=Path("runs/fp8_loss_gap"))
     args = parser.parse_args()
-    if BASELINE not in args.presets:
-        parser.error(f"--presets must include {BASELINE}, which the others are compared with")
-
     config = load_config(args.config)
-    batch_size, seq_len = args.batch_size, args.seq_len
-    train = dataclasses.replace(
-        config.train,
-        steps=args.steps,
-        batch_size=batch_size or config.train.batch_size,
-        seq_len=seq_len or config.train.seq_len,
+    given = {"batch_size": args.batch_size, "seq_len": args.seq_len}
+    train = {"steps": args.steps} | {name: value for name, value in given.items() if value}
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, dtype=args.dtype),
+        train=dataclasses.replace(config.train, **train),
+        data=dataclasses.replace(config.data, path=args.data_path or config.data.path),
     )
-    model = dataclasses.replace(config.model, dtype=args.dtype)
+    trainers = {
+        preset: Trainer(dataclasses.replace(config, quant=QuantConfig(preset)).validate())
+        for preset in args.presets
+    }
     args.out.mkdir(parents=True, exist_ok=True)
-    losses = {}
-    for preset in args.presets:
-        quant = QuantConfig(preset)
-        run = dataclasses.replace(config, model=model, train=train, quant=quant).validate()
-        losses[preset] = train_losses(run, args.seeds, args.out)
-    last_quarter = slice(-max(args.steps // 4, 1), None)
-    for preset, runs in losses.items():
-        if preset == BASELINE:
-            continue
-        gaps = [
-            float(100 * relative_gap(ce, losses[BASELINE][seed])[last_quarter].mean())
-            for seed, ce in runs.items()
-        ]
+    for seed in args.seeds:
+        for trainer in trainers.values():
+            trainer.run(seed, args.out, args.every)
+    for choice in backend.choices():
+        print(choice)
+    report(args.out)
+
+
+def report(folder: Path) -> None:
+    """Prints the gap of every preset that the folder holds, and draws the curves."""
+    losses = read_losses(folder)
+    if BASELINE not in losses:
+        print(f"no {BASELINE} in {folder} yet: nothing to compare with")
+        return
+    for preset in losses.keys() - {BASELINE}:
+        gaps = list(gaps_of(losses, preset).values())
         each = ", ".join(f"{gap:+.3f}" for gap in gaps)
         mean = sum(gaps) / len(gaps)
         print(f"{preset}: {mean:+.3f} % loss against {BASELINE} over the last quarter ({each})")
-    plot(losses, args.out)
+    print(f"wrote {save_figure(plot_loss_gap(losses), folder / 'loss_gap.png')}")
 
 
 if __name__ == "__main__":
