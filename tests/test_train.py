@@ -160,6 +160,16 @@ def test_infer_streams_text_after_the_prompt(finished_run, capsys):
     assert capsys.readouterr().out == first, "the same seed writes the same text"
 
 
+@pytest.mark.parametrize("load", ["logged", "prompts"])
+def test_infer_with_redundant_experts_says_the_same(load, finished_run, capsys):
+    argv = ["--checkpoint", str(finished_run), "--max-new-tokens", "5", "--temperature", "0"]
+    argv += ["--token-ids", "256,84,104"]
+    assert infer.main(argv) == 0
+    want = capsys.readouterr().out
+    assert infer.main([*argv, "--redundant-experts", "3", "--expert-load", load]) == 0
+    assert capsys.readouterr().out == want
+
+
 def test_infer_holds_a_run_in_fp8(finished_run, capsys):
     argv = ["--checkpoint", str(finished_run), "--max-new-tokens", "3", "--temperature", "0"]
     assert infer.main([*argv, "--token-ids", "256,84,104", "--fp8"]) == 0
@@ -276,6 +286,11 @@ BAD_INFERENCE = {
     "vocabulary": (["--token-ids", "1,9999"], 2, "9999"),
     "temperature": (["--prompt", "x", "--temperature", "-1"], 2, "temperature"),
     "unknown option": (["--promt", "x"], 2, "--prompt"),
+    "no loads": (
+        ["--prompt", "x", "--redundant-experts", "2", "--expert-load", "nowhere"],
+        2,
+        "nowhere: no such file",
+    ),
 }
 
 
