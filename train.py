@@ -21,7 +21,8 @@ from dsv3_jax.data.batches import Rows, prefetch
 from dsv3_jax.data.corpus import Corpus, check_model, open_corpus
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.parallel import hosts
-from dsv3_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from dsv3_jax.parallel.mesh import batch_sharding, make_mesh, mesh_of
+from dsv3_jax.parallel.sharding import Layout, make_layout
 from dsv3_jax.training.checkpoint import Checkpoints, state_bytes
 from dsv3_jax.training.dry_run import abstract_state, dry_run_report, parameter_counts
 from dsv3_jax.training.evaluation import Evaluation
@@ -47,12 +48,13 @@ def main(argv: Sequence[str]) -> int:
         cli.use_virtual_devices(config.devices)
         hosts.start(config.distributed)
         mesh = make_mesh(config.mesh)
+        layout = make_layout(config, mesh)  # None on one device
         if config.dry_run:
-            print(dry_run_report(config, mesh))
+            print(dry_run_report(config, mesh, layout))
             return 0
         run_dir = Path(config.run_dir)
         set_up_logging(run_dir, process=jax.process_index())
-        abstract = abstract_state(config, mesh)
+        abstract = abstract_state(config, mesh, layout)
         for line in banner(config, abstract):
             log.info(line)
         with clock("data"):
@@ -73,16 +75,12 @@ def main(argv: Sequence[str]) -> int:
                 (run_dir / "config.json").write_text(to_json(config))
             if primary and corpus.tokenizer.path is not None:
                 shutil.copyfile(corpus.tokenizer.path, run_dir / "tokenizer.json")
-            if resumed is None:
-                start, resumed_from = 0, None
-                state = create_state(jax.random.key(config.seed), config, replicated(mesh))
-            else:
-                start = resumed_from = resumed[0]
-                state = TrainState(**resumed[1])
-        steps = config.train.steps
+            start, restored, _ = resumed or (0, None, None)
+            state = TrainState(**restored) if restored else create_state(config, abstract)
+        steps, resumed_from = config.train.steps, None if resumed is None else start
         metrics = MetricsLog(run_dir, steps=steps, resumed_from=resumed_from, primary=primary)
         with metrics:
-            state = train(config, mesh, corpus, state, start, checkpoints, metrics, clock, stop)
+            state = train(config, layout, corpus, state, start, checkpoints, metrics, clock, stop)
             if stop.requested:
                 log.warning("stopped by signal %d at step %d", stop.signal, int(state.step))
                 metrics.record(int(state.step), {"seconds": clock.seconds()})
@@ -109,7 +107,7 @@ def banner(config: Config, abstract: TrainState) -> list[str]:
 
 def train(
     config: Config,
-    mesh: jax.sharding.Mesh,
+    layout: Layout | None,
     corpus: Corpus,
     state: TrainState,
     start: int,
@@ -119,7 +117,7 @@ def train(
     stop: StopRequest,
 ) -> TrainState:
     """The loop; returns the last state, which has been saved."""
-    plan, schedule = config.train, Schedule(config)
+    plan, schedule, mesh = config.train, Schedule(config), mesh_of(state.step)
     rows = Rows(corpus.train, plan.seq_len + 1, config.seed)
     place = batch_sharding(mesh, batch_dim=1)
     shape = (schedule.max_micro_batches, schedule.micro_batch_size, plan.seq_len + 1)
@@ -131,8 +129,8 @@ def train(
             read = partial(rows.batch_part, first, count, shape)
             yield jax.make_array_from_callback(shape, place, read)
 
-    step_fn = jit_train_step(config, replicated(mesh))
-    evaluate = Evaluation(config, mesh, corpus)
+    step_fn = jit_train_step(config, layout, state)
+    evaluate = Evaluation(config, mesh, layout, corpus)
     flops = training_flops_per_token(config.model, plan.seq_len)
     throughput = Throughput(clock, flops, list(mesh.devices.flat))
     meta = {"config": dataclasses.asdict(config), "data_sha256": corpus.train.index.sha256}

@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import Config, ModelConfig, load_config
-from dsv3_jax.training.dry_run import count_parameters
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.training.dry_run import abstract_state, count_parameters
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import create_state, jit_train_step
 
@@ -48,10 +49,10 @@ class Contestant:
 
 def ours(config: Config, rows: np.ndarray) -> Contestant:
     """This project's compiled step."""
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    state = create_state(jax.random.key(0), config, place)
+    abstract = abstract_state(config, make_mesh(config.mesh))
+    state = create_state(config, abstract)
     settings = Schedule(config).settings(0)
-    compiled = jit_train_step(config, place)
+    compiled = jit_train_step(config, None, state)
     batch = jnp.asarray(rows[None])
     held = [state]
 

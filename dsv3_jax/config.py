@@ -219,6 +219,36 @@ class ParallelConfig:
         _require_positive(found, self, [f.name for f in dataclasses.fields(self)])
         return found
 
+    def indivisible(self, model: ModelConfig) -> list[str]:
+        """Dims of the model that their mesh axes do not divide."""
+        found: list[str] = []
+        sizes = {"num_attention_heads": model.num_attention_heads, "vocab_size": model.vocab_size}
+        if model.num_dense_layers:
+            sizes["intermediate_size"] = model.intermediate_size
+        if model.n_shared_experts:
+            width = model.n_shared_experts * model.moe_intermediate_size
+            sizes["n_shared_experts x moe_intermediate_size"] = width
+        for name, size in sizes.items():
+            if size % self.tensor:
+                found.append(
+                    f"model.{name}={size} must be a multiple of mesh.tensor={self.tensor}: use "
+                    f"mesh.tensor={math.gcd(size, self.tensor)} or {_round_up(size, self.tensor)}"
+                )
+        return found
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """How the state and the sequence are spread over a mesh, beyond the sizes of its axes."""
+
+    # What devices that compute with the same weight hold between steps. zero1: a slice each of the
+    # master weight and its moments; weights are gathered once a step. fsdp: the same slices, but
+    # each layer is gathered when it runs and its gradient goes back at once. replicated: all of it.
+    state: Literal["zero1", "fsdp", "replicated"] = "zero1"
+    # Over mesh.context. allgather: every device gets the latents of the whole sequence. ring: they
+    # travel around, and a device has an early and a late piece of the sequence for equal work.
+    context: Literal["allgather", "ring"] = "allgather"
+
 
 @dataclass(frozen=True)
 class ExpertParallelConfig:
@@ -420,6 +450,7 @@ class Config:
     quant: QuantConfig = field(default_factory=QuantConfig)
     mesh: ParallelConfig = field(default_factory=ParallelConfig)
     expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -466,6 +497,17 @@ class Config:
             found.append(
                 "expert_parallel.transport='local' moves nothing, but the experts are spread over "
                 f"mesh.node x mesh.local = {expert_shards} devices: use 'allgather'"
+            )
+        found += self.mesh.indivisible(self.model)
+        pieces = self.mesh.context * self.mesh.tensor
+        if self.sharding.context == "ring":  # two pieces of a sequence on each device
+            pieces = math.lcm(pieces, 2 * self.mesh.context)
+        if self.train.seq_len % pieces:
+            found.append(
+                f"train.seq_len={self.train.seq_len} must be a multiple of {pieces}, as "
+                f"mesh.context={self.mesh.context}, mesh.tensor={self.mesh.tensor} and "
+                f"sharding.context={self.sharding.context} cut it into so many pieces: use "
+                f"{_round_up(self.train.seq_len, pieces)}"
             )
         token_shards = self.mesh.data * self.mesh.node * self.mesh.local
         micro = self.train.micro_batch_size or self.train.batch_size
@@ -548,6 +590,7 @@ _GROUPS: dict[str, type] = {
     "quant": QuantConfig,
     "mesh": ParallelConfig,
     "expert_parallel": ExpertParallelConfig,
+    "sharding": ShardingConfig,
     "data": DataConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,

@@ -11,6 +11,7 @@ from dsv3_jax.config import (
     ExpertParallelConfig,
     ModelConfig,
     ParallelConfig,
+    ShardingConfig,
     TrainConfig,
     UserError,
     config_from_dict,
@@ -84,6 +85,23 @@ def test_an_impossible_architecture_names_its_numbers(fields, problem):
             dataclasses.replace(tiny_config(), mesh=ParallelConfig(data=3)),
             "a micro-batch of 4 sequences must be a multiple of mesh.data x mesh.node x "
             "mesh.local = 3: use 6",
+        ),
+        (
+            dataclasses.replace(tiny_config(), mesh=ParallelConfig(tensor=2)),
+            "model.num_attention_heads=3 must be a multiple of mesh.tensor=2: use mesh.tensor=1 or",
+        ),
+        (
+            dataclasses.replace(tiny_config(), mesh=ParallelConfig(tensor=2)),
+            "model.vocab_size=37 must be a multiple of mesh.tensor=2: use mesh.tensor=1 or 38",
+        ),
+        (
+            dataclasses.replace(
+                tiny_config(),
+                mesh=ParallelConfig(context=3),
+                sharding=ShardingConfig(context="ring"),
+            ),
+            "train.seq_len=9 must be a multiple of 6, as mesh.context=3, mesh.tensor=1 and "
+            "sharding.context=ring cut it into so many pieces: use 12",
         ),
         (
             dataclasses.replace(tiny_config(), mesh=ParallelConfig(node=3, local=2)),

@@ -9,7 +9,7 @@ from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.moe import MoE, MoEStats
 from dsv3_jax.model.norm import rms_norm
-from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.parallel.sharding import Layout, constrain
 from dsv3_jax.quantization.recipe import BF16, Recipe
 
 
@@ -41,7 +41,7 @@ class Block(nn.Module):
         normed = rms_norm(x, self.param("input_layernorm", ones, (dim,)), eps)
         attention = MLA(config, self.recipe, self.layout, name="self_attn")
         attended, cache = attention(normed, positions, segments, cache, prefill)
-        x = x + attended
+        x = x + constrain(attended, self.layout, "batch", "residual")
         normed = rms_norm(x, self.param("post_attention_layernorm", ones, (dim,)), eps)
         if self.dense:
             mlp = MLP(config, config.intermediate_size, self.recipe, self.layout, name="mlp")

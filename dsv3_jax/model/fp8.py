@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels.gemm.api import scaled_matmul
 from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul, grouped_wgrad
+from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.quantization.block_scaled import (
     PER_TOKEN,
     BlockScaled,
@@ -50,6 +51,8 @@ def fp8_linear(
     """
     batch = x.shape[: -_input_dims(activation)]
     x_T = x.reshape(math.prod(batch), *x.shape[len(batch) :])
+    # Inside a shard_map: its gradient is added up over the devices that x differs between.
+    weight = vary(weight, jax.typeof(x).manual_axis_type.varying)
     weight_NK = weight.reshape(-1, weight.shape[-1])
     y: Array = _linear(x_T, weight_NK, None, recipe, activation)
     return y.reshape(*batch, *weight.shape[:-1])

@@ -16,7 +16,8 @@ from dsv3_jax.model.held import parameter
 from dsv3_jax.model.linear import linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS, rms_norm
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
-from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.parallel.context import LOWEST, Partial, ring_attention
+from dsv3_jax.parallel.sharding import Layout, constrain
 from dsv3_jax.quantization.recipe import BF16, LinearRecipe, Recipe
 
 
@@ -35,6 +36,15 @@ def mla_expand(
     kv_b_proj holds, per head, H rows of W^UK and then U rows of W^UV; the recipe is for its
     product. True in the mask: visible.
     """
+    logits_BNTS, v_BSNU = _expanded(
+        q_nope_BTNH, q_rope_BTNR, latent_BSC, k_rope_BSR, kv_b_proj, scale, recipe
+    )
+    probs_BNTS = _softmax(logits_BNTS, mask_BTS).astype(v_BSNU.dtype)
+    return jnp.einsum("BNTS,BSNU->BTNU", probs_BNTS, v_BSNU)
+
+
+def _expanded(q_nope_BTNH, q_rope_BTNR, latent_BSC, k_rope_BSR, kv_b_proj, scale, recipe):
+    """Scaled logits in f32, [B, N, T, S], and values, [B, S, N, U]."""
     nope_dim = q_nope_BTNH.shape[-1]
     kv_BSNP = linear(latent_BSC, kv_b_proj, recipe)
     k_nope_BSNH, v_BSNU = kv_BSNP[..., :nope_dim], kv_BSNP[..., nope_dim:]
@@ -45,8 +55,58 @@ def mla_expand(
     q_BTNP = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], axis=-1)
     k_BSNP = jnp.concatenate([k_nope_BSNH, k_rope_BSNR], axis=-1)
     logits_BNTS = jnp.einsum("BTNP,BSNP->BNTS", q_BTNP, k_BSNP, preferred_element_type=jnp.float32)
-    probs_BNTS = _softmax(logits_BNTS * scale, mask_BTS).astype(v_BSNU.dtype)
-    return jnp.einsum("BNTS,BSNU->BTNU", probs_BNTS, v_BSNU)
+    return logits_BNTS * scale, v_BSNU
+
+
+def mla_expand_on_mesh(
+    q_nope_BTNH: Float[Array, "B T N H"],
+    q_rope_BTNR: Float[Array, "B T N R"],
+    latent_BTC: Float[Array, "B T C"],
+    k_rope_BTR: Float[Array, "B T R"],
+    kv_b_proj: Float[Array, "N HU C"],
+    positions: Int[Array, "#B T"],
+    segments: Int[Array, "B T"] | None,
+    scale: float,
+    recipe: LinearRecipe | None,
+    layout: Layout,
+) -> Float[Array, "B T N U"]:
+    """`mla_expand` of a sequence to itself: heads over `tensor`, tokens over `context`.
+
+    Latents, not keys and values, go from device to device: gathered whole, or around a ring, as
+    layout.config.context says. Tokens may lie in any order, as their positions say.
+    """
+    axes = layout.axes("seq")
+    across = layout.size("seq") > 1
+
+    def attend(q_nope, q_rope, latent, k_rope, kv_b, positions, segments):
+        keys = (latent, k_rope, positions, segments)
+        if across and layout.config.context == "allgather":
+            keys = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), keys)
+
+        def mask_of(keys):
+            both = None if segments is None else (segments, keys[3])
+            return causal_mask(positions, keys[2], both)
+
+        if not across or layout.config.context == "allgather":
+            mask = mask_of(keys)
+            return mla_expand(q_nope, q_rope, keys[0], keys[1], kv_b, mask, scale, recipe)
+
+        def partial_attention(keys):
+            logits, v = _expanded(q_nope, q_rope, keys[0], keys[1], kv_b, scale, recipe)
+            return _partial_softmax(logits, mask_of(keys), v)
+
+        (axis,) = axes
+        out_BNTU = ring_attention(partial_attention, keys, axis)
+        return out_BNTU.astype(q_nope.dtype).swapaxes(1, 2)
+
+    q, tokens = layout.spec("batch", "seq", "heads", None), layout.spec("batch", "seq")
+    of_positions = layout.spec("batch" if len(positions) > 1 else None, "seq")
+    of_segments = None if segments is None else tokens
+    weight = layout.spec("heads", None, None)
+    inputs = (q, q, tokens, tokens, weight, of_positions, of_segments)
+    return layout.shard_map(attend, inputs, q)(
+        q_nope_BTNH, q_rope_BTNR, latent_BTC, k_rope_BTR, kv_b_proj, positions, segments
+    )
 
 
 def mla_absorb(
@@ -76,15 +136,15 @@ def mla_absorb(
 
 def causal_mask(
     q_positions: Int[Array, "#B T"],
-    key_length: int,
+    k_positions: Int[Array, "#B S"],
     segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
 ) -> Bool[Array, "#B T S"]:
-    """True where a key's row is at or before the query's position, and in the same document.
+    """True where a key is at or before the query's position, and in the same document.
 
     segments holds the document number of each query and of each key; None lets attention cross
     documents of a packed row, as V3 was trained (section 4.1).
     """
-    mask = q_positions[:, :, None] >= jnp.arange(key_length)
+    mask = q_positions[:, :, None] >= k_positions[:, None, :]
     if segments is not None:
         mask &= segments[0][:, :, None] == segments[1][:, None, :]
     return mask
@@ -96,6 +156,19 @@ def _softmax(
     # The lowest finite number, not -inf: a row with no visible key must not become NaN.
     lowest = jnp.finfo(logits.dtype).min
     return jax.nn.softmax(jnp.where(mask[:, None], logits, lowest), axis=-1)
+
+
+def _partial_softmax(logits_BNTS, mask_BTS, v_BSNU) -> Partial:
+    logits_BNTS = jnp.where(mask_BTS[:, None], logits_BNTS, LOWEST)
+    largest = jax.lax.stop_gradient(logits_BNTS.max(-1))
+    weights = jnp.exp(logits_BNTS - largest[..., None])
+    values = jnp.einsum(
+        "BNTS,BSNU->BNTU",
+        weights.astype(v_BSNU.dtype),
+        v_BSNU,
+        preferred_element_type=jnp.float32,
+    )
+    return Partial(largest, weights.sum(-1), values)
 
 
 class MLA(nn.Module):
@@ -120,25 +193,28 @@ class MLA(nn.Module):
         each other in the expanded form; otherwise they attend to all the cache holds in the
         absorbed form, which `segments` does not apply to.
         """
-        config, recipe = self.config, self.recipe
+        config, recipe, layout = self.config, self.recipe, self.layout
         init, ones = nn.initializers.normal(config.initializer_range), nn.initializers.ones
         dim, heads = config.hidden_size, config.num_attention_heads
         latent_dim, rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
 
         if config.q_lora_rank is None:
             q_proj = parameter(self, "q_proj", init, (heads, config.qk_head_dim, dim))
-            q = linear(x, q_proj, recipe.attention)
+            q = linear(constrain(x, layout, "batch", "seq"), q_proj, recipe.attention)
         else:
             rank = config.q_lora_rank
             q_latent = linear(x, parameter(self, "q_a_proj", init, (rank, dim)), recipe.attention)
             norm = self.param("q_a_layernorm", ones, (rank,))
-            q_latent = rms_norm(q_latent, norm, LATENT_NORM_EPS)
+            # A projection to a latent is made where the rows are; then the narrow latent moves.
+            q_latent = constrain(rms_norm(q_latent, norm, LATENT_NORM_EPS), layout, "batch", "seq")
             q_b_proj = parameter(self, "q_b_proj", init, (heads, config.qk_head_dim, rank))
             q = linear(q_latent, q_b_proj, recipe.attention)
+        q = constrain(q, layout, "batch", "seq", "heads")
         q_nope, q_rope = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
 
         kv_a_proj = parameter(self, "kv_a_proj_with_mqa", init, (latent_dim + rope_dim, dim))
         latent_and_rope = linear(x, kv_a_proj, recipe.attention)
+        latent_and_rope = constrain(latent_and_rope, layout, "batch", "seq")
         norm = self.param("kv_a_layernorm", ones, (latent_dim,))
         latent = rms_norm(latent_and_rope[..., :latent_dim], norm, LATENT_NORM_EPS)
         cos, sin = rope_tables(positions, config)
@@ -153,13 +229,17 @@ class MLA(nn.Module):
         if cache is not None:
             cache = append(cache, latent, k_rope, positions[:, 0])
         if cache is None or prefill:
-            rows = jnp.arange(x.shape[1])[None]
-            mask = causal_mask(rows, x.shape[1], None if segments is None else (segments, segments))
-            out = mla_expand(
-                q_nope, q_rope, latent, k_rope, kv_b_proj, mask, scale, recipe.attention
-            )
+            attend_to = (q_nope, q_rope, latent, k_rope, kv_b_proj)
+            if layout is None:
+                rows = jnp.arange(x.shape[1])[None]
+                mask = causal_mask(rows, rows, None if segments is None else (segments, segments))
+                out = mla_expand(*attend_to, mask, scale, recipe.attention)
+            else:
+                out = mla_expand_on_mesh(
+                    *attend_to, positions, segments, scale, recipe.attention, layout
+                )
         else:
-            mask = causal_mask(positions, cache.latent.shape[1])
+            mask = causal_mask(positions, jnp.arange(cache.latent.shape[1])[None])
             out = mla_absorb(q_nope, q_rope, cache.latent, cache.k_rope, kv_b_proj, mask, scale)
         o_proj = parameter(self, "o_proj", init, (dim, heads, value_dim)).reshape(dim, -1)
         return linear(out.reshape(*out.shape[:2], -1), o_proj, recipe.o_proj), cache

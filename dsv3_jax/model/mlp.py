@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.held import parameter
 from dsv3_jax.model.linear import linear
-from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.parallel.sharding import Layout, constrain
 from dsv3_jax.quantization.recipe import BF16, Recipe
 
 
@@ -25,9 +25,11 @@ class MLP(nn.Module):
     layout: Layout | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         dim, init = x.shape[-1], nn.initializers.normal(self.config.initializer_range)
         gate_up_proj = parameter(self, "gate_up_proj", init, (2, self.width, dim))
         down_proj = parameter(self, "down_proj", init, (dim, self.width))
+        x = constrain(x, self.layout, "batch", "seq")
         gate_up = linear(x, gate_up_proj, self.recipe.gate_up_proj)
+        gate_up = constrain(gate_up, self.layout, "batch", "seq", None, "mlp")
         return linear(gate_up, down_proj, self.recipe.down_proj, swiglu)

@@ -21,7 +21,7 @@ from dsv3_jax.parallel.collectives import total, vary
 from dsv3_jax.parallel.expert import Exchange, combine, dispatch, make_exchange, may_overflow
 from dsv3_jax.parallel.hops import NOBODY
 from dsv3_jax.parallel.rounds import fits_or_nan, in_rounds
-from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.parallel.sharding import Layout, constrain
 from dsv3_jax.quantization.block_scaled import PER_TOKEN
 from dsv3_jax.quantization.recipe import BF16, Recipe, TileFormat
 
@@ -332,7 +332,7 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
             y = y + MLP(config, width, self.recipe, self.layout, name="shared_experts")(x)
-        return y, stats
+        return constrain(y, self.layout, "batch", "residual"), stats
 
 
 def _load(

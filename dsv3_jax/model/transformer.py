@@ -19,7 +19,9 @@ from dsv3_jax.model.linear import linear
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.norm import rms_norm
-from dsv3_jax.parallel.sharding import Layout, constrain
+from dsv3_jax.model.placement import gathered
+from dsv3_jax.parallel.sharding import GATHERED, Layout, constrain, in_layout_order
+from dsv3_jax.parallel.vocab import embed
 from dsv3_jax.quantization.recipe import BF16, Recipe
 
 Variables = dict[str, Any]
@@ -32,9 +34,13 @@ REMAT_POLICIES = {
 }
 
 
+ENDS = ("embed_tokens", "lm_head")
+
+
 class Outputs(NamedTuple):
     """What `forward` returns. At MTP depth k, the last k positions mean nothing."""
 
+    # On a mesh whose context axis is a ring, tokens come in the order of `Layout.order`.
     logits: Float[Array, "B T V"]  # f32
     mtp_logits: tuple[Float[Array, "B T V"], ...]  # f32, one per depth
     stats: MoEStats | None  # of the MoE layers, stacked; None without any
@@ -100,8 +106,12 @@ def forward(
     recipe says what is computed in FP8; by default nothing is. The layout says how the program is
     spread over a mesh; None is a single device.
     """
-    params = variables["params"]
-    positions = jnp.arange(tokens.shape[1])[None]
+    params = _gathered_ends(variables["params"], layout)
+    length = tokens.shape[1]
+    positions, in_order = jnp.arange(length)[None], tokens
+    if layout is not None:
+        positions, tokens = in_layout_order(positions, layout), in_layout_order(tokens, layout)
+        segments = None if segments is None else in_layout_order(segments, layout)
     embedded = _embed(params, tokens, config, layout)
     hidden, _, stats = _layers(
         variables,
@@ -118,15 +128,30 @@ def forward(
     for depth in range(config.num_nextn_predict_layers):
         # Row i reads token i + depth + 1. The last rows, which have none, read the row's first
         # tokens: causality keeps them from all others, and they are masked.
-        embedding = jnp.roll(embedded, -(depth + 1), axis=1)
-        mask = jnp.broadcast_to(positions < tokens.shape[1] - (depth + 1), tokens.shape)
-        apply: Any = partial(MTPModule(config, recipe, layout).apply, segments=segments, mask=mask)
-        previous, _, depth_stats = _remat(apply, remat)(
+        if layout is None:
+            embedding = jnp.roll(embedded, -(depth + 1), axis=1)
+        else:
+            # Token ids are shifted, which is cheap between devices, and looked up again.
+            shifted = in_layout_order(jnp.roll(in_order, -(depth + 1), axis=1), layout)
+            embedding = _embed(params, shifted, config, layout)
+        mask = jnp.broadcast_to(positions < length - (depth + 1), tokens.shape)
+        module = partial(MTPModule(config, recipe, layout).apply, segments=segments, mask=mask)
+
+        def apply(layer, *inputs, module=module):
+            return module(_gathered(layer, layout), *inputs)
+
+        previous, _, depth_stats = _remat(apply, remat, layout)(
             _of_layer(variables, f"mtp_{depth}"), previous, embedding, positions
         )
-        mtp_logits.append(logits_of(params, previous))
+        mtp_logits.append(_logits(params, previous, layout))
         mtp_stats.append(depth_stats)
-    return Outputs(logits_of(params, hidden), tuple(mtp_logits), stats, tuple(mtp_stats), hidden)
+    logits = _logits(params, hidden, layout)
+    return Outputs(logits, tuple(mtp_logits), stats, tuple(mtp_stats), hidden)
+
+
+def _logits(params, hidden, layout: Layout | None):
+    hidden = constrain(hidden, layout, "batch", "seq")
+    return constrain(logits_of(params, hidden), layout, "batch", "seq", "vocab")
 
 
 def logits_of(params: dict[str, Any], hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
@@ -179,6 +204,8 @@ def decode_step(
 def _cached(
     variables: Variables, tokens, positions, cache: ModelCache, config, layout, is_prefill: bool
 ) -> tuple[Array, ModelCache]:
+    if layout is not None:
+        tokens, positions = in_layout_order(tokens, layout), in_layout_order(positions, layout)
     embedded = _embed(variables["params"], tokens, config, layout)
     hidden, new_cache, _ = _layers(
         variables, embedded, positions, config, cache=cache, is_prefill=is_prefill, layout=layout
@@ -188,8 +215,9 @@ def _cached(
 
 
 def _embed(params, tokens, config: ModelConfig, layout: Layout | None):
-    embedded = jnp.take(params["embed_tokens"], tokens, axis=0).astype(config.dtype)
-    return constrain(embedded, layout, "batch", "residual")
+    if layout is not None:
+        return embed(params["embed_tokens"], tokens, config.dtype, layout)
+    return jnp.take(params["embed_tokens"], tokens, axis=0).astype(config.dtype)
 
 
 def _layers(
@@ -218,7 +246,9 @@ def _layers(
 
         def body(x, scanned):
             layer, layer_cache = scanned
-            apply: Any = _remat(lambda v, x, c: block(v, x, positions, cache=c), remat)
+            apply = _remat(
+                lambda v, x, c: block(_gathered(v, layout), x, positions, cache=c), remat, layout
+            )
             x, layer_cache, stats = apply(layer, x, layer_cache)
             x = constrain(x, layout, "batch", "residual")
             return x, (layer_cache, stats)
@@ -230,7 +260,8 @@ def _layers(
         x, (dense_cache, _) = scan("dense_layers", True, x, cache and cache.dense)
     if config.num_moe_layers:
         x, (moe_cache, stats) = scan("moe_layers", False, x, cache and cache.moe)
-    x = rms_norm(x, variables["params"]["norm"], config.rms_norm_eps)
+    final = _gathered({"norm": variables["params"]["norm"]}, layout)
+    x = rms_norm(x, final["norm"], config.rms_norm_eps)
     return x, cache and ModelCache(dense_cache, moe_cache), stats
 
 
@@ -238,6 +269,18 @@ def _of_layer(variables: Variables, name: str) -> Variables:
     return {kind: tree[name] for kind, tree in variables.items() if name in tree}
 
 
-def _remat(function, remat: str):
+def _gathered(tree: Any, layout: Layout | None) -> Any:
+    """Weights as computing needs them where each layer gathers its own; else they are that."""
+    return tree if layout is None or layout.config.state != "fsdp" else gathered(tree, layout)
+
+
+def _gathered_ends(params: dict[str, Any], layout: Layout | None) -> dict[str, Any]:
+    """The parameters with the embedding and the head, which MTP reads again, gathered."""
+    return params | {name: _gathered({name: params[name]}, layout)[name] for name in ENDS}
+
+
+def _remat(function: Any, remat: str, layout: Layout | None) -> Any:
     policy = REMAT_POLICIES[remat]
+    if policy is None and layout is not None and layout.config.state == "fsdp":
+        policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
     return function if policy is None else jax.checkpoint(function, policy=policy)

@@ -17,24 +17,22 @@ AXES = tuple(f.name for f in dataclasses.fields(ParallelConfig))
 # The axes over which a batch's sequences are spread.
 TOKEN_AXES = ("data", "node", "local")
 
-# Sizes above 1 that the model can use today.
-USABLE_AXES = ("data",)
-
 
 def make_mesh(config: ParallelConfig) -> Mesh:
     """A mesh of the first devices with all six named axes, any of size 1.
 
-    Raises UserError, with the numbers, when the axes need more devices than there are, and when an
-    axis that nothing is sharded over yet is larger than 1.
+    Raises UserError, with the numbers, when the axes need more devices than there are, when a
+    process would have no device in it, when a `local` group would lie on several hosts, and for a
+    pipeline.
     """
     sizes = dataclasses.asdict(config)
     devices = jax.devices()
-    larger = {axis: size for axis, size in sizes.items() if size > 1}
-    if unusable := [f"mesh.{a}={n}" for a, n in larger.items() if a not in USABLE_AXES]:
+    if config.pipe > 1:
         raise UserError(
-            f"{', '.join(unusable)}: only {', '.join('mesh.' + a for a in USABLE_AXES)} may exceed "
-            "1 in this version; nothing is sharded over the other axes"
+            f"mesh.pipe={config.pipe}: there is no pipeline over devices yet (its schedules can be "
+            "simulated): use mesh.pipe=1"
         )
+    larger = {axis: size for axis, size in sizes.items() if size > 1}
     if config.num_devices > len(devices):
         product = " x ".join(f"{axis} {size}" for axis, size in larger.items())
         raise UserError(
@@ -49,8 +47,32 @@ def make_mesh(config: ParallelConfig) -> Mesh:
             len(devices),
         )
     grid = np.array(devices[: config.num_devices]).reshape(tuple(sizes.values()))
+    check_hosts(grid, {device.process_index for device in devices})
     # make_mesh's default would be Explicit axes.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_hosts(grid: np.ndarray, processes: set[int]) -> None:
+    """UserError unless each `local` group lies inside one host, and no process is left out.
+
+    A host is a process: `local` is the fast link (NVLink, ICI), which experts rely on.
+    """
+    hosts = np.vectorize(lambda device: device.process_index, otypes=[int])(grid)
+    if idle := processes - set(hosts.ravel().tolist()):
+        raise UserError(
+            f"the mesh's {grid.size} devices leave processes {sorted(idle)} without one: use all "
+            "devices, or start fewer processes"
+        )
+    local = AXES.index("local")
+    groups = np.moveaxis(hosts, local, -1).reshape(-1, grid.shape[local])
+    split = next((group for group in groups if len(set(group.tolist())) > 1), None)
+    if split is not None:
+        per_host = grid.size // len(processes)
+        raise UserError(
+            f"mesh.local={len(split)} groups devices of processes {sorted(set(split.tolist()))}, "
+            f"but must lie inside one, which has {per_host} devices: make mesh.local x "
+            f"mesh.context x mesh.tensor divide {per_host}, and mesh.node larger"
+        )
 
 
 def batch_sharding(mesh: Mesh, batch_dim: int) -> NamedSharding:
@@ -61,3 +83,11 @@ def batch_sharding(mesh: Mesh, batch_dim: int) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def mesh_of(array: jax.Array) -> Mesh:
+    """The mesh that an array was placed on."""
+    assert isinstance(array.sharding, NamedSharding), array.sharding
+    mesh = array.sharding.mesh
+    assert isinstance(mesh, Mesh)
+    return mesh

@@ -7,13 +7,21 @@ hashable, so that it may be a static argument or a module's field; None is a sin
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsv3_jax.config import Config, ShardingConfig
+from dsv3_jax.parallel.context import zigzag
+
 Axes = tuple[str, ...]
+
+GATHERED = "gathered_weight"
 
 
 class Rules(NamedTuple):
@@ -30,6 +38,7 @@ class Rules(NamedTuple):
 
 
 # When decoding, the few new tokens of a sequence are on every device that has the sequence.
+DEFAULT = ShardingConfig()
 RULES = {
     "train": Rules(),
     "prefill": Rules(residual=("context",)),
@@ -44,6 +53,7 @@ class Layout:
     mesh: Mesh
     rules: Rules = RULES["train"]
     expert: Any = None
+    config: ShardingConfig = DEFAULT
 
     def axes(self, name: str) -> Axes:
         """The mesh axes of a logical dim; ValueError for a name that the table does not have."""
@@ -71,6 +81,12 @@ class Layout:
         """x, laid out as its dims say (trailing None may be left out), when inside jit."""
         return jax.lax.with_sharding_constraint(x, self.sharding(*dims))
 
+    def order(self, length: int) -> np.ndarray | None:
+        """The position at each place of a sequence of this length; None for 0, 1, 2, ..."""
+        devices = self.size("seq")
+        ring = self.config.context == "ring" and devices > 1
+        return zigzag(length, devices) if ring else None
+
     def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
         """`function` on each device's shards, every mesh axis manual and replication checked.
 
@@ -80,6 +96,85 @@ class Layout:
         return jax.shard_map(
             function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True
         )
+
+    def stored_spec(
+        self, spec: PartitionSpec, shape: tuple[int, ...], skip_dims: int = 0
+    ) -> PartitionSpec:
+        """`spec`, cut further over the axes along which devices would hold copies (ZeRO, FSDP).
+
+        Those are the mesh axes that the spec does not use, so dense and expert leaves differ. They
+        go together to the largest dim that they divide, of those that are not cut yet if possible;
+        where none can take them all, one by one. What divides nothing stays whole: norms are small.
+        The first skip_dims dims, of stacked layers, are left alone.
+        """
+        if self.config.state == "replicated":
+            return spec
+        cut: list[Axes] = [_as_axes(entry) for entry in spec]
+        cut += [()] * (len(shape) - len(cut))
+        used = {axis for axes in cut for axis in axes}
+        free = tuple(a for a, size in self.mesh.shape.items() if size > 1 and a not in used)
+
+        def place(axes: Axes) -> bool:
+            def shards(dim: int) -> int:
+                return prod(self.mesh.shape[axis] for axis in cut[dim] + axes)
+
+            fitting = [d for d in range(skip_dims, len(shape)) if shape[d] % shards(d) == 0]
+            if not axes or not fitting:
+                return not axes
+            best = max(fitting, key=lambda d: (not cut[d], shape[d]))
+            cut[best] += axes
+            return True
+
+        if not place(free):
+            for axis in sorted(free, key=lambda axis: -self.mesh.shape[axis]):
+                place((axis,))
+        return PartitionSpec(*(axes or None for axes in cut))
+
+    def gather(self, x: jax.Array, used: NamedSharding, stored: NamedSharding) -> jax.Array:
+        """x laid out as `used`, from `stored`; its cotangent is laid out as `stored` again.
+
+        Named GATHERED for rematerialisation: a gathered weight need not be kept.
+        """
+        return checkpoint_name(_gather(x, used, stored), GATHERED)
+
+    def residual_axes(self) -> Axes:
+        """The axes that cut tokens between blocks further than inside them."""
+        return tuple(axis for axis in self.axes("residual") if axis not in self.axes("seq"))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, used: NamedSharding, stored: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, used)
+
+
+def _gather_fwd(x, used, stored):
+    return _gather(x, used, stored), None
+
+
+def _gather_bwd(used, stored, _, d_x):
+    return (jax.lax.with_sharding_constraint(d_x, stored),)
+
+
+_gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def _as_axes(entry: Any) -> Axes:
+    if entry is None:
+        return ()
+    return (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def make_layout(config: Config, mesh: Mesh, preset: str = "train") -> Layout | None:
+    """The layout of a run on this mesh by the rules of a preset; None for a mesh of one device."""
+    if mesh.size == 1:
+        return None
+    return Layout(mesh, RULES[preset], config.expert_parallel, config.sharding)
+
+
+def in_layout_order(x: jax.Array, layout: Layout | None) -> jax.Array:
+    """x, [B, T, ...], with its tokens at the places that `Layout.order` gives them."""
+    order = None if layout is None else layout.order(x.shape[1])
+    return x if order is None else x[:, order]
 
 
 def constrain(x: jax.Array, layout: Layout | None, *dims: str | None) -> jax.Array:

@@ -10,16 +10,23 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
+from dsv3_jax.model.placement import shardings
 from dsv3_jax.parallel.mesh import batch_sharding, replicated
+from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.step import TrainState, init_state, train_step
+from dsv3_jax.training.step import TrainState, init_state, jit_train_step
 
 
-def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+def abstract_state(config: Config, mesh: Mesh, layout: Layout | None = None) -> TrainState:
     """The TrainState as shapes, dtypes and shardings; allocates nothing."""
     shapes = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
-    place = replicated(mesh)
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
+    if layout is None:
+        places = jax.tree.map(lambda _: replicated(mesh), shapes)
+    else:
+        places = shardings(shapes, layout, stored=True)
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
+    )
 
 
 def count_parameters(tree: Any) -> int:
@@ -36,9 +43,9 @@ def parameter_counts(state: TrainState) -> tuple[int, int]:
     return count_parameters(trees) - mtp, mtp
 
 
-def dry_run_report(config: Config, mesh: Mesh) -> str:
+def dry_run_report(config: Config, mesh: Mesh, layout: Layout | None = None) -> str:
     """A text: every parameter's shape, the counts, and memory per device by XLA's own analysis."""
-    state = abstract_state(config, mesh)
+    state = abstract_state(config, mesh, layout)
     lines = ["parameters"]
     for tree in (state.params, state.router):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -47,7 +54,7 @@ def dry_run_report(config: Config, mesh: Mesh) -> str:
     main, mtp = parameter_counts(state)
     lines.append(f"  {main:,} in the main model, {mtp:,} more in MTP")
 
-    memory = _compiled(config, mesh, state).memory_analysis()
+    memory = _compiled(config, mesh, layout, state).memory_analysis()
     gib = 2.0**30
     rows = {
         "master weights, f32": _bytes((state.params, state.router)) / gib,
@@ -68,11 +75,11 @@ def dry_run_report(config: Config, mesh: Mesh) -> str:
     return "\n".join(lines)
 
 
-def _compiled(config: Config, mesh: Mesh, state: TrainState) -> Any:
+def _compiled(config: Config, mesh: Mesh, layout: Layout | None, state: TrainState) -> Any:
     schedule = Schedule(config)
     shape = (schedule.max_micro_batches, schedule.micro_batch_size, config.train.seq_len + 1)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, 1))
-    step = jax.jit(partial(train_step, config=config), donate_argnums=0)
+    step = jit_train_step(config, layout, state)
     return step.lower(state, rows, schedule.settings(0)).compile()
 
 

@@ -10,6 +10,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.data.batches import val_batches
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.parallel.mesh import batch_sharding
+from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.training.step import TrainState, eval_step
 from dsv3_jax.training.stopping import StopRequest
 
@@ -17,7 +18,7 @@ from dsv3_jax.training.stopping import StopRequest
 class Evaluation:
     """The same rows at every call, spread evenly over the validation split."""
 
-    def __init__(self, config: Config, mesh: Mesh, corpus: Corpus):
+    def __init__(self, config: Config, mesh: Mesh, layout: Layout | None, corpus: Corpus):
         plan = config.train
         self._batches = val_batches(
             corpus.val,
@@ -27,7 +28,7 @@ class Evaluation:
             corpus.tokenizer,
         )
         self._place = batch_sharding(mesh, batch_dim=0)
-        self._eval = jax.jit(partial(eval_step, config=config))
+        self._eval = jax.jit(partial(eval_step, config=config, layout=layout))
 
     def __call__(self, state: TrainState, stop: StopRequest) -> dict[str, float]:
         """val_loss, nats a token, and val_bits_per_byte; nothing when the run is asked to stop."""

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import Config
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.transformer import Outputs, Variables, forward
+from dsv3_jax.parallel.sharding import Layout, in_layout_order
 from dsv3_jax.quantization.recipe import RECIPES
 
 
@@ -26,6 +27,7 @@ def training_loss(
     rows: Int[Array, "B T1"],
     mtp_loss_weight: Float[Array, ""],
     config: Config,
+    layout: Layout | None = None,
 ) -> tuple[Float[Array, ""], LossTerms]:
     """ce + lambda * mtp + alpha * balance, and its terms, of rows of T + 1 tokens.
 
@@ -41,8 +43,9 @@ def training_loss(
         segments=segments,
         remat=config.train.remat,
         recipe=RECIPES[config.quant.preset],
+        layout=layout,
     )
-    ce = cross_entropy(out.logits, targets)
+    ce = cross_entropy(out.logits, targets, layout=layout)
     mtp = jnp.zeros(())
     for depth, logits in enumerate(out.mtp_logits, start=1):
         # Row i predicts token i + depth + 1: T - depth terms, still divided by T (eq. 24).
@@ -52,7 +55,7 @@ def training_loss(
         if segments is not None:
             valid &= segments == jnp.roll(segments, -depth, axis=1)
         shifted = jnp.roll(targets, -depth, axis=1)
-        mtp += cross_entropy(logits, shifted, valid) / len(out.mtp_logits)
+        mtp += cross_entropy(logits, shifted, valid, layout) / len(out.mtp_logits)
     load, balance = _router_stats(out)
     loss = ce + mtp_loss_weight * mtp + config.schedule.balance_loss_weight * balance
     return loss, LossTerms(ce, mtp, balance, load)
@@ -62,12 +65,23 @@ def cross_entropy(
     logits: Float[Array, "B T V"],
     targets: Int[Array, "B T"],
     valid: Bool[Array, "B T"] | None = None,
+    layout: Layout | None = None,
 ) -> Float[Array, ""]:
-    """Nats a token, in f32: the sum over valid positions, divided by all B * T of them."""
+    """Nats a token, in f32: the sum over valid positions, divided by all B * T of them.
+
+    With a layout the logits are as `forward` returns them under it, targets and valid in order.
+    """
+    targets = in_layout_order(targets, layout)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    if layout is None:
+        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    else:  # a sum over the vocabulary, as it may be cut
+        is_target = targets[..., None] == jnp.arange(logits.shape[-1])
+        target_logits = jnp.where(is_target, logits, 0.0).sum(-1)
     nats = log_normalizer - target_logits
-    return (nats if valid is None else jnp.where(valid, nats, 0.0)).mean()
+    if valid is not None:
+        nats = jnp.where(in_layout_order(valid, layout), nats, 0.0)
+    return nats.mean()
 
 
 def document_numbers(tokens: Int[Array, "B T"], config: Config) -> Int[Array, "B T"]:

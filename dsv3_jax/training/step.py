@@ -9,8 +9,10 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsv3_jax.config import Config, RunError
+from dsv3_jax.model.placement import gathered, shardings
 from dsv3_jax.model.router import update_router_bias
 from dsv3_jax.model.transformer import forward, init_variables
+from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.recipe import RECIPES
 from dsv3_jax.training.loss import LossTerms, cross_entropy, document_numbers, training_loss
 from dsv3_jax.training.optimizer import make_optimizer
@@ -61,9 +63,11 @@ def init_state(key: PRNGKeyArray, config: Config) -> TrainState:
     return TrainState(counters[0], params, router, opt_state, counters[1], counters[2])
 
 
-def create_state(key: PRNGKeyArray, config: Config, sharding: Any) -> TrainState:
-    """`init_state` on devices: every leaf is made where `sharding` places it."""
-    lowered = jax.jit(partial(init_state, config=config), out_shardings=sharding).lower(key)
+def create_state(config: Config, abstract: TrainState) -> TrainState:
+    """`init_state` of the run's seed: every leaf is made where the abstract one lies."""
+    key = jax.random.key(config.seed)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    lowered = jax.jit(partial(init_state, config=config), out_shardings=places).lower(key)
     # XLA:CPU spends 1.2 s on optimising each leaf's random numbers, which are drawn once.
     options: Any = None
     if jax.default_backend() == "cpu":
@@ -71,28 +75,32 @@ def create_state(key: PRNGKeyArray, config: Config, sharding: Any) -> TrainState
     return lowered.compile(compiler_options=options)(key)
 
 
-def jit_train_step(config: Config, sharding: Any) -> Any:
+def jit_train_step(config: Config, layout: Layout | None, state: TrainState) -> Any:
     """`train_step` of this config, compiled on its first call; it takes over the state's memory.
 
-    The output's sharding is pinned: otherwise the second call, on the first one's output, would
-    compile anew.
+    The new state lies as this one, which may be abstract; metrics are whole on every device. Were
+    that not pinned, the second call, on the first one's output, would compile anew.
     """
     return jax.jit(
-        partial(train_step, config=config),
+        partial(train_step, config=config, layout=layout),
         donate_argnums=0,
-        out_shardings=sharding,
+        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), state.step.sharding),
         compiler_options=CPU_OPTIONS if jax.default_backend() == "cpu" else None,
     )
 
 
 def train_step(
-    state: TrainState, rows: Int[Array, "A B T1"], settings: StepSettings, config: Config
+    state: TrainState,
+    rows: Int[Array, "A B T1"],
+    settings: StepSettings,
+    config: Config,
+    layout: Layout | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """The state after one step on the first num_micro_batches of A micro-batches, and its metrics.
 
     A step whose loss or gradient norm is not finite changes nothing but the counters.
     """
-    loss, terms, grads = _mean_over_micro_batches(state, rows, settings, config)
+    loss, terms, grads = _mean_over_micro_batches(state, rows, settings, config, layout)
     grad_norm = optax.tree.norm(grads)
     optimizer = make_optimizer(config.optimizer)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -139,34 +147,58 @@ def router_bias(router: Any, name: str) -> Float[Array, "*L E"]:
 
 
 def eval_step(
-    params: Any, router: Any, rows: Int[Array, "B T1"], config: Config
+    params: Any,
+    router: Any,
+    rows: Int[Array, "B T1"],
+    config: Config,
+    layout: Layout | None = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the main model, nats a token, of rows of T + 1 tokens."""
     tokens = rows[:, :-1]
     segments = document_numbers(tokens, config) if config.data.mask_documents else None
-    variables, recipe = {"params": params, "router": router}, RECIPES[config.quant.preset]
-    out = forward(variables, tokens, config.model, segments=segments, recipe=recipe)
-    return cross_entropy(out.logits, rows[:, 1:])
+    variables = {"params": _gathered_once(params, layout), "router": router}
+    recipe = RECIPES[config.quant.preset]
+    out = forward(variables, tokens, config.model, segments=segments, recipe=recipe, layout=layout)
+    return cross_entropy(out.logits, rows[:, 1:], layout=layout)
 
 
-def _mean_over_micro_batches(state, rows, settings: StepSettings, config: Config):
+def _gathered_once(params: Any, layout: Layout | None) -> Any:
+    """The weights of a whole step; FSDP's are gathered layer by layer instead."""
+    return params if layout is None or layout.config.state == "fsdp" else gathered(params, layout)
+
+
+def _as_stored(grads: Any, layout: Layout | None) -> Any:
+    """Gradients where each device has the slice of them that it will apply."""
+    if layout is None:
+        return grads
+    return jax.lax.with_sharding_constraint(grads, shardings(grads, layout, stored=True))
+
+
+def _mean_over_micro_batches(
+    state, rows, settings: StepSettings, config: Config, layout: Layout | None
+):
     """(loss, terms, gradients): means over the step's micro-batches, and sums of the loads."""
 
     def loss_of(params, micro_rows):
         variables = {"params": params, "router": state.router}
-        return training_loss(variables, micro_rows, settings.mtp_loss_weight, config)
+        return training_loss(variables, micro_rows, settings.mtp_loss_weight, config, layout)
 
-    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    def gradient(params, micro_rows):
+        value, grads = jax.value_and_grad(loss_of, has_aux=True)(params, micro_rows)
+        return value, _as_stored(grads, layout)
+
+    params = _gathered_once(state.params, layout)
     if rows.shape[0] == 1:
-        (loss, terms), grads = gradient(state.params, rows[0])
+        (loss, terms), grads = gradient(params, rows[0])
         return loss, terms, grads
 
     def body(i, total):
-        return jax.tree.map(jnp.add, total, gradient(state.params, rows[i]))
+        return jax.tree.map(jnp.add, total, gradient(params, rows[i]))
 
     # The trip count is data: the batch-size ramp compiles nothing anew.
-    shapes = jax.eval_shape(gradient, state.params, rows[0])
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    shapes = jax.eval_shape(gradient, params, rows[0])
+    zeros, no_grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = zeros, _as_stored(no_grads, layout)
     (loss, terms), grads = jax.lax.fori_loop(0, settings.num_micro_batches, body, zeros)
     count = settings.num_micro_batches.astype(jnp.float32)
     means = jax.tree.map(lambda x: x / count, (loss, terms._replace(load={}), grads))

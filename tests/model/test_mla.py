@@ -29,7 +29,7 @@ def inputs(dtype, queries=5, keys=7, seed=0):
 def test_absorbed_equals_expanded(dtype, limit):
     """Values, and in f32 the gradients of all five inputs."""
     arrays = inputs(dtype)
-    mask = causal_mask(jnp.array([[2, 3, 4, 5, 6]]), 7)
+    mask = causal_mask(jnp.array([[2, 3, 4, 5, 6]]), jnp.arange(7)[None])
 
     def run(attend):
         def total(*arrays):
@@ -55,12 +55,12 @@ def test_a_query_that_sees_nothing_is_finite():
 
 
 def test_mask_sees_rows_up_to_the_position_in_the_same_document():
-    positions = jnp.array([[1, 2], [3, 4]])
+    positions, rows = jnp.array([[1, 2], [3, 4]]), jnp.arange(4)[None]
     want = np.array([[[1, 1, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [1, 1, 1, 1]]], bool)
-    np.testing.assert_array_equal(causal_mask(positions, 4), want)
+    np.testing.assert_array_equal(causal_mask(positions, rows), want)
     documents = (jnp.array([[0, 1], [1, 1]]), jnp.array([[0, 0, 1, 1], [0, 1, 1, 2]]))
     same = np.array([[[1, 1, 0, 0], [0, 0, 1, 1]], [[0, 1, 1, 0], [0, 1, 1, 0]]], bool)
-    np.testing.assert_array_equal(causal_mask(positions, 4, documents), want & same)
+    np.testing.assert_array_equal(causal_mask(positions, rows, documents), want & same)
 
 
 def test_append_writes_each_sequence_at_its_own_row():

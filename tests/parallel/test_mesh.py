@@ -1,12 +1,14 @@
 """The mesh: its axes, and what it says when the devices do not suffice."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 from dsv3_jax.config import ParallelConfig, UserError
-from dsv3_jax.parallel.mesh import AXES, USABLE_AXES, batch_sharding, make_mesh, replicated
+from dsv3_jax.parallel.mesh import AXES, batch_sharding, check_hosts, make_mesh, replicated
 
 
 def test_the_mesh_has_all_axes_slowest_link_first():
@@ -40,7 +42,31 @@ def test_idle_devices_are_reported(caplog):
     assert not caplog.text
 
 
-@pytest.mark.parametrize("axis", [a for a in AXES if a not in USABLE_AXES])
-def test_an_axis_that_shards_nothing_is_refused(axis):
-    with pytest.raises(UserError, match=rf"mesh\.{axis}=2: only mesh\.data"):
-        make_mesh(ParallelConfig(**{axis: 2}))
+def test_a_pipeline_is_refused():
+    with pytest.raises(UserError, match=r"mesh\.pipe=2: .* use mesh\.pipe=1"):
+        make_mesh(ParallelConfig(pipe=2))
+
+
+class Device(NamedTuple):
+    """As much of a device as the check of hosts looks at."""
+
+    process_index: int
+
+
+def devices_of(processes, *, node, local):
+    """A device of each of these processes, in the order of the mesh."""
+    grid = np.empty(len(processes), object)
+    grid[:] = [Device(p) for p in processes]
+    return grid.reshape(1, 1, node, local, 1, 1)
+
+
+def test_local_groups_lie_inside_one_host():
+    check_hosts(devices_of([0, 0, 1, 1], node=2, local=2), {0, 1})
+    check_hosts(devices_of([0, 0, 1, 1], node=4, local=1), {0, 1})
+    with pytest.raises(UserError, match=r"mesh\.local=4 groups devices of processes \[0, 1\]"):
+        check_hosts(devices_of([0, 0, 1, 1], node=1, local=4), {0, 1})
+
+
+def test_a_process_without_a_device_is_refused():
+    with pytest.raises(UserError, match=r"4 devices leave processes \[2\] without one"):
+        check_hosts(devices_of([0, 0, 1, 1], node=2, local=2), {0, 1, 2})

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ParallelConfig
 from dsv3_jax.model.router import update_router_bias
-from dsv3_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.step import TrainState, init_state, router_bias, train_step
@@ -29,7 +27,7 @@ ROWS = random_tokens(MODEL, 8, 10)
 IN_FOUR = ROWS.reshape(4, 2, 10)
 NAMES = ("moe_layers", "mtp_0")
 
-# The only compiled step of this file but for the sharded one: shapes tell its uses apart.
+# The only compiled step of this file: shapes tell its uses apart.
 step = jax.jit(partial(train_step, config=CONFIG))
 
 
@@ -131,23 +129,6 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(value, accum
     assert (int(resumed.step), int(resumed.skipped), int(resumed.skipped_in_row)) == (3, 2, 0)
     jax.tree.map(np.testing.assert_array_equal, resumed.params, accumulated[0].params)
     jax.tree.map(np.testing.assert_array_equal, resumed.opt_state, accumulated[0].opt_state)
-
-
-def test_eight_devices_equal_one(whole):
-    """Data-parallel: the batch spread over 8 virtual devices, weights on each."""
-    mesh = make_mesh(ParallelConfig(data=8))
-    rows = jax.device_put(ROWS[None], batch_sharding(mesh, batch_dim=1))
-    assert rows.sharding.shard_shape(rows.shape) == (1, 1, 10)
-    state = jax.device_put(fresh_state(), replicated(mesh))
-    got, got_metrics = step(state, rows, settings(1))
-    want, want_metrics = whole
-    assert float(got_metrics.loss) == pytest.approx(float(want_metrics.loss), rel=1e-5)
-    for name in NAMES:
-        np.testing.assert_array_equal(got_metrics.terms.load[name], want_metrics.terms.load[name])
-    jax.tree.map(np.testing.assert_array_equal, got.router, want.router)
-    moments = [s.opt_state[1].mu for s in (got, want)]
-    assert relative_error(*moments) < TOLERANCE["f32_gradient"]
-    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(got)} == {8}
 
 
 def test_the_loss_falls():

@@ -1,0 +1,31 @@
+"""The embedding on a mesh whose devices each hold a part of the vocabulary."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.parallel.sharding import Layout
+
+
+def embed(
+    table_VD: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str, layout: Layout
+) -> Float[Array, "B T D"]:
+    """The table's rows of all tokens, laid out ("batch", "residual"), from a table cut by "vocab".
+
+    Each device looks up the tokens that it has the rows of, and what they found is added up: one
+    term a token is not zero, so the sum is exact (Megatron-LM, Shoeybi et al. 2019).
+    """
+    vocab, scattered = layout.axes("vocab"), layout.residual_axes()
+
+    def look_up(table_VD, tokens):
+        local = tokens - jax.lax.axis_index(vocab) * len(table_VD)
+        rows = jnp.take(table_VD, local, axis=0, mode="fill", fill_value=0)
+        rows = jnp.where((local >= 0)[..., None], rows, 0).astype(dtype)
+        if scattered == vocab:
+            return jax.lax.psum_scatter(rows, vocab, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(rows, vocab)
+
+    inputs = layout.spec("vocab", None), layout.spec("batch", "seq")
+    return layout.shard_map(look_up, inputs, layout.spec("batch", "residual", None))(
+        table_VD, tokens
+    )
