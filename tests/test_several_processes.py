@@ -32,7 +32,7 @@ def get_config():
             n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
             num_nextn_predict_layers=0, dtype="float32",
         ),
-        mesh=ParallelConfig(data=4),
+        mesh=ParallelConfig(node=2, local=2),
         data=DataConfig(path={corpus!r}, val_fraction=0.2),
         train=TrainConfig(steps={steps}, batch_size=8, micro_batch_size=4, seq_len=16, log_every=1,
                           eval_every=1000, eval_batches=1, sample_tokens=1),

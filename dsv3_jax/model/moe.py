@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -96,14 +97,18 @@ def _expert_round(
 
 
 def choose_places(
-    experts_TK: Int[Array, "T K"], place_EC: Int[Array, "E C"], count_E: Int[Array, " E"]
+    experts_TK: Int[Array, "T K"],
+    place_EC: Int[Array, "E C"],
+    count_E: Int[Array, " E"],
+    first_turn: Int[Array, ""] | int = 0,
 ) -> Int[Array, "T K"]:
     """Where each choice is computed when experts have replicas: token by token, one after another.
 
-    place_EC are the places of each expert, of which the first count_E are in use.
+    place_EC are the places of each expert, of which the first count_E are in use. Token t begins at
+    replica first_turn + t.
     """
-    turn_TK = jnp.arange(len(experts_TK))[:, None] % count_E[experts_TK]
-    return place_EC[experts_TK, turn_TK]
+    turns_T = first_turn + jnp.arange(len(experts_TK))
+    return place_EC[experts_TK, turns_T[:, None] % count_E[experts_TK]]
 
 
 class MoEWeights(NamedTuple):
@@ -202,7 +207,8 @@ def _experts_of_device(
     routing = route(x_TD, weights.gate, weights.bias, config)
     experts_TK = routing.experts_TK
     if weights.places is not None:
-        experts_TK = choose_places(experts_TK, *weights.places)
+        # Every device begins with another replica: when decoding, each has few tokens.
+        experts_TK = choose_places(experts_TK, *weights.places, first_turn=lax.axis_index(axes))
     if exchange.hops:
         experts_TK = jnp.where(real.reshape(-1, 1), experts_TK, NOBODY)
     placed = routing._replace(experts_TK=experts_TK)

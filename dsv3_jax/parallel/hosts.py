@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import os
+import socket
 import sys
 import time
 from collections import Counter
@@ -86,27 +87,51 @@ def first_host(node_list: str) -> str:
 def start(options: DistributedConfig) -> None:
     """Joins the run's other processes; to be called before JAX looks for devices.
 
-    Returns once all are there. Raises RunError when they are not in time.
+    Returns once all are there. Raises RunError when process 0 cannot be reached in time, or cannot
+    listen; when another process does not come, JAX ends those that wait, with its own message.
     """
     processes = find_processes(options, os.environ)
     if processes is None or processes.count == 1:
         return
+    check_coordinator(processes, options.start_timeout)
     # SIGTERM is handled by training/stopping.py.
     jax.config.update("jax_enable_preemption_service", False)
-    try:
-        jax.distributed.initialize(
-            coordinator_address=processes.coordinator,
-            num_processes=processes.count,
-            process_id=processes.index,
-            cluster_detection_method="deactivate",
-            initialization_timeout=options.start_timeout,
-            heartbeat_timeout_seconds=options.heartbeat_timeout,
-        )
-    except RuntimeError as error:
-        raise RunError(
-            f"process {processes.index} of {processes.count} could not join the others at "
-            f"{processes.coordinator} in {options.start_timeout} s: {error}"
-        ) from error
+    jax.distributed.initialize(
+        coordinator_address=processes.coordinator,
+        num_processes=processes.count,
+        process_id=processes.index,
+        cluster_detection_method="deactivate",
+        initialization_timeout=options.start_timeout,
+        heartbeat_timeout_seconds=options.heartbeat_timeout,
+    )
+
+
+def check_coordinator(processes: Processes, timeout: float) -> None:
+    """Raises RunError where JAX would end the process without a word about why.
+
+    That is when process 0 finds its port in use, or another cannot reach it for `timeout` seconds.
+    """
+    host, _, port = processes.coordinator.rpartition(":")
+    if processes.index == 0:
+        try:
+            with socket.socket() as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listener.bind(("", int(port)))
+        except OSError as error:
+            raise RunError(f"process 0 cannot listen on port {port}: {error.strerror}") from error
+        return
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=max(timeout, 1)).close()
+            return
+        except OSError as error:
+            if time.monotonic() >= end:
+                raise RunError(
+                    f"process {processes.index} of {processes.count} cannot reach process 0 at "
+                    f"{processes.coordinator} for {timeout:g} s: {error.strerror or error}"
+                ) from error
+            time.sleep(0.2)
 
 
 def file_name(name: str) -> str:

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import UserError
+from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, UserError
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.redundant_experts import measure_load, replicate_experts
 from dsv3_jax.model.moe import choose_places
 from dsv3_jax.model.transformer import forward
 from dsv3_jax.parallel.load_balancer import balance, placement_of
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.sharding import Layout
 from tests.helpers import (
     TOLERANCE,
     random_tokens,
@@ -27,7 +29,7 @@ LAYERS = CONFIG.num_moe_layers + CONFIG.num_nextn_predict_layers
 
 @pytest.fixture(scope="module")
 def run():
-    return jax.jit(forward, static_argnames="config")
+    return jax.jit(forward, static_argnames=("config", "layout"))
 
 
 def skewed_plan(layers: int):
@@ -64,6 +66,19 @@ def test_prefill_and_decode_use_the_replicas():
     np.testing.assert_array_equal(list(generate(served, prompts, CONFIG, max_new_tokens=4)), want)
 
 
+@pytest.mark.parametrize("transport", ["allgather", "padded"])
+def test_replicas_on_a_mesh_give_the_logits_of_one_device(run, transport):
+    """Two nodes of two devices, three places on each; the plan keeps groups on their nodes."""
+    mesh = make_mesh(ParallelConfig(node=2, local=2))
+    layout = Layout(mesh, expert=ExpertParallelConfig(transport=transport, capacity_factor=1.0))
+    served = replicate_experts(VARIABLES, skewed_plan(LAYERS), CONFIG)
+    tokens = random_tokens(CONFIG, 4, 9)
+    got = run(served, tokens, config=CONFIG, layout=layout)
+    want = run(VARIABLES, tokens, config=CONFIG)
+    assert relative_error(got.logits, want.logits) < TOLERANCE["f32_model"]
+    np.testing.assert_array_equal(got.stats.load_E, want.stats.load_E)
+
+
 def test_tokens_of_an_expert_are_shared_out_evenly():
     """Every token picks expert 0, which has three places, and one of the others, with one each."""
     plan = placement_of(np.array([[0, 1, 0, 2, 3, 0]]), 4)
@@ -71,6 +86,9 @@ def test_tokens_of_an_expert_are_shared_out_evenly():
     places = np.asarray(choose_places(experts, plan.place_LEC[0], plan.count_LE[0]))
     assert (plan.expert_LP[0][places] == experts).all()
     assert np.bincount(places[:, 0], minlength=6).tolist() == [10, 0, 10, 0, 0, 10]
+    # Three devices with one token each.
+    firsts = [choose_places(experts[:1], plan.place_LEC[0], plan.count_LE[0], d) for d in range(3)]
+    assert [int(first[0, 0]) for first in firsts] == [0, 2, 5]
 
 
 def test_measured_load_counts_what_the_router_chose(run):

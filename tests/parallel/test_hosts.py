@@ -1,9 +1,11 @@
 """How processes find each other: options, SLURM, JobSet; all of it without starting any."""
 
+import socket
+
 import pytest
 
-from dsv3_jax.config import DistributedConfig, UserError
-from dsv3_jax.parallel.hosts import Processes, find_processes, first_host
+from dsv3_jax.config import DistributedConfig, RunError, UserError
+from dsv3_jax.parallel.hosts import Processes, check_coordinator, find_processes, first_host
 
 SLURM = {
     "SLURM_JOB_ID": "70001",
@@ -64,6 +66,27 @@ def test_what_is_missing_is_named():
         find_processes(DistributedConfig(coordinator="a:1"), {})
     with pytest.raises(UserError, match=r"process_id=2 must be below distributed\.num_processes=2"):
         find_processes(DistributedConfig("a:1", 2, 2), {})
+
+
+def test_a_port_in_use_is_told():
+    """JAX 0.10 dies of it with a segmentation fault."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(RunError, match=f"process 0 cannot listen on port {port}: Address alr"):
+            check_coordinator(Processes(f"localhost:{port}", 2, 0), 0)
+    check_coordinator(Processes(f"localhost:{port}", 2, 0), 0)
+
+
+def test_a_process_0_that_is_not_there_is_told():
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(
+        RunError, match=f"process 1 of 2 cannot reach process 0 at localhost:{port}"
+    ):
+        check_coordinator(Processes(f"localhost:{port}", 2, 1), 0.5)
 
 
 def test_options_that_no_run_has_are_refused():
