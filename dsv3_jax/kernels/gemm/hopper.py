@@ -109,6 +109,11 @@ def interpreting(**params: Any) -> Iterator[None]:
         _interpreting.reset(token)
 
 
+def interpreted() -> bool:
+    """Whether the kernel being traced is for Pallas's interpreter."""
+    return _interpreting.get()
+
+
 def require() -> None:
     """Raises NotImplementedError, saying why, unless these kernels can be compiled and run."""
     if not hasattr(plgpu, "InterpretGPUParams"):
@@ -343,7 +348,7 @@ def _scaled_loop(tile, steps, slot_of, buffers, read_b_scales):
     piece = math.gcd(tile.columns, 128)
     thread = lax.axis_index("warpgroup")
     zeros = _zeros(piece)
-    in_place = tile.waves * tile.parts > 1 and tile.slabs == 1 and not _interpreting.get()
+    in_place = tile.waves * tile.parts > 1 and tile.slabs == 1 and not interpreted()
 
     def one_step(step, carry):
         totals, b_scales, accumulator = carry

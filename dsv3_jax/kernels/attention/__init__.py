@@ -1,0 +1,1 @@
+"""Causal attention for training and prefill: output and log-sum-exp, with a backward pass."""

@@ -1,0 +1,187 @@
+"""Causal attention on Hopper, in Pallas Mosaic GPU: forward and backward kernels as one function.
+
+Memory grows with the rows: beside its operands and results the backward pass reads the log-sum-exp
+and the rows' sums of dO x O. A key part that all heads share is never copied for each head; its
+gradient is written for each and added up by XLA.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.kernels import manual
+from dsv3_jax.kernels.attention import hopper_backward, hopper_forward
+from dsv3_jax.kernels.attention.api import Documents
+from dsv3_jax.kernels.attention.hopper_backward import BackwardTile
+from dsv3_jax.kernels.attention.hopper_forward import ForwardTile
+from dsv3_jax.kernels.attention.hopper_parts import Columns
+from dsv3_jax.kernels.gemm import hopper
+
+MAX_WIDTH = 256  # of a head: the widest result of one wgmma
+
+
+class Tiles(NamedTuple):
+    """The tiles of the three kernels."""
+
+    forward: ForwardTile
+    keys: BackwardTile
+    queries: BackwardTile
+
+
+class _Call(NamedTuple):
+    """What is fixed when an attention is traced."""
+
+    value_dim: int
+    scale: float
+    offset: int | None  # None: an operand
+    tiles: Tiles
+
+    def offset_or(self, operand: Array | None) -> Any:
+        """The offset, wherever it is."""
+        return self.offset if operand is None else operand
+
+
+def attention(
+    q: Float[Array, "B T N P"],
+    kv: tuple[Array, ...],
+    k_shared: Float[Array, "B S R"] | None,
+    *,
+    value_dim: int,
+    scale: float,
+    offset: int | Int[Array, ""],
+    documents: Documents | None,
+    tiles: Tiles | None = None,
+) -> tuple[Float[Array, "B T N U"], Float[Array, "B N T"]]:
+    """Output and log-sum-exp; see `api.attention`. `tiles` overrides the heuristic."""
+    hopper.require()
+    _require_types(q, kv, k_shared, value_dim)
+    tiles = tiles or tiles_for(q.shape[-1], value_dim)
+    length = q.shape[1]
+    # TMA reads rows by eights. No real query sees a row that is added, and nobody asks for its own.
+    q, kv = _pad_rows(q), tuple(map(_pad_rows, kv))
+    k_shared = None if k_shared is None else _pad_rows(k_shared)
+    if documents is not None:
+        documents = Documents(*(_pad_rows(x, mode="edge") for x in documents))
+    static = isinstance(offset, int)
+    call = _Call(value_dim, scale, offset if static else None, tiles)
+    offset_operand = None if static else jnp.asarray(offset, jnp.int32)
+    operands = manual.vary((q, kv, k_shared, offset_operand, documents))
+    results: Any = _attention(call, *operands)
+    out, lse = results
+    return out[:, :length], lse[..., :length]
+
+
+def tiles_for(key_dim: int, value_dim: int) -> Tiles:
+    """The tiles for heads of these widths; NotImplementedError when none fits."""
+
+    def first(tiles: Sequence[Any], shared_memory: Callable[..., int]) -> Any:
+        for tile in tiles:
+            if shared_memory(tile, key_dim, value_dim) <= hopper.MAX_SMEM:
+                return tile
+        raise NotImplementedError(
+            f"no tile of heads of {key_dim} and {value_dim} fits in shared memory"
+        )
+
+    forward = first(
+        [ForwardTile(kv=kv, stages=stages) for kv in (128, 64) for stages in (2, 1)],
+        hopper_forward.shared_memory,
+    )
+    keys = [BackwardTile(stages=stages, dp_parts=2) for stages in (2, 1)]
+    queries = [BackwardTile(stages=stages) for stages in (3, 2, 1)]
+    return Tiles(
+        forward,
+        first(keys, hopper_backward.shared_memory),
+        first(queries, hopper_backward.shared_memory),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(call: _Call, q, kv, k_shared, offset, documents):
+    return _forward(call, q, kv, k_shared, offset, documents)[0]
+
+
+def _forward(call: _Call, q, kv, k_shared, offset, documents):
+    keys, values = _columns(call, kv, k_shared)
+    out, lse = hopper_forward.attend(
+        q,
+        keys,
+        values,
+        call.offset_or(offset),
+        None if documents is None else documents.first_key,
+        call.scale,
+        call.tiles.forward,
+    )
+    out, lse = manual.vary((out, lse), q)
+    return (out, lse), (q, kv, k_shared, offset, documents, out, lse)
+
+
+def _backward(call: _Call, saved, gradients):
+    q, kv, k_shared, offset, documents, out, lse = saved
+    dout, dlse = gradients
+    keys, values = _columns(call, kv, k_shared)
+    sums = jnp.einsum("BTNU,BTNU->BNT", dout, out, preferred_element_type=jnp.float32)
+    rows = ((0, 0), (0, 0), (0, -q.shape[1] % 128))
+    operands = (
+        q,
+        keys,
+        values,
+        dout.astype(q.dtype),
+        jnp.pad(lse * (-1 / call.scale), rows),
+        jnp.pad(dlse - sums, rows),
+        call.offset_or(offset),
+    )
+    dkv = hopper_backward.key_gradients(
+        *operands,
+        None if documents is None else documents.end_query,
+        call.scale,
+        call.tiles.keys,
+    )
+    dq = hopper_backward.query_gradients(
+        *operands,
+        None if documents is None else documents.first_key,
+        call.scale,
+        call.tiles.queries,
+    )
+    dq, dkv = manual.vary((dq, dkv), q)
+    shared = None
+    if k_shared is not None:
+        place = 1  # after the heads' own keys, whose array may hold the values, too
+        shared = jnp.sum(dkv.pop(place), axis=2, dtype=jnp.float32).astype(k_shared.dtype)
+    return dq, tuple(dkv), shared, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _columns(call: _Call, kv, k_shared) -> tuple[tuple[Columns, ...], Columns]:
+    """The keys and the values as columns of the operands."""
+    own = kv[0].shape[-1] - (call.value_dim if len(kv) == 1 else 0)
+    keys = [Columns(kv[0], 0, own)]
+    if k_shared is not None:
+        keys.append(Columns(k_shared, 0, k_shared.shape[-1]))
+    return tuple(keys), Columns(kv[-1], kv[-1].shape[-1] - call.value_dim, call.value_dim)
+
+
+def _pad_rows(x: Array, mode: Any = "constant") -> Array:
+    """`x` with rows (its second dim) up to a multiple of 8."""
+    extra = -x.shape[1] % 8
+    if not extra:
+        return x
+    return jnp.pad(x, ((0, 0), (0, extra), *((0, 0),) * (x.ndim - 2)), mode=mode)
+
+
+def _require_types(q, kv, k_shared, value_dim: int) -> None:
+    arrays = [q, *kv, *(() if k_shared is None else (k_shared,))]
+    for array in arrays:
+        if array.dtype != jnp.bfloat16:
+            raise NotImplementedError(f"operands must be bfloat16, and one is {array.dtype}")
+    shared = 0 if k_shared is None else k_shared.shape[-1]
+    for width in (q.shape[-1] - shared, shared, q.shape[-1], value_dim):
+        if width % 16 or width > MAX_WIDTH:
+            raise NotImplementedError(
+                f"widths of heads must be multiples of 16 up to {MAX_WIDTH}, and one is {width}"
+            )

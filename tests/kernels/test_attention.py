@@ -1,0 +1,217 @@
+"""Causal attention: every implementation against float64, forward and backward."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from dsv3_jax.kernels.attention import api, pallas_tpu, schedule
+from tests.kernels import conftest
+from tests.kernels.conftest import INTERPRETER_IS_NEWER, normal, relative_error
+
+# Rounding P, dS and the results to bfloat16 gives 1.7e-3 each; a wrong mask gives 0.1 and more.
+LIMIT = 5e-3
+
+IMPLEMENTATIONS = [*conftest.IMPLEMENTATIONS, "pallas_tpu"]
+
+
+@pytest.fixture
+def running(running):
+    """A context in which an implementation runs on this machine, interpreted if need be."""
+    return lambda name: pallas_tpu.interpreting() if name == "pallas_tpu" else running(name)
+
+
+def exact(q, k, v, scale, offset, segments, dout, dlse):
+    """Output, log-sum-exp and gradients of q, k and v in float64."""
+    q, k, v, dout, dlse = (np.asarray(x, np.float64) for x in (q, k, v, dout, dlse))
+    rows, keys = np.arange(q.shape[1])[:, None] + offset, np.arange(k.shape[1])
+    mask = np.broadcast_to(rows >= keys, (len(q), *np.broadcast_shapes(rows.shape, keys.shape)))
+    if segments is not None:
+        mask = mask & (segments[:, rows[:, 0], None] == segments[:, None, :])
+    s = np.where(mask[:, None], scale * np.einsum("btnp,bsnp->bnts", q, k), -np.inf)
+    largest = s.max(-1, keepdims=True)
+    total = np.exp(s - largest).sum(-1, keepdims=True)
+    p = np.exp(s - largest) / total
+    out = np.einsum("bnts,bsnu->btnu", p, v)
+    dp = np.einsum("btnu,bsnu->bnts", dout, v)
+    ds = p * (dp - np.einsum("btnu,btnu->bnt", dout, out)[..., None] + dlse[..., None])
+    gradients = (
+        scale * np.einsum("bnts,bsnp->btnp", ds, k),
+        scale * np.einsum("bnts,btnp->bsnp", ds, q),
+        np.einsum("bnts,btnu->bsnu", p, dout),
+    )
+    return out, (largest + np.log(total))[..., 0], gradients
+
+
+def bf16(rng, *shape):
+    return normal(rng, *shape).astype(jnp.bfloat16)
+
+
+def in_mla_form(q, kv, shared, value_dim):
+    """The keys and values that `mla_attention` reads, written out."""
+    own = kv[..., : kv.shape[-1] - value_dim]
+    spread = jnp.broadcast_to(shared[:, :, None], (*own.shape[:3], shared.shape[-1]))
+    return jnp.concatenate([own, spread], axis=-1), kv[..., kv.shape[-1] - value_dim :]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_mla_attention_of_a_chunk_of_packed_documents(implementation, rng, running):
+    batch, queries, keys, heads, own, shared, value = 1, 136, 203, 2, 32, 16, 32
+    offset = keys - queries
+    q, kv, k_shared, dout = (
+        bf16(rng, *shape)
+        for shape in (
+            (batch, queries, heads, own + shared),
+            (batch, keys, heads, own + value),
+            (batch, keys, shared),
+            (batch, queries, heads, value),
+        )
+    )
+    dlse = normal(rng, batch, heads, queries)
+    segments = np.repeat([3, 1, 4], [90, 30, 83])[None]  # 1 ends inside a tile of both kernels
+
+    def attend(q, kv, k_shared):
+        return api.mla_attention(
+            q,
+            kv,
+            k_shared,
+            scale=0.2,
+            offset=jnp.int32(offset),
+            segments=jnp.asarray(segments),
+            implementation=implementation,
+        )
+
+    with running(implementation):
+        (out, lse), vjp = jax.vjp(attend, q, kv, k_shared)
+        dq, dkv, dshared = vjp((dout, dlse))
+    k, v = in_mla_form(q, kv, k_shared, value)
+    want, want_lse, (want_q, want_k, want_v) = exact(q, k, v, 0.2, offset, segments, dout, dlse)
+    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    assert relative_error(out, want) < LIMIT
+    assert np.abs(lse - want_lse).max() < 1e-5
+    assert relative_error(dq, want_q) < LIMIT
+    assert relative_error(dkv[..., :own], want_k[..., :own]) < LIMIT
+    assert relative_error(dkv[..., own:], want_v) < LIMIT
+    assert relative_error(dshared, want_k[..., own:].sum(2)) < LIMIT
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_attention_errs_at_most_twice_as_much_as_bf16_products(implementation, rng, running):
+    shape = (2, 256, 1, 64)
+    q, k, v, dout = (bf16(rng, *shape) for _ in range(4))
+    dlse = jnp.zeros((2, 1, 256))
+
+    def run(implementation):
+        with running(implementation):
+            (out, _), vjp = jax.vjp(
+                lambda *qkv: api.attention(*qkv, scale=0.125, implementation=implementation),
+                q,
+                k,
+                v,
+            )
+            return out, *vjp((dout, dlse))
+
+    out, _, gradients = exact(q, k, v, 0.125, 0, None, dout, dlse)
+    for got, plain, want in zip(run(implementation), run("reference"), (out, *gradients)):
+        assert relative_error(got, want) < 2 * relative_error(plain, want)
+
+
+def test_tpu_kernels_add_up_over_blocks(rng):
+    q, k, v, dout = (bf16(rng, 1, 300, 1, 32) for _ in range(4))
+    first = jnp.asarray(np.repeat([0, 140], [140, 160])[None], jnp.int32)
+    documents = api.Documents(first, first)  # the kernels read the first only
+
+    def attend(*qkv):
+        return pallas_tpu.attention(
+            qkv[0],
+            qkv[1:],
+            None,
+            value_dim=32,
+            scale=0.2,
+            offset=0,
+            documents=documents,
+            block=128,
+        )[0]
+
+    with pallas_tpu.interpreting():
+        out, vjp = jax.vjp(attend, q, k, v)
+        gradients = vjp(dout)
+    segments = np.asarray(first) // 140
+    want, _, wanted = exact(q, k, v, 0.2, 0, segments, dout, np.zeros((1, 1, 300)))
+    assert relative_error(out, want) < LIMIT
+    for got, one in zip(gradients, wanted):
+        assert relative_error(got, one) < LIMIT
+
+
+@pytest.mark.parametrize(
+    "platform, kind, lowering",
+    [
+        ("tpu", "TPU v5p", "tpu"),
+        pytest.param("gpu", "NVIDIA H200", "cuda", marks=INTERPRETER_IS_NEWER),
+    ],
+)
+def test_kernels_compile_for_their_platform_inside_shard_map(platform, kind, lowering):
+    device = AbstractDevice(device_kind=kind, num_cores=132, platform=platform)
+    mesh = AbstractMesh((2, 2), ("data", "tensor"), (AxisType.Auto,) * 2, abstract_device=device)
+    heads, shared = P("data", None, "tensor", None), P("data")
+
+    def loss(q, kv, k_shared):
+        out, lse = jax.shard_map(
+            lambda *local: api.mla_attention(
+                *local, scale=0.1, implementation=f"pallas_{platform}"
+            ),
+            in_specs=(heads, heads, shared),
+            out_specs=(heads, P("data", "tensor")),
+        )(q, kv, k_shared)
+        return out.astype(jnp.float32).sum() + lse.sum()
+
+    shapes = ((2, 256, 4, 192), (2, 256, 4, 256), (2, 256, 64))
+    operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*operands)
+        text = traced.lower(lowering_platforms=(lowering,)).as_text()
+    assert "attention_key_gradients" in text
+
+
+def test_documents_are_runs_of_equal_numbers():
+    documents = api.documents_of(jnp.array([[7, 7, 2, 2, 2, 7]]), 4, 2)
+    np.testing.assert_array_equal(documents.first_key, [[2, 2, 2, 5]])
+    np.testing.assert_array_equal(documents.end_query, [[0, 0, 3, 3, 3, 4]])
+
+
+def test_every_tile_is_worked_on_once_and_blocks_end_together():
+    steps = tuple(range(1, 33))
+    table = schedule.longest_first(steps, heads=128, section=9, blocks=132)
+    tiles = table[table >= 0]
+    np.testing.assert_array_equal(np.sort(tiles), np.arange(128 * 32))
+    work = np.where(table >= 0, np.array(steps)[table % 32] + schedule.OVERHEAD, 0).sum(1)
+    assert work.max() < 1.01 * work.mean()
+    assert (table[:, -1] == -1).all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(v=(1, 9, 2, 16)), r"\(1, 9, 2, 16\) must be \[B, S, N, 16\]"),
+        (dict(q=(1, 9, 2, 32)), "9 queries are more than their 8 keys"),
+        (dict(segments=(1, 7)), r"segments \(1, 7\) must be \[B, S\], that is \(1, 8\)"),
+    ],
+)
+def test_refuses_shapes_that_do_not_fit(change, message):
+    shapes = dict(q=(1, 8, 2, 32), k=(1, 8, 2, 32), v=(1, 8, 2, 16), segments=(1, 8)) | change
+    q, k, v = (jnp.zeros(shapes[name], jnp.bfloat16) for name in "qkv")
+    with pytest.raises(ValueError, match=message):
+        api.attention(q, k, v, scale=1.0, segments=jnp.zeros(shapes["segments"], jnp.int32))
+
+
+@INTERPRETER_IS_NEWER
+@pytest.mark.parametrize(
+    "width, dtype, message",
+    [(24, "bfloat16", "multiples of 16 up to 256, and one is 24"), (32, "float32", "is float32")],
+)
+def test_gpu_kernel_says_what_it_cannot_do(width, dtype, message, running):
+    q = jnp.zeros((1, 8, 1, width), dtype)
+    with running("pallas_gpu"), pytest.raises(NotImplementedError, match=message):
+        api.attention(q, q, q, scale=1.0, implementation="pallas_gpu")
