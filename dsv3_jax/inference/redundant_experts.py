@@ -15,15 +15,23 @@ import numpy as np
 from jaxtyping import Int
 
 from dsv3_jax.config import ModelConfig, UserError
+from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import Variables, forward
 from dsv3_jax.parallel.load_balancer import Placement
+from dsv3_jax.parallel.sharding import Layout
 
 
-def replicate_experts(variables: Variables, placement: Placement, config: ModelConfig) -> Variables:
+def replicate_experts(
+    variables: Variables,
+    placement: Placement,
+    config: ModelConfig,
+    layout: Layout | None = None,
+) -> Variables:
     """The variables with the experts of every layer in the places that the plan gives them.
 
-    The plan's layers are the main model's MoE layers and then, if it has more, MTP modules; those
-    that it leaves out keep one place an expert. Raises UserError for a plan of another model.
+    With a layout each device gets the experts of its own places. The plan's layers are the main
+    model's MoE layers and then, if it has more, MTP modules; those that it leaves out keep one
+    place an expert. Raises UserError for a plan of another model.
     """
     num_layers, num_experts = placement.count_LE.shape
     most = config.num_moe_layers + config.num_nextn_predict_layers
@@ -36,29 +44,32 @@ def replicate_experts(variables: Variables, placement: Placement, config: ModelC
         )
     params, placed = dict(variables["params"]), {}
     main = Placement(*(rows[: config.num_moe_layers] for rows in placement))
-    params["moe_layers"], placed["moe_layers"] = _placed(params["moe_layers"], main)
+    params["moe_layers"], placed["moe_layers"] = _placed(params["moe_layers"], main, layout)
     for depth in range(num_layers - config.num_moe_layers):
         name, layer = f"mtp_{depth}", config.num_moe_layers + depth
         if name not in params:
             continue  # a model served without its MTP modules
         one = Placement(*(rows[layer] for rows in placement))
-        block, places = _placed(params[name]["block"], one)
+        block, places = _placed(params[name]["block"], one, layout)
         params[name] = {**params[name], "block": block}
         placed[name] = {"block": places}
     return {**variables, "params": params, "placement": placed}
 
 
-def _placed(layer, placement: Placement):
+def _placed(layer, placement: Placement, layout: Layout | None):
     """(the layer with its experts gathered, its entry of the `placement` collection)."""
     places = jax.tree.map(jnp.asarray, placement)
-    # In a layer, or in each of a stack.
-    gather = lambda weights, expert_P: weights[expert_P]  # noqa: E731
-    if places.expert_LP.ndim == 2:
-        gather = jax.vmap(gather)
-    gather = jax.jit(gather)
-    experts = jax.tree.map(lambda w: gather(w, places.expert_LP), layer["mlp"]["experts"])
+
+    def gather(experts, expert_LP):
+        of_layer = lambda weights, expert_P: weights[expert_P]  # noqa: E731
+        of_all = jax.vmap(of_layer) if expert_LP.ndim == 2 else of_layer
+        return {"experts": jax.tree.map(lambda w: of_all(w, expert_LP), experts)}
+
+    operands = (layer["mlp"]["experts"], places.expert_LP)
+    where = layout and shardings(jax.eval_shape(gather, *operands), layout)
+    experts = jax.jit(gather, out_shardings=where)(*operands)
     names = {"expert": places.expert_LP, "place": places.place_LEC, "count": places.count_LE}
-    return {**layer, "mlp": {**layer["mlp"], "experts": experts}}, {"mlp": names}
+    return {**layer, "mlp": {**layer["mlp"], **experts}}, {"mlp": names}
 
 
 def measure_load(

@@ -71,7 +71,9 @@ def test_replicas_on_a_mesh_give_the_logits_of_one_device(run, transport):
     """Two nodes of two devices, three places on each; the plan keeps groups on their nodes."""
     mesh = make_mesh(ParallelConfig(node=2, local=2))
     layout = Layout(mesh, expert=ExpertParallelConfig(transport=transport, capacity_factor=1.0))
-    served = replicate_experts(VARIABLES, skewed_plan(LAYERS), CONFIG)
+    served = replicate_experts(VARIABLES, skewed_plan(LAYERS), CONFIG, layout)
+    down = served["params"]["moe_layers"]["mlp"]["experts"]["down_proj"]
+    assert (down.shape[1], down.sharding.shard_shape(down.shape)[1]) == (12, 3)
     tokens = random_tokens(CONFIG, 4, 9)
     got = run(served, tokens, config=CONFIG, layout=layout)
     want = run(VARIABLES, tokens, config=CONFIG)
