@@ -1,0 +1,272 @@
+"""Times attention on the real shapes against cuDNN (through torch) and XLA, in one run.
+
+    python -m benchmarks.bench_attention [--only TEXT] [--out DIR]
+
+Needs a Hopper GPU. A row is a pass (forward, or forward and backward) over one shape: microseconds,
+TFLOP/s, how many times faster it is than torch's cuDNN attention and than XLA's, and the relative
+errors beside those of XLA's bfloat16 products with a float32 softmax. Operations are counted with
+the causal half: 2 (P + U) a pair forward, and 2 (3 P + 2 U) backward, whatever a kernel repeats.
+
+Data are random normal, the L2 cache is flushed before every call, times are medians of CUPTI's
+kernel durations. cuDNN's backward pass adds up dQ in memory in any order, ours has one order;
+torch's deterministic mode is timed beside it. XLA keeps the logits in memory, so its rows end where
+they no longer fit.
+"""
+
+import argparse
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory, too
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.bench_gemm import (
+    FLUSH_BYTES,
+    REPEATS,
+    _kernel_microseconds,
+    machine,
+    microseconds,
+)
+from dsv3_jax.kernels.attention import api
+
+OWN, SHARED, VALUE = 128, 64, 128  # dims of a head's own key, of the shared key, of the value
+SCALE = (OWN + SHARED) ** -0.5
+CHECKED_ROWS = 512  # the last ones, of two heads
+XLA_LOGITS = 8 << 30  # bytes of float32 logits up to which XLA is timed
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One batch of rows that attend to themselves."""
+
+    heads: int
+    length: int
+    backward: bool
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of the pairs that see each other."""
+        key, value = OWN + SHARED, VALUE
+        each = 2 * (key + value) + (2 * (3 * key + 2 * value) if self.backward else 0)
+        return self.heads * self.length**2 // 2 * each
+
+    @property
+    def label(self) -> str:
+        """The row's name in tables."""
+        name = "forward + backward" if self.backward else "forward"
+        return f"{name}, {self.heads} heads, S {self.length}"
+
+
+SHAPES = tuple(
+    Shape(heads, length, backward)
+    for heads, length in ((128, 2048), (128, 4096), (128, 8192), (32, 16384), (128, 32768))
+    for backward in (False, True)
+    if length <= 16384 or not backward
+)
+
+
+def operands(shape: Shape) -> tuple[jax.Array, ...]:
+    """Random normal q, keys with values, shared keys, and the output's cotangent."""
+    rows, heads = (1, shape.length), shape.heads
+    sizes = (
+        (*rows, heads, OWN + SHARED),
+        (*rows, heads, OWN + VALUE),
+        (*rows, SHARED),
+        (*rows, heads, VALUE),
+    )
+    keys = jax.random.split(jax.random.key(0), len(sizes))
+    return tuple(_normal(size, key) for size, key in zip(sizes, keys))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normal(shape, key):
+    return jax.random.normal(key, shape, jnp.bfloat16)
+
+
+def attention_of(implementation: str, backward: bool) -> Callable[..., Any]:
+    """A jitted pass over `operands`: output and log-sum-exp, then gradients of the first three."""
+
+    def attend(q, kv, k_shared):
+        return api.mla_attention(q, kv, k_shared, scale=SCALE, implementation=implementation)
+
+    def run(q, kv, k_shared, dout):
+        if not backward:
+            return attend(q, kv, k_shared)
+        (out, lse), vjp = jax.vjp(attend, q, kv, k_shared)
+        return out, lse, *vjp((dout, jnp.zeros_like(lse)))
+
+    return jax.jit(run)
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _plain(q, kv, k_shared, head, rows: int, dtype):
+    """Output of the last rows of one head, in plain products of `dtype` and a float32 softmax."""
+    first = kv.shape[1] - rows
+    q = q[0, first:, head].astype(dtype)
+    k = jnp.concatenate([kv[0, :, head, :OWN], k_shared[0]], axis=-1).astype(dtype)
+    with jax.default_matmul_precision("highest"):
+        logits = jnp.dot(q, k.T, preferred_element_type=jnp.float32) * SCALE
+        mask = jnp.arange(first, kv.shape[1])[:, None] >= jnp.arange(kv.shape[1])
+        probs = jax.nn.softmax(jnp.where(mask, logits, -jnp.inf), axis=-1).astype(dtype)
+        return jnp.dot(probs, kv[0, :, head, OWN:].astype(dtype))
+
+
+def errors(shape: Shape, inputs: Sequence[jax.Array], out: jax.Array) -> tuple[float, float]:
+    """Relative errors of the output's last rows: ours, and of bfloat16 products."""
+    rows, inputs = min(CHECKED_ROWS, shape.length), inputs[:3]
+    worst = [0.0, 0.0]
+    for head in (0, shape.heads - 1):
+        exact = _plain(*inputs, head, rows, jnp.float32)
+        for i, got in enumerate((out[0, -rows:, head], _plain(*inputs, head, rows, jnp.bfloat16))):
+            error = jnp.linalg.norm(got.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+            worst[i] = max(worst[i], float(error))
+    return worst[0], worst[1]
+
+
+def cudnn_microseconds(shape: Shape, deterministic: bool = False) -> float | None:
+    """Time of torch's cuDNN attention; None where torch does not have it or it refuses."""
+    try:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:
+        return None
+    on_gpu: dict[str, Any] = dict(device="cuda", dtype=torch.bfloat16)
+    sizes = (OWN + SHARED, OWN + SHARED, VALUE)
+    q, k, v = (
+        torch.randn(1, shape.heads, shape.length, size, requires_grad=True, **on_gpu)
+        for size in sizes
+    )
+    dout = torch.randn(1, shape.heads, shape.length, VALUE, **on_gpu)
+    buffer = torch.zeros(FLUSH_BYTES // 4, device="cuda")
+
+    def attend():
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    def run():
+        if not shape.backward:
+            with torch.no_grad():
+                return attend()
+        q.grad = k.grad = v.grad = None
+        return attend().backward(dout)
+
+    def calls():
+        for _ in range(REPEATS):
+            buffer.add_(1)
+            run()
+        torch.cuda.synchronize()
+
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            run()
+            torch.cuda.synchronize()
+            return _kernel_microseconds(calls)
+    except RuntimeError as error:
+        print(f"cuDNN {'deterministic ' if deterministic else ''}{shape.label}: {error}"[:300])
+        return None
+    finally:
+        torch.use_deterministic_algorithms(False)
+        del q, k, v, dout, buffer
+        torch.cuda.empty_cache()
+
+
+def measure(shape: Shape) -> dict[str, Any]:
+    """One row of the table."""
+    inputs = operands(shape)
+    ours = attention_of("pallas_gpu", shape.backward)
+    first, second = ours(*inputs), ours(*inputs)
+    same = all(bool((a == b).all()) for a, b in zip(first, second))
+    error, plain_error = errors(shape, inputs, first[0])
+    del first, second
+    us, xla_us = microseconds(ours, inputs), None
+    if shape.heads * shape.length**2 * 4 <= XLA_LOGITS:
+        xla_us = microseconds(attention_of("reference", shape.backward), inputs)
+    del inputs
+    return {
+        "shape": shape.label,
+        "us": us,
+        "tflops": shape.flops / us / 1e6,
+        "error": error,
+        "bf16_error": plain_error,
+        "same_twice": same,
+        "xla_us": xla_us,
+        "cudnn_us": cudnn_microseconds(shape),
+        "cudnn_deterministic_us": cudnn_microseconds(shape, True) if shape.backward else None,
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| attention 192/128, causal | us | TFLOP/s | error | bf16 products | same twice "
+        "| x cuDNN | x cuDNN deterministic | x XLA |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ratios = [
+            f"{row[key] / row['us']:.2f}" if row[key] else ""
+            for key in ("cudnn_us", "cudnn_deterministic_us", "xla_us")
+        ]
+        lines.append(
+            f"| {row['shape']} | {row['us']:.1f} | {row['tflops']:.0f} | {row['error']:.1e} "
+            f"| {row['bf16_error']:.1e} | {'yes' if row['same_twice'] else 'NO'} "
+            f"| {' | '.join(ratios)} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of TFLOP/s: ours, and each peer's where it was timed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 0.6 * len(rows) + 1))
+    bars = {
+        "ours": "us",
+        "cuDNN": "cudnn_us",
+        "cuDNN, deterministic": "cudnn_deterministic_us",
+        "XLA": "xla_us",
+    }
+    for offset, (name, key) in enumerate(bars.items()):
+        values = [row["tflops"] * row["us"] / row[key] if row[key] else 0 for row in rows]
+        axes.barh([i + 0.2 * offset for i in range(len(rows))], values, 0.19, label=name)
+    axes.set_yticks([i + 0.3 for i in range(len(rows))], [row["shape"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("TFLOP/s, causal half counted")
+    axes.legend()
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
+def main() -> None:
+    """Parses the command line, measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", default="", help="shapes whose label holds this text")
+    parser.add_argument("--out", type=Path, help="folder for attention.json, .md and .png")
+    options = parser.parse_args()
+    start, rows = machine(), []
+    print(start, flush=True)
+    for shape in SHAPES:
+        if options.only in shape.label:
+            rows.append(measure(shape))
+            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    end = machine()
+    print(f"{table(rows)}\nbefore: {start}\nafter: {end}")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        told = dict(before=start, after=end, rows=rows)
+        (options.out / "attention.json").write_text(json.dumps(told, indent=1))
+        (options.out / "attention.md").write_text(table(rows) + "\n")
+        plot(rows, options.out / "attention.png")
+
+
+if __name__ == "__main__":
+    main()
