@@ -5,12 +5,15 @@ right for training and prefill. `mla_absorb` moves the up-projections to the que
 so that it reads only the 576 cached values a token: right for decoding. They are the same function.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.attention.api import mla_attention
 from dsv3_jax.model.cache import LatentCache, append
 from dsv3_jax.model.held import parameter
 from dsv3_jax.model.linear import linear
@@ -27,20 +30,25 @@ def mla_expand(
     latent_BSC: Float[Array, "B S C"],
     k_rope_BSR: Float[Array, "B S R"],
     kv_b_proj: Float[Array, "N HU C"],
-    mask_BTS: Bool[Array, "#B T S"],
     scale: float,
+    *,
+    offset: int | Int[Array, ""] = 0,
+    segments: Int[Array, "B S"] | None = None,
     recipe: LinearRecipe | None = None,
 ) -> Float[Array, "B T N U"]:
-    """Attention of every head with keys and values expanded from the latent; softmax in f32.
+    """Causal attention of every head with keys and values expanded from the latent; softmax in f32.
 
-    kv_b_proj holds, per head, H rows of W^UK and then U rows of W^UV; the recipe is for its
-    product. True in the mask: visible.
+    Query t is the token of row offset + t. segments holds the document number of each row, a
+    document being one run of equal numbers; None lets attention cross documents of a packed row, as
+    V3 was trained (section 4.1). kv_b_proj holds, per head, H rows of W^UK and then U rows of W^UV;
+    the recipe is for its product. kernels/attention says what runs where.
     """
-    logits_BNTS, v_BSNU = _expanded(
-        q_nope_BTNH, q_rope_BTNR, latent_BSC, k_rope_BSR, kv_b_proj, scale, recipe
+    kv_BSNP = linear(latent_BSC, kv_b_proj, recipe)
+    q_BTNP = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], axis=-1)
+    out_BTNU, _ = mla_attention(
+        q_BTNP, kv_BSNP, k_rope_BSR, scale=scale, offset=offset, segments=segments
     )
-    probs_BNTS = _softmax(logits_BNTS, mask_BTS).astype(v_BSNU.dtype)
-    return jnp.einsum("BNTS,BSNU->BTNU", probs_BNTS, v_BSNU)
+    return out_BTNU
 
 
 def _expanded(q_nope_BTNH, q_rope_BTNR, latent_BSC, k_rope_BSR, kv_b_proj, scale, recipe):
@@ -73,27 +81,36 @@ def mla_expand_on_mesh(
     """`mla_expand` of a sequence to itself: heads over `tensor`, tokens over `context`.
 
     Latents, not keys and values, go from device to device: gathered whole, or around a ring, as
-    layout.config.context says. Tokens may lie in any order, as their positions say.
+    layout.config.context says. In a ring, tokens may lie in any order, as their positions say.
     """
     axes = layout.axes("seq")
     across = layout.size("seq") > 1
 
     def attend(q_nope, q_rope, latent, k_rope, kv_b, positions, segments):
         keys = (latent, k_rope, positions, segments)
-        if across and layout.config.context == "allgather":
-            keys = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), keys)
-
-        def mask_of(keys):
-            both = None if segments is None else (segments, keys[3])
-            return causal_mask(positions, keys[2], both)
-
         if not across or layout.config.context == "allgather":
-            mask = mask_of(keys)
-            return mla_expand(q_nope, q_rope, keys[0], keys[1], kv_b, mask, scale, recipe)
+            offset = 0
+            if across:
+                offset = jax.lax.axis_index(axes) * q_nope.shape[1]
+                gather = partial(jax.lax.all_gather, axis_name=axes, axis=1, tiled=True)
+                keys = jax.tree.map(gather, keys)
+            latent, k_rope, _, segments = keys
+            return mla_expand(
+                q_nope,
+                q_rope,
+                latent,
+                k_rope,
+                kv_b,
+                scale,
+                offset=offset,
+                segments=segments,
+                recipe=recipe,
+            )
 
         def partial_attention(keys):
             logits, v = _expanded(q_nope, q_rope, keys[0], keys[1], kv_b, scale, recipe)
-            return _partial_softmax(logits, mask_of(keys), v)
+            both = None if segments is None else (segments, keys[3])
+            return _partial_softmax(logits, causal_mask(positions, keys[2], both), v)
 
         (axis,) = axes
         out_BNTU = ring_attention(partial_attention, keys, axis)
@@ -231,9 +248,7 @@ class MLA(nn.Module):
         if cache is None or prefill:
             attend_to = (q_nope, q_rope, latent, k_rope, kv_b_proj)
             if layout is None:
-                rows = jnp.arange(x.shape[1])[None]
-                mask = causal_mask(rows, rows, None if segments is None else (segments, segments))
-                out = mla_expand(*attend_to, mask, scale, recipe.attention)
+                out = mla_expand(*attend_to, scale, segments=segments, recipe=recipe.attention)
             else:
                 out = mla_expand_on_mesh(
                     *attend_to, positions, segments, scale, recipe.attention, layout

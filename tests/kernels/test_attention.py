@@ -1,9 +1,12 @@
 """Causal attention: every implementation against float64, forward and backward."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -152,22 +155,31 @@ def test_tpu_kernels_add_up_over_blocks(rng):
         pytest.param("gpu", "NVIDIA H200", "cuda", marks=INTERPRETER_IS_NEWER),
     ],
 )
-def test_kernels_compile_for_their_platform_inside_shard_map(platform, kind, lowering):
+def test_kernels_lower_inside_shard_map_with_heads_and_tokens_cut(platform, kind, lowering):
     device = AbstractDevice(device_kind=kind, num_cores=132, platform=platform)
-    mesh = AbstractMesh((2, 2), ("data", "tensor"), (AxisType.Auto,) * 2, abstract_device=device)
-    heads, shared = P("data", None, "tensor", None), P("data")
+    names = ("context", "tensor")
+    mesh = AbstractMesh((2, 2), names, (AxisType.Auto,) * 2, abstract_device=device)
+    heads, shared = P(None, *names), P(None, "context")
 
-    def loss(q, kv, k_shared):
-        out, lse = jax.shard_map(
-            lambda *local: api.mla_attention(
-                *local, scale=0.1, implementation=f"pallas_{platform}"
-            ),
-            in_specs=(heads, heads, shared),
-            out_specs=(heads, P("data", "tensor")),
-        )(q, kv, k_shared)
+    def local(q, kv, k_shared):
+        gather = functools.partial(lax.all_gather, axis_name="context", axis=1, tiled=True)
+        return api.mla_attention(
+            q,
+            gather(kv),
+            gather(k_shared),
+            scale=0.1,
+            offset=lax.axis_index("context") * q.shape[1],
+            implementation=f"pallas_{platform}",
+        )
+
+    def loss(*operands):
+        specs = dict(
+            in_specs=(heads, heads, shared), out_specs=(heads, P(None, "tensor", "context"))
+        )
+        out, lse = jax.shard_map(local, **specs)(*operands)
         return out.astype(jnp.float32).sum() + lse.sum()
 
-    shapes = ((2, 256, 4, 192), (2, 256, 4, 256), (2, 256, 64))
+    shapes = ((2, 512, 4, 192), (2, 512, 4, 256), (2, 512, 64))
     operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
     with jax.sharding.use_abstract_mesh(mesh):
         traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*operands)
