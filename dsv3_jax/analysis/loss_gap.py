@@ -26,22 +26,27 @@ Losses = Mapping[str, Mapping[int, Sequence[float]]]
 
 
 def read_losses(folder: str | Path) -> dict[str, dict[int, list[float]]]:
-    """What `PRESET-seedN.jsonl` files in a folder hold, runs that are still going included.
+    """What `PRESET-seedN.jsonl` files in a folder hold, of runs that are still going too.
 
     Raises UserError when there is none.
     """
     losses: dict[str, dict[int, list[float]]] = {}
     for path in sorted(Path(folder).glob("*-seed*.jsonl")):
         preset, _, seed = path.stem.rpartition("-seed")
-        losses.setdefault(preset, {})[int(seed)] = read_run(path)[1]
+        run = read_run(path)[1]
+        if run:
+            losses.setdefault(preset, {})[int(seed)] = run
     if not losses:
         raise UserError(f"{folder}: no PRESET-seedN.jsonl there")
     return losses
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], list[float]]:
-    """A run's config and its losses so far: the first line, and the "ce" of the others."""
-    header, *lines = map(json.loads, path.read_text().splitlines())
+    """A run's config and its losses so far: the first line, and the "ce" of the others.
+
+    Both empty when the run has not written its first line.
+    """
+    header, *lines = map(json.loads, path.read_text().splitlines() or ['{"config": {}}'])
     return header["config"], [loss for line in lines for loss in line["ce"]]
 
 
@@ -86,18 +91,22 @@ def plot_loss_gap(losses: Losses) -> Any:
     right.axhspan(-PAPER_BOUND, PAPER_BOUND, color=COLOURS[6], alpha=0.15, label="0.25 %, V3's")
     right.axhline(0, color=COLOURS[6], linewidth=0.8)
     for preset, colour in zip(losses, COLOURS):
-        gaps = []
-        for seed, run in losses[preset].items():
-            left.plot(smooth(run), color=colour, linewidth=0.8, label=preset if not gaps else None)
-            if preset == BASELINE or seed not in losses[BASELINE]:
-                gaps.append(np.zeros(0))
-                continue
-            gaps.append(relative_gap(run, losses[BASELINE][seed]))
-            right.plot(gaps[-1], color=colour, linewidth=0.7, alpha=0.5)
-        steps = min(map(len, gaps), default=0)
-        if steps:
-            mean = np.mean([gap[:steps] for gap in gaps], axis=0)
-            right.plot(mean, color=colour, linewidth=1.8, label=f"{preset}, {len(gaps)} seeds")
+        runs = losses[preset]
+        for seed, run in runs.items():
+            label = preset if seed == min(runs) else None
+            left.plot(smooth(run), color=colour, linewidth=0.8, label=label)
+        if preset == BASELINE:
+            continue
+        shared = [seed for seed in runs if seed in losses[BASELINE]]
+        gaps = [relative_gap(runs[seed], losses[BASELINE][seed]) for seed in shared]
+        if not gaps:
+            continue
+        for gap in gaps:
+            right.plot(gap, color=colour, linewidth=0.7, alpha=0.5)
+        steps = min(map(len, gaps))
+        mean = np.mean([gap[:steps] for gap in gaps], axis=0)
+        seeds = f"mean of {len(gaps)} seeds" if len(gaps) > 1 else "one seed"
+        right.plot(mean, color=colour, linewidth=1.8, label=f"{preset}, {seeds}")
     left.set(title="Loss, EMA 0.9", xlabel="step", ylabel="cross-entropy [nats/token]")
     right.set(title=f"Gap to {BASELINE}", xlabel="step", ylabel="percent", ylim=(-1, 1))
     left.legend()

@@ -57,6 +57,12 @@ def test_the_gap_is_relative_and_over_the_last_quarter():
     assert gaps_of(losses, "fp8_paper") == {0: pytest.approx(-1.0)}
 
 
+def test_a_run_that_has_only_begun_is_left_out(tmp_path):
+    (tmp_path / "bf16-seed0.jsonl").write_text("")  # opened by another process, nothing written
+    (tmp_path / "fp8_paper-seed0.jsonl").write_text('{"config": {}}\n{"step": 2, "ce": [3, 2]}\n')
+    assert read_losses(tmp_path) == {"fp8_paper": {0: [3, 2]}}
+
+
 def test_a_run_without_a_baseline_is_refused(tmp_path):
     with pytest.raises(UserError, match="no bf16"):
         plot_loss_gap({"fp8_paper": {0: [1.0]}})
