@@ -13,19 +13,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import tyro
 
 from dsv3_jax import cli
-from dsv3_jax.config import Config, UserError, config_from_dict
+from dsv3_jax.config import (
+    Config,
+    ExpertParallelConfig,
+    ParallelConfig,
+    ShardingConfig,
+    UserError,
+    config_from_dict,
+)
 from dsv3_jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.redundant_experts import measure_load, replicate_experts
 from dsv3_jax.interop.checkpoint import is_weights_folder
 from dsv3_jax.interop.load import load_hf, stores_fp8
 from dsv3_jax.model.held import describe_weights, hold_in_fp8
-from dsv3_jax.model.transformer import Variables, init_variables
+from dsv3_jax.model.transformer import Variables, abstract_variables
 from dsv3_jax.parallel.load_balancer import balance, logged_load
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.sharding import Layout, make_layout
 from dsv3_jax.training import checkpoint
 
 
@@ -51,6 +59,9 @@ class InferOptions:
     """Give busy experts this many more places in every MoE layer; the text stays the same."""
     expert_load: str = "logged"
     """Which are busy: as "logged" by the run, counted on the "prompts", or a metrics.jsonl."""
+    mesh: ParallelConfig = field(default_factory=ParallelConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
     devices: int | None = None  # run on this many virtual CPU devices
 
 
@@ -59,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     options = cli.parse_options(InferOptions, argv, description=__doc__)
     check(options)
     cli.use_virtual_devices(options.devices)
-    config, variables = load_run(options)
+    config, layout, variables = load_run(options)
     if options.fp8:
         variables = hold_in_fp8(variables, config.model)
         print(describe_weights(variables), file=sys.stderr)
@@ -80,14 +91,12 @@ def main(argv: Sequence[str]) -> int:
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
+        layout=layout,
     )
     if len(prompts) == 1:
         stream((int(ids[0]) for ids in tokens), options, tokenizer, config.model.eos_token_id, 0)
         return 0
-    columns = [
-        list(column) for column in zip(*((int(i) for i in ids) for ids in tokens), strict=True)
-    ]
-    for number, column in enumerate(columns):
+    for number, column in enumerate(zip(*(ids.tolist() for ids in tokens), strict=True)):
         stream(iter(column), options, tokenizer, config.model.eos_token_id, number)
     return 0
 
@@ -98,6 +107,8 @@ def check(options: InferOptions) -> None:
         raise UserError("give either --prompt TEXT or --token-ids 1,2,3 (each may be repeated)")
     if options.max_new_tokens <= 0:
         raise UserError(f"--max-new-tokens {options.max_new_tokens} must be positive")
+    if options.fp8 and options.mesh.num_devices > 1:
+        raise UserError("--fp8 holds whole matrices: leave it out, or run on one device")
     if options.redundant_experts < 0:
         raise UserError(f"--redundant-experts {options.redundant_experts} must not be negative")
     if options.temperature < 0 or not 0 < options.top_p <= 1:
@@ -107,22 +118,33 @@ def check(options: InferOptions) -> None:
         )
 
 
-def load_run(options: InferOptions) -> tuple[Config, Variables]:
-    """The config and parameters of a run, without the optimizer's state, or of a weights folder."""
+def load_run(options: InferOptions) -> tuple[Config, Layout | None, Variables]:
+    """Config and parameters of a run, without the optimizer's state, or of a weights folder.
+
+    And the layout of the mesh asked for, on which a run's parameters are read where they belong.
+    """
     if not options.checkpoint.is_dir():
         raise UserError(f"--checkpoint {options.checkpoint}: no such folder")
     if is_weights_folder(options.checkpoint):
         dtype = "stored" if options.fp8 and stores_fp8(options.checkpoint) else "bf16"
         model, variables = load_hf(options.checkpoint, dtype=dtype)
-        return Config(model=model), variables
+        config = Config(model=model)
+        return config, layout_for(options, config), variables
     if options.step != "auto" and not options.step.isdigit():
         raise UserError(f"--step {options.step} must be auto or a step number")
     folder = options.checkpoint / "checkpoints"
     step, meta = checkpoint.read_meta(folder, options.step)
     config = config_from_dict(meta["config"])
-    abstract = jax.eval_shape(lambda key: init_variables(key, config.model), jax.random.key(0))
+    layout = layout_for(options, config)
+    abstract = abstract_variables(config.model, layout)
     variables, _ = checkpoint.restore(folder, step, abstract, partial=True)
-    return config, variables
+    return config, layout, variables
+
+
+def layout_for(options: InferOptions, config: Config) -> Layout | None:
+    """The layout of the mesh asked for; UserError when it does not fit the model."""
+    options.mesh.check_model(config.model)
+    return make_layout(make_mesh(options.mesh), options.sharding, options.expert_parallel)
 
 
 def with_redundant_experts(

@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
         cli.use_virtual_devices(config.devices)
         hosts.start(config.distributed)
         mesh = make_mesh(config.mesh)
-        layout = make_layout(config, mesh)  # None on one device
+        layout = make_layout(mesh, config.sharding, config.expert_parallel)  # None on one device
         if config.dry_run:
             print(dry_run_report(config, mesh, layout))
             return 0
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
                 metrics.record(int(state.step), {"seconds": clock.seconds()})
                 return stop.exit_code
             with clock("sample"):
-                write_sample(config, corpus, state, run_dir)
+                write_sample(config, layout, corpus, state)
             metrics.record(steps, {"seconds": clock.seconds()})
     if primary:
         cli.draw_plots(run_dir)
@@ -171,7 +171,7 @@ def train(
     return state
 
 
-def write_sample(config: Config, corpus: Corpus, state: TrainState, run_dir: Path) -> None:
+def write_sample(config: Config, layout: Layout | None, corpus: Corpus, state: TrainState) -> None:
     """Lets the model continue the validation text's first lines; shown, and kept in sample.txt."""
     if not config.train.sample_tokens:
         return
@@ -185,11 +185,12 @@ def write_sample(config: Config, corpus: Corpus, state: TrainState, run_dir: Pat
         temperature=0.7,
         top_p=0.95,
         seed=config.seed,
+        layout=layout,
     )
     decode = corpus.tokenizer.decode
     text = f"{decode(prompt)}\N{BROKEN BAR}{decode([int(ids[0]) for ids in tokens])}"
     if jax.process_index() == 0:
-        (run_dir / "sample.txt").write_text(text)
+        (Path(config.run_dir) / "sample.txt").write_text(text)
     log.info("a sample (the model writes after the \N{BROKEN BAR}):\n%s", text)
 
 

@@ -219,6 +219,11 @@ class ParallelConfig:
         _require_positive(found, self, [f.name for f in dataclasses.fields(self)])
         return found
 
+    def check_model(self, model: ModelConfig) -> None:
+        """UserError, with all reasons, when this mesh cannot hold the model."""
+        if found := [f"mesh.{p}" for p in self.problems()] or self.indivisible(model):
+            raise UserError("the mesh does not fit the model:\n  - " + "\n  - ".join(found))
+
     def indivisible(self, model: ModelConfig) -> list[str]:
         """Dims of the model that their mesh axes do not divide."""
         found: list[str] = []
@@ -234,6 +239,13 @@ class ParallelConfig:
                     f"model.{name}={size} must be a multiple of mesh.tensor={self.tensor}: use "
                     f"mesh.tensor={math.gcd(size, self.tensor)} or {_round_up(size, self.tensor)}"
                 )
+        expert_shards = self.node * self.local
+        if model.n_routed_experts % expert_shards:
+            found.append(
+                f"model.n_routed_experts={model.n_routed_experts} must be a multiple of "
+                f"mesh.node x mesh.local = {expert_shards}: use mesh.node x mesh.local = "
+                f"{math.gcd(model.n_routed_experts, expert_shards)}"
+            )
         return found
 
 
@@ -488,11 +500,6 @@ class Config:
                 f"{self.model.num_nextn_predict_layers}"
             )
         expert_shards = self.mesh.node * self.mesh.local
-        if self.model.n_routed_experts % expert_shards:
-            found.append(
-                f"model.n_routed_experts={self.model.n_routed_experts} must be a multiple of "
-                f"mesh.node x mesh.local = {expert_shards}"
-            )
         if self.expert_parallel.transport == "local" and expert_shards > 1:
             found.append(
                 "expert_parallel.transport='local' moves nothing, but the experts are spread over "

@@ -1,5 +1,6 @@
 """Generation for prompts of different lengths at once: prefill, then decode from the cache."""
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -9,6 +10,7 @@ from jaxtyping import Int
 
 from dsv3_jax.config import ModelConfig, UserError
 from dsv3_jax.inference.sampling import sample
+from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import (
     Variables,
     decode_step,
@@ -16,6 +18,7 @@ from dsv3_jax.model.transformer import (
     logits_of,
     prefill,
 )
+from dsv3_jax.parallel.sharding import Layout, constrain, serving_layouts
 
 # Prompts are padded to a multiple, so that prompts of similar lengths share one compilation.
 PROMPT_MULTIPLE = 32
@@ -31,35 +34,53 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    layout: Layout | None = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yields the next token of every prompt, int32 [B], up to max_new_tokens times.
 
     A sequence that has ended (eos_token_id) yields eos again; iteration ends when all have. The
     cache holds cache_length tokens a sequence, by default what the longest needs. Raises UserError
-    for an empty prompt, a token outside the vocabulary, or prompts longer than the cache.
+    for an empty prompt, a token outside the vocabulary, or prompts longer than the cache. The
+    layout says how to spread the work over a mesh; the tokens are those of one device, but for
+    rounding.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     cache_length = _checked_cache_length(prompts, lengths, config, max_new_tokens, cache_length)
-    padded_length = min(-(-lengths.max() // PROMPT_MULTIPLE) * PROMPT_MULTIPLE, cache_length)
+    count, multiple = len(prompts), PROMPT_MULTIPLE
+    prefill_layout, decode_layout = serving_layouts(layout)
+    if prefill_layout is not None:
+        variables = jax.device_put(variables, shardings(variables, prefill_layout))
+        multiple = math.lcm(multiple, 2 * prefill_layout.size("seq"))
+        cache_length = -(-cache_length // multiple) * multiple
+        # Every device needs as many sequences as the others.
+        copies = np.arange(count + -count % prefill_layout.size("batch")) % count
+        prompts, lengths = [prompts[int(i)] for i in copies], lengths[copies]
+    padded_length = min(-(-lengths.max() // multiple) * multiple, cache_length)
     padded = np.full((len(prompts), padded_length), config.eos_token_id, np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
 
     key = jax.random.key(seed)
     cache = init_model_cache(config, len(prompts), cache_length)
-    hidden, cache = _prefill(variables, padded, cache, config)
+    hidden, cache = _prefill(variables, padded, cache, config, prefill_layout)
     hidden = hidden[np.arange(len(prompts)), lengths - 1]
-    ended = np.zeros(len(prompts), bool)
+    ended = np.zeros(count, bool)
     for step in range(max_new_tokens):
         tokens = _next_token(
-            variables["params"], hidden, jax.random.fold_in(key, step), temperature, top_p
+            variables["params"],
+            hidden[:count],
+            jax.random.fold_in(key, step),
+            temperature,
+            top_p,
+            decode_layout,
         )
         ids = np.where(ended, config.eos_token_id, np.asarray(tokens))
         yield ids
         ended |= ids == config.eos_token_id
         if ended.all() or step + 1 == max_new_tokens:
             return
-        hidden, cache = _decode(variables, ids[:, None], lengths + step, cache, config)
+        fed = np.resize(ids, len(prompts))[:, None]  # the copies again
+        hidden, cache = _decode(variables, fed, lengths + step, cache, config, decode_layout)
         hidden = hidden[:, 0]
 
 
@@ -86,16 +107,18 @@ def _checked_cache_length(prompts, lengths, config: ModelConfig, max_new_tokens,
     return cache_length
 
 
-@partial(jax.jit, static_argnames="config", donate_argnums=2)
-def _prefill(variables, tokens, cache, config):
-    return prefill(variables, tokens, cache, config)
+@partial(jax.jit, static_argnames=("config", "layout"), donate_argnums=2)
+def _prefill(variables, tokens, cache, config, layout):
+    return prefill(variables, tokens, cache, config, layout)
 
 
-@partial(jax.jit, static_argnames="config", donate_argnums=3)
-def _decode(variables, tokens, start, cache, config):
-    return decode_step(variables, tokens, start, cache, config)
+@partial(jax.jit, static_argnames=("config", "layout"), donate_argnums=3)
+def _decode(variables, tokens, start, cache, config, layout):
+    return decode_step(variables, tokens, start, cache, config, layout)
 
 
-@jax.jit
-def _next_token(params, hidden, key, temperature, top_p):
-    return sample(logits_of(params, hidden), key, temperature, top_p)
+@partial(jax.jit, static_argnames="layout")
+def _next_token(params, hidden, key, temperature, top_p, layout):
+    # Whole on every device, and so for every host to read.
+    logits = logits_of(params, constrain(hidden, layout))
+    return constrain(sample(logits, key, temperature, top_p), layout)

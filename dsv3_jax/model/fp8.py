@@ -51,8 +51,10 @@ def fp8_linear(
     """
     batch = x.shape[: -_input_dims(activation)]
     x_T = x.reshape(math.prod(batch), *x.shape[len(batch) :])
-    # Inside a shard_map: its gradient is added up over the devices that x differs between.
-    weight = vary(weight, jax.typeof(x).manual_axis_type.varying)
+    # Inside a shard_map: the gradient of one is added up over the devices that the other differs
+    # between.
+    axes = [a for operand in (x_T, weight) for a in jax.typeof(operand).manual_axis_type.varying]
+    x_T, weight = vary((x_T, weight), axes)
     weight_NK = weight.reshape(-1, weight.shape[-1])
     y: Array = _linear(x_T, weight_NK, None, recipe, activation)
     return y.reshape(*batch, *weight.shape[:-1])

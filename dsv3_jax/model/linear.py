@@ -1,6 +1,8 @@
 """The linear map of every projection; the one place that decides in which format it multiplies."""
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -8,8 +10,17 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.kernels.grouped_gemm.api import KERNEL_ALIGNMENT, grouped_matmul, row_alignment
 from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
 from dsv3_jax.model.held import FP8Weight, held_grouped_linear, held_linear
+from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import StraightThrough
 from dsv3_jax.quantization.recipe import LinearRecipe
+
+
+class Spread(NamedTuple):
+    """How an operation lies on a mesh, for products that XLA cannot cut by itself: kernels."""
+
+    layout: Layout | None
+    rows: tuple[str | None, ...]  # the dims of x but its last
+    weight: tuple[str | None, ...]  # the last is contracted, and so also x's last
 
 
 def linear(
@@ -17,22 +28,45 @@ def linear(
     weight: Float[Array, "*N K"] | FP8Weight,
     recipe: LinearRecipe | None = None,
     activation: Callable[[Array], Array] | None = None,
+    spread: Spread | None = None,
 ) -> Float[Array, "..."]:
     """x times the transposed weight, in x's dtype: [*B, K] by [*N, K] gives [*B, *N].
 
     The weight keeps its leading dims, so a [N, H, D] projection yields heads without a reshape.
     A recipe says how the products are quantised, none that they are not. An activation is applied
     to x first (`fp8_linear` saves x rather than what it makes of it). An FP8Weight is multiplied in
-    FP8 with or without a recipe, and has no gradient.
+    FP8 with or without a recipe, and has no gradient. With a layout in `spread`, a product with a
+    recipe is each device's own; a contracted dim that is cut leaves y laid out as the residual.
     """
     if isinstance(weight, FP8Weight):
         return held_linear(x if activation is None else activation(x), weight, recipe)
     if recipe is not None:
-        return fp8_linear(x, weight, recipe, activation)
+        multiply = partial(fp8_linear, recipe=recipe, activation=activation)
+        if spread is None or spread.layout is None:
+            return multiply(x, weight)
+        return _on_mesh(multiply, x, weight, spread.layout, spread)
     if activation is not None:
         x = activation(x)
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     return jax.lax.dot_general(x, weight.astype(x.dtype), contract)
+
+
+def _on_mesh(multiply, x, weight, layout: Layout, spread: Spread):
+    *out_dims, contracted = spread.weight
+    inner = (None,) * (x.ndim - len(spread.rows) - 1)  # SwiGLU's pair
+    rows = spread.rows if contracted is None else (spread.rows[0], "residual")
+
+    def of_device(x, weight):
+        y = multiply(x, weight)
+        if contracted is None:
+            return y
+        axes = layout.axes(contracted)
+        if axes == layout.residual_axes():
+            return jax.lax.psum_scatter(y, axes, scatter_dimension=1, tiled=True)
+        return jax.lax.psum(y, axes)
+
+    inputs = layout.spec(*spread.rows, *inner, contracted), layout.spec(*spread.weight)
+    return layout.shard_map(of_device, inputs, layout.spec(*rows, *out_dims))(x, weight)
 
 
 def grouped_linear(

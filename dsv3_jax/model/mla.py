@@ -5,8 +5,6 @@ right for training and prefill. `mla_absorb` moves the up-projections to the que
 so that it reads only the 576 cached values a token: right for decoding. They are the same function.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,11 +14,11 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.attention.api import mla_attention
 from dsv3_jax.model.cache import LatentCache, append
 from dsv3_jax.model.held import parameter
-from dsv3_jax.model.linear import linear
+from dsv3_jax.model.linear import Spread, linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS, rms_norm
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
 from dsv3_jax.parallel.context import LOWEST, Partial, ring_attention
-from dsv3_jax.parallel.sharding import Layout, constrain
+from dsv3_jax.parallel.sharding import Layout, constrain, in_natural_order
 from dsv3_jax.quantization.recipe import BF16, LinearRecipe, Recipe
 
 
@@ -81,40 +79,39 @@ def mla_expand_on_mesh(
     """`mla_expand` of a sequence to itself: heads over `tensor`, tokens over `context`.
 
     Latents, not keys and values, go from device to device: gathered whole, or around a ring, as
-    layout.config.context says. In a ring, tokens may lie in any order, as their positions say.
+    layout.config.context says. Tokens lie in the layout's order; positions are theirs.
     """
-    axes = layout.axes("seq")
-    across = layout.size("seq") > 1
+    axes, length = layout.axes("seq"), latent_BTC.shape[1]
 
     def attend(q_nope, q_rope, latent, k_rope, kv_b, positions, segments):
-        keys = (latent, k_rope, positions, segments)
-        if not across or layout.config.context == "allgather":
-            offset = 0
-            if across:
-                offset = jax.lax.axis_index(axes) * q_nope.shape[1]
-                gather = partial(jax.lax.all_gather, axis_name=axes, axis=1, tiled=True)
-                keys = jax.tree.map(gather, keys)
-            latent, k_rope, _, segments = keys
-            return mla_expand(
-                q_nope,
-                q_rope,
-                latent,
-                k_rope,
-                kv_b,
-                scale,
-                offset=offset,
-                segments=segments,
-                recipe=recipe,
-            )
+        places = (positions, segments)
+        if layout.order(length) is not None:
 
-        def partial_attention(keys):
-            logits, v = _expanded(q_nope, q_rope, keys[0], keys[1], kv_b, scale, recipe)
-            both = None if segments is None else (segments, keys[3])
-            return _partial_softmax(logits, causal_mask(positions, keys[2], both), v)
+            def partly(queries, keys):
+                q_nope, q_rope, at_queries = queries
+                latent, k_rope, at_keys = keys
+                logits, v = _expanded(q_nope, q_rope, latent, k_rope, kv_b, scale, recipe)
+                return _partial_softmax(logits, _mask_between(at_queries, at_keys), v)
 
-        (axis,) = axes
-        out_BNTU = ring_attention(partial_attention, keys, axis)
-        return out_BNTU.astype(q_nope.dtype).swapaxes(1, 2)
+            queries, keys = (q_nope, q_rope, places), (latent, k_rope, places)
+            out_BNTU = ring_attention(partly, queries, keys, *axes)
+            return out_BNTU.astype(q_nope.dtype).swapaxes(1, 2)
+        keys, offset = (latent, k_rope, segments), 0
+        if layout.size("seq") > 1:
+            offset = jax.lax.axis_index(axes) * q_nope.shape[1]
+            keys = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), keys)
+        latent, k_rope, segments = keys
+        return mla_expand(
+            q_nope,
+            q_rope,
+            latent,
+            k_rope,
+            kv_b,
+            scale,
+            offset=offset,
+            segments=segments,
+            recipe=recipe,
+        )
 
     q, tokens = layout.spec("batch", "seq", "heads", None), layout.spec("batch", "seq")
     of_positions = layout.spec("batch" if len(positions) > 1 else None, "seq")
@@ -175,6 +172,12 @@ def _softmax(
     return jax.nn.softmax(jnp.where(mask[:, None], logits, lowest), axis=-1)
 
 
+def _mask_between(queries, keys) -> Bool[Array, "#B T S"]:
+    """`causal_mask` of (positions, segments or None) of queries and of keys."""
+    both = None if queries[1] is None else (queries[1], keys[1])
+    return causal_mask(queries[0], keys[0], both)
+
+
 def _partial_softmax(logits_BNTS, mask_BTS, v_BSNU) -> Partial:
     logits_BNTS = jnp.where(mask_BTS[:, None], logits_BNTS, LOWEST)
     largest = jax.lax.stop_gradient(logits_BNTS.max(-1))
@@ -211,26 +214,31 @@ class MLA(nn.Module):
         absorbed form, which `segments` does not apply to.
         """
         config, recipe, layout = self.config, self.recipe, self.layout
+        rows = ("batch", "seq")
+        to_heads = Spread(layout, rows, ("heads", None, None))
+        to_latent = Spread(layout, ("batch", "residual"), (None, None))
+        from_heads = Spread(layout, rows, (None, "heads"))
         init, ones = nn.initializers.normal(config.initializer_range), nn.initializers.ones
         dim, heads = config.hidden_size, config.num_attention_heads
         latent_dim, rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
 
         if config.q_lora_rank is None:
             q_proj = parameter(self, "q_proj", init, (heads, config.qk_head_dim, dim))
-            q = linear(constrain(x, layout, "batch", "seq"), q_proj, recipe.attention)
+            q = linear(constrain(x, layout, *rows), q_proj, recipe.attention, spread=to_heads)
         else:
             rank = config.q_lora_rank
-            q_latent = linear(x, parameter(self, "q_a_proj", init, (rank, dim)), recipe.attention)
+            q_a_proj = parameter(self, "q_a_proj", init, (rank, dim))
+            q_latent = linear(x, q_a_proj, recipe.attention, spread=to_latent)
             norm = self.param("q_a_layernorm", ones, (rank,))
             # A projection to a latent is made where the rows are; then the narrow latent moves.
-            q_latent = constrain(rms_norm(q_latent, norm, LATENT_NORM_EPS), layout, "batch", "seq")
+            q_latent = constrain(rms_norm(q_latent, norm, LATENT_NORM_EPS), layout, *rows)
             q_b_proj = parameter(self, "q_b_proj", init, (heads, config.qk_head_dim, rank))
-            q = linear(q_latent, q_b_proj, recipe.attention)
+            q = linear(q_latent, q_b_proj, recipe.attention, spread=to_heads)
         q = constrain(q, layout, "batch", "seq", "heads")
         q_nope, q_rope = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
 
         kv_a_proj = parameter(self, "kv_a_proj_with_mqa", init, (latent_dim + rope_dim, dim))
-        latent_and_rope = linear(x, kv_a_proj, recipe.attention)
+        latent_and_rope = linear(x, kv_a_proj, recipe.attention, spread=to_latent)
         latent_and_rope = constrain(latent_and_rope, layout, "batch", "seq")
         norm = self.param("kv_a_layernorm", ones, (latent_dim,))
         latent = rms_norm(latent_and_rope[..., :latent_dim], norm, LATENT_NORM_EPS)
@@ -244,7 +252,10 @@ class MLA(nn.Module):
         ).astype(x.dtype)
         scale = softmax_scale(config)
         if cache is not None:
-            cache = append(cache, latent, k_rope, positions[:, 0])
+            # A prompt may lie in another order over devices; the cache's rows are in order.
+            new = (in_natural_order(latent, layout), in_natural_order(k_rope, layout))
+            cache = append(cache, *new, positions[:, 0])
+            cache = LatentCache(*(constrain(rows, layout, "batch", "cache") for rows in cache))
         if cache is None or prefill:
             attend_to = (q_nope, q_rope, latent, k_rope, kv_b_proj)
             if layout is None:
@@ -257,4 +268,5 @@ class MLA(nn.Module):
             mask = causal_mask(positions, jnp.arange(cache.latent.shape[1])[None])
             out = mla_absorb(q_nope, q_rope, cache.latent, cache.k_rope, kv_b_proj, mask, scale)
         o_proj = parameter(self, "o_proj", init, (dim, heads, value_dim)).reshape(dim, -1)
-        return linear(out.reshape(*out.shape[:2], -1), o_proj, recipe.o_proj), cache
+        out = out.reshape(*out.shape[:2], -1)
+        return linear(out, o_proj, recipe.o_proj, spread=from_heads), cache

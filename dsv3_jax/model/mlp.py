@@ -6,7 +6,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.held import parameter
-from dsv3_jax.model.linear import linear
+from dsv3_jax.model.linear import Spread, linear
 from dsv3_jax.parallel.sharding import Layout, constrain
 from dsv3_jax.quantization.recipe import BF16, Recipe
 
@@ -30,6 +30,9 @@ class MLP(nn.Module):
         gate_up_proj = parameter(self, "gate_up_proj", init, (2, self.width, dim))
         down_proj = parameter(self, "down_proj", init, (dim, self.width))
         x = constrain(x, self.layout, "batch", "seq")
-        gate_up = linear(x, gate_up_proj, self.recipe.gate_up_proj)
+        rows = ("batch", "seq")
+        widen = Spread(self.layout, rows, (None, "mlp", None))
+        narrow = Spread(self.layout, rows, (None, "mlp"))
+        gate_up = linear(x, gate_up_proj, self.recipe.gate_up_proj, spread=widen)
         gate_up = constrain(gate_up, self.layout, "batch", "seq", None, "mlp")
-        return linear(gate_up, down_proj, self.recipe.down_proj, swiglu)
+        return linear(gate_up, down_proj, self.recipe.down_proj, swiglu, narrow)

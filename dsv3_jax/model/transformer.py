@@ -19,8 +19,14 @@ from dsv3_jax.model.linear import linear
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.mtp import MTPModule
 from dsv3_jax.model.norm import rms_norm
-from dsv3_jax.model.placement import gathered
-from dsv3_jax.parallel.sharding import GATHERED, Layout, constrain, in_layout_order
+from dsv3_jax.model.placement import gathered, shardings
+from dsv3_jax.parallel.sharding import (
+    GATHERED,
+    Layout,
+    constrain,
+    in_layout_order,
+    in_natural_order,
+)
 from dsv3_jax.parallel.vocab import embed
 from dsv3_jax.quantization.recipe import BF16, Recipe
 
@@ -88,6 +94,18 @@ def init_variables(key: PRNGKeyArray, config: ModelConfig) -> Variables:
         mtp_key = jax.random.fold_in(keys[4], depth)
         add(f"mtp_{depth}", MTPModule(config).init(mtp_key, x, x, positions))
     return {"params": params, "router": router}
+
+
+def abstract_variables(config: ModelConfig, layout: Layout | None = None) -> Variables:
+    """`init_variables` as shapes and dtypes, with the shardings of a layout; allocates nothing."""
+    shapes = jax.eval_shape(lambda key: init_variables(key, config), jax.random.key(0))
+    if layout is None:
+        return shapes
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        shapes,
+        shardings(shapes, layout),
+    )
 
 
 def forward(
@@ -204,14 +222,13 @@ def decode_step(
 def _cached(
     variables: Variables, tokens, positions, cache: ModelCache, config, layout, is_prefill: bool
 ) -> tuple[Array, ModelCache]:
-    if layout is not None:
-        tokens, positions = in_layout_order(tokens, layout), in_layout_order(positions, layout)
+    tokens, positions = in_layout_order(tokens, layout), in_layout_order(positions, layout)
     embedded = _embed(variables["params"], tokens, config, layout)
     hidden, new_cache, _ = _layers(
         variables, embedded, positions, config, cache=cache, is_prefill=is_prefill, layout=layout
     )
     assert new_cache is not None
-    return hidden, new_cache
+    return in_natural_order(hidden, layout), new_cache
 
 
 def _embed(params, tokens, config: ModelConfig, layout: Layout | None):

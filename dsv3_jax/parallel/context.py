@@ -42,27 +42,51 @@ def zigzag(length: int, devices: int) -> Int[np.ndarray, " T"]:
 
 
 def ring_attention(
-    attend: Callable[[Tree], Partial], keys: Tree, axis: str
+    attend: Callable[[Tree, Tree], Partial], queries: Tree, keys: Tree, axis: str
 ) -> Float[Array, "B N T U"]:
-    """Attention of a device's queries to the keys of all devices along an axis, f32.
+    """Attention of a device's queries to the keys of all devices along an axis, causal, f32.
 
-    `attend` gives a device's queries' attention to one device's keys; `keys` are this device's, any
-    pytree. To be called inside shard_map. Steps are computed again in the backward pass, so that
-    memory does not grow with the number of devices.
+    To be called inside shard_map, with tokens in `zigzag` order. queries and keys are pytrees of
+    [B, T, ...]; `attend` gives the attention of some queries to some keys and masks what its
+    positions and documents forbid. Every step is half the work of the first, on every device: to
+    an earlier device's keys all queries attend, but only to the early half, and to a later
+    device's keys only the late half of the queries attends. Steps are computed again in the
+    backward pass, so that memory does not grow with the number of devices.
     """
-    devices = jax.lax.axis_size(axis)
+    devices, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     onward = [(i, (i + 1) % devices) for i in range(devices)]
-    # The first step needs nothing from others and fixes the shapes.
     attend = jax.checkpoint(attend)
-    state = attend(keys)
 
-    def step(carry, _):
+    def to_earlier(state, keys):
+        return merge(state, attend(queries, _half(keys, 0)))
+
+    def to_later(state, keys):
+        early, late = _split(state)
+        return _join(early, merge(late, attend(_half(queries, 1), keys)))
+
+    def step(carry, number):
         state, keys = carry
         keys = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis, onward), keys)
-        return (merge(state, attend(keys)), keys), None
+        # The keys that arrive are those of device me - number, around the ring.
+        return (jax.lax.cond(number <= me, to_earlier, to_later, state, keys), keys), None
 
-    (state, _), _ = jax.lax.scan(step, (state, keys), None, length=devices - 1)
+    start = (attend(queries, keys), keys)
+    (state, _), _ = jax.lax.scan(step, start, jnp.arange(1, devices))
     return state.values / state.total[..., None]
+
+
+def _half(tokens: Tree, which: int) -> Tree:
+    """The early (0) or late (1) half of a device's tokens."""
+    return jax.tree.map(lambda leaf: jnp.split(leaf, 2, axis=1)[which], tokens)
+
+
+def _split(state: Partial) -> tuple[Partial, Partial]:
+    early, late = zip(*(jnp.split(leaf, 2, axis=2) for leaf in state), strict=True)
+    return Partial(*early), Partial(*late)
+
+
+def _join(early: Partial, late: Partial) -> Partial:
+    return Partial(*(jnp.concatenate(pair, axis=2) for pair in zip(early, late, strict=True)))
 
 
 def merge(a: Partial, b: Partial) -> Partial:

@@ -5,6 +5,7 @@ a preset says which mesh axes each name is spread over. A `Layout` is the mesh w
 hashable, so that it may be a static argument or a module's field; None is a single device.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.config import Config, ShardingConfig
+from dsv3_jax.config import ExpertParallelConfig, ShardingConfig
 from dsv3_jax.parallel.context import zigzag
 
 Axes = tuple[str, ...]
@@ -164,17 +165,32 @@ def _as_axes(entry: Any) -> Axes:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def make_layout(config: Config, mesh: Mesh, preset: str = "train") -> Layout | None:
-    """The layout of a run on this mesh by the rules of a preset; None for a mesh of one device."""
-    if mesh.size == 1:
-        return None
-    return Layout(mesh, RULES[preset], config.expert_parallel, config.sharding)
+def make_layout(
+    mesh: Mesh, sharding: ShardingConfig, expert: ExpertParallelConfig
+) -> Layout | None:
+    """The layout for training on a mesh; None for a mesh of one device, which needs none."""
+    return None if mesh.size == 1 else Layout(mesh, RULES["train"], expert, sharding)
 
 
 def in_layout_order(x: jax.Array, layout: Layout | None) -> jax.Array:
     """x, [B, T, ...], with its tokens at the places that `Layout.order` gives them."""
     order = None if layout is None else layout.order(x.shape[1])
     return x if order is None else x[:, order]
+
+
+def in_natural_order(x: jax.Array, layout: Layout | None) -> jax.Array:
+    """Undoes `in_layout_order`."""
+    order = None if layout is None else layout.order(x.shape[1])
+    return x if order is None else x[:, np.argsort(order)]
+
+
+def serving_layouts(layout: Layout | None) -> tuple[Layout | None, Layout | None]:
+    """The layouts for a prompt and for the tokens after it; no weight is cut only to be stored."""
+    if layout is None:
+        return None, None
+    config = dataclasses.replace(layout.config, state="replicated")
+    prefill = dataclasses.replace(layout, rules=RULES["prefill"], config=config)
+    return prefill, dataclasses.replace(prefill, rules=RULES["decode"])
 
 
 def constrain(x: jax.Array, layout: Layout | None, *dims: str | None) -> jax.Array:

@@ -12,9 +12,13 @@ from jax.sharding import Mesh
 from dsv3_jax.config import Config
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.parallel.mesh import batch_sharding, replicated
+from dsv3_jax.parallel.picture import draw
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import TrainState, init_state, jit_train_step
+
+# One weight of each kind of cut, shown in the report.
+DRAWN = ("lm_head", "moe_layers/self_attn/o_proj", "moe_layers/mlp/experts/down_proj")
 
 
 def abstract_state(config: Config, mesh: Mesh, layout: Layout | None = None) -> TrainState:
@@ -48,9 +52,11 @@ def dry_run_report(config: Config, mesh: Mesh, layout: Layout | None = None) -> 
     state = abstract_state(config, mesh, layout)
     lines = ["parameters"]
     for tree in (state.params, state.router):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            lines.append(f"  {name:<52} {leaf.dtype!s:>8} {list(leaf.shape)!s:<24}")
+        for name, leaf in _by_name(tree).items():
+            line = f"  {name:<52} {leaf.dtype!s:>8} {list(leaf.shape)!s:<24}"
+            if layout is not None:
+                line += f" {list(leaf.sharding.shard_shape(leaf.shape))} on a device"
+            lines.append(line.rstrip())
     main, mtp = parameter_counts(state)
     lines.append(f"  {main:,} in the main model, {mtp:,} more in MTP")
 
@@ -72,7 +78,31 @@ def dry_run_report(config: Config, mesh: Mesh, layout: Layout | None = None) -> 
         f"{schedule.max_micro_batches} micro-batches (full batch); "
         f"the run, {schedule.tokens(config.train.steps):,} tokens in {config.train.steps:,} steps",
     ]
+    if layout is not None:
+        lines += ["", "which devices hold which part", *_pictures(config, layout, state)]
     return "\n".join(lines)
+
+
+def _pictures(config: Config, layout: Layout, state: TrainState) -> list[str]:
+    """Tokens, and each kind of weight as it is used and as it is held between steps."""
+    micro = config.train.micro_batch_size or config.train.batch_size
+    rows = (micro, config.train.seq_len)
+    lines = []
+    for where, tokens in (("inside", "seq"), ("between", "residual")):
+        lines.append(f"  tokens {where} blocks, {rows[0]} rows x {rows[1]} positions")
+        lines += ["    " + line for line in draw(layout.sharding("batch", tokens), rows)]
+    used = _by_name(shardings(state.params, layout))
+    for name, leaf in _by_name(state.params).items():
+        if name in DRAWN:
+            for when, place in (("used", used[name]), ("held between steps", leaf.sharding)):
+                lines.append(f"  {name} {list(leaf.shape)}, {when}")
+                lines += ["    " + line for line in draw(place, leaf.shape)]
+    return lines
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _compiled(config: Config, mesh: Mesh, layout: Layout | None, state: TrainState) -> Any:

@@ -5,10 +5,13 @@ import math
 
 import jax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.deepseek_v3 import get_config
 from dsv3_jax.config import ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.picture import draw, ranges
+from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.training.dry_run import abstract_state, dry_run_report, parameter_counts
 from tests.helpers import random_variables, tiny_config, tiny_model
 
@@ -55,3 +58,43 @@ def test_the_report_names_every_parameter_and_adds_up(one_device):
     assert math.isfinite(gib("peak of one training step"))
     assert "reads 4 rows of 9 tokens in 2 micro-batches" in report
     assert "252 tokens in 7 steps" in report  # 7 x 4 x 9
+
+
+def test_on_a_mesh_the_report_says_what_a_device_holds():
+    model = tiny_model(num_hidden_layers=2, num_attention_heads=4, vocab_size=40)
+    sizes = ParallelConfig(data=2, local=2, tensor=2)
+    config = dataclasses.replace(tiny_config(model, seq_len=8), mesh=sizes)
+    mesh = make_mesh(sizes)
+    layout = make_layout(mesh, config.sharding, config.expert_parallel)
+    report = dry_run_report(config, mesh, layout)
+    whole = dry_run_report(
+        dataclasses.replace(config, mesh=ParallelConfig()), make_mesh(ParallelConfig())
+    )
+
+    def gib(text, label):
+        return float(next(line for line in text.splitlines() if label in line).split()[-1])
+
+    # 8 devices, and norms of odd length stay whole.
+    for label in ("master weights", "moments"):
+        assert gib(report, label) <= 0.14 * gib(whole, label) + 1e-3
+    assert "[40, 24]                 [20, 6] on a device" in report
+    picture = report[report.index("lm_head [40, 24], used") :].splitlines()
+    assert [line.strip() for line in picture[1:6]] == [
+        "+---------+",
+        "| 0,2,4,6 |",
+        "+---------+",
+        "| 1,3,5,7 |",
+        "+---------+",
+    ]
+    assert "tokens between blocks, 4 rows x 8 positions" in report
+
+
+def test_a_picture_leaves_out_what_is_too_much():
+    mesh = make_mesh(ParallelConfig(data=8))
+    lines = draw(NamedSharding(mesh, PartitionSpec(None, "data")), (3, 16), max_cells=4)
+    assert lines == [
+        "+---+---+---+---+",
+        "| 0 | 1 | 2 | 3 | ...",
+        "+---+---+---+---+",
+    ]
+    assert ranges([0, 1, 2, 3, 8]) == "0-3,8"

@@ -46,7 +46,7 @@ class Run:
             data=DataConfig(mask_documents=True),
         ).validate()
         self.mesh = make_mesh(self.config.mesh)
-        self.layout = make_layout(self.config, self.mesh)
+        self.layout = make_layout(self.mesh, self.config.sharding, self.config.expert_parallel)
         self.abstract = abstract_state(self.config, self.mesh, self.layout)
         self._step = jit_train_step(self.config, self.layout, self.abstract)
         self._micro_batches = micro_batches

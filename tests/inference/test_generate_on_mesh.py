@@ -1,0 +1,68 @@
+"""Generation on a mesh gives the tokens of one device, and leaves each device its part."""
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig
+from dsv3_jax.inference.generate import generate
+from dsv3_jax.model.transformer import abstract_variables, decode_step, init_model_cache, prefill
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.sharding import make_layout, serving_layouts
+from tests.helpers import TOLERANCE, random_tokens, random_variables, relative_error, tiny_model
+
+MODEL = tiny_model(
+    num_hidden_layers=2,
+    num_nextn_predict_layers=0,
+    num_attention_heads=4,
+    vocab_size=40,
+    moe_intermediate_size=16,
+)
+VARIABLES = random_variables(MODEL)
+PROMPTS = [row[:n].tolist() for row, n in zip(random_tokens(MODEL, 3, 9), (9, 1, 4), strict=True)]
+
+
+def layout_of(form="allgather", **sizes):
+    mesh = make_mesh(ParallelConfig(**sizes))
+    return make_layout(mesh, ShardingConfig(context=form), ExpertParallelConfig())
+
+
+def tokens_of(layout, **options):
+    options = {"max_new_tokens": 4, "seed": 3} | options
+    return np.stack(list(generate(VARIABLES, PROMPTS, MODEL, layout=layout, **options)), 1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_mesh_writes_the_tokens_of_one_device(temperature):
+    """Three prompts on four devices' batches: copies fill them up, and are not seen."""
+    layout = layout_of("ring", node=2, context=2, tensor=2)
+    want = tokens_of(None, temperature=temperature)
+    np.testing.assert_array_equal(tokens_of(layout, temperature=temperature), want)
+
+
+def test_prefill_and_decoding_equal_one_device():
+    tokens = random_tokens(MODEL, 2, 8)
+    new = random_tokens(MODEL, 2, 1, seed=5)
+    start = np.full(2, 8)
+    layouts = serving_layouts(layout_of("ring", data=2, context=2, tensor=2))
+
+    def run(layouts):
+        cache = init_model_cache(MODEL, 2, 16)
+        prompt, cache = jax.jit(prefill, static_argnums=(3, 4))(
+            VARIABLES, tokens, cache, MODEL, layouts[0]
+        )
+        decode = jax.jit(decode_step, static_argnums=(4, 5))
+        return prompt, *decode(VARIABLES, new, start, cache, MODEL, layouts[1])
+
+    got, want = run(layouts), run((None, None))
+    assert relative_error(got, want) < TOLERANCE["f32_model"]
+    cache = got[2].moe.latent
+    assert cache.sharding.shard_shape(cache.shape) == (1, 1, 8, 12), "its rows of its sequences"
+
+
+def test_weights_are_read_where_they_are_used():
+    layout = layout_of(local=4, tensor=2)
+    placed = abstract_variables(MODEL, serving_layouts(layout)[0])["params"]
+    experts = placed["moe_layers"]["mlp"]["experts"]["down_proj"]
+    assert experts.sharding.shard_shape(experts.shape) == (1, 2, 24, 16)
+    assert placed["lm_head"].sharding.shard_shape((40, 24)) == (20, 24)

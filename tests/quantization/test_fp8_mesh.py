@@ -1,0 +1,57 @@
+"""FP8 products on a mesh: each device's kernel multiplies its own part."""
+
+import jax
+import numpy as np
+
+from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig
+from dsv3_jax.model.linear import Spread, linear
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.sharding import make_layout
+from dsv3_jax.quantization.recipe import RECIPES
+from tests.helpers import TOLERANCE
+
+LAYOUT = make_layout(
+    make_mesh(ParallelConfig(data=2, context=2, tensor=2)),
+    ShardingConfig(),
+    ExpertParallelConfig(),
+)
+RECIPE = RECIPES["fp8_paper"].attention
+RNG = np.random.default_rng(0)
+# Tokens of a device fill whole tiles of 128, and so does its part of a contracted dim of 256.
+X, WIDE = (RNG.normal(size=(2, 256, k)).astype(np.float32) for k in (128, 256))
+ROWS = ("batch", "seq")
+
+
+def both(x, weight, dims):
+    """Value and gradients on one device and on the mesh."""
+
+    def loss(x, weight, spread):
+        y = linear(x, weight, RECIPE, spread=spread)
+        return (y * np.cos(np.arange(y.size)).reshape(y.shape)).sum(), y
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+    return run(x, weight, None), run(x, weight, Spread(LAYOUT, ROWS, dims))
+
+
+def norm_error(got, want):
+    """The worst leaf's; products are rounded to BF16 before they are added up between devices."""
+    return max(
+        float(np.linalg.norm(np.subtract(a, b)) / np.linalg.norm(b))
+        for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True)
+    )
+
+
+def test_outputs_cut_over_tensor_equal_one_device():
+    weight = RNG.normal(size=(4, 64, 128)).astype(np.float32)
+    want, got = both(X, weight, ("heads", None, None))
+    assert norm_error(got, want) < TOLERANCE["bf16_op"]
+    y = got[0][1]
+    assert y.sharding.shard_shape(y.shape) == (1, 128, 2, 64)
+
+
+def test_a_contracted_dim_cut_over_tensor_is_added_up():
+    weight = RNG.normal(size=(128, 256)).astype(np.float32)
+    want, got = both(WIDE, weight, (None, "heads"))
+    assert norm_error(got, want) < TOLERANCE["bf16_op"]
+    y = got[0][1]
+    assert y.sharding.shard_shape(y.shape) == (1, 64, 128), "laid out as the residual"
