@@ -93,6 +93,8 @@ def make_exchange(
     devices = math.prod(axes.values())
     if num_experts % devices:
         raise ValueError(f"{num_experts=} must be a multiple of the {devices} devices of {axes}")
+    if num_experts >= 2**15:
+        raise ValueError(f"{num_experts=} does not fit the 16 bits that a choice has on the wire")
     here = num_experts // devices
     if devices == 1:
         return Exchange((), here, None, token_axes)
@@ -207,7 +209,6 @@ class _Sent(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _send(x, weights, experts, window, exchange: Exchange) -> _Sent:
     """Tokens with their choices and gate weights, by all hops, in one collective each."""
-    assert exchange.experts * math.prod(hop.size for hop in exchange.hops) <= 2**15
     # 0 is what unused places of a buffer hold: nobody.
     parts = (*wire.encode(x, exchange.dispatch_format), weights, (experts + 1).astype(jnp.int16))
     like = wire.shapes_of(parts)

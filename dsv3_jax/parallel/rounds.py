@@ -27,9 +27,9 @@ def in_rounds(
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """The sum of `piece` over all windows, and how many rounds that took.
 
-    `piece` is static (hashable and without arrays in it), linear in nothing, and run by all devices
-    along `axes` alike. Its y is differentiated in the `operands`, which must vary over the axes;
-    the `constants` are integers.
+    `piece` is static (hashable, without arrays in it), and all devices along `axes` run it alike.
+    Its y is differentiated in the `operands`, which must vary over the axes; the `constants` are
+    integers.
     """
     return _in_rounds(piece, tuple(axes), levels, operands, constants)
 

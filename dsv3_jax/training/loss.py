@@ -20,6 +20,7 @@ class LossTerms(NamedTuple):
     mtp: Float[Array, ""]  # mean over depths, before lambda
     balance: Float[Array, ""]  # sum over MoE layers, before alpha
     load: dict[str, Int[Array, "*L E"]]
+    rounds: Float[Array, ""]  # of exchanges with the experts, in the layer that took most; see moe
 
 
 def training_loss(
@@ -56,9 +57,9 @@ def training_loss(
             valid &= segments == jnp.roll(segments, -depth, axis=1)
         shifted = jnp.roll(targets, -depth, axis=1)
         mtp += cross_entropy(logits, shifted, valid, layout) / len(out.mtp_logits)
-    load, balance = _router_stats(out)
+    load, balance, rounds = _router_stats(out)
     loss = ce + mtp_loss_weight * mtp + config.schedule.balance_loss_weight * balance
-    return loss, LossTerms(ce, mtp, balance, load)
+    return loss, LossTerms(ce, mtp, balance, load, rounds)
 
 
 def cross_entropy(
@@ -89,9 +90,11 @@ def document_numbers(tokens: Int[Array, "B T"], config: Config) -> Int[Array, "B
     return jnp.cumsum(tokens == config.model.bos_token_id, axis=1)
 
 
-def _router_stats(out: Outputs) -> tuple[dict[str, Any], Float[Array, ""]]:
+def _router_stats(out: Outputs) -> tuple[dict[str, Any], Float[Array, ""], Float[Array, ""]]:
     by_name: dict[str, MoEStats] = {f"mtp_{k}": stats for k, stats in enumerate(out.mtp_stats)}
     if out.stats is not None:
         by_name["moe_layers"] = out.stats
     balance = sum((stats.balance_loss.sum() for stats in by_name.values()), jnp.zeros(()))
-    return {name: stats.load_E for name, stats in by_name.items()}, balance
+    rounds = [jnp.max(stats.rounds) for stats in by_name.values()]
+    most = jnp.stack(rounds).max().astype(jnp.float32) if rounds else jnp.zeros(())
+    return {name: stats.load_E for name, stats in by_name.items()}, balance, most

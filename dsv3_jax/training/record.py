@@ -31,6 +31,7 @@ def step_values(
     }
     names = list(metrics.terms.load)
     if names:
+        values["expert_rounds"] = metrics.terms.rounds
         loads = [np.atleast_2d(metrics.terms.load[name]) for name in names]
         biases = [np.atleast_2d(router_bias(state.router, n)) for n in names if state.router]
         values |= expert_stats(np.concatenate(loads), np.concatenate(biases) if biases else None)
