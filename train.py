@@ -21,7 +21,7 @@ from dsv3_jax.data.batches import Rows, prefetch
 from dsv3_jax.data.corpus import Corpus, check_model, open_corpus
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.parallel import hosts
-from dsv3_jax.parallel.mesh import batch_sharding, make_mesh, mesh_of
+from dsv3_jax.parallel.mesh import batch_sharding, fill_mesh, make_mesh, mesh_of
 from dsv3_jax.parallel.sharding import Layout, make_layout
 from dsv3_jax.training.checkpoint import Checkpoints, state_bytes
 from dsv3_jax.training.dry_run import abstract_state, dry_run_report, parameter_counts
@@ -45,8 +45,9 @@ def main(argv: Sequence[str]) -> int:
     )
     clock = Clock()
     with clock("init"):
-        cli.use_virtual_devices(config.devices)
+        cli.use_virtual_devices(config.devices, all_cores=config.mesh.data == 0)
         hosts.start(config.distributed)
+        config = fill_mesh(config)
         mesh = make_mesh(config.mesh)
         layout = make_layout(mesh, config.sharding, config.expert_parallel)  # None on one device
         if config.dry_run:

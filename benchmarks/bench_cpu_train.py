@@ -1,7 +1,7 @@
 """Training tokens/s on CPU: the default model here, and the same architecture in transformers.
 
     pip install '.[oracle]'
-    python -m benchmarks.bench_cpu_train
+    DSV3_PYTHON=python ./run bench cpu_train
 
 Both train configs/tiny.py without MTP (transformers trains none): f32, the same batch, forward,
 backward, AdamW with its clipping, on all cores. All take turns, so that a busy machine slows
@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from dsv3_jax.cli import use_virtual_devices
 from dsv3_jax.config import Config, ModelConfig, load_config
-from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.mesh import batch_sharding, fill_mesh, make_mesh
+from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.training.dry_run import abstract_state, count_parameters
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import create_state, jit_train_step
@@ -48,19 +49,22 @@ class Contestant:
 
 
 def ours(config: Config, rows: np.ndarray) -> Contestant:
-    """This project's compiled step."""
-    abstract = abstract_state(config, make_mesh(config.mesh))
-    state = create_state(config, abstract)
+    """This project's compiled step, laid out as `./run train` does: a device a core."""
+    use_virtual_devices(None, all_cores=True)
+    config = fill_mesh(config)
+    mesh = make_mesh(config.mesh)
+    layout = make_layout(config, mesh)
+    abstract = abstract_state(config, mesh, layout)
     settings = Schedule(config).settings(0)
-    compiled = jit_train_step(config, None, state)
-    batch = jnp.asarray(rows[None])
-    held = [state]
+    compiled = jit_train_step(config, layout, abstract)
+    batch = jax.device_put(rows[None], batch_sharding(mesh, batch_dim=1))
+    held = [create_state(config, abstract)]
 
     def step() -> float:
         held[0], metrics = compiled(held[0], batch, settings)
         return float(metrics.loss)
 
-    return Contestant(step, count_parameters((state.params, state.router)))
+    return Contestant(step, count_parameters((abstract.params, abstract.router)))
 
 
 def theirs(config: Config, rows: np.ndarray, attention: str, experts: str) -> Contestant:

@@ -12,6 +12,7 @@ from dsv3_jax.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    ParallelConfig,
     RopeScaling,
     ScheduleConfig,
     TrainConfig,
@@ -43,6 +44,7 @@ def get_config() -> Config:
             initializer_range=0.06,
             dtype="float32",
         ),
+        mesh=ParallelConfig(data=0),  # every GPU, or every core, computes its part of the batch
         data=DataConfig(tokenizer="bpe:1024"),
         train=TrainConfig(steps=200, batch_size=16, seq_len=128, eval_every=100),
         optimizer=OptimizerConfig(learning_rate=4e-3),

@@ -103,12 +103,18 @@ def parse_config(argv: Sequence[str], *, default_config: Path, description: str)
     return parse_options(Config, argv, default=config, description=description).validate()
 
 
-def use_virtual_devices(count: int | None) -> None:
-    """Makes JAX run on `count` virtual CPU devices; to be called before JAX is used. None: no."""
-    if count is not None:
-        import jax
+def use_virtual_devices(count: int | None, *, all_cores: bool = False) -> None:
+    """Makes JAX run on `count` virtual CPU devices; to be called before JAX is used. None: no.
 
+    all_cores: where JAX finds nothing but CPUs, every core is a device, unless `count` is given.
+    """
+    import jax
+
+    if count is not None:
         jax.config.update("jax_platforms", "cpu")
+    elif all_cores:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if count is not None:
         jax.config.update("jax_num_cpu_devices", count)
 
 

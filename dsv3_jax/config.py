@@ -202,7 +202,7 @@ class ParallelConfig:
     """Sizes of the mesh axes, slowest link first; the product is the number of devices used."""
 
     pipe: int = 1
-    data: int = 1
+    data: int = 1  # 0: as many as the other axes leave and as divide the batch
     node: int = 1
     local: int = 1
     context: int = 1
@@ -210,13 +210,16 @@ class ParallelConfig:
 
     @property
     def num_devices(self) -> int:
-        """Devices the mesh takes."""
-        return math.prod(dataclasses.astuple(self))
+        """Devices the mesh takes, with data=0 counted as 1."""
+        return math.prod(max(size, 1) for size in dataclasses.astuple(self))
 
     def problems(self) -> list[str]:
         """Axis sizes that make no mesh."""
         found: list[str] = []
-        _require_positive(found, self, [f.name for f in dataclasses.fields(self)])
+        if self.data < 0:
+            found.append(f"data={self.data} must be positive, or 0 for all devices that are left")
+        others = [f.name for f in dataclasses.fields(self) if f.name != "data"]
+        _require_positive(found, self, others)
         return found
 
     def check_model(self, model: ModelConfig) -> None:
@@ -516,7 +519,7 @@ class Config:
                 f"sharding.context={self.sharding.context} cut it into so many pieces: use "
                 f"{_round_up(self.train.seq_len, pieces)}"
             )
-        token_shards = self.mesh.data * self.mesh.node * self.mesh.local
+        token_shards = max(self.mesh.data, 1) * self.mesh.node * self.mesh.local
         micro = self.train.micro_batch_size or self.train.batch_size
         if micro % token_shards:
             found.append(

@@ -38,7 +38,7 @@ def test_all_problems_are_reported_together_with_the_fix():
     config = dataclasses.replace(
         tiny_config(tiny_model(n_routed_experts=9, qk_rope_head_dim=3, eos_token_id=99)),
         train=TrainConfig(batch_size=10, micro_batch_size=4),
-        mesh=ParallelConfig(data=0),
+        mesh=ParallelConfig(data=-1),
         resume="maybe",
     )
     with pytest.raises(UserError) as error:
@@ -49,7 +49,7 @@ def test_all_problems_are_reported_together_with_the_fix():
         "model.n_routed_experts=9 must be a multiple of n_group=4: use n_routed_experts=12",
         "model.eos_token_id=99 is outside vocab_size=37",
         "train.batch_size=10 must be a multiple of micro_batch_size=4: use batch_size=12",
-        "mesh.data=0 must be positive",
+        "mesh.data=-1 must be positive, or 0 for all devices that are left",
         "resume='maybe' must be auto, never or a step number",
     ):
         assert problem in message

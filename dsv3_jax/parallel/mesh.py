@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.config import ParallelConfig, UserError
+from dsv3_jax.config import Config, ParallelConfig, UserError
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,20 @@ def make_mesh(config: ParallelConfig) -> Mesh:
     check_hosts(grid, {device.process_index for device in devices})
     # make_mesh's default would be Explicit axes.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def fill_mesh(config: Config) -> Config:
+    """`config` with mesh.data=0 replaced by the number of devices that the other axes leave.
+
+    By fewer where those do not divide the sequences of a micro-batch.
+    """
+    mesh, train = config.mesh, config.train
+    if mesh.data:
+        return config
+    left, others = len(jax.devices()) // mesh.num_devices, mesh.node * mesh.local
+    rows = train.micro_batch_size or train.batch_size
+    data = max((n for n in range(1, left + 1) if rows % (n * others) == 0), default=1)
+    return dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=data))
 
 
 def check_hosts(grid: np.ndarray, processes: set[int]) -> None:

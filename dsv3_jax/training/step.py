@@ -18,12 +18,11 @@ from dsv3_jax.training.loss import LossTerms, cross_entropy, document_numbers, t
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepSettings
 
-# Independent products run side by side, and Eigen multiplies rather than YNNPACK: 10,600 tokens/s
-# instead of 8,900 on 2 cores (docs/log.md).
-CPU_OPTIONS = {
-    "xla_cpu_enable_concurrency_optimized_scheduler": True,
-    "xla_cpu_experimental_ynn_fusion_type": "",
-}
+# Eigen multiplies rather than YNNPACK (docs/log.md).
+CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
+# Independent products run side by side, where one device has all cores. With a device a core, it
+# makes devices wait for each other: 368 ms a step instead of 158.
+ONE_CPU_OPTIONS = CPU_OPTIONS | {"xla_cpu_enable_concurrency_optimized_scheduler": True}
 
 BIAS = "e_score_correction_bias"
 
@@ -81,11 +80,14 @@ def jit_train_step(config: Config, layout: Layout | None, state: TrainState) -> 
     The new state lies as this one, which may be abstract; metrics are whole on every device. Were
     that not pinned, the second call, on the first one's output, would compile anew.
     """
+    options: Any = None
+    if jax.default_backend() == "cpu":
+        options = ONE_CPU_OPTIONS if layout is None else CPU_OPTIONS
     return jax.jit(
         partial(train_step, config=config, layout=layout),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), state.step.sharding),
-        compiler_options=CPU_OPTIONS if jax.default_backend() == "cpu" else None,
+        compiler_options=options,
     )
 
 

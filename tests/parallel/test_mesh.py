@@ -1,5 +1,6 @@
 """The mesh: its axes, and what it says when the devices do not suffice."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -7,8 +8,15 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from dsv3_jax.config import ParallelConfig, UserError
-from dsv3_jax.parallel.mesh import AXES, batch_sharding, check_hosts, make_mesh, replicated
+from dsv3_jax.config import Config, ParallelConfig, TrainConfig, UserError
+from dsv3_jax.parallel.mesh import (
+    AXES,
+    batch_sharding,
+    check_hosts,
+    fill_mesh,
+    make_mesh,
+    replicated,
+)
 
 
 def test_the_mesh_has_all_axes_slowest_link_first():
@@ -70,3 +78,20 @@ def test_local_groups_lie_inside_one_host():
 def test_a_process_without_a_device_is_refused():
     with pytest.raises(UserError, match=r"4 devices leave processes \[2\] without one"):
         check_hosts(devices_of([0, 0, 1, 1], node=2, local=2), {0, 1, 2})
+
+
+@pytest.mark.parametrize(
+    ("rows", "mesh", "data"),
+    [
+        (16, ParallelConfig(data=0), 8),  # all 8
+        (16, ParallelConfig(data=0, tensor=2), 4),  # those that tensor leaves
+        (16, ParallelConfig(data=0, local=2), 4),
+        (6, ParallelConfig(data=0), 6),  # 8 do not divide 6 rows
+        (5, ParallelConfig(data=0, tensor=4), 1),
+        (16, ParallelConfig(data=2), 2),  # what was asked for
+    ],
+)
+def test_data_0_takes_the_devices_that_are_left_and_divide_the_rows(rows, mesh, data):
+    config = Config(mesh=mesh, train=TrainConfig(batch_size=rows))
+    assert fill_mesh(config).mesh == dataclasses.replace(mesh, data=data)
+    assert fill_mesh(config).validate().mesh.num_devices <= 8
