@@ -1,7 +1,7 @@
 """Which implementation of a kernel runs, and why.
 
 An operation is a folder with the same files in each: `api.py` (what callers import), `reference.py`
-(plain JAX, right on every backend), `pallas_gpu.py` (Mosaic GPU, for Hopper). An
+(plain JAX, right on every backend), `pallas_gpu.py` (Mosaic GPU, for Hopper), `pallas_tpu.py`. An
 implementation that cannot do what is asked raises NotImplementedError; the next in the platform's
 order is tried, and a warning says what was passed over and why. An implementation asked for by name
 never falls back. `choices()` lists every decision since the process began.
@@ -20,7 +20,7 @@ import jax
 # What an operation without a rule of its own tries, by platform, in this order.
 DEFAULT_ORDER: Mapping[str, tuple[str, ...]] = {
     "gpu": ("pallas_gpu", "reference"),
-    "tpu": ("reference",),
+    "tpu": ("pallas_tpu", "reference"),
     "cpu": ("reference",),
 }
 # What an operation that has a TPU kernel tries.

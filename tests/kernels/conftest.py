@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.kernels.gemm import hopper
+from dsv3_jax.kernels.gemm import hopper, tpu
 
 OLD_JAX = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11)
 INTERPRETER_IS_NEWER = pytest.mark.skipif(
     OLD_JAX, reason=f"Pallas interprets GPU kernels from jax 0.11 on; this is {jax.__version__}"
 )
 IMPLEMENTATIONS = ["reference", pytest.param("pallas_gpu", marks=INTERPRETER_IS_NEWER)]
+GEMM_IMPLEMENTATIONS = [*IMPLEMENTATIONS, "pallas_tpu"]
 
 
 @pytest.fixture
@@ -26,6 +27,8 @@ def running(monkeypatch):
     """A context in which an implementation runs on this machine, interpreted if need be."""
 
     def enter(implementation: str):
+        if implementation == "pallas_tpu":
+            return tpu.interpreting()
         if implementation != "pallas_gpu" or jax.default_backend() == "gpu":
             return contextlib.nullcontext()
         # Two simulated blocks: enough to divide the work, and each costs threads.

@@ -9,7 +9,7 @@ from dsv3_jax.kernels.gemm.api import scaled_matmul
 from dsv3_jax.kernels.gemm.hopper import Tile
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, dequantize, quantize
 from tests.kernels.conftest import (
-    IMPLEMENTATIONS,
+    GEMM_IMPLEMENTATIONS,
     INTERPRETER_IS_NEWER,
     normal,
     relative_error,
@@ -24,7 +24,7 @@ def exact(a, b):
     return a @ b.T
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
 @pytest.mark.parametrize("m, n, k", [(13, 72, 256), (130, 200, 128)])
 def test_activations_by_weights(implementation, m, n, k, rng, running):
     a, b = quantize(normal(rng, m, k), PER_TOKEN), quantize(normal(rng, n, k), PER_BLOCK)
@@ -34,7 +34,7 @@ def test_activations_by_weights(implementation, m, n, k, rng, running):
     assert relative_error(out, exact(a, b)) < BF16_LIMIT
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
 def test_weight_gradient_adds_to_what_is_there(implementation, rng, running):
     a, b = quantize(normal(rng, 13, 256), PER_TOKEN), quantize(normal(rng, 72, 256), PER_TOKEN)
     before = normal(rng, 13, 72)

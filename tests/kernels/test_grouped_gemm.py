@@ -7,7 +7,7 @@ import pytest
 
 from dsv3_jax.kernels.grouped_gemm import api
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, dequantize, quantize
-from tests.kernels.conftest import IMPLEMENTATIONS, normal, relative_error
+from tests.kernels.conftest import GEMM_IMPLEMENTATIONS, normal, relative_error
 
 BF16_LIMIT = 2e-3
 F32_LIMIT = 1e-6
@@ -36,7 +36,7 @@ def operands(rng, scaled, n=64, k=128):
     return rows.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
 @pytest.mark.parametrize("scaled", [True, False], ids=["fp8", "bf16"])
 def test_each_group_meets_its_own_weights(implementation, scaled, rng, running):
     rows, weights = operands(rng, scaled)
@@ -46,7 +46,7 @@ def test_each_group_meets_its_own_weights(implementation, scaled, rng, running):
     assert not np.asarray(out[int(SIZES.sum()) :]).any(), "rows of nobody are zero"
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
 def test_gradients_are_those_of_the_groups(implementation, rng, running):
     rows, weights = operands(rng, scaled=False)
     d_out = normal(rng, ROWS, 64).astype(jnp.bfloat16)
@@ -66,7 +66,7 @@ def test_gradients_are_those_of_the_groups(implementation, rng, running):
             assert relative_error(d_weights[expert], exact) < BF16_LIMIT
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
 def test_masked_rows_of_each_expert(implementation, rng, running):
     sizes = jnp.array([3, 0, 64], jnp.int32)
     rows = quantize(normal(rng, 3, 64, 128), PER_TOKEN)
@@ -79,7 +79,7 @@ def test_masked_rows_of_each_expert(implementation, rng, running):
             assert relative_error(out[expert, :size], exact) < BF16_LIMIT
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
 @pytest.mark.parametrize("accumulated", [True, False], ids=["adds", "fresh"])
 def test_weight_gradients_sum_over_their_group(implementation, accumulated, rng, running):
     sizes = jnp.array([256, 0, 128], jnp.int32)
