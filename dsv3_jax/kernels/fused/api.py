@@ -1,13 +1,14 @@
-"""Quantisers fused with what comes before them: each input is read once, each output written once.
+"""Quantisers fused with what comes before them, and the router: each input is read once.
 
-Letters: T tokens, D channels, F expert hidden. Values are E4M3 in 1x128 tiles, what a GEMM reads as
-its first operand; their scales lie rows last in memory, as the GPU kernels want them.
+Letters: T tokens, D channels, F expert hidden, E experts, K experts of a token. Values are E4M3 in
+1x128 tiles, what a GEMM reads as its first operand; their scales lie rows last in memory, as the
+GPU kernels want them.
 """
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import backend
-from dsv3_jax.quantization.block_scaled import BlockScaled, ScaleFormat
+from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat
 
 PACKAGE = "dsv3_jax.kernels.fused"
 
@@ -36,21 +37,60 @@ def quantize_both_ways(
     return _run("quantize_both_ways", x, scale_format, implementation=implementation)
 
 
-def swiglu_quantize(
-    gate_up: Float[Array, "T 2*F"],
+def requantize_transposed(
+    x: BlockScaled,
     scale_format: ScaleFormat = "f32",
     *,
     implementation: str | None = None,
 ) -> BlockScaled:
+    """x.T [D, T] quantised along tokens, of an x [T, D] that was quantised along channels.
+
+    What a weight gradient needs of an activation that was kept as its product read it.
+    """
+    _check_per_token(x)
+    return _run("requantize_transposed", x, scale_format, implementation=implementation)
+
+
+def swiglu_quantize(
+    gate_up: Float[Array, "T 2*F"] | BlockScaled,
+    scale_format: ScaleFormat = "f32",
+    *,
+    transposed: bool = False,
+    implementation: str | None = None,
+) -> BlockScaled:
     """silu(gate) x up quantised per token, [T, F]; gate is the first half of the channels.
 
-    Computed in float32 and rounded once to the input's dtype before it is quantised.
+    `transposed`: [F, T] instead, quantised along tokens, for a weight gradient. Computed in float32
+    and rounded once to the input's dtype (bfloat16 for a block-scaled one) before it is quantised.
     """
-    if gate_up.shape[-1] % 2:
-        raise ValueError(
-            f"gate_up {gate_up.shape} must hold gate and up, an even number of channels"
-        )
-    return _run("swiglu_quantize", gate_up, scale_format, implementation=implementation)
+    _check_gate_up(gate_up)
+    return _run(
+        "swiglu_quantize",
+        gate_up,
+        scale_format,
+        transposed=transposed,
+        implementation=implementation,
+    )
+
+
+def swiglu_backward_quantize(
+    gate_up: Float[Array, "T 2*F"] | BlockScaled,
+    d_out: Float[Array, "T F"],
+    scale_format: ScaleFormat = "f32",
+    *,
+    implementation: str | None = None,
+) -> tuple[BlockScaled, BlockScaled]:
+    """The gradient of `gate_up` for that of silu(gate) x up, as `quantize_both_ways` gives it.
+
+    Computed in float32 and rounded once to the input's dtype (bfloat16 for a block-scaled one)
+    before it is quantised.
+    """
+    _check_gate_up(gate_up)
+    if d_out.shape != (gate_up.shape[0], gate_up.shape[1] // 2):
+        raise ValueError(f"d_out {d_out.shape} must be half as wide as gate_up {gate_up.shape}")
+    return _run(
+        "swiglu_backward_quantize", gate_up, d_out, scale_format, implementation=implementation
+    )
 
 
 def rms_norm_quantize(
@@ -74,5 +114,76 @@ def rms_norm_quantize(
     return _run("rms_norm_quantize", x, weight, eps, scale_format, implementation=implementation)
 
 
-def _run(op: str, *args, implementation: str | None):
-    return backend.run(PACKAGE, op, *args, implementation=implementation)
+def permute_quantize(
+    x: Float[Array, "T D"],
+    slots: Int[Array, "T K"],
+    num_rows: int,
+    scale_format: ScaleFormat = "f32",
+    *,
+    implementation: str | None = None,
+) -> BlockScaled:
+    """x quantised per token and sent to its experts: token t's numbers in rows slots[t] of D.
+
+    [num_rows, D]; rows that no token is sent to are zeros. Slots are int32, all different and below
+    num_rows. x is read once, however many experts a token has.
+    """
+    if slots.ndim != 2 or slots.shape[0] != x.shape[0] or slots.size > num_rows:
+        raise ValueError(
+            f"slots {slots.shape} must have a row for each token of {x.shape}, and no more entries "
+            f"than {num_rows=}"
+        )
+    return _run("permute_quantize", x, slots, num_rows, scale_format, implementation=implementation)
+
+
+def route_top_k(
+    logits: Float[Array, "T E"],
+    bias: Float[Array, " E"],
+    *,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    best_of_group: int = 2,
+    implementation: str | None = None,
+) -> tuple[Int[Array, "T K"], Float[Array, "T K"], Float[Array, "T E"]]:
+    """Each token's K experts, best first, with their scores; and the scores of all experts.
+
+    Scores are sigmoids of the logits, float32. Experts are chosen by score + bias among those of
+    the topk_group best groups, a group counting for the sum of its best_of_group best (V3 report,
+    eqs. 12-16). What is returned knows no bias. The first of equals wins.
+    """
+    experts = logits.shape[1]
+    if logits.dtype != "float32" or bias.shape != (experts,):
+        raise ValueError(f"logits must be float32, and are {logits.dtype}; bias {bias.shape}")
+    if experts % n_group or not top_k <= topk_group * (experts // n_group) <= experts:
+        raise ValueError(
+            f"{experts} experts in {n_group=} groups, {topk_group=} of them kept: {top_k=} experts "
+            "must fit in these, and groups must be of one size"
+        )
+    return _run(
+        "route_top_k",
+        logits,
+        bias,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        best_of_group=best_of_group,
+        implementation=implementation,
+    )
+
+
+def _check_per_token(x: BlockScaled) -> None:
+    if x.ndim != 2 or x.tile != PER_TOKEN:
+        raise ValueError(f"x {x.shape} in tiles {x.tile} must be [T, D] in tiles of {PER_TOKEN}")
+
+
+def _check_gate_up(gate_up: Array | BlockScaled) -> None:
+    if gate_up.shape[-1] % 2:
+        raise ValueError(
+            f"gate_up {gate_up.shape} must hold gate and up, an even number of channels"
+        )
+    if isinstance(gate_up, BlockScaled):
+        _check_per_token(gate_up)
+
+
+def _run(op: str, *args, implementation: str | None, **options):
+    return backend.run(PACKAGE, op, *args, implementation=implementation, **options)

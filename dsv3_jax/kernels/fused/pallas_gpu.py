@@ -1,64 +1,125 @@
-"""Fused quantisers on Hopper, in Pallas Mosaic GPU.
+"""Fused quantisers on Hopper: what each one reads, and what it computes of it in registers.
 
-Memory is the only limit: 2 bytes in and 1 out for each number. Tiles of 64 or 128 tokens by 128
-channels stream through a ring of TMA slots, several blocks to a multiprocessor; a warpgroup holds
-one tile in registers, in the layout of a wgmma operand, where a token's 128 channels are spread
-over four lanes and their largest magnitude is two shuffles away.
+`hopper_quantize.py` is the machinery; only RMSNorm, whose token is more than one tile, has a kernel
+of its own here, and so has the permutation of tokens, whose destinations are data.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import math
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels.gemm import hopper
-from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu, swizzled
-from dsv3_jax.quantization.block_scaled import (
-    E4M3_MAX,
-    PER_TOKEN,
-    BlockScaled,
-    ScaleFormat,
-    scale_of_amax,
+from dsv3_jax.kernels.fused.hopper_quantize import (
+    COMPILER_PARAMS,
+    Split,
+    quantize_tiles,
+    quantized,
+    tokens_layout,
 )
+from dsv3_jax.kernels.fused.hopper_router import route_top_k as route_top_k
+from dsv3_jax.kernels.gemm import hopper
+from dsv3_jax.kernels.gemm.hopper import plgpu
+from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat
 
-BLOCKS_EACH = 3  # blocks a multiprocessor: their loads, arithmetic and stores overlap
-LARGEST_FINITE = 3.4028235e38
+NORM_TOKENS = 8  # of a block of RMSNorm
+# The fastest of a sweep on one H100; what needs more registers a number takes fewer numbers.
+ALONG_CHANNELS = Split(rows=32)
+ALONG_TOKENS = Split(turned=64)
+BOTH_WAYS = Split(warpgroups=2, rows=32, turned=64)
+SWIGLU = Split(rows=16)
+SWIGLU_BACKWARD = Split(warpgroups=4, rows=32, turned=32)
+
+NORM_WARPGROUPS = 2  # that share a token's channels
+NORM_TILES = 4  # of a warpgroup that are loaded while as many are quantised
+
+PERMUTED_CHANNELS = 1024  # that the threads of a block read at a time
 
 
 def quantize_rows(x: Float[Array, "T D"], scale_format: ScaleFormat = "f32") -> BlockScaled:
     """x quantised per token; see `api.quantize_rows`."""
-    tokens, dim = x.shape
-    _require(x, tokens, dim)
+    tokens, dim = _require(x)
+    (out,) = quantize_tiles(_plain, (x,), tokens, dim, scale_format, ALONG_CHANNELS)
+    return out
 
-    def body(block, values, scales):
-        values[...], scales[...] = _quantized(_load(block), scale_format)
 
-    values, scales = _stream(body, (x,), _by_row(tokens, dim), (tokens, dim // 128))
-    return BlockScaled(values, scales.mT, PER_TOKEN)
+def quantize_both_ways(
+    x: Float[Array, "T D"], scale_format: ScaleFormat = "f32"
+) -> tuple[BlockScaled, ...]:
+    """x quantised per token, and transposed and quantised along tokens, in one read; see `api`."""
+    tokens, dim = _require(x, whole_tokens=True)
+    return quantize_tiles(_plain, (x,), tokens, dim, scale_format, BOTH_WAYS, by_channel=True)
+
+
+def requantize_transposed(x: BlockScaled, scale_format: ScaleFormat = "f32") -> BlockScaled:
+    """x transposed and quantised along tokens; see `api.requantize_transposed`."""
+    tokens, dim = _require(x, whole_tokens=True, dtype=jnp.float8_e4m3fn)
+
+    def source(refs, rows, columns, layout):
+        return (_dequantized(refs, rows, columns, layout),)
+
+    (out,) = quantize_tiles(
+        source, _leaves(x), tokens, dim, scale_format, ALONG_TOKENS, by_token=False, by_channel=True
+    )
+    return out
 
 
 def swiglu_quantize(
-    gate_up: Float[Array, "T 2*F"], scale_format: ScaleFormat = "f32"
+    gate_up: Float[Array, "T 2*F"] | BlockScaled,
+    scale_format: ScaleFormat = "f32",
+    *,
+    transposed: bool = False,
 ) -> BlockScaled:
-    """silu(gate) x up, quantised per token; see `api.swiglu_quantize`."""
-    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
-    _require(gate_up, tokens, width)
+    """silu(gate) x up, quantised per token, or transposed; see `api.swiglu_quantize`."""
+    tokens, width, operands = _gate_and_up(gate_up, transposed)
 
-    def body(gate, up, values, scales):
-        gate = _load(gate)
-        y = gate / (1 + jnp.exp(-gate)) * _load(up)
-        y = y.astype(gate_up.dtype).astype(jnp.float32)  # what an unfused product would hold
-        values[...], scales[...] = _quantized(y, scale_format)
+    def source(refs, rows, columns, layout):
+        gate, up = _load_gate_and_up(refs, rows, columns, layout, width)
+        return ((gate * _sigmoid(gate) * up).astype(jnp.bfloat16),)
 
-    values, scales = _stream(
-        body, (gate_up, gate_up), _by_row(tokens, width), (tokens, width // 128)
+    (out,) = quantize_tiles(
+        source,
+        operands,
+        tokens,
+        width,
+        scale_format,
+        ALONG_TOKENS if transposed else SWIGLU,
+        by_token=not transposed,
+        by_channel=transposed,
     )
-    return BlockScaled(values, scales.mT, PER_TOKEN)
+    return out
+
+
+def swiglu_backward_quantize(
+    gate_up: Float[Array, "T 2*F"] | BlockScaled,
+    d_out: Float[Array, "T F"],
+    scale_format: ScaleFormat = "f32",
+) -> tuple[BlockScaled, ...]:
+    """The gradient of SwiGLU's input, quantised both ways; see `api.swiglu_backward_quantize`."""
+    tokens, width, operands = _gate_and_up(gate_up, True)
+    _require(d_out, whole_tokens=True)
+
+    def source(refs, rows, columns, layout):
+        *refs, d_ref = refs
+        gate, up = _load_gate_and_up(refs, rows, columns, layout, width)
+        d_out = _load(d_ref, rows, columns, layout)
+        sigmoid = _sigmoid(gate)
+        d_gate = d_out * up * sigmoid * (1 + gate * (1 - sigmoid))
+        return d_gate.astype(jnp.bfloat16), (d_out * gate * sigmoid).astype(jnp.bfloat16)
+
+    return quantize_tiles(
+        source,
+        (*operands, d_out),
+        tokens,
+        width,
+        scale_format,
+        SWIGLU_BACKWARD,
+        parts=2,
+        by_channel=True,
+    )
 
 
 def rms_norm_quantize(
@@ -70,178 +131,190 @@ def rms_norm_quantize(
     """x normalised and quantised per token, in one read; see `api.rms_norm_quantize`.
 
     A token's root mean square is the same for all its tiles, so it cancels between a number and its
-    tile's largest: the values need none, and the scales are divided by it afterwards.
+    tile's largest: the values need none, and the scales are divided by it at the token's end.
     """
-    tokens, dim = x.shape
-    _require(x, tokens, dim)
+    tokens, dim = _require(x)
     if scale_format != "f32":
         raise NotImplementedError("a power of two divided by a root mean square is none")
+    tiles, layout = dim // 128, tokens_layout()
+    warpgroups = math.gcd(tiles, NORM_WARPGROUPS)
+    each = tiles // warpgroups
+    batch = math.gcd(each, NORM_TILES)
 
-    def body(block, values, scales, squares, weight):
-        block = _load(block)
-        squares[...] = jnp.sum(block * block, axis=1)
-        weight = plgpu.load(weight, layout=WGMMA.reduce(0), optimized=False)
-        weighted = block * lax.broadcast_in_dim(weight, block.shape, [1])
-        values[...], scales[...] = _quantized(weighted, scale_format)
+    def kernel(x_ref, weight_ref, values, scales, token_scales, sums, summed):
+        warpgroup = lax.axis_index("warpgroup")
+        row = lax.min(lax.axis_index("block") * NORM_TOKENS, jnp.int32(tokens - NORM_TOKENS))
+        rows = pl.ds(row, NORM_TOKENS)
 
-    per_tile = _Output((dim // 128, tokens), jnp.float32, (64,), lambda r, c: (c, r * 64))
-    values, scales, squares = _stream(
-        body,
-        (x,),
-        [*_by_row(tokens, dim), per_tile],
-        (tokens, dim // 128),
-        by_column=(weight.astype(jnp.float32),),
-    )
-    scales = scales * lax.rsqrt(squares.sum(0, keepdims=True) / dim + eps)
+        def columns_of(group):
+            """The tiles of a group and their columns."""
+            first = warpgroup * each + group * batch
+            return [(first + i, pl.ds((first + i) * 128, 128)) for i in range(batch)]
+
+        def loaded(group):
+            return tuple(
+                plgpu.load(x_ref.at[rows, columns], layout=layout, optimized=False)
+                for _, columns in columns_of(group)
+            )
+
+        def quantize_group(group, blocks, squares):
+            for (tile, columns), block in zip(columns_of(group), blocks):
+                block = block.astype(jnp.float32)
+                squares += block * block
+                weights = weight_ref.at[columns]
+                weights = plgpu.load(weights, layout=layout.reduce(0), optimized=False)
+                weighted = block * lax.broadcast_in_dim(weights, block.shape, [1])
+                values[rows, columns], token_scales[tile, :] = quantized(weighted, "f32")
+            return squares
+
+        def one_group(group, carry):
+            blocks, squares = carry
+            following = loaded(group + 1)  # on their way while these are quantised
+            return following, quantize_group(group, blocks, squares)
+
+        squares = plgpu.layout_cast(jnp.zeros((NORM_TOKENS, 128), jnp.float32), layout)
+        last = each // batch - 1
+        blocks, squares = lax.fori_loop(0, last, one_group, (loaded(0), squares))
+        squares = quantize_group(last, blocks, squares)
+        sums[warpgroup, :] = jnp.sum(squares, axis=1)
+        plgpu.barrier_arrive(summed)
+        plgpu.barrier_wait(summed)
+        by_token = layout.reduce(1)
+        total = sum(
+            plgpu.load(sums.at[i], layout=by_token, optimized=False) for i in range(warpgroups)
+        )
+        inverse_rms = lax.rsqrt(total / dim + eps)
+
+        @pl.loop(0, each)
+        def _(i):
+            # A thread reads back what it has written itself.
+            tile = warpgroup * each + i
+            scale = plgpu.load(token_scales.at[tile], layout=by_token, optimized=False)
+            scales[tile, rows] = scale * inverse_rms
+
+    values, scales = plgpu.kernel(
+        kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((tokens, dim), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((tiles, tokens), jnp.float32),
+        ],
+        grid=(pl.cdiv(tokens, NORM_TOKENS),),
+        grid_names=("block",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        scratch_types=(
+            plgpu.SMEM((tiles, NORM_TOKENS), jnp.float32),
+            plgpu.SMEM((warpgroups, NORM_TOKENS), jnp.float32),
+            plgpu.Barrier(num_arrivals=warpgroups),
+        ),
+        compiler_params=COMPILER_PARAMS,
+    )(x, weight.astype(jnp.float32))
     return BlockScaled(values, scales.mT, PER_TOKEN)
 
 
-def quantize_both_ways(
-    x: Float[Array, "T D"], scale_format: ScaleFormat = "f32"
-) -> tuple[BlockScaled, BlockScaled]:
-    """x quantised per token, and transposed and quantised along tokens, in one read; see `api`."""
-    tokens, dim = x.shape
-    _require(x, tokens, dim)
-    if tokens % 128:
-        raise NotImplementedError(f"{tokens=} must be a multiple of the 128 of a scale")
+def permute_quantize(
+    x: Float[Array, "T D"],
+    slots: Int[Array, "T K"],
+    num_rows: int,
+    scale_format: ScaleFormat = "f32",
+) -> BlockScaled:
+    """x quantised per token, each token's numbers in its K rows; see `api.permute_quantize`.
 
-    def body(block, values, scales, turned, turned_scales):
-        values[...], scales[...] = _quantized(_load(block), scale_format)
-        for half in range(2):  # of the channels: 128 x 128 numbers twice are too many registers
-            channels = pl.ds(64 * half, 64)
-            columns = plgpu.load(block.T.at[channels], layout=WGMMA, optimized=False)
-            turned[channels], turned_scales[channels] = _quantized(
-                columns.astype(jnp.float32), scale_format
-            )
-
-    outputs = [
-        *_by_row(tokens, dim, rows=128),
-        _Output((dim, tokens), jnp.float8_e4m3fn, (128, 128), lambda r, c: (c * 128, r * 128)),
-        _Output((tokens // 128, dim), jnp.float32, (128,), lambda r, c: (r, c * 128)),
-    ]
-    values, scales, turned, turned_scales = _stream(
-        body, (x,), outputs, (tokens, dim // 128), rows=128
-    )
-    return (
-        BlockScaled(values, scales.mT, PER_TOKEN),
-        BlockScaled(turned, turned_scales.mT, PER_TOKEN),
-    )
-
-
-class _Output(NamedTuple):
-    """An array that tiles are stored to: its shape, a tile's, and where tile (row, column) goes."""
-
-    shape: tuple[int, int]
-    dtype: Any
-    tile: tuple[int, ...]
-    start: Callable[[Any, Any], tuple[Any, Any]]
-
-    @property
-    def slots(self) -> Any:
-        """Two buffers for tiles on their way to memory."""
-        transforms = swizzled(self.dtype) if len(self.tile) == 2 else ()
-        return plgpu.SMEM((2, *self.tile), self.dtype, transforms=transforms)
-
-    def store(self, slot: Any, out: Any, row: Any, column: Any) -> None:
-        """Sends a tile; the caller commits."""
-        first, second = self.start(row, column)
-        index = (pl.ds(first, self.tile[0]), pl.ds(second, self.tile[-1]))
-        target = out.at[index if len(self.tile) == 2 else (first, index[1])]
-        plgpu.copy_smem_to_gmem(slot, target, commit_group=False)
-
-
-def _by_row(tokens: int, dim: int, rows: int = 64) -> list[_Output]:
-    """Values per token and their scales, rows last."""
-    return [
-        _Output((tokens, dim), jnp.float8_e4m3fn, (rows, 128), lambda r, c: (r * rows, c * 128)),
-        _Output((dim // 128, tokens), jnp.float32, (rows,), lambda r, c: (c, r * rows)),
-    ]
-
-
-def _load(block: Any) -> Any:
-    return plgpu.load(block, layout=WGMMA).astype(jnp.float32)
-
-
-def _quantized(x, scale_format: ScaleFormat):
-    """E4M3 values and per-row scales of a tile in registers, by the rules of `quantize`."""
-    finite = jnp.abs(x) <= LARGEST_FINITE
-    amax = jnp.max(jnp.where(finite, jnp.abs(x), 0.0), axis=1)
-    scale = scale_of_amax(amax, scale_format)
-    scaled = x * lax.broadcast_in_dim(1.0 / scale, x.shape, [0])
-    scaled = jnp.minimum(jnp.maximum(scaled, -E4M3_MAX), E4M3_MAX)
-    return jnp.where(finite, scaled, jnp.nan).astype(jnp.float8_e4m3fn), scale
-
-
-def _stream(
-    body: Callable[..., None],
-    operands: Sequence[Any],
-    outputs: Sequence[_Output],
-    grid: tuple[int, int],
-    rows: int = 64,
-    by_column: Sequence[Any] = (),
-) -> Sequence[Any]:
-    """Runs `body` on every tile of `rows` by 128 channels; `grid` is tokens, then column tiles.
-
-    Operand i is read `i` times the width to the right, so that one array may be given twice. The
-    body gets the operands' tiles, the outputs' and, of each vector in `by_column`, 128 numbers.
+    A block has a token, which it reads once and stores K times, or a row that no token is sent to.
     """
-    column_tiles = grid[1]
-    total = pl.cdiv(grid[0], rows) * column_tiles
-    blocks = min(BLOCKS_EACH * hopper.multiprocessors(), total)
+    tokens, dim = _require(x)
+    if dim % PERMUTED_CHANNELS:
+        raise NotImplementedError(f"{dim=} must be a multiple of {PERMUTED_CHANNELS}")
+    per_token, tiles, layout = slots.shape[1], dim // 128, tokens_layout()
+    num_free = num_rows - tokens * per_token
+    taken = jnp.zeros(num_rows, bool).at[slots.reshape(-1)].set(True, unique_indices=True)
+    free = jnp.nonzero(~taken, size=max(num_free, 1), fill_value=0)[0].astype(jnp.int32)
 
-    def kernel(*refs):
-        sources, refs = refs[: len(operands)], refs[len(operands) :]
-        vectors, refs = refs[: len(by_column)], refs[len(by_column) :]
-        outs, slots = refs[: len(outputs)], refs[len(outputs) :]
+    def kernel(x_ref, slots_ref, free_ref, values, scales):
+        block = lax.axis_index("block")
 
-        def tile_of(step):
-            # The last step of some blocks has no tile left; they repeat one.
-            index = lax.min(step * blocks + lax.axis_index("block"), jnp.int32(total - 1))
-            return lax.div(index, jnp.int32(column_tiles)), lax.rem(index, jnp.int32(column_tiles))
+        def store(row, numbers, per_tile):
+            values[row] = numbers
+            scales[:, row] = per_tile
 
-        def source_tile(step, which):
-            row, column = tile_of(step)
-            return row, column + which * column_tiles
+        @pl.when(block < tokens)
+        def _():
+            out = quantized(
+                plgpu.load(x_ref.at[block], layout=layout, optimized=False), scale_format
+            )
+            for k in range(per_token):
+                store(slots_ref[block, k], *out)
 
-        def one_tile(indices, *blocks_):
-            (step,) = indices
-            buffers = [slot.at[lax.rem(step, jnp.int32(2))] for slot in slots]
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-            row, column = tile_of(step)
-            body(*blocks_, *buffers, *(vector.at[pl.ds(column * 128, 128)] for vector in vectors))
-            plgpu.commit_smem()
-            for output, buffer, out in zip(outputs, buffers, outs):
-                output.store(buffer, out, row, column)
-            plgpu.commit_smem_to_gmem_group()
+        @pl.when(block >= tokens)
+        def _():
+            zeros = plgpu.layout_cast(jnp.zeros((tiles, 128), jnp.float32), layout)
+            store(free_ref[block - tokens], *quantized(zeros, scale_format))
 
-        plgpu.emit_pipeline(
-            one_tile,
-            grid=(pl.cdiv(total, blocks),),
-            in_specs=[
-                plgpu.BlockSpec(
-                    (rows, 128),
-                    functools.partial(source_tile, which=which),
-                    transforms=swizzled(operand.dtype),
-                )
-                for which, operand in enumerate(operands)
-            ],
-            max_concurrent_steps=2,
-        )(*sources)
-        plgpu.wait_smem_to_gmem(0)
-
-    return plgpu.kernel(
+    values, scales = plgpu.kernel(
         kernel,
-        out_type=tuple(jax.ShapeDtypeStruct(output.shape, output.dtype) for output in outputs),
-        grid=(blocks,),
+        out_type=[
+            jax.ShapeDtypeStruct((num_rows, tiles, 128), jnp.float8_e4m3fn),
+            jax.ShapeDtypeStruct((tiles, num_rows), jnp.float32),
+        ],
+        grid=(tokens + num_free,),
         grid_names=("block",),
-        scratch_types=tuple(output.slots for output in outputs),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*operands, *by_column)
+        compiler_params=COMPILER_PARAMS,
+    )(x.reshape(tokens, tiles, 128), slots, free)
+    return BlockScaled(values.reshape(num_rows, dim), scales.mT, PER_TOKEN)
 
 
-def _require(x: Array, tokens: int, dim: int) -> None:
+def _plain(refs, rows, columns, layout):
+    return (plgpu.load(refs[0].at[rows, columns], layout=layout, optimized=False),)
+
+
+def _load(ref: Any, rows: Any, columns: Any, layout: Any) -> Any:
+    return plgpu.load(ref.at[rows, columns], layout=layout, optimized=False).astype(jnp.float32)
+
+
+def _dequantized(refs: Any, rows: Any, columns: Any, layout: Any) -> Any:
+    """Numbers of a BlockScaled in 1x128 tiles, of which `refs` are values and scales."""
+    values, scales = refs
+    x = _load(values, rows, columns, layout)
+    tile = lax.div(columns.start, jnp.int32(128))
+    scale = plgpu.load(scales.at[tile, rows], layout=layout.reduce(1), optimized=False)
+    return x * lax.broadcast_in_dim(scale, x.shape, [0])
+
+
+def _load_gate_and_up(refs, rows, columns, layout, width: int):
+    spans = [pl.ds(columns.start + first, columns.size) for first in (0, width)]
+    if len(refs) == 1:
+        return [_load(refs[0], rows, span, layout) for span in spans]
+    # What a bfloat16 array between the two operations would hold.
+    numbers = [_dequantized(refs, rows, span, layout) for span in spans]
+    return [x.astype(jnp.bfloat16).astype(jnp.float32) for x in numbers]
+
+
+def _gate_and_up(gate_up: Any, whole_tokens: bool) -> tuple[int, int, tuple[Any, ...]]:
+    """Tokens, width of each half and the arrays of SwiGLU's input, after checks."""
+    scaled = isinstance(gate_up, BlockScaled)
+    dtype = jnp.float8_e4m3fn if scaled else jnp.bfloat16
+    tokens, width = _require(gate_up, whole_tokens, dtype)
+    if width % 256:
+        raise NotImplementedError(f"half of {width} channels must be a multiple of 128")
+    return tokens, width // 2, _leaves(gate_up) if scaled else (gate_up,)
+
+
+def _leaves(x: BlockScaled) -> tuple[Any, Any]:
+    return x.values, x.scales.mT
+
+
+def _sigmoid(x: Any) -> Any:
+    """The square of 1 / sqrt(1 + exp(-x)): two fast instructions, where a division takes ten."""
+    return jnp.square(lax.rsqrt(1 + jnp.exp(-x)))
+
+
+def _require(x: Any, whole_tokens: bool = False, dtype: Any = jnp.bfloat16) -> tuple[int, int]:
     hopper.require()
-    if x.dtype != jnp.bfloat16:
-        raise NotImplementedError(f"the input must be bfloat16, and is {x.dtype}")
-    if tokens % 8 or dim % 128:
-        raise NotImplementedError(f"{tokens=} must be a multiple of 8, and {dim=} of 128")
+    tokens, dim = x.shape
+    if x.dtype != dtype:
+        raise NotImplementedError(f"the input must be {jnp.dtype(dtype)}, and is {x.dtype}")
+    if tokens < 8 or dim % 128:
+        raise NotImplementedError(f"{tokens=} must be at least 8, and {dim=} a multiple of 128")
+    if whole_tokens and tokens % 128:
+        raise NotImplementedError(f"{tokens=} must be a multiple of the 128 of a scale")
+    return tokens, dim

@@ -2,9 +2,15 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat, quantize
+from dsv3_jax.quantization.block_scaled import (
+    PER_TOKEN,
+    BlockScaled,
+    ScaleFormat,
+    dequantize,
+    quantize,
+)
 
 
 def quantize_rows(x: Float[Array, "T D"], scale_format: ScaleFormat = "f32") -> BlockScaled:
@@ -19,12 +25,36 @@ def quantize_both_ways(
     return quantize(x, PER_TOKEN, scale_format), quantize(x.mT, PER_TOKEN, scale_format)
 
 
+def requantize_transposed(x: BlockScaled, scale_format: ScaleFormat = "f32") -> BlockScaled:
+    """x transposed and quantised along tokens."""
+    return quantize(dequantize(x, jnp.float32).mT, PER_TOKEN, scale_format)
+
+
 def swiglu_quantize(
-    gate_up: Float[Array, "T 2*F"], scale_format: ScaleFormat = "f32"
+    gate_up: Float[Array, "T 2*F"] | BlockScaled,
+    scale_format: ScaleFormat = "f32",
+    *,
+    transposed: bool = False,
 ) -> BlockScaled:
-    """silu(gate) x up, quantised per token."""
-    gate, up = jnp.split(gate_up.astype(jnp.float32), 2, axis=-1)
-    return quantize((jax.nn.silu(gate) * up).astype(gate_up.dtype), PER_TOKEN, scale_format)
+    """silu(gate) x up, quantised per token; or transposed, along tokens."""
+    plain = _plain(gate_up)
+    gate, up = jnp.split(plain.astype(jnp.float32), 2, axis=-1)
+    out = (jax.nn.silu(gate) * up).astype(plain.dtype)
+    return quantize(out.mT if transposed else out, PER_TOKEN, scale_format)
+
+
+def swiglu_backward_quantize(
+    gate_up: Float[Array, "T 2*F"] | BlockScaled,
+    d_out: Float[Array, "T F"],
+    scale_format: ScaleFormat = "f32",
+) -> tuple[BlockScaled, BlockScaled]:
+    """The gradient of SwiGLU's input, quantised per token, and transposed, along tokens."""
+    plain = _plain(gate_up)
+    gate, up = jnp.split(plain.astype(jnp.float32), 2, axis=-1)
+    d_out, sigmoid = d_out.astype(jnp.float32), jax.nn.sigmoid(gate)
+    d_gate = d_out * up * sigmoid * (1 + gate * (1 - sigmoid))
+    d_gate_up = jnp.concatenate([d_gate, d_out * gate * sigmoid], axis=-1).astype(plain.dtype)
+    return quantize_both_ways(d_gate_up, scale_format)
 
 
 def rms_norm_quantize(
@@ -37,3 +67,46 @@ def rms_norm_quantize(
     x = x.astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
     return quantize(x * inverse_rms * weight.astype(jnp.float32), PER_TOKEN, scale_format)
+
+
+def permute_quantize(
+    x: Float[Array, "T D"],
+    slots: Int[Array, "T K"],
+    num_rows: int,
+    scale_format: ScaleFormat = "f32",
+) -> BlockScaled:
+    """x quantised per token, each token's numbers in its K rows; zeros in the others."""
+    token = jnp.full(num_rows, x.shape[0], jnp.int32)
+    for k in range(slots.shape[1]):
+        tokens = jnp.arange(x.shape[0], dtype=jnp.int32)
+        token = token.at[slots[:, k]].set(tokens, unique_indices=True)
+    rows = jnp.take(x, token, axis=0, mode="fill", fill_value=0)
+    return quantize(rows, PER_TOKEN, scale_format)
+
+
+def route_top_k(
+    logits: Float[Array, "T E"],
+    bias: Float[Array, " E"],
+    *,
+    top_k: int,
+    n_group: int,
+    topk_group: int,
+    best_of_group: int,
+) -> tuple[Int[Array, "T K"], Float[Array, "T K"], Float[Array, "T E"]]:
+    """Each token's K best experts out of its best groups, their scores, and all scores."""
+    scores = jax.nn.sigmoid(logits)
+    choice = scores + bias
+    if topk_group < n_group:
+        grouped = choice.reshape(logits.shape[0], n_group, -1)
+        group_scores = jax.lax.top_k(grouped, best_of_group)[0].sum(-1)
+        winners = jax.lax.top_k(group_scores, topk_group)[1]
+        kept = jax.nn.one_hot(winners, n_group, dtype=jnp.bool_).any(axis=1)
+        kept = jnp.repeat(kept, logits.shape[1] // n_group, axis=1)
+        choice = jnp.where(kept, choice, -jnp.inf)
+    experts = jax.lax.top_k(choice, top_k)[1]
+    return experts, jnp.take_along_axis(scores, experts, axis=-1), scores
+
+
+def _plain(x: Array | BlockScaled) -> Array:
+    """x, or the bfloat16 numbers that a BlockScaled stands for."""
+    return dequantize(x) if isinstance(x, BlockScaled) else x
