@@ -12,16 +12,25 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import astuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels.fused.api import (
+    quantize_both_ways,
+    quantize_rows,
+    quantize_transposed,
+    swiglu_quantize,
+)
 from dsv3_jax.kernels.gemm.api import scaled_matmul
 from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul, grouped_wgrad
+from dsv3_jax.model.activation import swiglu
 from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.quantization.block_scaled import (
+    PER_CHANNEL,
     PER_TOKEN,
     BlockScaled,
     StraightThrough,
@@ -96,7 +105,7 @@ def _linear(x, weight, group_sizes, recipe, activation, arrived=None):
 def _forward(x, weight, group_sizes, recipe, activation, arrived=None):
     """`arrived` are the numbers of x if they were quantised before; x then has their gradient."""
     if arrived is None:
-        quantized = _quantize(x if activation is None else activation(x), recipe.input)
+        quantized = _quantize_input(x, activation, recipe.input)
     else:
         values = jnp.pad(arrived.values, [(0, 0), (0, -x.shape[1] % _TILE)])
         quantized = BlockScaled(values, arrived.scales, arrived.tile)
@@ -104,7 +113,7 @@ def _forward(x, weight, group_sizes, recipe, activation, arrived=None):
     y = y[:, : weight.shape[-2]].astype(x.dtype)
     saved = x if arrived is None else quantized
     if recipe.saved_input == "quantized":
-        saved = quantized if activation is None else quantize(x, *astuple(recipe.input))
+        saved = quantized if activation is None else _keep(x, recipe.input)
     # x's dtype and shape travel as an empty array: residuals are arrays.
     like = jnp.zeros((0, *x.shape[1:]), x.dtype)
     return y, (saved, like, weight, group_sizes)
@@ -112,21 +121,17 @@ def _forward(x, weight, group_sizes, recipe, activation, arrived=None):
 
 def _backward(recipe, activation, residuals, dy):
     saved, like, weight, group_sizes = residuals
-    x = saved
-    if isinstance(saved, BlockScaled):
-        # f32 is the exact form for requantising; an activation is computed in the model's dtype.
-        dtype = jnp.float32 if activation is None else like.dtype
-        x = dequantize(saved, dtype)[..., : like.shape[-1]]
-    product_input, pull_back = jax.vjp(activation or (lambda x: x), x)
+    rows, dtype = dy.shape[0], like.dtype
+    dy_quantized, dy_by_token = _quantize_gradient(dy, recipe)
     # Dgrad
-    dy_quantized = split_tiles(_quantize(dy, recipe.dgrad), PER_TOKEN)
     d_input = _multiply(dy_quantized, _quantize(weight, recipe.weight).mT, group_sizes)
-    rows, columns = product_input.shape
-    d_input = d_input[:rows, :columns].astype(product_input.dtype)
-    (dx,) = pull_back(d_input)
+    d_input = d_input[:rows, : weight.shape[-1]].astype(dtype)
+    if activation is None:
+        dx = d_input
+    else:
+        dx = jax.vjp(activation, _unpacked(saved, like, dtype))[1](d_input)[0]
     # Wgrad
-    dy_by_token = _quantize(dy, recipe.wgrad, columns=8).mT
-    input_by_token = _quantize(product_input, recipe.wgrad, columns=8).mT
+    input_by_token = _quantize_saved(saved, like, activation, recipe)
     if group_sizes is None:
         d_weight = scaled_matmul(dy_by_token, input_by_token)
     else:
@@ -139,6 +144,67 @@ def _backward(recipe, activation, residuals, dy):
 
 
 _linear.defvjp(_forward, _backward)
+
+
+def _quantize_input(x, activation: Activation | None, form: TileFormat) -> BlockScaled:
+    """What Fprop reads: activation(x) quantised."""
+    if form.tile == PER_TOKEN:
+        if activation is None:
+            return quantize_rows(_filled(x, 1, _TILE), form.scale_format)
+        if _halves_are_whole(x, activation):
+            return swiglu_quantize(x.reshape(len(x), -1), form.scale_format)
+    return _quantize(x if activation is None else activation(x), form)
+
+
+def _keep(x, form: TileFormat) -> BlockScaled:
+    """An activation's input [T, 2, F], kept in FP8 from the forward to the backward pass."""
+    if form.tile == PER_TOKEN and x.shape[-1] % _TILE == 0:
+        return quantize_rows(x.reshape(len(x), -1), form.scale_format)
+    return quantize(x, *astuple(form))
+
+
+def _unpacked(saved: Any, like: Array, dtype: Any) -> Any:
+    """The product's or activation's input, in its own shape, of what was kept of it."""
+    if not isinstance(saved, BlockScaled):
+        return saved
+    x = dequantize(saved, dtype)
+    if x.ndim < like.ndim:
+        return x.reshape(len(x), *like.shape[1:])
+    return x[..., : like.shape[-1]]
+
+
+def _quantize_gradient(dy, recipe: LinearRecipe) -> tuple[BlockScaled, BlockScaled]:
+    """The output's gradient for Dgrad, quantised along channels, and for Wgrad, along tokens."""
+    dgrad, wgrad = recipe.dgrad, recipe.wgrad
+    one_read = (dgrad.tile, wgrad.tile) == (PER_TOKEN, PER_CHANNEL)
+    if one_read and dgrad.scale_format == wgrad.scale_format:
+        return quantize_both_ways(_filled(dy, _TILE, _TILE), dgrad.scale_format)
+    by_channel = split_tiles(_quantize(dy, dgrad), PER_TOKEN)
+    return by_channel, _quantize(dy, wgrad, columns=8).mT
+
+
+def _quantize_saved(
+    saved: Any, like: Array, activation: Activation | None, recipe: LinearRecipe
+) -> BlockScaled:
+    """The product's input for Wgrad, transposed and quantised along tokens."""
+    form = recipe.wgrad
+    if form.tile == PER_CHANNEL:
+        kept = isinstance(saved, BlockScaled)
+        if activation is None and not (kept and saved.tile != PER_TOKEN):
+            return quantize_transposed(_filled(saved, _TILE, _TILE), form.scale_format)
+        # A block-scaled SwiGLU input is taken for bfloat16 numbers.
+        in_bf16 = like.dtype == jnp.bfloat16 and _halves_are_whole(like, activation)
+        if kept and saved.ndim == 2 and in_bf16:
+            saved = _filled(saved, _TILE, 1)
+            return swiglu_quantize(saved, form.scale_format, transposed=True)
+    # f32 is the exact form for quantising again; an activation is computed in the model's dtype.
+    x = _unpacked(saved, like, jnp.float32 if activation is None else like.dtype)
+    return _quantize(x if activation is None else activation(x), form, columns=8).mT
+
+
+def _halves_are_whole(x, activation: Activation | None) -> bool:
+    """Whether gate and up, laid side by side, are whole tiles that the fused SwiGLU can read."""
+    return activation is swiglu and x.shape[-1] % _TILE == 0
 
 
 def _multiply(a: BlockScaled, b: BlockScaled, group_sizes):
@@ -154,5 +220,15 @@ def _quantize(x, form: TileFormat, columns: int = _TILE) -> BlockScaled:
     rows: those are contracted once transposed, except a 1x128 operand's, which are free.
     """
     rows = 1 if form.tile[0] == 1 else _TILE
-    padding = [(0, 0)] * (x.ndim - 2) + [(0, -x.shape[-2] % rows), (0, -x.shape[-1] % columns)]
-    return quantize(jnp.pad(x, padding), form.tile, form.scale_format)
+    return quantize(_filled(x, rows, columns), form.tile, form.scale_format)
+
+
+def _filled(x: Any, rows: int, columns: int) -> Any:
+    """x with zeros up to multiples in its last two dims; a BlockScaled's rows may be filled."""
+    if isinstance(x, BlockScaled):
+        values, scales = _filled(x.values, rows, columns), _filled(x.scales, rows, 1)
+        return BlockScaled(values, scales, x.tile)
+    fill = -x.shape[-2] % rows, -x.shape[-1] % columns
+    if not any(fill):
+        return x
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra) for extra in fill])

@@ -1,19 +1,14 @@
 """The dense SwiGLU feed-forward: the first layers and the shared experts."""
 
-import jax
 from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.activation import swiglu
 from dsv3_jax.model.held import parameter
 from dsv3_jax.model.linear import Spread, linear
 from dsv3_jax.parallel.sharding import Layout, constrain
 from dsv3_jax.quantization.recipe import BF16, Recipe
-
-
-def swiglu(gate_up: Float[Array, "*B 2 F"]) -> Float[Array, "*B F"]:
-    """silu(gate) * up."""
-    return jax.nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
 
 
 class MLP(nn.Module):

@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.activation import swiglu
 from dsv3_jax.model.held import FP8Weight, parameter
 from dsv3_jax.model.linear import group_alignment, grouped_linear
-from dsv3_jax.model.mlp import MLP, swiglu
+from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.router import Routing, balance_loss, route
 from dsv3_jax.parallel.collectives import total, vary
 from dsv3_jax.parallel.expert import Exchange, combine, dispatch, make_exchange, may_overflow

@@ -37,11 +37,14 @@ def test_one_read_gives_both_directions(implementation, rng, running):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_kept_numbers_are_quantised_along_tokens(implementation, rng, running):
-    kept = quantize(normal(rng, 128, 256), PER_TOKEN)
+def test_numbers_kept_in_either_form_are_quantised_along_tokens(implementation, rng, running):
+    as_bf16 = normal(rng, 128, 256).astype(jnp.bfloat16)
+    kept = quantize(as_bf16, PER_TOKEN)
     with running(implementation):
-        out = api.requantize_transposed(kept, implementation=implementation)
+        out = api.quantize_transposed(kept, implementation=implementation)
+        plain = api.quantize_transposed(as_bf16, implementation=implementation)
     assert_same(out, quantize(dequantize(kept, jnp.float32).mT, PER_TOKEN))
+    assert_same(plain, quantize(as_bf16.mT, PER_TOKEN))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -137,7 +140,7 @@ def test_refuses_shapes_that_do_not_belong_together(rng):
     with pytest.raises(ValueError, match="must be half as wide"):
         api.swiglu_backward_quantize(gate_up, normal(rng, 128, 256))
     with pytest.raises(ValueError, match=r"must be \[T, D\] in tiles"):
-        api.requantize_transposed(quantize(gate_up, (128, 128)))
+        api.quantize_transposed(quantize(gate_up, (128, 128)))
     with pytest.raises(ValueError, match="a row for each token"):
         api.permute_quantize(gate_up, jnp.zeros((64, 2), jnp.int32), 256)
     with pytest.raises(ValueError, match="top_k=9 experts must fit"):

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from dsv3_jax.model.activation import swiglu
 from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
-from dsv3_jax.model.mlp import swiglu
 from dsv3_jax.quantization.recipe import BF16, RECIPES, LinearRecipe, TileFormat
 
 # E4M3's relative error on Gaussian numbers is 2.6 %; a product of two such tensors has sqrt(2)

@@ -37,18 +37,19 @@ def quantize_both_ways(
     return _run("quantize_both_ways", x, scale_format, implementation=implementation)
 
 
-def requantize_transposed(
-    x: BlockScaled,
+def quantize_transposed(
+    x: Float[Array, "T D"] | BlockScaled,
     scale_format: ScaleFormat = "f32",
     *,
     implementation: str | None = None,
 ) -> BlockScaled:
-    """x.T [D, T] quantised along tokens, of an x [T, D] that was quantised along channels.
+    """x.T [D, T] quantised along tokens; x may have been quantised along channels before.
 
-    What a weight gradient needs of an activation that was kept as its product read it.
+    What a weight gradient needs of an activation, kept as it was or as its product read it.
     """
-    _check_per_token(x)
-    return _run("requantize_transposed", x, scale_format, implementation=implementation)
+    if isinstance(x, BlockScaled):
+        _check_per_token(x)
+    return _run("quantize_transposed", x, scale_format, implementation=implementation)
 
 
 def swiglu_quantize(

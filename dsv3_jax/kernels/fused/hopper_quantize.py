@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +23,7 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
+from dsv3_jax.kernels import manual
 from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import plgpu
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat, scale_of_amax
@@ -82,6 +82,7 @@ def quantize_tiles(
     128 tokens, of which there must be whole ones. `dim` is a multiple of 128, tokens at least 8.
     """
     assert dim % 128 == 0 and tokens >= 8 and not (by_channel and tokens % 128)
+    operands = manual.vary(tuple(operands))
     column_tiles, width = dim // 128, parts * dim
     rows_each = min(split.rows, tokens // 8 * 8)
     height = 128 if by_channel else rows_each * split.warpgroups
@@ -126,7 +127,7 @@ def quantize_tiles(
         shapes += [((width, tokens), jnp.float8_e4m3fn), ((tokens // 128, width), jnp.float32)]
     out = plgpu.kernel(
         kernel,
-        out_type=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
+        out_type=[manual.result(shape, dtype, operands[0]) for shape, dtype in shapes],
         grid=(pl.cdiv(tokens, height) * column_tiles,),
         grid_names=("block",),
         num_threads=split.warpgroups,

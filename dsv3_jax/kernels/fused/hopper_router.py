@@ -8,13 +8,13 @@ group or of a token is a few shuffles away. Nothing is sorted; the best is taken
 import math
 from typing import Any
 
-import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels import manual
 from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import plgpu
 
@@ -33,6 +33,7 @@ def route_top_k(
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"], Float[Array, "T E"]]:
     """Experts, their scores and all scores; see `api.route_top_k`."""
     hopper.require()
+    logits, bias = manual.vary((logits, bias))
     tokens, experts = logits.shape
     layout = _layout(n_group, experts // n_group)
     if tokens < TOKENS:
@@ -68,9 +69,9 @@ def route_top_k(
     chosen, weights, scores = plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct((top_k, tokens), jnp.int32),
-            jax.ShapeDtypeStruct((top_k, tokens), jnp.float32),
-            jax.ShapeDtypeStruct((tokens, *shape[1:]), jnp.float32),
+            manual.result((top_k, tokens), jnp.int32, logits),
+            manual.result((top_k, tokens), jnp.float32, logits),
+            manual.result((tokens, *shape[1:]), jnp.float32, logits),
         ],
         grid=(pl.cdiv(tokens, TOKENS),),
         grid_names=("block",),

@@ -7,12 +7,12 @@ of its own here, and so has the permutation of tokens, whose destinations are da
 import math
 from typing import Any
 
-import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels import manual
 from dsv3_jax.kernels.fused.hopper_quantize import (
     COMPILER_PARAMS,
     Split,
@@ -41,9 +41,11 @@ PERMUTED_CHANNELS = 1024  # that the threads of a block read at a time
 
 def quantize_rows(x: Float[Array, "T D"], scale_format: ScaleFormat = "f32") -> BlockScaled:
     """x quantised per token; see `api.quantize_rows`."""
+    rows = x.shape[0]
+    x = jnp.pad(x, ((0, max(8 - rows, 0)), (0, 0)))
     tokens, dim = _require(x)
     (out,) = quantize_tiles(_plain, (x,), tokens, dim, scale_format, ALONG_CHANNELS)
-    return out
+    return BlockScaled(out.values[:rows], out.scales[:rows], PER_TOKEN)
 
 
 def quantize_both_ways(
@@ -54,15 +56,22 @@ def quantize_both_ways(
     return quantize_tiles(_plain, (x,), tokens, dim, scale_format, BOTH_WAYS, by_channel=True)
 
 
-def requantize_transposed(x: BlockScaled, scale_format: ScaleFormat = "f32") -> BlockScaled:
-    """x transposed and quantised along tokens; see `api.requantize_transposed`."""
-    tokens, dim = _require(x, whole_tokens=True, dtype=jnp.float8_e4m3fn)
+def quantize_transposed(
+    x: Float[Array, "T D"] | BlockScaled, scale_format: ScaleFormat = "f32"
+) -> BlockScaled:
+    """x transposed and quantised along tokens; see `api.quantize_transposed`."""
+    scaled = isinstance(x, BlockScaled)
+    tokens, dim = _require(x, True, jnp.float8_e4m3fn if scaled else jnp.bfloat16)
+
+    operands = _leaves(x) if scaled else (x,)
 
     def source(refs, rows, columns, layout):
-        return (_dequantized(refs, rows, columns, layout),)
+        if scaled:
+            return (_dequantized(refs, rows, columns, layout),)
+        return _plain(refs, rows, columns, layout)
 
     (out,) = quantize_tiles(
-        source, _leaves(x), tokens, dim, scale_format, ALONG_TOKENS, by_token=False, by_channel=True
+        source, operands, tokens, dim, scale_format, ALONG_TOKENS, by_token=False, by_channel=True
     )
     return out
 
@@ -136,6 +145,7 @@ def rms_norm_quantize(
     tokens, dim = _require(x)
     if scale_format != "f32":
         raise NotImplementedError("a power of two divided by a root mean square is none")
+    x, weight = manual.vary((x, weight))
     tiles, layout = dim // 128, tokens_layout()
     warpgroups = math.gcd(tiles, NORM_WARPGROUPS)
     each = tiles // warpgroups
@@ -195,8 +205,8 @@ def rms_norm_quantize(
     values, scales = plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct((tokens, dim), jnp.float8_e4m3fn),
-            jax.ShapeDtypeStruct((tiles, tokens), jnp.float32),
+            manual.result((tokens, dim), jnp.float8_e4m3fn, x),
+            manual.result((tiles, tokens), jnp.float32, x),
         ],
         grid=(pl.cdiv(tokens, NORM_TOKENS),),
         grid_names=("block",),
@@ -227,6 +237,7 @@ def permute_quantize(
         raise NotImplementedError(f"{dim=} must be a multiple of {PERMUTED_CHANNELS}")
     per_token, tiles, layout = slots.shape[1], dim // 128, tokens_layout()
     num_free = num_rows - tokens * per_token
+    x, slots = manual.vary((x, slots))
     taken = jnp.zeros(num_rows, bool).at[slots.reshape(-1)].set(True, unique_indices=True)
     free = jnp.nonzero(~taken, size=max(num_free, 1), fill_value=0)[0].astype(jnp.int32)
 
@@ -253,8 +264,8 @@ def permute_quantize(
     values, scales = plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct((num_rows, tiles, 128), jnp.float8_e4m3fn),
-            jax.ShapeDtypeStruct((tiles, num_rows), jnp.float32),
+            manual.result((num_rows, tiles, 128), jnp.float8_e4m3fn, x),
+            manual.result((tiles, num_rows), jnp.float32, x),
         ],
         grid=(tokens + num_free,),
         grid_names=("block",),

@@ -25,9 +25,12 @@ def quantize_both_ways(
     return quantize(x, PER_TOKEN, scale_format), quantize(x.mT, PER_TOKEN, scale_format)
 
 
-def requantize_transposed(x: BlockScaled, scale_format: ScaleFormat = "f32") -> BlockScaled:
+def quantize_transposed(
+    x: Float[Array, "T D"] | BlockScaled, scale_format: ScaleFormat = "f32"
+) -> BlockScaled:
     """x transposed and quantised along tokens."""
-    return quantize(dequantize(x, jnp.float32).mT, PER_TOKEN, scale_format)
+    plain = dequantize(x, jnp.float32) if isinstance(x, BlockScaled) else x
+    return quantize(plain.mT, PER_TOKEN, scale_format)
 
 
 def swiglu_quantize(

@@ -35,6 +35,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels import manual
+
 plgpu: Any = mosaic_gpu  # its names are re-exported without telling type checkers
 
 SLAB_BYTES = 128  # of K in a slot: one swizzle row, and the span of one FP8 scale
@@ -160,6 +162,7 @@ def matmul(
     M and N are multiples of 8, and M of 4 x 4 bytes for the scales' TMA; edges that cut a tile are
     loaded as zeros and not stored.
     """
+    a, b, a_scales, b_scales, work = manual.vary((a, b, a_scales, b_scales, work))
     m, k = a.shape
     n = b.shape[2] if b_rows_first else b.shape[1]
     scaled = a_scales is not None
@@ -305,7 +308,7 @@ def matmul(
         barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((m, n), jnp.bfloat16),
+        out_type=manual.result((m, n), jnp.bfloat16, a),
         grid=(blocks,),
         grid_names=("block",),
         cluster=(tile.cluster,),

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels import manual
 from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import SLAB_BYTES, WGMMA, Tile, plgpu, swizzled
 
@@ -41,6 +42,8 @@ def wgrad(
     E4M3 operands with scales are as written; bfloat16 ones have their tokens first, [T, N] and
     [T, K]. Groups start and end at multiples of 128 tokens. N and K are multiples of 8.
     """
+    operands = a, b, starts, sizes, a_scales, b_scales, accumulate
+    a, b, starts, sizes, a_scales, b_scales, accumulate = manual.vary(operands)
     scaled = a_scales is not None
     dim = 0 if scaled else 1
     n, k, experts = a.shape[dim], b.shape[dim], sizes.shape[0]
@@ -131,13 +134,13 @@ def wgrad(
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    shape = jax.ShapeDtypeStruct((experts, n, k), jnp.float32)
-    operands: list[Any] = [a, b, starts, sizes]
+    shape = manual.result((experts, n, k), jnp.float32, a)
+    inputs: list[Any] = [a, b, starts, sizes]
     if a_scales is not None and b_scales is not None:
-        operands += [a_scales, b_scales]
+        inputs += [a_scales, b_scales]
     if in_place:
         sums = jax.new_ref(accumulate)
-        operands.append(sums)
+        inputs.append(sums)
     slots = [
         plgpu.SMEM(
             (stages, span, slab) if scaled else (stages, slab, span),
@@ -169,7 +172,7 @@ def wgrad(
             plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(*operands)
+    )(*inputs)
     if in_place:
         return jax.freeze(sums)
     return result if accumulate is None else accumulate + result

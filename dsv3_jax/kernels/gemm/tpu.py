@@ -16,13 +16,12 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import backend
+from dsv3_jax.kernels import backend, manual
 
 pltpu: Any = importlib.import_module("jax.experimental.pallas.tpu")
 
@@ -68,6 +67,8 @@ def matmul(
 
     The result is bfloat16 for scaled operands, else of a's dtype. `b_rows_first`: b is [E, K, N].
     """
+    operands = a, b, tile_expert, used_tiles, a_scales, b_scales
+    a, b, tile_expert, used_tiles, a_scales, b_scales = manual.vary(operands)
     m, k = a.shape
     n = b.shape[2] if b_rows_first else b.shape[1]
     scaled = a_scales is not None
@@ -110,7 +111,7 @@ def matmul(
             lambda column, row, experts, used: weights_at(column, row, experts[row], used),
         ),
     ]
-    operands: list[Any] = [a, b]
+    inputs: list[Any] = [a, b]
     if a_scales is not None and b_scales is not None:
         in_specs += [
             pl.BlockSpec((rows, k // SLAB), lambda column, row, experts, used: (row, 0)),
@@ -118,10 +119,10 @@ def matmul(
                 (1, *b_scales.shape[1:]), lambda column, row, experts, used: (experts[row], 0, 0)
             ),
         ]
-        operands += [a_scales, b_scales]
+        inputs += [a_scales, b_scales]
     return pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct((m, n), jnp.bfloat16 if scaled else a.dtype),
+        out_shape=manual.result((m, n), jnp.bfloat16 if scaled else a.dtype, a),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(pl.cdiv(n, columns), pl.cdiv(m, rows)),
@@ -131,7 +132,7 @@ def matmul(
             ),
             scratch_shapes=[pltpu.VMEM((rows, columns) if scaled else (8, 128), jnp.float32)],
         ),
-    )(tile_expert, used_tiles, *operands)
+    )(tile_expert, used_tiles, *inputs)
 
 
 def wgrad(
@@ -145,6 +146,8 @@ def wgrad(
     b_scales: Float[Array, "M/128 K"] | None = None,
 ) -> Float[Array, "E N K"]:
     """start[e] plus the sum of a[:, tile] @ b[:, tile].T over e's tiles of 128 tokens, float32."""
+    operands = a, b, tile_expert, used_tiles, start, a_scales, b_scales
+    a, b, tile_expert, used_tiles, start, a_scales, b_scales = manual.vary(operands)
     n, k, scaled = a.shape[0], b.shape[0], a_scales is not None
     tiles = a.shape[1] // SLAB
     rows, columns = (min(size, pl.cdiv(dim, 128) * 128) for size, dim in ((256, n), (512, k)))
@@ -172,16 +175,16 @@ def wgrad(
         pl.BlockSpec((columns, SLAB), lambda i, j, t, experts, used: (j, t)),
         at_expert,
     ]
-    operands: list[Any] = [a, b, start]
+    inputs: list[Any] = [a, b, start]
     if a_scales is not None and b_scales is not None:
         in_specs += [
             pl.BlockSpec((rows, tiles), lambda i, j, t, experts, used: (i, 0)),
             pl.BlockSpec((tiles, columns), lambda i, j, t, experts, used: (0, j)),
         ]
-        operands += [a_scales, b_scales]
+        inputs += [a_scales, b_scales]
     out = pl.pallas_call(
         kernel,
-        out_shape=jax.ShapeDtypeStruct(start.shape, jnp.float32),
+        out_shape=manual.result(start.shape, jnp.float32, a),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(pl.cdiv(n, rows), pl.cdiv(k, columns), tiles),
@@ -190,7 +193,7 @@ def wgrad(
         ),
         # The blocks of an expert without tokens are never visited, and keep what they start with.
         input_output_aliases={4: 0},
-    )(tile_expert, used_tiles, *operands)
+    )(tile_expert, used_tiles, *inputs)
     return out[:, :n, :k]
 
 
