@@ -58,9 +58,11 @@ _LAYERS = {
     "down": (7168, 2048),
 }
 
-DENSE = tuple(
-    Product(name, "dense", m, n, k) for m in (4096, 128, 64) for name, (n, k) in _LAYERS.items()
+TRAINING = tuple(Product(name, "dense", 4096, n, k) for name, (n, k) in _LAYERS.items())
+DECODING = tuple(
+    Product(name, "dense", m, n, k) for m in (64, 128) for name, (n, k) in _LAYERS.items()
 )
+DENSE = TRAINING + DECODING
 GROUPED = tuple(
     Product(name, "grouped", rows, *_LAYERS[name], groups=experts)
     for name in ("gate_up", "down")
@@ -81,4 +83,4 @@ WGRAD = (
     Product("o", "wgrad", 7168, 16384, 4096),
     Product("gate_up", "wgrad", 4096, 7168, 8192, groups=4, dtype="bf16"),
 )
-ALL = DENSE + GROUPED + GROUPED_BF16 + MASKED + WGRAD
+ALL = TRAINING + GROUPED + GROUPED_BF16 + WGRAD + MASKED + DECODING

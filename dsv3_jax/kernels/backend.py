@@ -9,6 +9,7 @@ never falls back. `choices()` lists every decision since the process began.
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+
+from dsv3_jax.kernels.partition import Cut, cut_by
 
 # What an operation without a rule of its own tries, by platform, in this order.
 DEFAULT_ORDER: Mapping[str, tuple[str, ...]] = {
@@ -92,10 +95,12 @@ def run(
     *args: Any,
     order: Mapping[str, Sequence[str]] = DEFAULT_ORDER,
     implementation: str | Sequence[str] | None = None,
+    cut: Cut | None = None,
     **kwargs: Any,
 ) -> Any:
     """What the first able implementation of `op` returns for these arguments.
 
+    With a `cut`, whose arrays are the leaves of `args`, XLA may cut a kernel over a mesh by it.
     `package` is the operation's folder as a dotted name; each implementation is a module of it with
     a function named `op`. Raises ValueError for an unknown implementation, and NotImplementedError
     with every reason when none is able.
@@ -103,7 +108,10 @@ def run(
     passed_over = []
     for name in candidates(order, implementation):
         try:
-            result = _function(package, name, op)(*args, **kwargs)
+            function = functools.partial(_function(package, name, op), **kwargs)
+            if cut is not None and name.startswith("pallas"):
+                function = functools.partial(cut_by, cut, function)
+            result = function(*args)
         except NotImplementedError as reason:
             passed_over.append((name, str(reason)))
             continue

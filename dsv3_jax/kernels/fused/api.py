@@ -8,9 +8,16 @@ GPU kernels want them.
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import backend
+from dsv3_jax.kernels.partition import Cut
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat
 
 PACKAGE = "dsv3_jax.kernels.fused"
+
+# Dims of values and scales, and what of them may not be cut apart: see `kernels.partition`.
+BY_TOKEN = (("t", "d"), ("t", "d/128"))
+BY_CHANNEL = (("d", "t"), ("d", "t/128"))
+TILES = {"t": 128, "d": 128}
+_BOTH = (("t", "both"), ("t", "both/128"))
 
 
 def quantize_rows(
@@ -20,7 +27,10 @@ def quantize_rows(
     implementation: str | None = None,
 ) -> BlockScaled:
     """x quantised per token, [T, D] in 1x128 tiles."""
-    return _run("quantize_rows", x, scale_format, implementation=implementation)
+    cut = Cut(BY_TOKEN[:1], BY_TOKEN, {"t": 1, "d": 128})
+    return _run(
+        "quantize_rows", x, implementation=implementation, cut=cut, scale_format=scale_format
+    )
 
 
 def quantize_both_ways(
@@ -34,7 +44,10 @@ def quantize_both_ways(
     The first feeds the input gradient's product, the second the weight gradient's, which contracts
     over tokens and must find them last in memory (V3 report, section 3.3.2).
     """
-    return _run("quantize_both_ways", x, scale_format, implementation=implementation)
+    cut = Cut((BY_TOKEN[0],), (*BY_TOKEN, *BY_CHANNEL), TILES)
+    return _run(
+        "quantize_both_ways", x, implementation=implementation, cut=cut, scale_format=scale_format
+    )
 
 
 def quantize_transposed(
@@ -49,7 +62,10 @@ def quantize_transposed(
     """
     if isinstance(x, BlockScaled):
         _check_per_token(x)
-    return _run("quantize_transposed", x, scale_format, implementation=implementation)
+    cut = Cut(BY_TOKEN if isinstance(x, BlockScaled) else BY_TOKEN[:1], BY_CHANNEL, TILES)
+    return _run(
+        "quantize_transposed", x, implementation=implementation, cut=cut, scale_format=scale_format
+    )
 
 
 def swiglu_quantize(
@@ -65,12 +81,16 @@ def swiglu_quantize(
     and rounded once to the input's dtype (bfloat16 for a block-scaled one) before it is quantised.
     """
     _check_gate_up(gate_up)
+    # Gate and up lie side by side: a piece of the channels would have only one of them.
+    operands = _BOTH if isinstance(gate_up, BlockScaled) else _BOTH[:1]
+    cut = Cut(operands, BY_CHANNEL if transposed else BY_TOKEN, {"t": 128 if transposed else 1})
     return _run(
         "swiglu_quantize",
         gate_up,
-        scale_format,
-        transposed=transposed,
         implementation=implementation,
+        cut=cut,
+        scale_format=scale_format,
+        transposed=transposed,
     )
 
 
@@ -89,8 +109,15 @@ def swiglu_backward_quantize(
     _check_gate_up(gate_up)
     if d_out.shape != (gate_up.shape[0], gate_up.shape[1] // 2):
         raise ValueError(f"d_out {d_out.shape} must be half as wide as gate_up {gate_up.shape}")
+    operands = _BOTH if isinstance(gate_up, BlockScaled) else _BOTH[:1]
+    results = (*_BOTH, ("both", "t"), ("both", "t/128"))
     return _run(
-        "swiglu_backward_quantize", gate_up, d_out, scale_format, implementation=implementation
+        "swiglu_backward_quantize",
+        gate_up,
+        d_out,
+        implementation=implementation,
+        cut=Cut((*operands, BY_TOKEN[0]), results, {"t": 128}),
+        scale_format=scale_format,
     )
 
 
@@ -112,7 +139,15 @@ def rms_norm_quantize(
         raise ValueError(
             f"weight {weight.shape} must have one number for each channel of {x.shape}"
         )
-    return _run("rms_norm_quantize", x, weight, eps, scale_format, implementation=implementation)
+    return _run(
+        "rms_norm_quantize",
+        x,
+        weight,
+        implementation=implementation,
+        cut=Cut((BY_TOKEN[0], ("d",)), BY_TOKEN, {"t": 1}),
+        eps=eps,
+        scale_format=scale_format,
+    )
 
 
 def permute_quantize(
@@ -133,7 +168,15 @@ def permute_quantize(
             f"slots {slots.shape} must have a row for each token of {x.shape}, and no more entries "
             f"than {num_rows=}"
         )
-    return _run("permute_quantize", x, slots, num_rows, scale_format, implementation=implementation)
+    return _run(
+        "permute_quantize",
+        x,
+        slots,
+        implementation=implementation,
+        cut=None,  # slots are rows of one device
+        num_rows=num_rows,
+        scale_format=scale_format,
+    )
 
 
 def route_top_k(
@@ -164,11 +207,12 @@ def route_top_k(
         "route_top_k",
         logits,
         bias,
+        implementation=implementation,
+        cut=Cut((("t", "e"), ("e",)), (("t", "k"), ("t", "k"), ("t", "e")), {"t": 1}),
         top_k=top_k,
         n_group=n_group,
         topk_group=topk_group,
         best_of_group=best_of_group,
-        implementation=implementation,
     )
 
 
@@ -186,5 +230,5 @@ def _check_gate_up(gate_up: Array | BlockScaled) -> None:
         _check_per_token(gate_up)
 
 
-def _run(op: str, *args, implementation: str | None, **options):
-    return backend.run(PACKAGE, op, *args, implementation=implementation, **options)
+def _run(op: str, *arrays, implementation: str | None, cut: Cut | None, **options):
+    return backend.run(PACKAGE, op, *arrays, implementation=implementation, cut=cut, **options)

@@ -90,7 +90,9 @@ def quantize_tiles(
     def kernel(*refs):
         refs = list(refs)
         sources = [refs.pop(0) for _ in operands]
-        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        block = lax.axis_index("block")
+        # A constant where it can be: addresses are then the same for all threads of a block.
+        warpgroup = lax.axis_index("warpgroup") if split.warpgroups > 1 else 0
         row = lax.div(block, jnp.int32(column_tiles)) * height
         column = lax.rem(block, jnp.int32(column_tiles)) * 128
         if by_token:
@@ -125,14 +127,16 @@ def quantize_tiles(
         shapes += [((tokens, width), jnp.float8_e4m3fn), ((width // 128, tokens), jnp.float32)]
     if by_channel:
         shapes += [((width, tokens), jnp.float8_e4m3fn), ((tokens // 128, width), jnp.float32)]
+    several: Any = {}
+    if split.warpgroups > 1:
+        several = dict(num_threads=split.warpgroups, thread_name="warpgroup")
     out = plgpu.kernel(
         kernel,
         out_type=[manual.result(shape, dtype, operands[0]) for shape, dtype in shapes],
         grid=(pl.cdiv(tokens, height) * column_tiles,),
         grid_names=("block",),
-        num_threads=split.warpgroups,
-        thread_name="warpgroup",
         compiler_params=COMPILER_PARAMS,
+        **several,
     )(*operands)
     return tuple(
         BlockScaled(values, scales.mT, PER_TOKEN) for values, scales in zip(out[::2], out[1::2])

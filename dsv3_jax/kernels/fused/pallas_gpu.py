@@ -31,10 +31,10 @@ ALONG_CHANNELS = Split(rows=32)
 ALONG_TOKENS = Split(turned=64)
 BOTH_WAYS = Split(warpgroups=2, rows=32, turned=64)
 SWIGLU = Split(rows=16)
-SWIGLU_BACKWARD = Split(warpgroups=4, rows=32, turned=32)
+SWIGLU_BACKWARD = Split(turned=64)
 
 NORM_WARPGROUPS = 2  # that share a token's channels
-NORM_TILES = 4  # of a warpgroup that are loaded while as many are quantised
+NORM_TILES = 2  # of a warpgroup that are loaded while as many are quantised
 
 PERMUTED_CHANNELS = 1024  # that the threads of a block read at a time
 

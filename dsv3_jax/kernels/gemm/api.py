@@ -8,6 +8,7 @@ operand of a weight gradient is quantised along tokens and transposed first (`Bl
 from jaxtyping import Array, Float
 
 from dsv3_jax.kernels import backend
+from dsv3_jax.kernels.partition import Cut
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled
 
 PACKAGE = "dsv3_jax.kernels.gemm"
@@ -34,9 +35,24 @@ def scaled_matmul(
     an implementation asked for by name cannot.
     """
     check(a, b, accumulate)
+    operands = (a, b) if accumulate is None else (a, b, accumulate)
     return backend.run(
-        PACKAGE, "scaled_matmul", a, b, accumulate=accumulate, implementation=implementation
+        PACKAGE,
+        "scaled_matmul",
+        *operands,
+        implementation=implementation,
+        cut=_cut(b.tile == PER_BLOCK, accumulate is not None),
     )
+
+
+def _cut(by_blocks: bool, accumulates: bool) -> Cut:
+    """How a product may be cut over devices; partial sums cannot each begin with what is there."""
+    scales = ("n/128", "k/128") if by_blocks else ("n", "k/128")
+    operands = (("m", "k"), ("m", "k/128"), ("n", "k"), scales)
+    whole = {"m": 1, "n": 128 if by_blocks else 8}
+    if accumulates:
+        return Cut((*operands, ("m", "n")), (("m", "n"),), whole)
+    return Cut(operands, (("m", "n"),), {**whole, "k": 128})
 
 
 def check(a: BlockScaled, b: BlockScaled, accumulate: Array | None) -> None:

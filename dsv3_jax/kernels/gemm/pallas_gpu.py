@@ -16,8 +16,8 @@ from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled
 def scaled_matmul(
     a: BlockScaled,
     b: BlockScaled,
-    *,
     accumulate: Float[Array, "M N"] | None = None,
+    *,
     tile: Tile | None = None,
 ) -> Float[Array, "M N"]:
     """a @ b.T; see `api.scaled_matmul`. `tile` overrides the heuristic."""

@@ -10,7 +10,7 @@ ROWS = 128  # of a tile; a last partial one is masked
 
 
 def scaled_matmul(
-    a: BlockScaled, b: BlockScaled, *, accumulate: Float[Array, "M N"] | None = None
+    a: BlockScaled, b: BlockScaled, accumulate: Float[Array, "M N"] | None = None
 ) -> Float[Array, "M N"]:
     """a @ b.T; see `api.scaled_matmul`."""
     tpu.require()

@@ -12,7 +12,7 @@ from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, dequantiz
 
 
 def scaled_matmul(
-    a: BlockScaled, b: BlockScaled, *, accumulate: Float[Array, "M N"] | None = None
+    a: BlockScaled, b: BlockScaled, accumulate: Float[Array, "M N"] | None = None
 ) -> Float[Array, "M N"]:
     """a @ b.T of the dequantised operands; see `api.scaled_matmul`."""
     out = jax.lax.dot_general(

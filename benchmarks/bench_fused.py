@@ -1,0 +1,112 @@
+"""Times the fused quantisers and the router against XLA's fusions of the same, in one run.
+
+    python -m benchmarks.bench_fused
+
+Needs a Hopper GPU. One row an operation: microseconds, TB/s of what must move (each input read
+once, each output written once), the share of a copy's rate, and XLA's time beside ours. Random
+normal data, the L2 cache flushed before every call, medians of CUPTI's kernel durations.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.bench_gemm import machine, microseconds
+from dsv3_jax.kernels.fused import pallas_gpu, reference
+from dsv3_jax.parallel.grouping import plan
+from dsv3_jax.quantization.block_scaled import PER_TOKEN, quantize
+
+TOKENS, DIM, WIDTH, EXPERTS, EACH = 4096, 7168, 2048, 32, 8
+ROUTER = dict(top_k=EACH, n_group=8, topk_group=4, best_of_group=2)
+
+
+class Operation(NamedTuple):
+    """What to call, in its two implementations, on what."""
+
+    name: str
+    ours: Callable[..., Any]
+    xla: Callable[..., Any]
+    operands: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, name: str, op: str, *operands: Any, **options: Any) -> "Operation":
+        """Both implementations of an operation of kernels.fused, compiled for the operands."""
+        ours, xla = (
+            jax.jit(partial(getattr(module, op), **options)) for module in (pallas_gpu, reference)
+        )
+        jax.block_until_ready((ours(*operands), xla(*operands)))
+        return cls(name, ours, xla, operands)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all operands and results."""
+        arrays = jax.tree.leaves((self.operands, jax.eval_shape(self.ours, *self.operands)))
+        return sum(x.size * x.dtype.itemsize for x in arrays)
+
+    def different(self) -> float:
+        """The share of numbers that the two implementations round differently."""
+        ours, xla = (jax.tree.leaves(f(*self.operands)) for f in (self.ours, self.xla))
+        values = [pair for pair in zip(ours, xla) if pair[0].dtype.itemsize == 1]
+        return max((float((a != b).mean()) for a, b in values or zip(ours, xla)))
+
+
+def normal(key: int, *shape: int) -> jax.Array:
+    """Standard normal bfloat16."""
+    draw = jax.jit(partial(jax.random.normal, shape=shape, dtype=jnp.bfloat16))
+    return draw(jax.random.key(key))
+
+
+def operations() -> list[Operation]:
+    """Every operation at V3's sizes."""
+    x, weight = normal(0, TOKENS, DIM), 1 + normal(1, DIM).astype(jnp.float32) / 10
+    gate_up, d_out = normal(2, TOKENS * EACH, 2 * WIDTH), normal(3, TOKENS * EACH, WIDTH)
+    logits = normal(4, TOKENS, 256).astype(jnp.float32)
+    keep = jax.jit(partial(quantize, tile=PER_TOKEN))
+    kept, kept_gate_up = keep(x), keep(gate_up)
+    chosen = jax.lax.top_k(normal(5, TOKENS, EXPERTS).astype(jnp.float32), EACH)[1]
+    handle = jax.jit(partial(plan, num_experts=EXPERTS, alignment=128))(chosen)[0]
+    rows = handle.token_M.shape[0]
+    bias = jnp.zeros(256)
+    calls = [
+        ("rows", "quantize_rows", (x,), {}),
+        ("both ways", "quantize_both_ways", (x,), {}),
+        ("transposed", "quantize_transposed", (x,), {}),
+        ("transposed, of FP8", "quantize_transposed", (kept,), {}),
+        ("RMSNorm", "rms_norm_quantize", (x, weight), dict(eps=1e-6)),
+        ("SwiGLU", "swiglu_quantize", (gate_up,), {}),
+        ("SwiGLU transposed, of FP8", "swiglu_quantize", (kept_gate_up,), dict(transposed=True)),
+        ("SwiGLU backward, of FP8", "swiglu_backward_quantize", (kept_gate_up, d_out), {}),
+        ("permutation", "permute_quantize", (x, handle.slot_TK), dict(num_rows=rows)),
+        ("router", "route_top_k", (logits, bias), ROUTER),
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda c: Operation.of(c[0], c[1], *c[2], **c[3]), calls))
+
+
+def main() -> None:
+    """Prints the table."""
+    print(machine())
+    large = normal(6, 1 << 29)
+    copied = 2 * large.nbytes / microseconds(jax.jit(jnp.negative), (large,)) / 1e6
+    del large
+    print(f"a copy of 1 GB: {copied:.2f} TB/s\n")
+    print("| operation | us | TB/s | of a copy | x XLA | numbers that differ from XLA's |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for operation in operations():
+        us = microseconds(operation.ours, operation.operands)
+        xla_us = microseconds(operation.xla, operation.operands)
+        rate = operation.bytes / us / 1e6
+        print(
+            f"| {operation.name} | {us:.1f} | {rate:.2f} | {100 * rate / copied:.0f} % "
+            f"| {xla_us / us:.1f} | {operation.different():.1e} |",
+            flush=True,
+        )
+    print(machine())
+
+
+if __name__ == "__main__":
+    main()
