@@ -5,13 +5,18 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
 from dsv3_jax.config import ModelConfig, UserError
+from dsv3_jax.inference.kv_cache import PAGE, pool_for
 from dsv3_jax.inference.sampling import sample
+from dsv3_jax.kernels import backend
+from dsv3_jax.model.cache import init_paged_cache
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import (
+    AnyCache,
     Variables,
     decode_step,
     init_model_cache,
@@ -35,13 +40,15 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     layout: Layout | None = None,
+    paged: bool | None = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yields the next token of every prompt, int32 [B], up to max_new_tokens times.
 
     A sequence that has ended (eos_token_id) yields eos again; iteration ends when all have. The
-    cache holds cache_length tokens a sequence, by default what the longest needs. Raises UserError
-    for an empty prompt, a token outside the vocabulary, or prompts longer than the cache. The
-    layout says how to spread the work over a mesh; the tokens are those of one device, but for
+    cache holds cache_length tokens a sequence, by default what the longest needs; paged, it holds
+    the pages that each needs, by default on a single GPU, whose kernel reads pages. Raises
+    UserError for an empty prompt, a token outside the vocabulary, or prompts longer than the cache.
+    The layout says how to spread the work over a mesh; the tokens are those of one device, but for
     rounding.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -61,7 +68,15 @@ def generate(
         row[: len(prompt)] = prompt
 
     key = jax.random.key(seed)
-    cache = init_model_cache(config, len(prompts), cache_length)
+    cache: AnyCache
+    if paged is None:
+        paged = layout is None and backend.platform() == "gpu"
+    if paged:
+        pool = pool_for([min(n + max_new_tokens - 1, cache_length) for n in lengths.tolist()], PAGE)
+        pages = int(pool.table.max()) + 1
+        cache = init_paged_cache(config, jnp.asarray(pool.table), pages, PAGE)
+    else:
+        cache = init_model_cache(config, len(prompts), cache_length)
     hidden, cache = _prefill(variables, padded, cache, config, prefill_layout)
     hidden = hidden[np.arange(len(prompts)), lengths - 1]
     ended = np.zeros(count, bool)

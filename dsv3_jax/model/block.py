@@ -4,7 +4,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.cache import LatentCache
+from dsv3_jax.kernels.mla_decode.schedule import Schedule
+from dsv3_jax.model.cache import LatentCache, PagedCache
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.moe import MoE, MoEStats
@@ -29,18 +30,19 @@ class Block(nn.Module):
         *,
         segments: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
-        cache: LatentCache | None = None,
+        cache: LatentCache | PagedCache | None = None,
         prefill: bool = False,
-    ) -> tuple[Float[Array, "B T D"], LatentCache | None, MoEStats | None]:
+        schedule: Schedule | None = None,
+    ) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache | None, MoEStats | None]:
         """The layer's output, its updated cache, and a MoE layer's statistics.
 
-        segments, cache and prefill as in `MLA`; mask as in `MoE`.
+        segments, cache, prefill and schedule as in `MLA`; mask as in `MoE`.
         """
         config, ones = self.config, nn.initializers.ones
         dim, eps = config.hidden_size, config.rms_norm_eps
         normed = rms_norm(x, self.param("input_layernorm", ones, (dim,)), eps)
         attention = MLA(config, self.recipe, self.layout, name="self_attn")
-        attended, cache = attention(normed, positions, segments, cache, prefill)
+        attended, cache = attention(normed, positions, segments, cache, prefill, schedule)
         x = x + constrain(attended, self.layout, "batch", "residual")
         normed = rms_norm(x, self.param("post_attention_layernorm", ones, (dim,)), eps)
         if self.dense:

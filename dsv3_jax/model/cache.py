@@ -48,3 +48,56 @@ def append(
     return LatentCache(
         jax.vmap(write)(cache.latent, latent, start), jax.vmap(write)(cache.k_rope, k_rope, start)
     )
+
+
+class PagedCache(NamedTuple):
+    """Pages of rows, which sequences hold by number; all layers' pages lie in one pool.
+
+    Row i of sequence b is row i % page of page block_table[b, i // page], in each layer: layer l
+    owns pages l P to (l + 1) P. An entry of -1 holds no page, and rows that fall there are dropped.
+    One pool for all layers, so that a scan over layers carries it and writes it in place: caches
+    that it takes apart and stacks again are read and written whole in every step.
+    """
+
+    latent: Float[Array, "LP page C"]
+    k_rope: Float[Array, "LP page R"]
+    block_table: Int[Array, "B S"]
+
+
+def init_paged_cache(
+    config: ModelConfig, block_table: Int[Array, "B S"], pages: int, page: int = 64
+) -> PagedCache:
+    """An all-zero pool of so many pages for each of the model's layers, in the model's dtype."""
+    shape = (config.num_hidden_layers * pages, page)
+    return PagedCache(
+        jnp.zeros((*shape, config.kv_lora_rank), config.dtype),
+        jnp.zeros((*shape, config.qk_rope_head_dim), config.dtype),
+        jnp.asarray(block_table, jnp.int32),
+    )
+
+
+def of_layer(cache: PagedCache, layer: Int[Array, ""], layers: int) -> PagedCache:
+    """The cache as one of `layers` layers sees it: the same pool, and a table of its own pages."""
+    pages = cache.latent.shape[0] // layers
+    table = cache.block_table
+    return cache._replace(block_table=jnp.where(table < 0, -1, table + layer * pages))
+
+
+def append_paged(
+    cache: PagedCache,
+    latent: Float[Array, "B T C"],
+    k_rope: Float[Array, "B T R"],
+    start: Int[Array, " B"],
+) -> PagedCache:
+    """`append` for pages; `cache` is what `of_layer` returned."""
+    page, slots = cache.latent.shape[1], cache.block_table.shape[1]
+    rows = start[:, None] + jnp.arange(latent.shape[1], dtype=start.dtype)
+    slot = jnp.minimum(rows // page, slots - 1)
+    number = jnp.take_along_axis(cache.block_table, slot, axis=1)
+    none = (number < 0) | (rows >= slots * page)
+    number = jnp.where(none, cache.latent.shape[0], number)
+
+    def write(pool, new):
+        return pool.at[number, rows % page].set(new.astype(pool.dtype), mode="drop")
+
+    return cache._replace(latent=write(cache.latent, latent), k_rope=write(cache.k_rope, k_rope))

@@ -5,14 +5,21 @@ right for training and prefill. `mla_absorb` moves the up-projections to the que
 so that it reads only the 576 cached values a token: right for decoding. They are the same function.
 """
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.attention.api import mla_attention
-from dsv3_jax.model.cache import LatentCache, append
+from dsv3_jax.kernels.mla_decode.api import mla_decode, mla_decode_contiguous
+from dsv3_jax.kernels.mla_decode.schedule import Schedule
+from dsv3_jax.model.cache import LatentCache, PagedCache, append, append_paged
 from dsv3_jax.model.held import parameter
 from dsv3_jax.model.linear import Spread, linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS, rms_norm
@@ -126,26 +133,56 @@ def mla_expand_on_mesh(
 def mla_absorb(
     q_nope_BTNH: Float[Array, "B T N H"],
     q_rope_BTNR: Float[Array, "B T N R"],
-    latent_BSC: Float[Array, "B S C"],
-    k_rope_BSR: Float[Array, "B S R"],
+    cache: LatentCache | PagedCache,
+    lengths: Int[Array, " B"],
     kv_b_proj: Float[Array, "N HU C"],
-    mask_BTS: Bool[Array, "#B T S"],
     scale: float,
+    schedule: Schedule | None = None,
 ) -> Float[Array, "B T N U"]:
-    """What `mla_expand` returns, with W^UK absorbed into the query and W^UV into the output.
+    """What `mla_expand` returns for the last T of lengths[b] cached tokens, each seeing itself and
+    those before it, with W^UK absorbed into the query and W^UV into the output.
 
     All heads attend to one shared key of C + R dims whose first C dims are also the value
-    (DeepSeek-V3:inference/model.py, `attn_impl="absorb"`).
+    (DeepSeek-V3:inference/model.py, `attn_impl="absorb"`). The schedule is `plan`'s for lengths.
     """
     nope_dim = q_nope_BTNH.shape[-1]
     w_uk_NHC, w_uv_NUC = kv_b_proj[:, :nope_dim], kv_b_proj[:, nope_dim:]
     q_latent_BTNC = jnp.einsum("BTNH,NHC->BTNC", q_nope_BTNH, w_uk_NHC.astype(q_nope_BTNH.dtype))
-    logits_BNTS = jnp.einsum(
-        "BTNC,BSC->BNTS", q_latent_BTNC, latent_BSC, preferred_element_type=jnp.float32
-    ) + jnp.einsum("BTNR,BSR->BNTS", q_rope_BTNR, k_rope_BSR, preferred_element_type=jnp.float32)
-    probs_BNTS = _softmax(logits_BNTS * scale, mask_BTS).astype(latent_BSC.dtype)
-    context_BTNC = jnp.einsum("BNTS,BSC->BTNC", probs_BNTS, latent_BSC)
+    attend: Any = mla_decode if isinstance(cache, PagedCache) else mla_decode_contiguous
+    context_BTNC = attend(
+        q_latent_BTNC, q_rope_BTNR, *cache, lengths, scale=scale, schedule=schedule
+    )
     return jnp.einsum("BTNC,NUC->BTNU", context_BTNC, w_uv_NUC.astype(context_BTNC.dtype))
+
+
+def mla_absorb_on_mesh(
+    q_nope_BTNH: Float[Array, "B T N H"],
+    q_rope_BTNR: Float[Array, "B T N R"],
+    cache: LatentCache | PagedCache,
+    lengths: Int[Array, " B"],
+    kv_b_proj: Float[Array, "N HU C"],
+    scale: float,
+    layout: Layout,
+) -> Float[Array, "B T N U"]:
+    """`mla_absorb` with sequences over the batch axes and heads over `tensor`.
+
+    A cache whose rows lie on several devices is attended to by XLA, which divides the softmax.
+    Raises NotImplementedError for pages on a mesh that divides the batch: their numbers would have
+    to be local.
+    """
+    inputs = (q_nope_BTNH, q_rope_BTNR, cache, lengths, kv_b_proj)
+    if isinstance(cache, PagedCache):
+        if layout.size("batch") > 1 or layout.size("cache") > 1:
+            raise NotImplementedError("a paged cache cannot be divided over a mesh")
+        of_cache: Any = jax.tree.map(lambda _: PartitionSpec(), cache)
+    elif layout.size("cache") > 1:
+        with backend.use("reference"):
+            return mla_absorb(*inputs, scale)
+    else:
+        of_cache = jax.tree.map(lambda _: layout.spec("batch"), cache)
+    q, weight = layout.spec("batch", None, "heads", None), layout.spec("heads")
+    specs = (q, q, of_cache, layout.spec("batch"), weight)
+    return layout.shard_map(partial(mla_absorb, scale=scale), specs, q)(*inputs)
 
 
 def causal_mask(
@@ -162,14 +199,6 @@ def causal_mask(
     if segments is not None:
         mask &= segments[0][:, :, None] == segments[1][:, None, :]
     return mask
-
-
-def _softmax(
-    logits: Float[Array, "B N T S"], mask: Bool[Array, "#B T S"]
-) -> Float[Array, "B N T S"]:
-    # The lowest finite number, not -inf: a row with no visible key must not become NaN.
-    lowest = jnp.finfo(logits.dtype).min
-    return jax.nn.softmax(jnp.where(mask[:, None], logits, lowest), axis=-1)
 
 
 def _mask_between(queries, keys) -> Bool[Array, "#B T S"]:
@@ -204,14 +233,15 @@ class MLA(nn.Module):
         x: Float[Array, "B T D"],
         positions: Int[Array, "#B T"],
         segments: Int[Array, "B T"] | None = None,
-        cache: LatentCache | None = None,
+        cache: LatentCache | PagedCache | None = None,
         prefill: bool = False,
-    ) -> tuple[Float[Array, "B T D"], LatentCache | None]:
+        schedule: Schedule | None = None,
+    ) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache | None]:
         """Attention output, and the cache with these T tokens appended at their positions.
 
         Without a cache, or with prefill=True (the cache is still empty), the T tokens attend to
         each other in the expanded form; otherwise they attend to all the cache holds in the
-        absorbed form, which `segments` does not apply to.
+        absorbed form, which `segments` does not apply to and `schedule` may be planned for.
         """
         config, recipe, layout = self.config, self.recipe, self.layout
         rows = ("batch", "seq")
@@ -254,8 +284,11 @@ class MLA(nn.Module):
         if cache is not None:
             # A prompt may lie in another order over devices; the cache's rows are in order.
             new = (in_natural_order(latent, layout), in_natural_order(k_rope, layout))
-            cache = append(cache, *new, positions[:, 0])
-            cache = LatentCache(*(constrain(rows, layout, "batch", "cache") for rows in cache))
+            if isinstance(cache, PagedCache):
+                cache = append_paged(cache, *new, positions[:, 0])
+            else:
+                cache = append(cache, *new, positions[:, 0])
+                cache = LatentCache(*(constrain(rows, layout, "batch", "cache") for rows in cache))
         if cache is None or prefill:
             attend_to = (q_nope, q_rope, latent, k_rope, kv_b_proj)
             if layout is None:
@@ -265,8 +298,12 @@ class MLA(nn.Module):
                     *attend_to, positions, segments, scale, recipe.attention, layout
                 )
         else:
-            mask = causal_mask(positions, jnp.arange(cache.latent.shape[1])[None])
-            out = mla_absorb(q_nope, q_rope, cache.latent, cache.k_rope, kv_b_proj, mask, scale)
+            lengths = positions[:, -1] + 1
+            attend_to = (q_nope, q_rope, cache, lengths, kv_b_proj, scale)
+            if layout is None:
+                out = mla_absorb(*attend_to, schedule)
+            else:
+                out = mla_absorb_on_mesh(*attend_to, layout)
         o_proj = parameter(self, "o_proj", init, (dim, heads, value_dim)).reshape(dim, -1)
         out = out.reshape(*out.shape[:2], -1)
         return linear(out, o_proj, recipe.o_proj, spread=from_heads), cache

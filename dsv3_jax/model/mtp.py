@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block
-from dsv3_jax.model.cache import LatentCache
+from dsv3_jax.model.cache import LatentCache, PagedCache
 from dsv3_jax.model.linear import linear
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.norm import rms_norm
@@ -39,9 +39,9 @@ class MTPModule(nn.Module):
         *,
         segments: Int[Array, "B T"] | None = None,
         mask: Bool[Array, "B T"] | None = None,
-        cache: LatentCache | None = None,
+        cache: LatentCache | PagedCache | None = None,
         prefill: bool = False,
-    ) -> tuple[Float[Array, "B T D"], LatentCache | None, MoEStats]:
+    ) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache | None, MoEStats]:
         """h^k after its final norm: what the head and the next module read.
 
         hidden is h^{k-1} after its final norm (the paper does not say; the runtimes that load the

@@ -13,8 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.mla_decode.api import plan
+from dsv3_jax.kernels.mla_decode.schedule import Schedule
 from dsv3_jax.model.block import Block
-from dsv3_jax.model.cache import LatentCache, init_cache
+from dsv3_jax.model.cache import LatentCache, PagedCache, init_cache, of_layer
 from dsv3_jax.model.linear import linear
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.mtp import MTPModule
@@ -59,6 +61,9 @@ class ModelCache(NamedTuple):
 
     dense: LatentCache | None
     moe: LatentCache | None
+
+
+AnyCache = ModelCache | PagedCache
 
 
 def init_variables(key: PRNGKeyArray, config: ModelConfig) -> Variables:
@@ -189,10 +194,10 @@ def init_model_cache(config: ModelConfig, batch: int, length: int) -> ModelCache
 def prefill(
     variables: Variables,
     tokens: Int[Array, "B T"],
-    cache: ModelCache,
+    cache: AnyCache,
     config: ModelConfig,
     layout: Layout | None = None,
-) -> tuple[Float[Array, "B T D"], ModelCache]:
+) -> tuple[Float[Array, "B T D"], AnyCache]:
     """Final hidden states of whole prompts, and the empty cache filled with them.
 
     Shorter prompts are padded at the end; their rows past the end are overwritten before any later
@@ -206,10 +211,10 @@ def decode_step(
     variables: Variables,
     tokens: Int[Array, "B T"],
     start: Int[Array, " B"],
-    cache: ModelCache,
+    cache: AnyCache,
     config: ModelConfig,
     layout: Layout | None = None,
-) -> tuple[Float[Array, "B T D"], ModelCache]:
+) -> tuple[Float[Array, "B T D"], AnyCache]:
     """Final hidden states of T new tokens at rows start[b].. of the cache, and the cache with them.
 
     The absorbed form of MLA; T = 1 when decoding, a few when verifying drafts, more for a prompt
@@ -220,12 +225,23 @@ def decode_step(
 
 
 def _cached(
-    variables: Variables, tokens, positions, cache: ModelCache, config, layout, is_prefill: bool
-) -> tuple[Array, ModelCache]:
+    variables: Variables, tokens, positions, cache: AnyCache, config, layout, is_prefill: bool
+) -> tuple[Array, AnyCache]:
     tokens, positions = in_layout_order(tokens, layout), in_layout_order(positions, layout)
     embedded = _embed(variables["params"], tokens, config, layout)
+    schedule = None
+    if layout is None and not is_prefill:  # once for all layers
+        rows = tokens.shape[1] * config.num_attention_heads
+        schedule = plan(positions[:, -1] + 1, rows)
     hidden, new_cache, _ = _layers(
-        variables, embedded, positions, config, cache=cache, is_prefill=is_prefill, layout=layout
+        variables,
+        embedded,
+        positions,
+        config,
+        cache=cache,
+        is_prefill=is_prefill,
+        schedule=schedule,
+        layout=layout,
     )
     assert new_cache is not None
     return in_natural_order(hidden, layout), new_cache
@@ -245,44 +261,62 @@ def _layers(
     *,
     segments: Int[Array, "B T"] | None = None,
     mask: Bool[Array, "B T"] | None = None,
-    cache: ModelCache | None = None,
+    cache: AnyCache | None = None,
     is_prefill: bool = False,
+    schedule: Schedule | None = None,
     remat: str = "none",
     recipe: Recipe = BF16,
     layout: Layout | None = None,
-) -> tuple[Float[Array, "B T D"], ModelCache | None, MoEStats | None]:
+) -> tuple[Float[Array, "B T D"], AnyCache | None, MoEStats | None]:
     """The dense layers, the MoE layers and the final norm."""
 
-    def scan(name, dense, x, layer_caches):
+    paged = cache if isinstance(cache, PagedCache) else None
+    stacked = cache if isinstance(cache, ModelCache) else ModelCache(None, None)
+
+    def scan(name, dense, x, paged, layer_caches, first_layer: int, layers: int):
         block = partial(
             Block(config, dense, recipe, layout).apply,
             segments=segments,
             mask=mask,
             prefill=is_prefill,
+            schedule=schedule,
         )
 
-        def body(x, scanned):
-            layer, layer_cache = scanned
+        def body(carry, scanned):
+            x, paged = carry
+            layer, layer_cache, number = scanned
+            if paged is not None:
+                layer_cache = of_layer(paged, number, config.num_hidden_layers)
             apply = _remat(
                 lambda v, x, c: block(_gathered(v, layout), x, positions, cache=c), remat, layout
             )
             x, layer_cache, stats = apply(layer, x, layer_cache)
             x = constrain(x, layout, "batch", "residual")
-            return x, (layer_cache, stats)
+            if paged is not None:
+                paged = layer_cache._replace(block_table=paged.block_table)
+                layer_cache = None
+            return (x, paged), (layer_cache, stats)
 
         # XLA:CPU copies what a step takes from the stack and leaves in it: two layers a step halve
         # that, 10 % of a training step of the default model.
         unroll = 2 if jax.default_backend() == "cpu" else 1
-        return jax.lax.scan(body, x, (_of_layer(variables, name), layer_caches), unroll=unroll)
+        numbers = first_layer + jnp.arange(layers, dtype=jnp.int32)
+        scanned = (_of_layer(variables, name), layer_caches, numbers)
+        return jax.lax.scan(body, (x, paged), scanned, unroll=unroll)
 
+    dense_layers, moe_layers = config.num_dense_layers, config.num_moe_layers
     stats = dense_cache = moe_cache = None
-    if config.num_dense_layers:
-        x, (dense_cache, _) = scan("dense_layers", True, x, cache and cache.dense)
-    if config.num_moe_layers:
-        x, (moe_cache, stats) = scan("moe_layers", False, x, cache and cache.moe)
+    if dense_layers:
+        (x, paged), (dense_cache, _) = scan(
+            "dense_layers", True, x, paged, stacked.dense, 0, dense_layers
+        )
+    if moe_layers:
+        (x, paged), (moe_cache, stats) = scan(
+            "moe_layers", False, x, paged, stacked.moe, dense_layers, moe_layers
+        )
     final = _gathered({"norm": variables["params"]["norm"]}, layout)
     x = rms_norm(x, final["norm"], config.rms_norm_eps)
-    return x, cache and ModelCache(dense_cache, moe_cache), stats
+    return x, paged or (cache and ModelCache(dense_cache, moe_cache)), stats
 
 
 def _of_layer(variables: Variables, name: str) -> Variables:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import UserError
+from dsv3_jax.inference import generate as generate_module
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.model.transformer import forward
 from tests.helpers import random_tokens, random_variables, tiny_model
@@ -47,6 +48,12 @@ def test_a_batch_of_different_lengths_equals_one_by_one(greedy):
     assert greedy.shape == (3, NEW) and greedy.dtype == np.int32
     for prompt, together in zip(PROMPTS, greedy, strict=True):
         np.testing.assert_array_equal(tokens_of([prompt])[0], together)
+
+
+def test_pages_hold_what_a_contiguous_cache_does(greedy, monkeypatch):
+    """Pages of 4 tokens: the sequences hold 4, 2 and 2 of them, in no order."""
+    monkeypatch.setattr(generate_module, "PAGE", 4)
+    np.testing.assert_array_equal(tokens_of(PROMPTS, paged=True), greedy)
 
 
 def test_a_seed_repeats_its_text():

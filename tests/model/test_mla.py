@@ -1,14 +1,25 @@
 """The two forms of MLA against each other; the module itself is held against the oracle in
 test_transformer.py."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.cache import LatentCache, append, init_cache
-from dsv3_jax.model.mla import causal_mask, mla_absorb, mla_expand
+from dsv3_jax.config import ModelConfig, ParallelConfig
+from dsv3_jax.model.cache import (
+    LatentCache,
+    append,
+    append_paged,
+    init_cache,
+    init_paged_cache,
+    of_layer,
+)
+from dsv3_jax.model.mla import causal_mask, mla_absorb, mla_absorb_on_mesh, mla_expand
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.sharding import RULES, Layout
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 
 
@@ -25,17 +36,18 @@ def inputs(dtype, queries=5, keys=7, seed=0):
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
+def absorb(q_nope, q_rope, latent, k_rope, kv_b_proj, lengths=(7, 7)):
+    cache = LatentCache(latent, k_rope)
+    return mla_absorb(q_nope, q_rope, cache, jnp.array(lengths), kv_b_proj, 0.2)
+
+
 @pytest.mark.parametrize("dtype, limit", [("float32", "f32_op"), ("bfloat16", "bf16_op")])
 def test_absorbed_equals_expanded(dtype, limit):
     """Values, and in f32 the gradients of all five inputs."""
     arrays = inputs(dtype)
-    mask = causal_mask(jnp.array([[2, 3, 4, 5, 6]]), jnp.arange(7)[None])
 
     def expand(*arrays):
         return mla_expand(*arrays, 0.2, offset=2)
-
-    def absorb(*arrays):
-        return mla_absorb(*arrays, mask, 0.2)
 
     def run(attend):
         def total(*arrays):
@@ -53,10 +65,21 @@ def test_absorbed_equals_expanded(dtype, limit):
         assert relative_error(got_gradients, want_gradients) < TOLERANCE["f32_gradient"]
 
 
+@pytest.mark.parametrize(
+    "axes", [dict(data=2, tensor=3), dict(context=2)], ids=["sequences, heads", "rows of the cache"]
+)
+def test_absorbed_on_a_mesh_equals_one_device(axes):
+    q_nope, q_rope, latent, k_rope, kv_b_proj = inputs("float32", keys=8)
+    layout = Layout(make_mesh(ParallelConfig(**axes)), RULES["decode"])
+    attend_to = (q_nope, q_rope, LatentCache(latent, k_rope), jnp.array([8, 6]), kv_b_proj, 0.2)
+    got = jax.jit(partial(mla_absorb_on_mesh, scale=0.2, layout=layout))(*attend_to[:5])
+    assert relative_error(got, mla_absorb(*attend_to)) < TOLERANCE["f32_op"]
+
+
 def test_a_query_that_sees_nothing_is_finite():
     """Padding rows of a ragged batch: their result is of no use, but must not be NaN."""
-    mask = jnp.zeros((1, 5, 7), bool).at[:, 1:].set(True)
-    assert jnp.isfinite(mla_absorb(*inputs("float32"), mask, 0.2)).all()
+    out = absorb(*inputs("float32"), lengths=(3, 0))
+    assert not out[0, :2].any() and not out[1].any() and out[0, 2:].all()
 
 
 def test_mask_sees_rows_up_to_the_position_in_the_same_document():
@@ -74,6 +97,19 @@ def test_append_writes_each_sequence_at_its_own_row():
     latent, rope = jnp.ones((2, 2, config.kv_lora_rank)), 2 * jnp.ones((2, 2, 4))
     cache = append(cache, latent, rope, jnp.array([0, 3]))
     filled = np.array([[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0]])
+    np.testing.assert_array_equal(cache.latent, np.repeat(filled[..., None], 12, -1))
+    np.testing.assert_array_equal(cache.k_rope, 2 * np.repeat(filled[..., None], 4, -1))
+
+
+def test_append_writes_into_the_pages_a_sequence_holds():
+    """Two layers, pages of 2 rows. Sequence 0 holds pages 2 and 0; sequence 1 holds page 1 only, so
+    that its row 2 is dropped; of the other layer nothing changes."""
+    config = tiny_model(num_hidden_layers=2)
+    pool = init_paged_cache(config, jnp.array([[2, 0], [1, -1]]), pages=3, page=2)
+    latent, rope = jnp.ones((2, 2, config.kv_lora_rank)), 2 * jnp.ones((2, 2, 4))
+    cache = append_paged(of_layer(pool, jnp.int32(1), 2), latent, rope, jnp.array([2, 1]))
+    filled = np.zeros((6, 2))
+    filled[3 + 0] = filled[3 + 1, 1] = 1
     np.testing.assert_array_equal(cache.latent, np.repeat(filled[..., None], 12, -1))
     np.testing.assert_array_equal(cache.k_rope, 2 * np.repeat(filled[..., None], 4, -1))
 

@@ -1,0 +1,531 @@
+"""Paged latent attention for Hopper, in Pallas Mosaic GPU: split over the keys, then combined."""
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.kernels.gemm import hopper
+from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu, swizzled
+from dsv3_jax.kernels.mla_decode import wgmma
+from dsv3_jax.kernels.mla_decode.schedule import PAGE, Schedule, make_schedule
+from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
+
+ROWS = 64  # of a block: heads x new tokens
+LATENT_TILES = 8
+TILES = 9  # of 64 columns each: latent, then rope
+HALF = 4  # tiles of the output that a math warpgroup holds
+LOWEST = -1e30  # finite, so that a row that sees nothing yields zeros and not NaN
+LANES = WGMMA.reduce(1)
+EARLY = 3  # products: one can wait for all but the last 7 at most
+# A thread starts with 168: asking for more than three times that in all would wait for ever.
+LOADER_REGISTERS, MATH_REGISTERS = 40, 232
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a block works; none of it changes the result but for rounding."""
+
+    cluster: int = 2  # blocks of other heads that share each read of a page (TMA multicast)
+    chunk: int = 4  # tiles of values that are multiplied, and handed back, together
+    ahead: int = 2  # pages that are fetched into the L2 cache before their turn
+    rise: float = 0.0  # the running maximum moves only when scores exceed it by so much (log2)
+    other_registers: bool = False  # the other warpgroup's weights come through registers
+    early: bool = False  # scores of the next page begin before the last product of this pair ends
+    auto_barriers: bool = True
+
+
+def parts_of(rows: int) -> int:
+    """Parts of a schedule for so many rows (heads x new tokens): blocks that read other pages."""
+    return max(hopper.multiprocessors() // _row_tiles(rows), 1)
+
+
+def _row_tiles(rows: int) -> int:
+    return pl.cdiv(rows, ROWS)
+
+
+def mla_decode(
+    q_latent: Float[Array, "B T N C"],
+    q_rope: Float[Array, "B T N R"],
+    latent: Float[Array, "P 64 C"] | BlockScaled,
+    rope: Float[Array, "P 64 R"],
+    block_table: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float,
+    schedule: Schedule | None = None,
+    tuning: Tuning | None = None,
+) -> Float[Array, "B T N C"]:
+    """Softmax-weighted latents; see `api.mla_decode`."""
+    hopper.require()
+    batch, new, heads, width = q_latent.shape
+    if (width, q_rope.shape[-1]) != (512, 64):
+        raise NotImplementedError(
+            f"latent and rope widths {width} and {q_rope.shape[-1]} must be 512 and 64"
+        )
+    if isinstance(latent, BlockScaled):
+        # By XLA, and only the pages of these sequences: the pool may hold all layers' pages.
+        pages = jnp.clip(block_table, 0, rope.shape[0] - 1).reshape(-1)
+        latent = dequantize(jax.tree.map(lambda x: x[pages], latent), q_latent.dtype)
+        rope = rope[pages]
+        block_table = jnp.arange(pages.size, dtype=jnp.int32).reshape(block_table.shape)
+    if {x.dtype for x in (q_latent, q_rope, latent, rope)} != {jnp.dtype(jnp.bfloat16)}:
+        raise NotImplementedError(f"{q_latent.dtype} by {latent.dtype} must be bfloat16 throughout")
+    if latent.shape[1] != PAGE:
+        raise NotImplementedError(f"pages of {latent.shape[1]} tokens must be of {PAGE}")
+    rows = new * heads
+    if schedule is None:
+        schedule = make_schedule(lengths, parts_of(rows))
+    q_latent, q_rope = (q.reshape(batch, rows, -1) for q in (q_latent, q_rope))
+    tuning = tuning or Tuning()
+    if _row_tiles(rows) % tuning.cluster:
+        tuning = dataclasses.replace(tuning, cluster=1)
+    out, partial, lse = _attend(
+        q_latent, q_rope, latent, rope, block_table, lengths, schedule, scale, new, tuning
+    )
+    out = _combine(out, partial, lse, schedule)
+    return out[:, :rows].reshape(batch, new, heads, width)
+
+
+def mla_decode_contiguous(
+    q_latent: Float[Array, "B T N C"],
+    q_rope: Float[Array, "B T N R"],
+    latent: Float[Array, "B S C"],
+    k_rope: Float[Array, "B S R"],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float,
+    schedule: Schedule | None = None,
+) -> Float[Array, "B T N C"]:
+    """The same for contiguous rows, which are pages in order."""
+    hopper.require()
+    batch, rows = latent.shape[:2]
+    if rows % PAGE:
+        raise NotImplementedError(f"a cache of {rows} rows is no whole number of pages of {PAGE}")
+    pages = rows // PAGE
+    latent, k_rope = (x.reshape(batch * pages, PAGE, -1) for x in (latent, k_rope))
+    table = jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages)
+    return mla_decode(
+        q_latent, q_rope, latent, k_rope, table, lengths, scale=scale, schedule=schedule
+    )
+
+
+def _attend(
+    q_latent, q_rope, latent, rope, block_table, lengths, schedule, scale, new: int, tuning: Tuning
+):
+    """Results of sequences that one part reads alone, and partial results with their log-sum-exp.
+
+    A part's partial result of a sequence that began in an earlier part is at [0, part], and of one
+    that it begins and does not end at [1, part].
+    """
+    batch, rows, width = q_latent.shape
+    heads = rows // new
+    tiles, parts = _row_tiles(rows), schedule.parts
+    padded = tiles * ROWS
+    if hopper._interpreting.get():  # TMA reads zeros past the edge, and the interpreter nothing
+        q_latent, q_rope = (
+            jnp.pad(q, ((0, 0), (0, padded - rows), (0, 0))) for q in (q_latent, q_rope)
+        )
+    log_scale = scale * math.log2(math.e)
+    interpreted = hopper._interpreting.get()
+    cluster, chunk = tuning.cluster, tuning.chunk
+    multicast = ("cluster",) if cluster > 1 else None
+    # Both halves are handed back at the same time, so that the order is one chunk of each in turn.
+    order = (
+        8,
+        *(t + h for f in range(0, HALF, chunk) for h in (0, HALF) for t in range(f, f + chunk)),
+    )
+
+    def kernel(
+        q_latent, q_rope, latent, rope, table, lengths, starts, cuts, first, last,
+        out, partial, lse,
+        q_s, k_s, p_s, own_s, row_s, q_full, q_empty, k_full, k_empty, p_ready,
+    ):  # fmt: skip
+        warpgroup = lax.axis_index("warpgroup")
+        part = lax.axis_index("part")
+        tile = lax.axis_index("tile") * cluster + lax.axis_index("cluster")
+        row = pl.multiple_of(tile * ROWS, ROWS)
+        low, high = cuts[part], cuts[part + 1]
+
+        def for_each_piece(body):
+            """body(sequence, first page, one past the last page, carry) for this part's pieces."""
+
+            def step(sequence, carry):
+                start = starts[sequence]
+                begin = lax.max(low, start) - start
+                end = lax.min(high, starts[sequence + 1]) - start
+                body(sequence, begin, end)
+                return carry
+
+            some = (high > low).astype(jnp.int32)
+            lax.fori_loop(first[part], first[part] + (last[part] - first[part]) * some, step, 0)
+
+        def prefetch(sequence, page_index, end):
+            """Moves a page into the L2 cache before its turn."""
+            page = table[sequence, lax.min(page_index, end - 1)]
+            for source in (
+                latent.at[page, :, pl.ds(0, 256)],
+                latent.at[page, :, pl.ds(256, 256)],
+                rope.at[page],
+            ):
+                plgpu.async_prefetch(source, collective_axes=multicast, predicate=page_index < end)
+
+        def load():
+            @for_each_piece
+            def _(sequence, begin, end):
+                plgpu.barrier_wait(q_empty)
+                for t in range(TILES):
+                    source = q_latent if t < LATENT_TILES else q_rope
+                    columns = pl.ds(t * 64 if t < LATENT_TILES else 0, 64)
+                    plgpu.copy_gmem_to_smem(
+                        source.at[sequence, pl.ds(row, ROWS), columns], q_s.at[t], q_full
+                    )
+
+                @pl.loop(0, pl.cdiv(end - begin, 2))
+                def _(pair):
+                    for slot in range(2):
+                        if tuning.ahead:
+                            prefetch(sequence, begin + 2 * pair + slot + tuning.ahead, end)
+                        page = table[sequence, lax.min(begin + 2 * pair + slot, end - 1)]
+                        for t in order:
+                            if t == 8 or t % chunk == 0:
+                                plgpu.barrier_wait(k_empty.at[slot * TILES + t])
+                            if t < LATENT_TILES:
+                                source = latent.at[page, :, pl.ds(t * 64, 64)]
+                            else:
+                                source = rope.at[page]
+                            plgpu.copy_gmem_to_smem(
+                                source,
+                                k_s.at[slot, t],
+                                k_full.at[slot * TILES + t],
+                                collective_axes=multicast,
+                            )
+
+            plgpu.barrier_wait(q_empty)
+            for slot in range(2):
+                for t in order:
+                    if t == 8 or t % chunk == 0:
+                        plgpu.barrier_wait(k_empty.at[slot * TILES + t])
+
+        @pl.when(warpgroup == 2)
+        def _load():
+            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+            plgpu.warp_map(lambda warp: pl.when(warp == 0)(load))
+
+        def _math(me: int):
+            """Warpgroup `me` scores the pages of its slot, and holds its half of the output."""
+
+            def release(slot, tile):
+                plgpu.barrier_arrive(k_empty.at[slot * TILES + tile])
+
+            def issue_scores(tiles=order, s=None):
+                """Products of all queries with the page in this warpgroup's slot, not complete."""
+                s = (_zeros(),) if s is None else s
+                for t in tiles:
+                    plgpu.barrier_wait(k_full.at[me * TILES + t])
+                    s = wgmma.multiply(
+                        s, q_s.at[t], k_s.at[me, pl.ds(t, 1)], b_rows_first=False, clear=t == 8
+                    )
+                return s
+
+            def finish_scores(s, length, page):
+                """The products, complete, and -inf where a token must not look."""
+                ((s,),) = wgmma.wait(0, s)
+                wgmma.synchronize()
+                release(me, 8)
+                visible = length - page * PAGE  # to the last new token
+
+                def mask(s):
+                    column = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 1, layout=WGMMA)
+                    if new == 1:
+                        limit = visible
+                    else:
+                        place = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 0, layout=WGMMA)
+                        token = lax.div(place + row, jnp.int32(heads))
+                        limit = token + (visible - (new - 1))
+                    return jnp.where(column < limit, s, -jnp.inf)
+
+                return lax.cond(visible - (new - 1) < PAGE, mask, lambda s: s, s)
+
+            def largest(s):
+                return jnp.max(s, axis=1) * jnp.float32(log_scale)
+
+            def weights(s, m):
+                return jnp.exp2(s * jnp.float32(log_scale) - _across(m))
+
+            def publish(p):
+                """Hands this warpgroup's probabilities to the other, and to its own products."""
+                p_s[...] = p
+                if interpreted:
+                    own_s[me] = p
+
+            def weigh(out, p, slot):
+                """out + p @ this warpgroup's half of the page in a slot, not complete."""
+                registers = p is not p_s
+                if registers and interpreted:
+                    p = own_s.at[me]
+                elif tuning.other_registers and not interpreted:
+                    p, registers = plgpu.load(p_s, layout=WGMMA), True
+                done = []
+                for t in range(0, HALF, chunk):
+                    done += wgmma.multiply(
+                        out[t : t + chunk],
+                        p,
+                        k_s.at[slot, pl.ds(HALF * me + t, chunk)],
+                        b_rows_first=True,
+                        registers=registers,
+                    )
+                return tuple(done)
+
+            def finish(out, slot, later=0):
+                """`out`, complete; hands the tiles back as they are no longer needed.
+
+                `later`: so many products were issued after those of `out`.
+                """
+                done = []
+                for t in range(0, HALF, chunk):
+                    (some,) = wgmma.wait((HALF - t) // chunk - 1 + later, out[t : t + chunk])
+                    done += some
+                    wgmma.synchronize()
+                    release(slot, HALF * me + t)
+                return tuple(done)
+
+            def risen(m, s_max):
+                if not tuning.rise:
+                    return jnp.maximum(m, s_max)
+                return jnp.where(s_max > m + tuning.rise, s_max, m)
+
+            def even_pair(length, begin, end, pair, carry):
+                out, m, total = carry[:3]
+                page = begin + 2 * pair
+                s = carry[3] if tuning.early else finish_scores(issue_scores(), length, page)
+                m_even = risen(m, largest(s))
+                p = weights(s, m_even)
+                row_s[0] = m_even
+                low_p = p.astype(jnp.bfloat16)
+                publish(low_p)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(p_ready.at[0])
+                decay = jnp.exp2(m - m_even)
+                total = total * decay + jnp.sum(p, axis=1)
+                out = wgmma.scale_rows(out, decay)
+                out = weigh(out, low_p, 0)
+                out = finish(out, 0)
+                plgpu.barrier_wait(p_ready.at[1])
+                m_odd = plgpu.load(row_s.at[1], layout=LANES)
+                decay = jnp.exp2(m_even - m_odd)
+                out = wgmma.scale_rows(out, decay)
+                total = total * decay
+                if not tuning.early:
+                    out = finish(weigh(out, p_s, 1), 1)
+                    return out, m_odd, total
+
+                def then_scores(out):
+                    """The next page's products begin before those of this pair end."""
+                    out = weigh(out, p_s, 1)
+                    s = issue_scores(order[:EARLY])
+                    out = finish(out, 1, EARLY)
+                    s = issue_scores(order[EARLY:], s)
+                    return out, finish_scores(s, length, page + 2)
+
+                def no_more(out):
+                    return finish(weigh(out, p_s, 1), 1), _zeros()
+
+                out, s = lax.cond(page + 2 < end, then_scores, no_more, out)
+                return out, m_odd, total, s
+
+            def odd_pair(length, begin, end, pair, carry):
+                out, m, total = carry
+                s = finish_scores(issue_scores(), length, begin + 2 * pair + 1)
+                s_max = largest(s)
+                plgpu.barrier_wait(p_ready.at[0])
+                m_even = plgpu.load(row_s.at[0], layout=LANES)
+                decay_even = jnp.exp2(m - m_even)
+                out = wgmma.scale_rows(out, decay_even)
+                out = weigh(out, p_s, 0)
+                # The softmax runs while the product above does.
+                m_odd = risen(m_even, s_max)
+                p = weights(s, m_odd)
+                decay_odd = jnp.exp2(m_even - m_odd)
+                total = total * decay_even * decay_odd + jnp.sum(p, axis=1)
+                low_p = p.astype(jnp.bfloat16)
+                out = finish(out, 0)
+                row_s[1] = m_odd
+                publish(low_p)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(p_ready.at[1])
+                out = wgmma.scale_rows(out, decay_odd)
+                out = weigh(out, low_p, 1)
+                out = finish(out, 1)
+                return out, m_odd, total
+
+            # What this warpgroup hands back, it owns at first.
+            release(me, 8)
+            for slot in range(2):
+                for t in range(0, HALF, chunk):
+                    release(slot, HALF * me + t)
+            plgpu.barrier_arrive(q_empty)
+
+            @for_each_piece
+            def _(sequence, begin, end):
+                plgpu.barrier_wait(q_full)
+                zeros = (_zeros(),) * HALF
+                lowest = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), LANES)
+                nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), LANES)
+                length = lengths[sequence]
+                carry = (zeros, lowest, nothing)
+                if me == 0 and tuning.early:
+                    carry += (finish_scores(issue_scores(), length, begin),)
+                result, m, total = lax.fori_loop(
+                    0,
+                    pl.cdiv(end - begin, 2),
+                    functools.partial((even_pair, odd_pair)[me], length, begin, end),
+                    carry,
+                )[:3]
+                plgpu.barrier_arrive(q_empty)
+                # The other warpgroup's share of the sum.
+                row_s[2 + me] = total
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(p_ready.at[2 + me])
+                plgpu.barrier_wait(p_ready.at[3 - me])
+                total = total + plgpu.load(row_s.at[3 - me], layout=LANES)
+                some = total > 0
+                result = _scaled(result, jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0))
+                whole = (begin == 0) & (end == starts[sequence + 1] - starts[sequence])
+
+                @pl.when(whole)
+                def _():
+                    for t in range(HALF):
+                        columns = pl.ds((HALF * me + t) * 64, 64)
+                        out[sequence, pl.ds(row, ROWS), columns] = result[t].astype(jnp.bfloat16)
+
+                @pl.when(jnp.logical_not(whole))
+                def _():
+                    kind = (begin == 0).astype(jnp.int32)
+                    for t in range(HALF):
+                        columns = pl.ds((HALF * me + t) * 64, 64)
+                        partial[kind, part, pl.ds(row, ROWS), columns] = result[t]
+                    if me == 0:
+                        value = jnp.where(some, m + jnp.log2(jnp.where(some, total, 1.0)), LOWEST)
+                        lse[kind, part, pl.ds(row, ROWS)] = value
+
+        @pl.when(warpgroup == 0)
+        def _even():
+            plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            _math(0)
+
+        @pl.when(warpgroup == 1)
+        def _odd():
+            plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            _math(1)
+
+    # A barrier over a cluster is arrived at by one thread, one over a block by all 128.
+    released = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
+    signal = functools.partial(plgpu.ClusterBarrier, collective_axes=("alone",))
+    transforms = swizzled(jnp.bfloat16)
+    tile_of = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=transforms)
+    struct = jax.ShapeDtypeStruct
+    return plgpu.kernel(
+        kernel,
+        out_type=(
+            struct((batch, padded, width), jnp.bfloat16),
+            struct((2, parts, padded, width), jnp.float32),
+            struct((2, parts, padded), jnp.float32),
+        ),
+        grid=(tiles // cluster, parts),
+        grid_names=("tile", "part"),
+        cluster=(cluster, 1),
+        cluster_names=("cluster", "alone"),
+        num_threads=3,
+        thread_name="warpgroup",
+        scratch_types=(
+            tile_of((TILES, ROWS, 64)),
+            tile_of((2, TILES, PAGE, 64)),
+            tile_of((ROWS, PAGE)),
+            tile_of((2, ROWS, PAGE)) if interpreted else plgpu.SMEM((32,), jnp.float32),
+            plgpu.SMEM((4, ROWS), jnp.float32),
+            plgpu.Barrier(num_arrivals=TILES),
+            signal(num_arrivals=2),
+            plgpu.Barrier(num_barriers=2 * TILES),
+            released(num_barriers=2 * TILES),
+            signal(num_barriers=4),
+        ),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            unsafe_no_auto_barriers=not tuning.auto_barriers,
+        ),
+    )(
+        q_latent, q_rope, latent, rope, block_table, lengths,
+        schedule.starts, schedule.cuts, schedule.first, schedule.last,
+    )  # fmt: skip
+
+
+def _zeros():
+    return plgpu.layout_cast(jnp.zeros((ROWS, 64), jnp.float32), WGMMA)
+
+
+def _across(row):
+    return lax.broadcast_in_dim(row, (ROWS, 64), [0])
+
+
+def _scaled(tiles, factor):
+    return tuple(tile * _across(factor) for tile in tiles)
+
+
+def _combine(out, partial, lse, schedule: Schedule):
+    """`out` with the sequences that several parts read filled in from their partial results."""
+    batch, rows, width = out.shape
+    parts = schedule.parts
+    # Loads in flight hide their latency: of many pieces where few sequences share all parts, of
+    # many rows otherwise.
+    pieces = min(16, pl.next_power_of_2(pl.cdiv(parts, batch)))
+    row_count = 16 // pieces
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=4)
+
+    def kernel(partial, lse, begins, ends, out):
+        sequence, row = lax.axis_index("sequence"), lax.axis_index("rows") * row_count
+        begin, end = begins[sequence], ends[sequence]
+
+        @pl.when(end - begin > 1)
+        def _():
+            def chunk(index, carry):
+                first = begin + index * pieces
+                places = [lax.min(first + i, end - 1) for i in range(pieces)]
+                kinds = [(place == begin).astype(jnp.int32) for place in places]
+                real = [first + i < end for i in range(pieces)]
+                results = []
+                for r, (total, weight, top) in enumerate(carry):
+                    at = [(kind, place, row + r) for kind, place in zip(kinds, places)]
+                    values = [plgpu.load(partial.at[i], layout=layout) for i in at]
+                    logs = [lax.select(ok, lse[i], LOWEST) for ok, i in zip(real, at)]
+                    new_top = functools.reduce(lax.max, logs, top)
+                    decay = jnp.exp2(top - new_top)
+                    total, weight = total * decay, weight * decay
+                    for value, log in zip(values, logs):
+                        share = jnp.exp2(log - new_top)
+                        total, weight = total + value * share, weight + share
+                    results.append((total, weight, new_top))
+                return tuple(results)
+
+            nothing = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
+            init = ((nothing, jnp.float32(0), jnp.float32(2 * LOWEST)),) * row_count
+            results = lax.fori_loop(0, pl.cdiv(end - begin, pieces), chunk, init)
+            for r, (total, weight, _) in enumerate(results):
+                out[sequence, row + r] = (total / weight).astype(out.dtype)
+
+    whole = jax.new_ref(out)
+    plgpu.kernel(
+        kernel,
+        out_type=(),
+        grid=(batch, rows // row_count),
+        grid_names=("sequence", "rows"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(partial, lse, schedule.begin, schedule.end, whole)
+    return jax.freeze(whole)

@@ -1,0 +1,176 @@
+"""Paged latent attention: every implementation against a float64 softmax, page by page."""
+
+import contextlib
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.kernels.mla_decode import pallas_tpu
+from dsv3_jax.kernels.mla_decode.api import mla_decode
+from dsv3_jax.kernels.mla_decode.schedule import PAGE, make_schedule
+from dsv3_jax.quantization.block_scaled import PER_TOKEN, dequantize, quantize
+from tests.kernels.conftest import IMPLEMENTATIONS, INTERPRETER_IS_NEWER, relative_error
+
+SCALE = 1 / math.sqrt(192)
+# Weights rounded to bfloat16 before the second product, and the result after it: 2.1e-3 seen. A
+# token too many or too few among 70 is 0.1.
+BF16_LIMIT = 4e-3
+
+EVERY = [*IMPLEMENTATIONS, pytest.param("pallas_tpu", marks=INTERPRETER_IS_NEWER)]
+
+
+class Work(NamedTuple):
+    q_latent: jax.Array
+    q_rope: jax.Array
+    latent: jax.Array
+    k_rope: jax.Array
+    block_table: jax.Array
+    lengths: jax.Array
+
+
+def random_work(rng, new, heads, lengths, spare=1) -> Work:
+    """Sequences whose pages lie in any order in a pool; tables have `spare` entries too many."""
+    slots = max(math.ceil(n / PAGE) for n in lengths) + spare
+    pool = len(lengths) * slots
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    table = rng.permutation(pool).reshape(len(lengths), slots)
+    return Work(
+        draw(len(lengths), new, heads, 512),
+        draw(len(lengths), new, heads, 64),
+        draw(pool, PAGE, 512),
+        draw(pool, PAGE, 64),
+        jnp.asarray(table, jnp.int32),
+        jnp.asarray(lengths, jnp.int32),
+    )
+
+
+def exact(work: Work):
+    """One row of keys a sequence, in float64."""
+    q_latent, q_rope, latent, k_rope = (np.asarray(x, np.float64) for x in work[:4])
+    out = np.zeros(q_latent.shape)
+    new = work.q_latent.shape[1]
+    for b, (pages, length) in enumerate(zip(np.asarray(work.block_table), work.lengths)):
+        values, ropes = (x[pages].reshape(-1, x.shape[-1]) for x in (latent, k_rope))
+        for t in range(new):
+            seen = int(length) - (new - 1 - t)
+            if seen <= 0:
+                continue
+            logits = q_latent[b, t] @ values[:seen].T + q_rope[b, t] @ ropes[:seen].T
+            weights = np.exp(SCALE * (logits - logits.max(-1, keepdims=True)))
+            out[b, t] = weights / weights.sum(-1, keepdims=True) @ values[:seen]
+    return out
+
+
+@pytest.fixture
+def able(running):
+    def enter(implementation):
+        if implementation == "pallas_tpu" and jax.default_backend() != "tpu":
+            return pallas_tpu.interpreting()
+        return running(implementation)
+
+    return enter
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize(
+    "new, heads, lengths",
+    [(1, 16, (130, 0)), (2, 64, (70,)), (4, 8, (2, 67))],
+    ids=["ragged", "two rows of blocks", "verifying drafts"],
+)
+def test_new_tokens_see_what_came_before(implementation, new, heads, lengths, rng, able):
+    work = random_work(rng, new, heads, lengths)
+    with able(implementation):
+        out = mla_decode(*work, scale=SCALE, implementation=implementation)
+    assert out.dtype == jnp.bfloat16 and out.shape == work.q_latent.shape
+    want = exact(work)
+    assert relative_error(out, want) < BF16_LIMIT
+    unseen = np.asarray(want == 0).all(-1)
+    assert not np.asarray(out, np.float32)[unseen].any()
+
+
+def test_fp8_latents_are_those_they_stand_for(rng):
+    work = random_work(rng, 1, 4, (70, 3))
+    scaled = quantize(work.latent, PER_TOKEN)
+    out = mla_decode(*work._replace(latent=scaled), scale=SCALE)
+    assert relative_error(out, exact(work._replace(latent=dequantize(scaled)))) < BF16_LIMIT
+    assert 1e-2 < relative_error(out, exact(work)) < 5e-2  # E4M3 keeps 4 bits
+
+
+scheduled = jax.jit(make_schedule, static_argnums=1)
+
+
+@pytest.mark.parametrize(
+    "lengths, parts",
+    [((0,), 3), ((1, 640, 0, 63, 65, 2000), 1), ((1, 640, 0, 63, 65, 2000), 66), ((1,) * 100, 7)],
+)
+def test_a_schedule_reads_every_page_once(parts, lengths):
+    schedule = jax.tree.map(np.asarray, scheduled(jnp.array(lengths), parts))
+    read = [set() for _ in lengths]
+    for p in range(parts):
+        low, high = schedule.cuts[p : p + 2]
+        for b in range(schedule.first[p], schedule.last[p] if high > low else schedule.first[p]):
+            start, stop = schedule.starts[b : b + 2]
+            pages = set(range(max(low, start) - start, min(high, stop) - start))
+            assert pages and not pages & read[b]
+            assert schedule.begin[b] <= p < schedule.end[b]
+            read[b] |= pages
+    for b, length in enumerate(lengths):
+        assert read[b] == set(range(max(-(-length // PAGE), 1)))
+        owners = range(schedule.begin[b], schedule.end[b])
+        # The combination reads a partial result of each of these.
+        assert all(schedule.cuts[p] < schedule.cuts[p + 1] for p in owners)
+
+
+def test_a_schedule_keeps_all_parts_busy():
+    def longest(lengths, parts):
+        cuts = np.asarray(scheduled(jnp.array(lengths), parts).cuts)
+        return int(np.diff(cuts).max())
+
+    assert longest((32768,), 66) == 8  # 7.76 pages a part, in pairs
+    assert longest((4096,) * 128, 66) <= 128  # 124.1: two whole sequences are worth a little more
+    assert longest((4096,) * 128, 132) <= 64
+
+
+@INTERPRETER_IS_NEWER
+def test_the_tpu_kernel_lowers_ahead_of_time(rng):
+    shapes = jax.eval_shape(lambda: random_work(rng, 2, 128, (4096, 100)))
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        function = jax.jit(lambda *w: pallas_tpu.mla_decode(*w, scale=SCALE))
+        lowered = function.trace(*shapes).lower(lowering_platforms=("tpu",))
+    assert "tpu_custom_call" in lowered.as_text()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(q_rope=jnp.zeros((1, 1, 2, 64))), r"q_rope \(1, 1, 2, 64\)"),
+        (dict(k_rope=jnp.zeros((4, 64, 32))), r"must be \[P, page, 512\] and \[P, page, 64\]"),
+        (dict(lengths=jnp.zeros(2, jnp.int32)), r"lengths \(2,\)"),
+        (
+            dict(latent=quantize(jnp.zeros((4, 128, 512)), (128, 128))),
+            r"tiles of \(128, 128\)",
+        ),
+    ],
+)
+def test_refuses_what_does_not_fit(change, message, rng):
+    work = random_work(rng, 1, 4, (100,), spare=0)
+    if "latent" in change:
+        work = work._replace(k_rope=jnp.zeros((4, 128, 64), jnp.bfloat16))
+    with pytest.raises(ValueError, match=message):
+        mla_decode(*work._replace(**change), scale=SCALE)
+
+
+def test_the_other_context_is_none():
+    """Nothing here leaves an interpreter switched on."""
+    with contextlib.suppress(ValueError), pallas_tpu.interpreting():
+        raise ValueError
+    assert not pallas_tpu._interpreting.get()
