@@ -6,12 +6,25 @@ the first 469B. The context is 4K in pre-training, so YaRN is in the config for 
     python train.py --config configs/deepseek_v3.py --dry-run
 """
 
-from dsv3_jax.config import Config, DataConfig, OptimizerConfig, TrainConfig
+from dsv3_jax.config import (
+    Config,
+    DataConfig,
+    ExpertParallelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 
 def get_config() -> Config:
     """ModelConfig's and ScheduleConfig's defaults are V3's own."""
     return Config(
+        # Once experts are spread over a mesh: FP8 to the experts, BF16 back (section 3.3.3).
+        expert_parallel=ExpertParallelConfig(
+            transport="padded",
+            capacity_factor=1.25,
+            dispatch_format="fp8",
+            combine_format="bf16",
+        ),
         data=DataConfig(path="data/pretraining", tokenizer="data/tokenizer.json"),
         train=TrainConfig(
             steps=242_785,

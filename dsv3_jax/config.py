@@ -519,6 +519,12 @@ class Config:
                 f"sharding.context={self.sharding.context} cut it into so many pieces: use "
                 f"{_round_up(self.train.seq_len, pieces)}"
             )
+        packed = self.expert_parallel.combine_format == "logfmt10"
+        if packed and self.model.hidden_size % 16:
+            found.append(
+                f"model.hidden_size={self.model.hidden_size} must be a multiple of 16 for "
+                "expert_parallel.combine_format='logfmt10', which packs 16 channels together"
+            )
         token_shards = max(self.mesh.data, 1) * self.mesh.node * self.mesh.local
         micro = self.train.micro_batch_size or self.train.batch_size
         if micro % token_shards:

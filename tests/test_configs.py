@@ -121,6 +121,12 @@ def test_an_impossible_architecture_names_its_numbers(fields, problem):
             ),
             "expert_parallel.capacity_factor=0 must be positive",
         ),
+        (
+            dataclasses.replace(
+                tiny_config(), expert_parallel=ExpertParallelConfig(combine_format="logfmt10")
+            ),
+            "model.hidden_size=24 must be a multiple of 16",
+        ),
     ],
 )
 def test_groups_that_do_not_fit_each_other_are_named(config, problem):
