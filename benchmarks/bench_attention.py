@@ -246,6 +246,15 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
+def write(folder: Path, start: str, rows: Sequence[dict[str, Any]]) -> None:
+    """The rows so far as JSON, as a table and as a plot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    told = dict(before=start, after=machine(), rows=rows)
+    (folder / "attention.json").write_text(json.dumps(told, indent=1))
+    (folder / "attention.md").write_text(table(rows) + "\n")
+    plot(rows, folder / "attention.png")
+
+
 def main() -> None:
     """Parses the command line, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -258,14 +267,9 @@ def main() -> None:
         if options.only in shape.label:
             rows.append(measure(shape))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    end = machine()
-    print(f"{table(rows)}\nbefore: {start}\nafter: {end}")
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        told = dict(before=start, after=end, rows=rows)
-        (options.out / "attention.json").write_text(json.dumps(told, indent=1))
-        (options.out / "attention.md").write_text(table(rows) + "\n")
-        plot(rows, options.out / "attention.png")
+            if options.out:
+                write(options.out, start, rows)
+    print(f"{table(rows)}\nbefore: {start}\nafter: {machine()}")
 
 
 if __name__ == "__main__":
