@@ -8,8 +8,8 @@ errors beside those of XLA's bfloat16 products with a float32 softmax. Operation
 the causal half: 2 (P + U) a pair forward, and 2 (3 P + 2 U) backward, whatever a kernel repeats.
 
 Data are random normal, the L2 cache is flushed before every call, times are medians of CUPTI's
-kernel durations. cuDNN's backward pass adds up dQ in memory in any order, ours has one order;
-torch's deterministic mode is timed beside it. XLA keeps the logits in memory, so its rows end where
+kernel durations. cuDNN's backward pass as torch calls it adds up dQ in any order (torch refuses it
+in deterministic mode), ours has one order. XLA keeps the logits in memory, so its rows end where
 they no longer fit.
 """
 
@@ -130,7 +130,7 @@ def errors(shape: Shape, inputs: Sequence[jax.Array], out: jax.Array) -> tuple[f
     return worst[0], worst[1]
 
 
-def cudnn_microseconds(shape: Shape, deterministic: bool = False) -> float | None:
+def cudnn_microseconds(shape: Shape) -> float | None:
     """Time of torch's cuDNN attention; None where torch does not have it or it refuses."""
     try:
         import torch
@@ -162,17 +162,15 @@ def cudnn_microseconds(shape: Shape, deterministic: bool = False) -> float | Non
             run()
         torch.cuda.synchronize()
 
-    torch.use_deterministic_algorithms(deterministic)
     try:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             run()
             torch.cuda.synchronize()
             return _kernel_microseconds(calls)
     except RuntimeError as error:
-        print(f"cuDNN {'deterministic ' if deterministic else ''}{shape.label}: {error}"[:300])
+        print(f"cuDNN, {shape.label}: {error}"[:300])
         return None
     finally:
-        torch.use_deterministic_algorithms(False)
         del q, k, v, dout, buffer
         torch.cuda.empty_cache()
 
@@ -198,7 +196,6 @@ def measure(shape: Shape) -> dict[str, Any]:
         "same_twice": same,
         "xla_us": xla_us,
         "cudnn_us": cudnn_microseconds(shape),
-        "cudnn_deterministic_us": cudnn_microseconds(shape, True) if shape.backward else None,
     }
 
 
@@ -206,13 +203,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     lines = [
         "| attention 192/128, causal | us | TFLOP/s | error | bf16 products | same twice "
-        "| x cuDNN | x cuDNN deterministic | x XLA |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| x cuDNN | x XLA |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         ratios = [
-            f"{row[key] / row['us']:.2f}" if row[key] else ""
-            for key in ("cudnn_us", "cudnn_deterministic_us", "xla_us")
+            f"{row[key] / row['us']:.2f}" if row[key] else "" for key in ("cudnn_us", "xla_us")
         ]
         lines.append(
             f"| {row['shape']} | {row['us']:.1f} | {row['tflops']:.0f} | {row['error']:.1e} "
@@ -233,13 +229,12 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     bars = {
         "ours": "us",
         "cuDNN": "cudnn_us",
-        "cuDNN, deterministic": "cudnn_deterministic_us",
         "XLA": "xla_us",
     }
     for offset, (name, key) in enumerate(bars.items()):
         values = [row["tflops"] * row["us"] / row[key] if row[key] else 0 for row in rows]
-        axes.barh([i + 0.2 * offset for i in range(len(rows))], values, 0.19, label=name)
-    axes.set_yticks([i + 0.3 for i in range(len(rows))], [row["shape"] for row in rows])
+        axes.barh([i + 0.25 * offset for i in range(len(rows))], values, 0.24, label=name)
+    axes.set_yticks([i + 0.25 for i in range(len(rows))], [row["shape"] for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("TFLOP/s, causal half counted")
     axes.legend()

@@ -48,12 +48,15 @@ def mla_expand(
     V3 was trained (section 4.1). kv_b_proj holds, per head, H rows of W^UK and then U rows of W^UV;
     the recipe is for its product. kernels/attention says what runs where.
     """
-    kv_BSNP = linear(latent_BSC, kv_b_proj, recipe)
-    q_BTNP = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], axis=-1)
-    out_BTNU, _ = mla_attention(
-        q_BTNP, kv_BSNP, k_rope_BSR, scale=scale, offset=offset, segments=segments
-    )
-    return out_BTNU
+    inputs = (q_nope_BTNH, q_rope_BTNR, latent_BSC, k_rope_BSR, kv_b_proj)
+    return _attend(*inputs, scale, offset, segments, recipe)[0]
+
+
+def _attend(q_nope, q_rope, latent, k_rope, kv_b_proj, scale, offset, segments, recipe):
+    """`mla_expand` and the logarithm of the softmax's sum, [B, N, T] in f32."""
+    kv = linear(latent, kv_b_proj, recipe)
+    q = jnp.concatenate([q_nope, q_rope], axis=-1)
+    return mla_attention(q, kv, k_rope, scale=scale, offset=offset, segments=segments)
 
 
 def _expanded(q_nope_BTNH, q_rope_BTNR, latent_BSC, k_rope_BSR, kv_b_proj, scale, recipe):
@@ -97,6 +100,15 @@ def mla_expand_on_mesh(
             def partly(queries, keys):
                 q_nope, q_rope, at_queries = queries
                 latent, k_rope, at_keys = keys
+                if segments is None:
+                    # Only a device's own keys are as many as the queries, and in their order.
+                    own = q_nope.shape[1] == latent.shape[1]
+                    offset = 0 if own else latent.shape[1]  # from there on all keys are seen
+                    out, lse = _attend(
+                        q_nope, q_rope, latent, k_rope, kv_b, scale, offset, None, recipe
+                    )
+                    values = out.astype(jnp.float32).swapaxes(1, 2)
+                    return Partial(lse, jnp.ones_like(lse), values)
                 logits, v = _expanded(q_nope, q_rope, latent, k_rope, kv_b, scale, recipe)
                 return _partial_softmax(logits, _mask_between(at_queries, at_keys), v)
 

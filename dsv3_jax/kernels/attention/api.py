@@ -35,10 +35,10 @@ def attention(
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B N T"]]:
     """Causal attention's output, and its log-sum-exp in float32.
 
-    Query t is the token of key offset + t and sees the keys up to that one; with `segments`, the
-    document number of every key, only those of its document, which must be one run of equal
-    numbers. Both results may be differentiated. The output has q's dtype, and memory grows with T
-    and S, not with their product, except in `reference`.
+    Query t sees the keys up to offset + t, its own; from an offset of S on it sees all of them.
+    With `segments`, the document number of every key, it sees only those of its document, which
+    must be one run of equal numbers. Both results may be differentiated. The output has q's dtype,
+    and memory grows with T and S, not with their product, except in `reference`.
 
     Raises ValueError for shapes that do not fit; NotImplementedError when an implementation asked
     for by name cannot.
@@ -107,8 +107,6 @@ def check(
         )
     if segments is not None and segments.shape != (batch, length):
         raise ValueError(f"segments {segments.shape} must be [B, S], that is {(batch, length)}")
-    if q.shape[1] > length:
-        raise ValueError(f"{q.shape[1]} queries are more than their {length} keys")
 
 
 def documents_of(

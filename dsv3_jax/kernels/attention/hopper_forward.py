@@ -305,11 +305,12 @@ def attend(
     if starts is not None:
         operands.append(starts)
     warpgroups = MATH_WARPGROUPS
-    return plgpu.kernel(
+    out, lse = plgpu.kernel(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct((batch, length, heads, value_dim), jnp.bfloat16),
-            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+            # Whole tiles: copies of vectors do not stop at the end of a row, as those of tiles do.
+            jax.ShapeDtypeStruct((batch, heads, q_tiles * tile.q), jnp.float32),
         ),
         grid=(blocks,),
         grid_names=("block",),
@@ -334,3 +335,4 @@ def attend(
         ),
         kernel_name="attention_forward",
     )(*operands)
+    return out, lse[..., :length]

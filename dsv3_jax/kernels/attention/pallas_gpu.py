@@ -60,13 +60,17 @@ def attention(
     hopper.require()
     _require_types(q, kv, k_shared, value_dim)
     tiles = tiles or tiles_for(q.shape[-1], value_dim)
-    length = q.shape[1]
+    length, keys = q.shape[1], kv[0].shape[1]
+    static = isinstance(offset, int)
+    if keys % 128 and static and offset + length > keys:
+        raise NotImplementedError(
+            f"queries that see all keys need a multiple of 128 of them, and there are {keys}"
+        )
     # TMA reads rows by eights. No real query sees a row that is added, and nobody asks for its own.
     q, kv = _pad_rows(q), tuple(map(_pad_rows, kv))
     k_shared = None if k_shared is None else _pad_rows(k_shared)
     if documents is not None:
         documents = Documents(*(_pad_rows(x, mode="edge") for x in documents))
-    static = isinstance(offset, int)
     call = _Call(value_dim, scale, offset if static else None, tiles)
     offset_operand = None if static else jnp.asarray(offset, jnp.int32)
     operands = manual.vary((q, kv, k_shared, offset_operand, documents))

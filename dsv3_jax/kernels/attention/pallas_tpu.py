@@ -36,6 +36,7 @@ class _Call(NamedTuple):
     value_dim: int
     scale: float
     block: int  # rows of queries and of keys in a step
+    keys: int  # without those that fill the last block
     interpret: bool
 
 
@@ -55,7 +56,7 @@ def attention(
         raise NotImplementedError(f"needs a TPU, and this is for {backend.platform()!r}")
     length = q.shape[1]
     block = min(block, -(-length // 128) * 128)
-    call = _Call(value_dim, scale, block, _interpreting.get())
+    call = _Call(value_dim, scale, block, kv[0].shape[1], _interpreting.get())
     # Heads before rows: a block is rows by width. No real query sees a row that is added.
     q, kv = jax.tree.map(lambda x: _pad(jnp.swapaxes(x, 1, 2), block, 2), (q, kv))
     shared = None if k_shared is None else _pad(k_shared, block, 1)
@@ -254,7 +255,7 @@ class _Grid:
             size = self.call.block
             query = offset + q_block * size + lax.broadcasted_iota(jnp.int32, s.shape, 0)
             key = k_block * size + lax.broadcasted_iota(jnp.int32, s.shape, 1)
-            mask = key <= query
+            mask = (key <= query) & (key < self.call.keys)
             if first_ref is not None:
                 mask &= key >= first_ref[0]
             return jnp.where(mask, s * self.call.scale, LOWEST)
