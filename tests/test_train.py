@@ -308,7 +308,7 @@ def test_infer_reads_no_optimizer_state(finished_run):
     config = load_config_of(finished_run)
     abstract = jax.eval_shape(lambda key: init_variables(key, config.model), jax.random.key(0))
     options = infer.InferOptions(checkpoint=finished_run, prompt=["x"])
-    _, variables = infer.load_run(options)
+    _, _, variables = infer.load_run(options)
     assert jax.tree.structure(variables) == jax.tree.structure(abstract)
 
 
