@@ -53,7 +53,7 @@ def ours(config: Config, rows: np.ndarray) -> Contestant:
     use_virtual_devices(None, all_cores=True)
     config = fill_mesh(config)
     mesh = make_mesh(config.mesh)
-    layout = make_layout(config, mesh)
+    layout = make_layout(mesh, config.sharding, config.expert_parallel)
     abstract = abstract_state(config, mesh, layout)
     settings = Schedule(config).settings(0)
     compiled = jit_train_step(config, layout, abstract)
