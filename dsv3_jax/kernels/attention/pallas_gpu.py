@@ -91,7 +91,7 @@ def tiles_for(key_dim: int, value_dim: int) -> Tiles:
         )
 
     forward = first(
-        [ForwardTile(kv=kv, stages=stages) for kv in (128, 64) for stages in (2, 1)],
+        [ForwardTile(kv=kv, stages=stages) for stages in (2, 1) for kv in (128, 64)],
         hopper_forward.shared_memory,
     )
     keys = [BackwardTile(stages=stages, dp_parts=2) for stages in (2, 1)]
