@@ -91,7 +91,6 @@ def quantize_tiles(
         refs = list(refs)
         sources = [refs.pop(0) for _ in operands]
         block = lax.axis_index("block")
-        # A constant where it can be: addresses are then the same for all threads of a block.
         warpgroup = lax.axis_index("warpgroup") if split.warpgroups > 1 else 0
         row = lax.div(block, jnp.int32(column_tiles)) * height
         column = lax.rem(block, jnp.int32(column_tiles)) * 128
