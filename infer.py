@@ -26,12 +26,12 @@ from dsv3_jax.config import (
 )
 from dsv3_jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
 from dsv3_jax.inference.generate import generate
-from dsv3_jax.inference.redundant_experts import measure_load, replicate_experts
+from dsv3_jax.inference.redundant_experts import measure_load, plan_places, replicate_experts
 from dsv3_jax.interop.checkpoint import is_weights_folder
 from dsv3_jax.interop.load import load_hf, stores_fp8
 from dsv3_jax.model.held import describe_weights, hold_in_fp8
 from dsv3_jax.model.transformer import Variables, abstract_variables
-from dsv3_jax.parallel.load_balancer import balance, logged_load
+from dsv3_jax.parallel.load_balancer import logged_load
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import Layout, make_layout
 from dsv3_jax.training import checkpoint
@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
         tokenizer = load_tokenizer(options.tokenizer or (saved if saved.exists() else "byte"))
         prompts = [[tokenizer.bos_token_id, *tokenizer.encode(p).tolist()] for p in options.prompt]
     if options.redundant_experts:
-        variables = with_redundant_experts(options, config, variables, prompts)
+        variables = with_redundant_experts(options, config, layout, variables, prompts)
     tokens = generate(
         variables,
         prompts,
@@ -148,7 +148,7 @@ def layout_for(options: InferOptions, config: Config) -> Layout | None:
 
 
 def with_redundant_experts(
-    options: InferOptions, config: Config, variables: Variables, prompts: list[list[int]]
+    options: InferOptions, config: Config, layout: Layout | None, variables: Variables, prompts
 ) -> Variables:
     """The variables with more than one place for busy experts."""
     model = config.model
@@ -157,10 +157,8 @@ def with_redundant_experts(
     else:
         logged = options.checkpoint / "metrics.jsonl"
         load = logged_load(logged if options.expert_load == "logged" else options.expert_load)
-    places = model.n_routed_experts + options.redundant_experts
-    groups = 1 if model.topk_method == "greedy" else model.n_group
-    plan = balance(load, places, num_groups=groups)
-    return replicate_experts(variables, plan, model)
+    plan = plan_places(load, options.redundant_experts, model, layout)
+    return replicate_experts(variables, plan, model, layout)
 
 
 def parse_ids(text: str) -> list[int]:

@@ -170,6 +170,18 @@ def test_infer_with_redundant_experts_says_the_same(load, finished_run, capsys):
     assert capsys.readouterr().out == want
 
 
+def test_infer_with_redundant_experts_on_a_mesh_says_the_same(finished_run, monkeypatch, capsys):
+    argv = ["--checkpoint", str(finished_run), "--max-new-tokens", "3", "--temperature", "0"]
+    argv += ["--token-ids", "256,84,104"]
+    assert infer.main(argv) == 0
+    want = capsys.readouterr().out.splitlines()[-1]
+    argv += ["--mesh.node", "2", "--mesh.local", "2", "--redundant-experts"]
+    assert infer.main([*argv, "4"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == want
+    assert exit_code(monkeypatch, infer.main, [*argv, "3"]) == 2
+    assert "do not divide over 4 devices" in capsys.readouterr().err
+
+
 def test_infer_holds_a_run_in_fp8(finished_run, capsys):
     argv = ["--checkpoint", str(finished_run), "--max-new-tokens", "3", "--temperature", "0"]
     assert infer.main([*argv, "--token-ids", "256,84,104", "--fp8"]) == 0

@@ -6,19 +6,40 @@ experts' weights gathered into their places, and a third collection, `placement`
 `parallel/load_balancer.py`; their loads are those that training logged, or `measure_load` counts.
 """
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Num
 
 from dsv3_jax.config import ModelConfig, UserError
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import Variables, forward
-from dsv3_jax.parallel.load_balancer import Placement
+from dsv3_jax.parallel.load_balancer import Placement, balance
 from dsv3_jax.parallel.sharding import Layout
+
+
+def plan_places(
+    load_LE: Num[np.ndarray, "L E"],
+    num_redundant: int,
+    config: ModelConfig,
+    layout: Layout | None = None,
+) -> Placement:
+    """The plan with `num_redundant` more places than experts, for the devices of the layout.
+
+    Raises UserError for a number that does not divide over them.
+    """
+    sizes = [layout.mesh.shape[axis] for axis in layout.axes("expert")] if layout else [1]
+    return balance(
+        load_LE,
+        config.n_routed_experts + num_redundant,
+        num_groups=1 if config.topk_method == "greedy" else config.n_group,
+        num_nodes=sizes[0],
+        num_devices=math.prod(sizes),
+    )
 
 
 def replicate_experts(
