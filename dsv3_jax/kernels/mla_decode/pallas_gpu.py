@@ -20,10 +20,11 @@ from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 ROWS = 64  # of a block: heads x new tokens
 LATENT_TILES = 8
 TILES = 9  # of 64 columns each: latent, then rope
+ORDER = (8, *range(8))  # rope first, whose place is the first to be free
+GROUPS = (8, 0, 4)  # the first tile of each group that is handed back at once
 HALF = 4  # tiles of the output that a math warpgroup holds
 LOWEST = -1e30  # finite, so that a row that sees nothing yields zeros and not NaN
 LANES = WGMMA.reduce(1)
-EARLY = 3  # products: one can wait for all but the last 7 at most
 # A thread starts with 168: asking for more than three times that in all would wait for ever.
 LOADER_REGISTERS, MATH_REGISTERS = 40, 232
 
@@ -33,11 +34,7 @@ class Tuning:
     """How a block works; none of it changes the result but for rounding."""
 
     cluster: int = 2  # blocks of other heads that share each read of a page (TMA multicast)
-    chunk: int = 4  # tiles of values that are multiplied, and handed back, together
-    ahead: int = 2  # pages that are fetched into the L2 cache before their turn
-    rise: float = 0.0  # the running maximum moves only when scores exceed it by so much (log2)
-    other_registers: bool = False  # the other warpgroup's weights come through registers
-    early: bool = False  # scores of the next page begin before the last product of this pair ends
+    rise: float = 8.0  # the running maximum moves only when scores exceed it by so much (log2)
     auto_barriers: bool = True
 
 
@@ -134,13 +131,8 @@ def _attend(
         )
     log_scale = scale * math.log2(math.e)
     interpreted = hopper._interpreting.get()
-    cluster, chunk = tuning.cluster, tuning.chunk
+    cluster = tuning.cluster
     multicast = ("cluster",) if cluster > 1 else None
-    # Both halves are handed back at the same time, so that the order is one chunk of each in turn.
-    order = (
-        8,
-        *(t + h for f in range(0, HALF, chunk) for h in (0, HALF) for t in range(f, f + chunk)),
-    )
 
     def kernel(
         q_latent, q_rope, latent, rope, table, lengths, starts, cuts, first, last,
@@ -166,16 +158,6 @@ def _attend(
             some = (high > low).astype(jnp.int32)
             lax.fori_loop(first[part], first[part] + (last[part] - first[part]) * some, step, 0)
 
-        def prefetch(sequence, page_index, end):
-            """Moves a page into the L2 cache before its turn."""
-            page = table[sequence, lax.min(page_index, end - 1)]
-            for source in (
-                latent.at[page, :, pl.ds(0, 256)],
-                latent.at[page, :, pl.ds(256, 256)],
-                rope.at[page],
-            ):
-                plgpu.async_prefetch(source, collective_axes=multicast, predicate=page_index < end)
-
         def load():
             @for_each_piece
             def _(sequence, begin, end):
@@ -190,12 +172,10 @@ def _attend(
                 @pl.loop(0, pl.cdiv(end - begin, 2))
                 def _(pair):
                     for slot in range(2):
-                        if tuning.ahead:
-                            prefetch(sequence, begin + 2 * pair + slot + tuning.ahead, end)
                         page = table[sequence, lax.min(begin + 2 * pair + slot, end - 1)]
-                        for t in order:
-                            if t == 8 or t % chunk == 0:
-                                plgpu.barrier_wait(k_empty.at[slot * TILES + t])
+                        for t in ORDER:
+                            if t in GROUPS:
+                                plgpu.barrier_wait(k_empty.at[slot * len(GROUPS) + GROUPS.index(t)])
                             if t < LATENT_TILES:
                                 source = latent.at[page, :, pl.ds(t * 64, 64)]
                             else:
@@ -208,10 +188,8 @@ def _attend(
                             )
 
             plgpu.barrier_wait(q_empty)
-            for slot in range(2):
-                for t in order:
-                    if t == 8 or t % chunk == 0:
-                        plgpu.barrier_wait(k_empty.at[slot * TILES + t])
+            for index in range(2 * len(GROUPS)):
+                plgpu.barrier_wait(k_empty.at[index])
 
         @pl.when(warpgroup == 2)
         def _load():
@@ -222,22 +200,25 @@ def _attend(
             """Warpgroup `me` scores the pages of its slot, and holds its half of the output."""
 
             def release(slot, tile):
-                plgpu.barrier_arrive(k_empty.at[slot * TILES + tile])
+                wgmma.synchronize()  # one thread speaks for all
+                plgpu.barrier_arrive(k_empty.at[slot * len(GROUPS) + GROUPS.index(tile)])
 
-            def issue_scores(tiles=order, s=None):
-                """Products of all queries with the page in this warpgroup's slot, not complete."""
-                s = (_zeros(),) if s is None else s
-                for t in tiles:
+            def scores(length, page):
+                """Products of all queries with the page in this warpgroup's slot.
+
+                -inf where a token must not look.
+                """
+                s = (_zeros(),)
+                for t in ORDER:
                     plgpu.barrier_wait(k_full.at[me * TILES + t])
                     s = wgmma.multiply(
-                        s, q_s.at[t], k_s.at[me, pl.ds(t, 1)], b_rows_first=False, clear=t == 8
+                        s,
+                        q_s.at[t],
+                        k_s.at[me, pl.ds(t, 1)],
+                        b_rows_first=False,
+                        clear=t == ORDER[0],
                     )
-                return s
-
-            def finish_scores(s, length, page):
-                """The products, complete, and -inf where a token must not look."""
                 ((s,),) = wgmma.wait(0, s)
-                wgmma.synchronize()
                 release(me, 8)
                 visible = length - page * PAGE  # to the last new token
 
@@ -260,7 +241,7 @@ def _attend(
                 return jnp.exp2(s * jnp.float32(log_scale) - _across(m))
 
             def publish(p):
-                """Hands this warpgroup's probabilities to the other, and to its own products."""
+                """Hands this warpgroup's weights to the other (interpreted, also to itself)."""
                 p_s[...] = p
                 if interpreted:
                     own_s[me] = p
@@ -270,41 +251,21 @@ def _attend(
                 registers = p is not p_s
                 if registers and interpreted:
                     p = own_s.at[me]
-                elif tuning.other_registers and not interpreted:
-                    p, registers = plgpu.load(p_s, layout=WGMMA), True
-                done = []
-                for t in range(0, HALF, chunk):
-                    done += wgmma.multiply(
-                        out[t : t + chunk],
-                        p,
-                        k_s.at[slot, pl.ds(HALF * me + t, chunk)],
-                        b_rows_first=True,
-                        registers=registers,
-                    )
-                return tuple(done)
+                half = k_s.at[slot, pl.ds(HALF * me, HALF)]
+                return wgmma.multiply(out, p, half, b_rows_first=True, registers=registers)
 
-            def finish(out, slot, later=0):
-                """`out`, complete; hands the tiles back as they are no longer needed.
-
-                `later`: so many products were issued after those of `out`.
-                """
-                done = []
-                for t in range(0, HALF, chunk):
-                    (some,) = wgmma.wait((HALF - t) // chunk - 1 + later, out[t : t + chunk])
-                    done += some
-                    wgmma.synchronize()
-                    release(slot, HALF * me + t)
-                return tuple(done)
+            def finish(out, slot):
+                """`out`, complete; hands back this warpgroup's half of the page."""
+                (out,) = wgmma.wait(0, out)
+                release(slot, HALF * me)
+                return out
 
             def risen(m, s_max):
-                if not tuning.rise:
-                    return jnp.maximum(m, s_max)
                 return jnp.where(s_max > m + tuning.rise, s_max, m)
 
-            def even_pair(length, begin, end, pair, carry):
-                out, m, total = carry[:3]
-                page = begin + 2 * pair
-                s = carry[3] if tuning.early else finish_scores(issue_scores(), length, page)
+            def even_pair(length, begin, pair, carry):
+                out, m, total = carry
+                s = scores(length, begin + 2 * pair)
                 m_even = risen(m, largest(s))
                 p = weights(s, m_even)
                 row_s[0] = m_even
@@ -321,28 +282,12 @@ def _attend(
                 m_odd = plgpu.load(row_s.at[1], layout=LANES)
                 decay = jnp.exp2(m_even - m_odd)
                 out = wgmma.scale_rows(out, decay)
-                total = total * decay
-                if not tuning.early:
-                    out = finish(weigh(out, p_s, 1), 1)
-                    return out, m_odd, total
+                out = finish(weigh(out, p_s, 1), 1)
+                return out, m_odd, total * decay
 
-                def then_scores(out):
-                    """The next page's products begin before those of this pair end."""
-                    out = weigh(out, p_s, 1)
-                    s = issue_scores(order[:EARLY])
-                    out = finish(out, 1, EARLY)
-                    s = issue_scores(order[EARLY:], s)
-                    return out, finish_scores(s, length, page + 2)
-
-                def no_more(out):
-                    return finish(weigh(out, p_s, 1), 1), _zeros()
-
-                out, s = lax.cond(page + 2 < end, then_scores, no_more, out)
-                return out, m_odd, total, s
-
-            def odd_pair(length, begin, end, pair, carry):
+            def odd_pair(length, begin, pair, carry):
                 out, m, total = carry
-                s = finish_scores(issue_scores(), length, begin + 2 * pair + 1)
+                s = scores(length, begin + 2 * pair + 1)
                 s_max = largest(s)
                 plgpu.barrier_wait(p_ready.at[0])
                 m_even = plgpu.load(row_s.at[0], layout=LANES)
@@ -368,8 +313,7 @@ def _attend(
             # What this warpgroup hands back, it owns at first.
             release(me, 8)
             for slot in range(2):
-                for t in range(0, HALF, chunk):
-                    release(slot, HALF * me + t)
+                release(slot, HALF * me)
             plgpu.barrier_arrive(q_empty)
 
             @for_each_piece
@@ -379,15 +323,12 @@ def _attend(
                 lowest = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), LANES)
                 nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), LANES)
                 length = lengths[sequence]
-                carry = (zeros, lowest, nothing)
-                if me == 0 and tuning.early:
-                    carry += (finish_scores(issue_scores(), length, begin),)
                 result, m, total = lax.fori_loop(
                     0,
                     pl.cdiv(end - begin, 2),
-                    functools.partial((even_pair, odd_pair)[me], length, begin, end),
-                    carry,
-                )[:3]
+                    functools.partial((even_pair, odd_pair)[me], length, begin),
+                    (zeros, lowest, nothing),
+                )
                 plgpu.barrier_arrive(q_empty)
                 # The other warpgroup's share of the sum.
                 row_s[2 + me] = total
@@ -453,7 +394,7 @@ def _attend(
             plgpu.Barrier(num_arrivals=TILES),
             signal(num_arrivals=2),
             plgpu.Barrier(num_barriers=2 * TILES),
-            released(num_barriers=2 * TILES),
+            released(num_barriers=2 * len(GROUPS)),
             signal(num_barriers=4),
         ),
         compiler_params=plgpu.CompilerParams(
