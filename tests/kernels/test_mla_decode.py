@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.kernels.mla_decode import pallas_tpu
-from dsv3_jax.kernels.mla_decode.api import mla_decode
+from dsv3_jax.kernels.mla_decode.api import mla_decode, mla_decode_contiguous
 from dsv3_jax.kernels.mla_decode.schedule import PAGE, make_schedule
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, dequantize, quantize
 from tests.kernels.conftest import IMPLEMENTATIONS, INTERPRETER_IS_NEWER, relative_error
@@ -93,6 +93,20 @@ def test_new_tokens_see_what_came_before(implementation, new, heads, lengths, rn
     assert relative_error(out, want) < BF16_LIMIT
     unseen = np.asarray(want == 0).all(-1)
     assert not np.asarray(out, np.float32)[unseen].any()
+
+
+@pytest.mark.parametrize(
+    "implementation", ["reference", pytest.param("pallas_tpu", marks=INTERPRETER_IS_NEWER)]
+)
+def test_contiguous_rows_are_pages_in_order(implementation, rng, able):
+    work = random_work(rng, 1, 8, (70, 3), spare=0)
+    in_order = work._replace(block_table=jnp.arange(4, dtype=jnp.int32).reshape(2, 2))
+    rows = tuple(x.reshape(2, 128, -1) for x in work[2:4])
+    with able(implementation):
+        out = mla_decode_contiguous(
+            *work[:2], *rows, work.lengths, scale=SCALE, implementation=implementation
+        )
+    assert relative_error(out, exact(in_order)) < BF16_LIMIT
 
 
 def test_fp8_latents_are_those_they_stand_for(rng):

@@ -9,6 +9,7 @@ it has not been timed on a TPU.
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -21,6 +22,7 @@ from dsv3_jax.quantization.block_scaled import BlockScaled
 
 LOWEST = -1e30  # finite, so that a row that sees nothing yields zeros and not NaN
 LANES = 128
+MAX_PAGE = 256  # rows of a contiguous cache that are read in one step
 
 _interpreting = contextvars.ContextVar("interpreting_tpu", default=False)
 
@@ -97,6 +99,26 @@ def mla_decode(
         k_rope,
     )
     return out.reshape(batch, new, heads, width)
+
+
+def mla_decode_contiguous(
+    q_latent: Float[Array, "B T N C"],
+    q_rope: Float[Array, "B T N R"],
+    latent: Float[Array, "B S C"],
+    k_rope: Float[Array, "B S R"],
+    lengths: Int[Array, " B"],
+    *,
+    scale: float,
+    schedule: object = None,
+) -> Float[Array, "B T N C"]:
+    """The same for contiguous rows, which are pages in order."""
+    batch, rows = latent.shape[:2]
+    page = math.gcd(rows, MAX_PAGE)
+    latent, k_rope = (x.reshape(batch * rows // page, page, -1) for x in (latent, k_rope))
+    table = jnp.arange(batch * rows // page, dtype=jnp.int32).reshape(batch, -1)
+    return mla_decode(
+        q_latent, q_rope, latent, k_rope, table, lengths, scale=scale, schedule=schedule
+    )
 
 
 def _for_tpu() -> bool:
