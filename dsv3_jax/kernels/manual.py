@@ -31,5 +31,8 @@ def vary(tree: Tree, *like: Tree) -> Tree:
 
 
 def result(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
-    """The type of a Pallas call's result that differs along the axes along which `like` does."""
+    """The type of a Pallas call's result that differs along the axes along which `like` does.
+
+    `plgpu.kernel` forgets it (jax 0.11): its results must be marked by `vary` once more.
+    """
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

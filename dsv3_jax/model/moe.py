@@ -117,9 +117,8 @@ class MoEWeights(NamedTuple):
 
     gate: Float[Array, "E D"]
     bias: Float[Array, " E"] | None
-    gate_up: (
-        Float[Array, "P 2 F D"] | FP8Weight
-    )  # in the places of experts, P = E unless some have replicas
+    # In the places of experts; P = E unless some have replicas.
+    gate_up: Float[Array, "P 2 F D"] | FP8Weight
     down: Float[Array, "P D F"] | FP8Weight
     places: tuple[Int[Array, "E C"], Int[Array, " E"]] | None = None  # see choose_places
 

@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from dsv3_jax.parallel.audit import collectives_of, sent_by_axes
+from dsv3_jax.quantization.recipe import RECIPES
 from tests.parallel.exchanges import AXES, EXPERTS, WIDTH, mesh_of, over, spread_over
 
 SHAPE = {"node": 2, "local": 4}
@@ -75,3 +76,29 @@ def test_the_ragged_transport_lowers_for_accelerators(platform):
     assert [c.axes for c in ragged] == 2 * [("node",), ("local",), ("local",), ("node",)]
     assert {c.dtype for c in ragged} == {"ui8", "bf16"}
     assert not [c for c in found if c.op == "all_gather"]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels need jax 0.11 or newer")
+def test_hopper_s_kernels_lower_inside_the_exchange():
+    """FP8 rows from the wire into the grouped products, forward and backward, for GPUs.
+
+    With replication checked, every kernel must say that its results differ between devices.
+    """
+    device = AbstractDevice(device_kind="NVIDIA H100", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((2, 4), AXES, axis_types=(AxisType.Auto,) * 2, abstract_device=device)
+    config = {"transport": "padded", "capacity_factor": 100.0} | FORMATS
+    options = {"recipe": RECIPES["fp8_paper"], "quantized_rows": True}
+    run = over(mesh, config, 8, tokens=16, **options)
+    dim, width = 256, 128
+    shapes = [
+        ((128, dim), jnp.bfloat16),
+        ((128, 8), jnp.float32),
+        ((EXPERTS, 2, width, dim), jnp.float32),
+        ((EXPERTS, dim, width), jnp.float32),
+        ((128, dim), jnp.bfloat16),
+        ((128, 8), jnp.int32),
+    ]
+    traced = run.trace(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in lowered
+    assert {c.op for c in collectives_of(lowered, SHAPE)} == {"all_to_all"}

@@ -137,6 +137,7 @@ def quantize_tiles(
         compiler_params=COMPILER_PARAMS,
         **several,
     )(*operands)
+    out = manual.vary(out, operands)
     return tuple(
         BlockScaled(values, scales.mT, PER_TOKEN) for values, scales in zip(out[::2], out[1::2])
     )

@@ -79,6 +79,7 @@ def route_top_k(
             unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
     )(logits.reshape(tokens, *shape[1:]), bias.reshape(shape[1:]))
+    chosen, weights, scores = manual.vary((chosen, weights, scores), logits)
     return chosen.T, weights.T, scores.reshape(tokens, experts)
 
 

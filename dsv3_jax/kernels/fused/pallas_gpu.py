@@ -219,6 +219,7 @@ def rms_norm_quantize(
         ),
         compiler_params=COMPILER_PARAMS,
     )(x, weight.astype(jnp.float32))
+    values, scales = manual.vary((values, scales), x)
     return BlockScaled(values, scales.mT, PER_TOKEN)
 
 
@@ -271,6 +272,7 @@ def permute_quantize(
         grid_names=("block",),
         compiler_params=COMPILER_PARAMS,
     )(x.reshape(tokens, tiles, 128), slots, free)
+    values, scales = manual.vary((values, scales), x)
     return BlockScaled(values.reshape(num_rows, dim), scales.mT, PER_TOKEN)
 
 

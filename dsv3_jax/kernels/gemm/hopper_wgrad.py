@@ -175,6 +175,7 @@ def wgrad(
     )(*inputs)
     if in_place:
         return jax.freeze(sums)
+    result = manual.vary(result, a)
     return result if accumulate is None else accumulate + result
 
 
