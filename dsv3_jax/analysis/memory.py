@@ -34,9 +34,7 @@ def mesh_problems(config: Config, schedule: str) -> list[str]:
             f"mesh.node={mesh.node} x mesh.local={mesh.local} = {experts} must divide "
             f"n_routed_experts={model.n_routed_experts}"
         )
-    for name in ("num_attention_heads", "intermediate_size", "moe_intermediate_size", "vocab_size"):
-        if getattr(model, name) % mesh.tensor:
-            found.append(f"mesh.tensor={mesh.tensor} must divide {name}={getattr(model, name)}")
+    found += mesh.indivisible(model)
     if train.seq_len % mesh.context:
         found.append(f"mesh.context={mesh.context} must divide train.seq_len={train.seq_len}")
     stages = mesh.pipe * (2 if schedule == "dualpipev" else 1)

@@ -106,7 +106,10 @@ def test_fp8_preset_halves_the_weights(config, tmp_path):
         (dict(hardware="h20"), "unknown accelerator 'h20': did you mean h200"),
         (dict(schedule="dualpip"), "unknown schedule 'dualpip': did you mean dualpipe"),
         (dict(mesh=MeshOptions(node=3)), "micro-batch of 8 sequences must be a multiple"),
-        (dict(mesh=MeshOptions(tensor=3)), "mesh.tensor=3 must divide num_attention_heads=4"),
+        (
+            dict(mesh=MeshOptions(tensor=3)),
+            "heads=4 must be a multiple of mesh.tensor=3",
+        ),
         (dict(quant_preset="fp8"), "unknown quant preset 'fp8': did you mean fp8_paper"),
         (dict(decode_batch=0), "batch=0"),
         (dict(measured_tokens_per_second=-1.0), "must be positive"),

@@ -221,7 +221,7 @@ def test_a_smaller_message_shortens_a_wire_bound_step():
     "axes, schedule, message",
     [
         (dict(node=3), "1f1b", "must divide n_routed_experts=16"),
-        (dict(tensor=3), "1f1b", "mesh.tensor=3 must divide num_attention_heads=4"),
+        (dict(tensor=3), "1f1b", "num_attention_heads=4 must be a multiple of mesh.tensor=3"),
         (dict(pipe=7), "1f1b", "needs 7 stages"),
         (dict(pipe=4), "dualpipev", "needs 8 stages"),
         (dict(pipe=6), "dualpipe", "at least 12 micro-batches"),
