@@ -35,7 +35,7 @@ class Tuning:
 
     cluster: int = 2  # blocks of other heads that share each read of a page (TMA multicast)
     rise: float = 8.0  # the running maximum moves only when scores exceed it by so much (log2)
-    auto_barriers: bool = True
+    auto_barriers: bool = True  # without Pallas's own: 1 % faster, results not compared on a GPU
 
 
 def parts_of(rows: int) -> int:
