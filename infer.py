@@ -144,6 +144,8 @@ def load_run(options: InferOptions) -> tuple[Config, Layout | None, Variables]:
 def layout_for(options: InferOptions, config: Config) -> Layout | None:
     """The layout of the mesh asked for; UserError when it does not fit the model."""
     options.mesh.check_model(config.model)
+    if options.mesh.num_devices == 1:
+        return None  # one device was asked for: no word of the others
     return make_layout(make_mesh(options.mesh), options.sharding, options.expert_parallel)
 
 
