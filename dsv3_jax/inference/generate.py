@@ -13,6 +13,7 @@ from dsv3_jax.config import ModelConfig, UserError
 from dsv3_jax.inference.kv_cache import PAGE, pool_for
 from dsv3_jax.inference.sampling import sample
 from dsv3_jax.kernels import backend
+from dsv3_jax.kernels.mla_decode import api as mla_decode
 from dsv3_jax.model.cache import init_paged_cache
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import (
@@ -46,7 +47,7 @@ def generate(
 
     A sequence that has ended (eos_token_id) yields eos again; iteration ends when all have. The
     cache holds cache_length tokens a sequence, by default what the longest needs; paged, it holds
-    the pages that each needs, by default on a single GPU, whose kernel reads pages. Raises
+    the pages that each needs, by default where the kernel that reads pages runs. Raises
     UserError for an empty prompt, a token outside the vocabulary, or prompts longer than the cache.
     The layout says how to spread the work over a mesh; the tokens are those of one device, but for
     rounding.
@@ -70,7 +71,7 @@ def generate(
     key = jax.random.key(seed)
     cache: AnyCache
     if paged is None:
-        paged = layout is None and backend.platform() == "gpu"
+        paged = layout is None and "pallas_gpu" in backend.candidates(mla_decode.ORDER)
     if paged:
         pool = pool_for([min(n + max_new_tokens - 1, cache_length) for n in lengths.tolist()], PAGE)
         pages = int(pool.table.max()) + 1

@@ -5,6 +5,8 @@ latent: one page serves all heads. Letters: B sequences, T new tokens of each, N
 R rope width, P pages in the pool, S pages in a sequence's table.
 """
 
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -14,6 +16,10 @@ from dsv3_jax.kernels.mla_decode.schedule import Schedule, make_schedule
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled
 
 PACKAGE = "dsv3_jax.kernels.mla_decode"
+
+# No GPU has compared sequences split over blocks and their combine since they were mended, so that
+# Hopper's kernel must be asked for: `backend.use("pallas_gpu")` (docs/kernels.md).
+ORDER: Mapping[str, tuple[str, ...]] = {**backend.DEFAULT_ORDER, "gpu": ("reference",)}
 
 
 def mla_decode(
@@ -57,6 +63,7 @@ def mla_decode(
         lengths,
         scale=scale,
         schedule=schedule,
+        order=ORDER,
         implementation=implementation,
     )
 
@@ -84,6 +91,7 @@ def mla_decode_contiguous(
         lengths,
         scale=scale,
         schedule=schedule,
+        order=ORDER,
         implementation=implementation,
     )
 
@@ -93,7 +101,7 @@ def plan(lengths: Int[Array, " B"], rows: int) -> Schedule | None:
 
     `rows` is new tokens x heads of one device. The plan holds for every layer of a step.
     """
-    if "pallas_gpu" not in backend.candidates(backend.DEFAULT_ORDER):
+    if "pallas_gpu" not in backend.candidates(ORDER):
         return None
     try:
         hopper.require()
