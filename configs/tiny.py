@@ -15,6 +15,7 @@ from dsv3_jax.config import (
     ParallelConfig,
     RopeScaling,
     ScheduleConfig,
+    ShardingConfig,
     TrainConfig,
 )
 
@@ -45,6 +46,7 @@ def get_config() -> Config:
             dtype="float32",
         ),
         mesh=ParallelConfig(data=0),  # every GPU, or every core, computes its part of the batch
+        sharding=ShardingConfig(state="replicated"),  # too small for slices to pay: 136 -> 126 ms
         data=DataConfig(tokenizer="bpe:1024"),
         train=TrainConfig(steps=200, batch_size=16, seq_len=128, eval_every=100),
         optimizer=OptimizerConfig(learning_rate=4e-3),

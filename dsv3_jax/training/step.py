@@ -18,11 +18,17 @@ from dsv3_jax.training.loss import LossTerms, cross_entropy, document_numbers, t
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepSettings
 
-# Eigen multiplies rather than YNNPACK (docs/log.md).
-CPU_OPTIONS = {"xla_cpu_experimental_ynn_fusion_type": ""}
-# Independent products run side by side, where one device has all cores. With a device a core, it
-# makes devices wait for each other: 368 ms a step instead of 158.
-ONE_CPU_OPTIONS = CPU_OPTIONS | {"xla_cpu_enable_concurrency_optimized_scheduler": True}
+# Eigen multiplies rather than YNNPACK (docs/log.md). Where one device has all cores, independent
+# products run side by side. With a device a core that makes devices wait for each other: 368 ms a
+# step instead of 158; and a product keeps to its device's core.
+ONE_CPU_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_cpu_enable_concurrency_optimized_scheduler": True,
+}
+CPU_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "",
+    "xla_cpu_multi_thread_eigen": False,
+}
 
 BIAS = "e_score_correction_bias"
 
