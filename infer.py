@@ -34,7 +34,7 @@ from dsv3_jax.model.transformer import Variables, abstract_variables
 from dsv3_jax.parallel.load_balancer import logged_load
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import Layout, make_layout
-from dsv3_jax.training import checkpoint
+from dsv3_jax.training.restore import read_meta, restore
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,11 @@ def load_run(options: InferOptions) -> tuple[Config, Layout | None, Variables]:
     if options.step != "auto" and not options.step.isdigit():
         raise UserError(f"--step {options.step} must be auto or a step number")
     folder = options.checkpoint / "checkpoints"
-    step, meta = checkpoint.read_meta(folder, options.step)
+    step, meta = read_meta(folder, options.step)
     config = config_from_dict(meta["config"])
     layout = layout_for(options, config)
     abstract = abstract_variables(config.model, layout)
-    variables, _ = checkpoint.restore(folder, step, abstract, partial=True)
+    variables, _ = restore(folder, step, abstract, partial=True)
     return config, layout, variables
 
 

@@ -23,12 +23,13 @@ from dsv3_jax.inference.generate import generate
 from dsv3_jax.parallel import hosts
 from dsv3_jax.parallel.mesh import batch_sharding, fill_mesh, make_mesh, mesh_of
 from dsv3_jax.parallel.sharding import Layout, make_layout
-from dsv3_jax.training.checkpoint import Checkpoints, state_bytes
+from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.dry_run import abstract_state, dry_run_report, parameter_counts
 from dsv3_jax.training.evaluation import Evaluation
 from dsv3_jax.training.metrics import Clock, MetricsLog, set_up_logging
 from dsv3_jax.training.profiling import ProfileWindow
 from dsv3_jax.training.record import Throughput, step_values
+from dsv3_jax.training.restore import state_bytes
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import TrainState, check_finite, create_state, jit_train_step
 from dsv3_jax.training.stopping import StopRequest

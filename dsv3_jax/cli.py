@@ -214,12 +214,12 @@ def report(options: ReportOptions) -> None:
 def open_run(run_dir: Path, step: str) -> tuple[ModelConfig, dict[str, Any], Path | None]:
     """(config, variables, tokenizer.json or None for bytes) of a run's checkpoint, in f32."""
     from dsv3_jax.model.transformer import abstract_variables
-    from dsv3_jax.training import checkpoint
+    from dsv3_jax.training.restore import read_meta, restore
 
-    found, meta = checkpoint.read_meta(run_dir / "checkpoints", step)
+    found, meta = read_meta(run_dir / "checkpoints", step)
     config = config_from_dict(meta["config"])
     abstract = abstract_variables(config.model)
-    variables, _ = checkpoint.restore(run_dir / "checkpoints", found, abstract, partial=True)
+    variables, _ = restore(run_dir / "checkpoints", found, abstract, partial=True)
     tokenizer = run_dir / "tokenizer.json"  # where the run's tokenizer has a file
     return config.model, variables, tokenizer if tokenizer.exists() else None
 

@@ -16,7 +16,8 @@ import train
 from dsv3_jax import cli
 from dsv3_jax.config import load_config
 from dsv3_jax.model.transformer import init_variables
-from dsv3_jax.training.checkpoint import restore, state_sha256, steps_in
+from dsv3_jax.training.manifest import steps_in
+from dsv3_jax.training.restore import restore, state_sha256
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,7 +7,7 @@ import pytest
 
 import infer
 import train
-from dsv3_jax.training.checkpoint import steps_in
+from dsv3_jax.training.manifest import steps_in
 
 CONFIG = """
 from dsv3_jax.config import *

@@ -21,8 +21,16 @@ import optax
 import pytest
 
 from dsv3_jax.config import Config, ModelConfig, UserError
-from dsv3_jax.training import checkpoint
-from dsv3_jax.training.checkpoint import MANIFEST, CheckpointError, Checkpoints
+from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.training.manifest import MANIFEST, damage, steps_in
+from dsv3_jax.training.restore import (
+    CheckpointError,
+    latest_valid,
+    read_meta,
+    restore,
+    state_bytes,
+    state_sha256,
+)
 
 CONFIG = Config(model=ModelConfig(hidden_size=64, num_hidden_layers=4))
 META = {"config": dataclasses.asdict(CONFIG), "tokens": 12345}
@@ -121,11 +129,11 @@ DAMAGES = [
 
 
 def test_a_state_comes_back_bit_for_bit(saved):
-    state, meta = checkpoint.restore(saved, "auto", ABSTRACT, CONFIG)
-    assert checkpoint.state_sha256(state) == checkpoint.state_sha256(make_state(30))
+    state, meta = restore(saved, "auto", ABSTRACT, CONFIG)
+    assert state_sha256(state) == state_sha256(make_state(30))
     assert jax.tree.structure(state) == jax.tree.structure(make_state(30))
     assert meta == {**json.loads(json.dumps(META)), "step": 30}
-    assert checkpoint.read_meta(saved) == (30, meta)
+    assert read_meta(saved) == (30, meta)
 
 
 def test_the_hash_sees_values_dtypes_and_names():
@@ -136,37 +144,37 @@ def test_the_hash_sees_values_dtypes_and_names():
         {**base, "a": jnp.zeros((3, 1))},
         {"a": base["a"], "c": base["b"]},
     ]
-    hashes = {checkpoint.state_sha256(tree) for tree in [base, *others]}
+    hashes = {state_sha256(tree) for tree in [base, *others]}
     assert len(hashes) == 5
-    assert checkpoint.state_sha256(jax.tree.map(np.asarray, base)) in hashes
+    assert state_sha256(jax.tree.map(np.asarray, base)) in hashes
 
 
 def test_keeps_the_newest_steps(saved):
-    assert checkpoint.steps_in(saved) == [10, 20, 30]
+    assert steps_in(saved) == [10, 20, 30]
     assert sorted(p.name for p in saved.iterdir()) == ["10", "20", "30"]
-    assert all(checkpoint.damage(saved / str(s)) is None for s in (10, 20, 30))
+    assert all(damage(saved / str(s)) is None for s in (10, 20, 30))
 
 
 def test_a_part_of_a_state_can_be_restored_alone(saved):
     part = {"params": ABSTRACT["params"], "router": ABSTRACT["router"]}
-    state, _ = checkpoint.restore(saved, 20, part, CONFIG, partial=True)
+    state, _ = restore(saved, 20, part, CONFIG, partial=True)
     whole = make_state(20)
     expected = {"params": whole["params"], "router": whole["router"]}
-    assert checkpoint.state_sha256(state) == checkpoint.state_sha256(expected)
+    assert state_sha256(state) == state_sha256(expected)
 
 
 def test_donated_buffers_do_not_reach_the_checkpoint(tmp_path):
     step = jax.jit(lambda tree: jax.tree.map(lambda x: x + 1, tree), donate_argnums=0)
     state = step({"w": [jnp.zeros(1 << 18) + i for i in range(8)]})
-    expected = checkpoint.state_sha256(state)
+    expected = state_sha256(state)
     abstract = jax.eval_shape(lambda: state)
     with Checkpoints(tmp_path, every_steps=1, keep=1) as checkpoints:
         checkpoints.save(1, state, {})
         for _ in range(5):
             state = step(state)
-    restored, _ = checkpoint.restore(tmp_path, 1, abstract)
-    assert checkpoint.state_sha256(restored) == expected
-    assert checkpoint.state_sha256(state) != expected
+    restored, _ = restore(tmp_path, 1, abstract)
+    assert state_sha256(restored) == expected
+    assert state_sha256(state) != expected
 
 
 def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
@@ -194,7 +202,7 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path):
     assert step == 3
     for _ in range(3):
         resumed = train_step(resumed)
-    assert checkpoint.state_sha256(resumed) == checkpoint.state_sha256(state)
+    assert state_sha256(resumed) == state_sha256(state)
 
 
 def test_another_mesh_restores_the_same_bits(tmp_path):
@@ -231,8 +239,8 @@ def reshard(folder: Path) -> None:
         jax.eval_shape(lambda: {name: jnp.zeros((8, 16)) for name in state}),
     ]
     for target in targets:
-        restored, _ = checkpoint.restore(folder, 1, target)
-        assert checkpoint.state_sha256(restored) == checkpoint.state_sha256(state)
+        restored, _ = restore(folder, 1, target)
+        assert state_sha256(restored) == state_sha256(state)
         for name, leaf in target.items():
             wanted = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
             assert restored[name].sharding == wanted
@@ -244,17 +252,17 @@ def reshard(folder: Path) -> None:
 @pytest.mark.parametrize("break_it", DAMAGES)
 def test_a_damaged_newest_step_is_named_and_passed_over(folder, caplog, break_it):
     complaint = break_it(folder / "30")
-    assert complaint in checkpoint.damage(folder / "30")
+    assert complaint in damage(folder / "30")
     with caplog.at_level(logging.WARNING), Checkpoints(folder, every_steps=1, keep=3) as opened:
         step, state, meta = opened.resume("auto", ABSTRACT, CONFIG)
         assert (step, meta["step"]) == (20, 20)
-        assert checkpoint.state_sha256(state) == checkpoint.state_sha256(make_state(20))
+        assert state_sha256(state) == state_sha256(make_state(20))
         assert f"{folder / '30'} is damaged" in caplog.text
         assert complaint in caplog.text
         # The step comes round again: what was damaged must not be in the way, nor be deleted.
         assert (folder.parent / "checkpoints.old-1" / "30").is_dir()
         opened.save(30, make_state(30), META)
-    assert checkpoint.latest_valid(folder) == 30
+    assert latest_valid(folder) == 30
 
 
 def test_all_damaged_is_refused_and_nothing_is_changed(folder):
@@ -264,7 +272,7 @@ def test_all_damaged_is_refused_and_nothing_is_changed(folder):
             opened.resume("auto", ABSTRACT, CONFIG)
         assert all(complaint in str(error.value) for complaint in complaints)
         assert "--resume never" in str(error.value)
-        assert checkpoint.steps_in(folder) == [10, 20, 30]
+        assert steps_in(folder) == [10, 20, 30]
 
 
 def test_only_an_empty_folder_starts_at_zero(tmp_path):
@@ -281,26 +289,26 @@ def test_a_step_can_be_chosen_and_newer_ones_are_set_aside(folder, caplog):
             opened.resume("15", ABSTRACT, CONFIG)
         assert opened.resume("10", ABSTRACT, CONFIG)[0] == 10
     assert "moved the checkpoints of steps 20, 30" in caplog.text
-    assert checkpoint.steps_in(folder) == [10]
-    assert checkpoint.steps_in(folder.parent / "checkpoints.old-1") == [20, 30]
+    assert steps_in(folder) == [10]
+    assert steps_in(folder.parent / "checkpoints.old-1") == [20, 30]
 
 
 def test_resume_never_sets_everything_aside(folder):
     (folder.parent / "checkpoints.old-1").mkdir()
     with Checkpoints(folder, every_steps=1, keep=3) as opened:
         assert opened.resume("never", ABSTRACT, CONFIG) is None
-    assert checkpoint.steps_in(folder) == []
-    assert checkpoint.steps_in(folder.parent / "checkpoints.old-2") == [10, 20, 30]
+    assert steps_in(folder) == []
+    assert steps_in(folder.parent / "checkpoints.old-2") == [10, 20, 30]
 
 
 def test_reading_changes_nothing(folder):
     flip_a_bit(folder / "30")
     (folder / "40.orbax-checkpoint-tmp").mkdir()
     before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
-    assert checkpoint.read_meta(folder)[0] == 20
-    checkpoint.restore(folder, "auto", ABSTRACT)
+    assert read_meta(folder)[0] == 20
+    restore(folder, "auto", ABSTRACT)
     with pytest.raises(CheckpointError, match=r"30 is damaged: .* does not match its sha256"):
-        checkpoint.restore(folder, 30, ABSTRACT)
+        restore(folder, 30, ABSTRACT)
     assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
 
 
@@ -323,13 +331,13 @@ def test_another_architecture_is_refused_with_the_differences(folder):
         "step: int32[] in the checkpoint, absent in this run",
     ]:
         assert line in str(error.value)
-    assert checkpoint.steps_in(folder) == [10, 20, 30], "refused, so nothing is set aside"
+    assert steps_in(folder) == [10, 20, 30], "refused, so nothing is set aside"
 
 
 def test_the_context_may_be_extended(saved, caplog):
     model = dataclasses.replace(CONFIG.model, max_position_embeddings=10)
     with caplog.at_level(logging.WARNING):
-        checkpoint.restore(saved, 30, ABSTRACT, dataclasses.replace(CONFIG, model=model))
+        restore(saved, 30, ABSTRACT, dataclasses.replace(CONFIG, model=model))
     assert "model.max_position_embeddings was 163840" in caplog.text
 
 
@@ -340,12 +348,12 @@ def test_kill_9_during_a_save_leaves_the_previous_step(tmp_path, caplog):
     result = run_this_file("save_and_die", tmp_path, check=False)
     assert result.returncode == -signal.SIGKILL, result.stderr
     left = [p.name for p in tmp_path.iterdir()]
-    assert checkpoint.damage(tmp_path / "2") is not None
+    assert damage(tmp_path / "2") is not None
     with caplog.at_level(logging.WARNING), Checkpoints(tmp_path, every_steps=1, keep=2) as opened:
         step, state, _ = opened.resume("auto", jax.eval_shape(lambda: big_state(1)))
         assert step == 1
-        assert checkpoint.state_sha256(state) == checkpoint.state_sha256(big_state(1))
-        assert checkpoint.steps_in(tmp_path) == [1]
+        assert state_sha256(state) == state_sha256(big_state(1))
+        assert steps_in(tmp_path) == [1]
         if "2" not in left:  # killed before orbax's commit, as nearly always
             assert "2.orbax-checkpoint-tmp" in left
             assert "left by a save that was cut off" in caplog.text
@@ -380,11 +388,11 @@ def test_a_failed_save_is_told_at_the_next_call(tmp_path):
             checkpoints.save(3, big_state(3), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert checkpoint.latest_valid(tmp_path) == 1
+    assert latest_valid(tmp_path) == 1
     checkpoints.save(3, make_state(3), {})  # the disk has room again
     checkpoints.save(3, make_state(3), {})  # the last step may also be a regular one
     checkpoints.close()
-    assert checkpoint.latest_valid(tmp_path) == 3
+    assert latest_valid(tmp_path) == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]
 
 
@@ -393,7 +401,7 @@ def test_a_full_or_unwritable_disk_is_told_before_training(tmp_path):
     with pytest.raises(OSError, match="cannot write checkpoints"):
         Checkpoints(tmp_path / "file" / "checkpoints", every_steps=1, keep=1)
     checkpoints = Checkpoints(tmp_path / "checkpoints", every_steps=1, keep=1)
-    checkpoints.probe(checkpoint.state_bytes(ABSTRACT))
+    checkpoints.probe(state_bytes(ABSTRACT))
     with pytest.raises(OSError, match="one checkpoint takes about 1e\\+09 GB"):
         checkpoints.probe(10**18)
     shutil.rmtree(tmp_path / "checkpoints")
@@ -415,7 +423,7 @@ def test_a_disk_that_fills_while_training_is_told_before_the_save(tmp_path, monk
 
 def test_state_bytes_counts_every_leaf():
     abstract = jax.eval_shape(lambda: {"a": jnp.zeros((3, 5)), "b": jnp.zeros(7, jnp.bfloat16)})
-    assert checkpoint.state_bytes(abstract) == 3 * 5 * 4 + 7 * 2
+    assert state_bytes(abstract) == 3 * 5 * 4 + 7 * 2
 
 
 def run_this_file(what: str, folder: Path, check: bool = True) -> subprocess.CompletedProcess:

@@ -1,0 +1,83 @@
+"""The manifest of a checkpoint: the size and sha256 of each file of a step, written last.
+
+Orbax restores a bit-flipped file, and lists an emptied folder as a step, without an error. Here a
+step counts once `MANIFEST.json` is there, and is good while every file matches it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "MANIFEST.json"
+TEMPORARY = ".orbax-checkpoint-tmp"  # orbax renames `<step>` + this to `<step>` when it commits
+
+
+def steps_in(folder: str | Path) -> list[int]:
+    """The steps that have a folder of their own, oldest first, whether valid or not."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        return []
+    names = [p.name for p in folder.iterdir() if p.is_dir()]
+    return sorted(int(n) for n in names if n.isascii() and n.isdigit() and n == str(int(n)))
+
+
+def damage(step_folder: str | Path) -> str | None:
+    """What is wrong with one step's folder, or None when every file matches its manifest.
+
+    Reads all of it; sha256 runs at about 1 to 2 GB/s a core, and files are read in parallel.
+    """
+    step_folder = Path(step_folder)
+    if not step_folder.is_dir():
+        return "no such folder"
+    manifest = step_folder / MANIFEST
+    if not manifest.exists():
+        empty = not any(step_folder.iterdir())
+        return "the folder is empty" if empty else f"no {MANIFEST}: the save did not finish"
+    try:
+        files: dict[str, dict[str, Any]] = json.loads(manifest.read_bytes())["files"]
+        expected = {name: (int(f["size"]), str(f["sha256"])) for name, f in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+
+    def check(name: str) -> str | None:
+        path, (size, digest) = step_folder / name, expected[name]
+        try:
+            if (found := path.stat().st_size) != size:
+                return f"{name} has {found} bytes instead of {size}"
+            return None if _sha256(path) == digest else f"{name} does not match its sha256"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+
+    with ThreadPoolExecutor() as pool:
+        wrong = [problem for problem in pool.map(check, sorted(expected)) if problem]
+    more = f" (and {len(wrong) - 1} more files)" if len(wrong) > 1 else ""
+    return wrong[0] + more if wrong else None
+
+
+def write_manifest(step_folder: Path) -> None:
+    """Writes size and sha256 of each file of a committed step: under another name, then renamed."""
+    paths = sorted(p for p in step_folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(_sha256, paths))
+    files = {
+        path.relative_to(step_folder).as_posix(): {"size": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(paths, digests)
+    }
+    temporary = step_folder.parent / f"{step_folder.name}{TEMPORARY}.manifest"
+    with temporary.open("w") as file:
+        json.dump({"format": 1, "files": files}, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(step_folder / MANIFEST)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,245 @@
+"""What was saved of a run, read back: which step is good, whose it is, and its arrays.
+
+- The newest step that matches its manifest is used, and what is wrong with newer ones is said;
+- when steps exist and none is good, it refuses (CheckpointError) rather than start over;
+- a step of another architecture is refused with the differences (UserError).
+
+Nothing here changes what is on disk. With several processes, all call the same functions in the
+same order on one shared file system; process 0 checks, decides and tells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from dsv3_jax.config import Config, RunError, UserError
+from dsv3_jax.training.manifest import damage, steps_in
+
+log = logging.getLogger(__name__)
+
+# A run may change these and go on: they say how to compute, or how far, not what the weights are.
+_MAY_CHANGE = ("dtype", "initializer_range", "max_position_embeddings", "rope_scaling")
+
+PyTree = Any
+T = TypeVar("T")
+
+
+class CheckpointError(RunError):
+    """Checkpoints cannot be written, or none of those there can be trusted (exit code 1)."""
+
+
+def latest_valid(folder: str | Path) -> int | None:
+    """The newest step that matches its manifest, or None when the folder holds no step at all.
+
+    Damaged newer steps are named on the log. Raises CheckpointError when steps exist and none is
+    valid: starting over is the user's decision (`--resume never`).
+    """
+    return process_0_says(lambda: _latest_valid(Path(folder)))
+
+
+def read_meta(folder: str | Path, step: int | str = "auto") -> tuple[int, dict[str, Any]]:
+    """(step, the `meta` that `save` got), of a step or of the newest valid one ("auto").
+
+    Does not check the arrays of a step named by number. Raises UserError when there is none.
+    """
+    step = valid_step(Path(folder), step) if step == "auto" else int(step)
+    return step, _read_saved_meta(Path(folder) / str(step))["meta"]
+
+
+def restore(
+    folder: str | Path,
+    step: int | str,
+    abstract_state: PyTree,
+    config: Config | None = None,
+    *,
+    partial: bool = False,
+) -> tuple[PyTree, dict[str, Any]]:
+    """(state, meta) of a step, or of the newest valid one ("auto"); changes nothing on disk.
+
+    `abstract_state` is a pytree of jax.ShapeDtypeStruct; each leaf is restored bit for bit onto its
+    own sharding (of any mesh; the first device when it has none). `partial=True` restores only the
+    dict entries named in it, such as the parameters without the optimizer's state. With `config`,
+    its model must be the one that was saved. Raises UserError for another architecture (with the
+    differences) or a step that is not there, CheckpointError for a damaged one.
+    """
+    folder = Path(folder)
+    return read_state(folder, valid_step(folder, step), abstract_state, config, partial)
+
+
+def state_sha256(state: PyTree) -> str:
+    """The sha256, in hex, of every leaf's path, dtype, shape and bytes; the same on any mesh."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        dtype = str(leaf.dtype)
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        array = np.asarray(leaf)
+        digest.update(f"{_name(path)} {dtype}{list(leaf.shape)}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def state_bytes(abstract_state: PyTree) -> int:
+    """Bytes of a whole state, and so, nearly, of one checkpoint (compression saves a few %)."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_state))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def array_types(tree: PyTree) -> dict[str, str]:
+    """For each leaf, its path and something like "float32[3, 5]"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {_name(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _with_sharding(leaf: Any) -> Any:
+    # Orbax would otherwise use the sharding saved in the checkpoint, whose devices may not exist.
+    first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = getattr(leaf, "sharding", None) or first_device
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def process_0_says(compute: Callable[[], T]) -> T:
+    """What `compute` returns (JSON) or raises on process 0, on every process."""
+    if jax.process_count() == 1:
+        return compute()
+    text = b""
+    if jax.process_index() == 0:
+        try:
+            text = json.dumps({"value": compute()}).encode()
+        except (UserError, CheckpointError, OSError) as error:
+            text = json.dumps({"error": type(error).__name__, "message": str(error)}).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
+    buffer = np.zeros(size, np.uint8)
+    buffer[: len(text)] = np.frombuffer(text, np.uint8)
+    said = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(buffer))))
+    if "error" in said:
+        kinds = {"UserError": UserError, "CheckpointError": CheckpointError}
+        raise kinds.get(said["error"], OSError)(said["message"])
+    return said["value"]
+
+
+def _latest_valid(folder: Path) -> int | None:
+    steps = steps_in(folder)
+    wrong = []
+    for step in reversed(steps):
+        problem = damage(folder / str(step))
+        if problem is None:
+            return step
+        wrong.append(f"step {step}: {problem}")
+        log.warning("checkpoint %s is damaged: %s", folder / str(step), problem)
+    if not steps:
+        return None
+    raise CheckpointError(
+        f"none of the {len(steps)} checkpoints in {folder} is valid, and nothing was changed:\n  "
+        + "\n  ".join(wrong)
+        + "\nStart again with --resume never (it keeps them, as checkpoints.old-N)."
+    )
+
+
+def valid_step(folder: Path, step: int | str) -> int:
+    """The valid step that "auto" (the newest) or a number stands for; errors as in `restore`."""
+
+    def pick() -> int:
+        if step == "auto":
+            if (newest := _latest_valid(folder)) is None:
+                raise UserError(f"no checkpoint in {folder}")
+            return newest
+        if int(step) not in (there := steps_in(folder)):
+            has = f"it has {listed(there)}" if there else "it has none"
+            raise UserError(f"no checkpoint of step {step} in {folder}: {has}")
+        if problem := damage(folder / str(step)):
+            raise CheckpointError(f"checkpoint {folder / str(step)} is damaged: {problem}")
+        return int(step)
+
+    return process_0_says(pick)
+
+
+def read_state(
+    folder: Path, step: int, abstract_state: PyTree, config: Config | None, partial: bool
+) -> tuple[PyTree, dict[str, Any]]:
+    """As `restore`, of a step known to be good: its files are not hashed again."""
+    path = (folder / str(step)).absolute()
+    saved = _read_saved_meta(path)
+    _refuse_other_architecture(path, saved, abstract_state, config, partial)
+    target = jax.tree.map(_with_sharding, abstract_state)
+    if partial:
+        args = ocp.args.PyTreeRestore(
+            target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=True,
+        )
+    else:
+        args = ocp.args.StandardRestore(target)
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+        state = reader.restore(path, args=ocp.args.Composite(state=args))["state"]
+    return state, saved["meta"]
+
+
+def _read_saved_meta(step_folder: Path) -> dict[str, Any]:
+    if not step_folder.is_dir():
+        raise UserError(f"no checkpoint {step_folder}")
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            items = ocp.args.Composite(meta=ocp.args.JsonRestore())
+            saved = reader.restore(step_folder.absolute(), args=items)["meta"]
+        if saved["format"] != 1:
+            raise ValueError(f"its format is {saved['format']}, this program reads 1")
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"checkpoint {step_folder} cannot be read: {error}") from error
+    return saved
+
+
+def _refuse_other_architecture(
+    path: Path, saved: dict[str, Any], abstract_state: PyTree, config: Config | None, partial: bool
+) -> None:
+    """Raises UserError with the differences between what is saved and what is asked for."""
+    different = []
+    model = (saved["meta"].get("config") or {}).get("model")
+    if config is not None and model is not None:
+        ours = json.loads(json.dumps(dataclasses.asdict(config.model)))
+        for field in sorted(model.keys() | ours.keys()):
+            was, now = model.get(field), ours.get(field)
+            if was == now:
+                continue
+            if field in _MAY_CHANGE:
+                log.warning("model.%s was %s in %s and is now %s", field, was, path, now)
+            else:
+                different.append(f"model.{field}: {was} in the checkpoint, {now} in this run")
+    there, wanted = saved["arrays"], array_types(abstract_state)
+    for name in sorted(wanted if partial else there.keys() | wanted.keys()):
+        was, now = there.get(name, "absent"), wanted.get(name, "absent")
+        if was != now:
+            different.append(f"{name}: {was} in the checkpoint, {now} in this run")
+    if different:
+        shown = different[:12]
+        if len(different) > len(shown):
+            shown.append(f"and {len(different) - len(shown)} more")
+        raise UserError(
+            f"{path} is a checkpoint of another architecture:\n  "
+            + "\n  ".join(shown)
+            + "\nUse the configuration it was made with (config.json of its run), or another "
+            "--run-dir, or --resume never."
+        )
+
+
+def listed(steps: list[int]) -> str:
+    """Step numbers for a message, the middle of a long list left out."""
+    names = [str(step) for step in steps]
+    return ", ".join(names if len(names) <= 8 else names[:3] + ["..."] + names[-3:])
