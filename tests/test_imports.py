@@ -46,7 +46,7 @@ ANALYSIS_MAY_SEE = {"parallel.schedules", "parallel.load_balancer"}
 WITHOUT_JAX = [
     "analysis",
     "data",
-    "config.py",
+    "config",
     "parallel/schedules.py",
     "parallel/load_balancer.py",
 ]

@@ -1,0 +1,48 @@
+"""Every option of a run, as frozen dataclasses; the only configuration there is.
+
+`ModelConfig` is the architecture and nothing else: its fields are those of the Hugging Face
+`config.json`, so one loads published models by fields alone. `Config` is a whole run. Both know
+nothing of JAX. `Config.problems()` collects every inconsistency at once, each with its fix.
+"""
+
+from dsv3_jax.config.mesh import (
+    DistributedConfig,
+    ExpertParallelConfig,
+    ParallelConfig,
+    ShardingConfig,
+)
+from dsv3_jax.config.model import ModelConfig, RopeScaling
+from dsv3_jax.config.rules import DType, RunError, UserError
+from dsv3_jax.config.run import Config, config_from_dict, load_config, to_json
+from dsv3_jax.config.training import (
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+    QuantConfig,
+    ScheduleConfig,
+    TrainConfig,
+    WatchdogConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "Config",
+    "DType",
+    "DataConfig",
+    "DistributedConfig",
+    "ExpertParallelConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "QuantConfig",
+    "RopeScaling",
+    "RunError",
+    "ScheduleConfig",
+    "ShardingConfig",
+    "TrainConfig",
+    "UserError",
+    "WatchdogConfig",
+    "config_from_dict",
+    "load_config",
+    "to_json",
+]

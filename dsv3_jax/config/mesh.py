@@ -1,0 +1,130 @@
+"""How a run is spread over devices and processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from dsv3_jax.config.model import ModelConfig
+from dsv3_jax.config.rules import UserError, require_positive, round_up
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Sizes of the mesh axes, slowest link first; the product is the number of devices used."""
+
+    pipe: int = 1
+    data: int = 1  # 0: as many as the other axes leave and as divide the batch
+    node: int = 1
+    local: int = 1
+    context: int = 1
+    tensor: int = 1
+
+    @property
+    def num_devices(self) -> int:
+        """Devices the mesh takes, with data=0 counted as 1."""
+        return math.prod(max(size, 1) for size in dataclasses.astuple(self))
+
+    def problems(self) -> list[str]:
+        """Axis sizes that make no mesh."""
+        found: list[str] = []
+        if self.data < 0:
+            found.append(f"data={self.data} must be positive, or 0 for all devices that are left")
+        others = [f.name for f in dataclasses.fields(self) if f.name != "data"]
+        require_positive(found, self, others)
+        return found
+
+    def check_model(self, model: ModelConfig) -> None:
+        """UserError, with all reasons, when this mesh cannot hold the model."""
+        if found := [f"mesh.{p}" for p in self.problems()] or self.indivisible(model):
+            raise UserError("the mesh does not fit the model:\n  - " + "\n  - ".join(found))
+
+    def indivisible(self, model: ModelConfig) -> list[str]:
+        """Dims of the model that their mesh axes do not divide."""
+        found: list[str] = []
+        sizes = {"num_attention_heads": model.num_attention_heads, "vocab_size": model.vocab_size}
+        if model.num_dense_layers:
+            sizes["intermediate_size"] = model.intermediate_size
+        if model.n_shared_experts:
+            width = model.n_shared_experts * model.moe_intermediate_size
+            sizes["n_shared_experts x moe_intermediate_size"] = width
+        for name, size in sizes.items():
+            if size % self.tensor:
+                found.append(
+                    f"model.{name}={size} must be a multiple of mesh.tensor={self.tensor}: use "
+                    f"mesh.tensor={math.gcd(size, self.tensor)} or {round_up(size, self.tensor)}"
+                )
+        expert_shards = self.node * self.local
+        if model.n_routed_experts % expert_shards:
+            found.append(
+                f"model.n_routed_experts={model.n_routed_experts} must be a multiple of "
+                f"mesh.node x mesh.local = {expert_shards}: use mesh.node x mesh.local = "
+                f"{math.gcd(model.n_routed_experts, expert_shards)}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class ShardingConfig:
+    """How the state and the sequence are spread over a mesh, beyond the sizes of its axes."""
+
+    # What devices that compute with the same weight hold between steps. zero1: a slice each of the
+    # master weight and its moments; weights are gathered once a step. fsdp: the same slices, but
+    # each layer is gathered when it runs and its gradient goes back at once. replicated: all of it.
+    state: Literal["zero1", "fsdp", "replicated"] = "zero1"
+    # Over mesh.context. allgather: every device gets the latents of the whole sequence. ring: they
+    # travel around, and a device has an early and a late piece of the sequence for equal work.
+    context: Literal["allgather", "ring"] = "allgather"
+
+
+@dataclass(frozen=True)
+class ExpertParallelConfig:
+    """How tokens reach experts on other devices and come back (docs/parallelism.md)."""
+
+    # local: every device holds all experts. allgather: everybody sees all tokens. padded: buffers
+    # of a fixed size for each peer. ragged: as padded, but only the rows in use are sent.
+    transport: Literal["local", "allgather", "padded", "ragged"] = "allgather"
+    # True: a token goes to each node once and is handed on there; False: straight to each device.
+    hierarchical: bool = True
+    capacity_factor: float = 2.0  # rows that buffers hold, over those of an even load
+    # What happens to rows that do not fit. rounds: they are sent in further rounds; error: the
+    # output is NaN, so that the step is not applied. None is ever left out.
+    overflow: Literal["rounds", "error"] = "rounds"
+    # On the wire: tokens to experts (forward) and their gradients (backward), and the way back.
+    dispatch_format: Literal["none", "fp8"] = "none"
+    combine_format: Literal["none", "bf16", "logfmt10"] = "none"
+
+    def problems(self) -> list[str]:
+        """Buffers that hold nothing."""
+        found: list[str] = []
+        require_positive(found, self, ["capacity_factor"])
+        return found
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of a run on several hosts, one on each, find and watch each other.
+
+    Under SLURM's srun everything is found out; under Kubernetes JobSet everything but the number of
+    processes is (launch/). What is given here goes before what is found.
+    """
+
+    coordinator: str | None = None  # HOST:PORT of process 0, reachable from all
+    num_processes: int | None = None
+    process_id: int | None = None  # 0 to num_processes - 1
+    start_timeout: int = 300  # seconds until all processes must have started
+    heartbeat_timeout: int = 100  # seconds without a sign of life until the others end
+
+    def problems(self) -> list[str]:
+        """Numbers that no set of processes has."""
+        found: list[str] = []
+        require_positive(found, self, ["start_timeout", "heartbeat_timeout"])
+        if self.num_processes is not None and self.num_processes <= 0:
+            found.append(f"num_processes={self.num_processes} must be positive")
+        if self.process_id is not None and self.process_id < 0:
+            found.append(f"process_id={self.process_id} must not be negative")
+        if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
+            found.append(f"coordinator={self.coordinator!r} must be HOST:PORT")
+        return found

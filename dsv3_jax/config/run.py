@@ -1,0 +1,180 @@
+"""A whole run: Config, its checks across groups, and its forms as JSON, a dict and a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsv3_jax.config.mesh import (
+    DistributedConfig,
+    ExpertParallelConfig,
+    ParallelConfig,
+    ShardingConfig,
+)
+from dsv3_jax.config.model import ModelConfig, RopeScaling
+from dsv3_jax.config.rules import UserError, round_up
+from dsv3_jax.config.training import (
+    CheckpointConfig,
+    DataConfig,
+    OptimizerConfig,
+    QuantConfig,
+    ScheduleConfig,
+    TrainConfig,
+    WatchdogConfig,
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run: what `configs/*.py` return and `train.py` takes."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    mesh: ParallelConfig = field(default_factory=ParallelConfig)
+    expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    run_dir: str = "runs/default"
+    seed: int = 0
+    resume: str = "auto"  # "auto": the newest valid checkpoint; "never": start anew; or a step
+    devices: int | None = None  # run on this many virtual CPU devices
+    dry_run: bool = False  # print shapes, parameters and memory per device, and stop
+
+    def problems(self) -> list[str]:
+        """Every inconsistency of the run, each prefixed with its group, with the rule and a fix."""
+        found = []
+        for group in dataclasses.fields(self):
+            value = getattr(self, group.name)
+            if hasattr(value, "problems"):
+                found += [f"{group.name}.{problem}" for problem in value.problems()]
+        if self.resume not in ("auto", "never") and not self.resume.isdigit():
+            found.append(f"resume={self.resume!r} must be auto, never or a step number")
+        if self.devices is not None and self.devices <= 0:
+            found.append(f"devices={self.devices} must be positive")
+        if found:
+            return found  # the rules below divide by these
+        if self.train.seq_len > self.model.max_position_embeddings:
+            found.append(
+                f"train.seq_len={self.train.seq_len} exceeds "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}"
+            )
+        if self.train.seq_len <= self.model.num_nextn_predict_layers:
+            found.append(
+                f"train.seq_len={self.train.seq_len} leaves nothing to predict at MTP depth "
+                f"{self.model.num_nextn_predict_layers}"
+            )
+        expert_shards = self.mesh.node * self.mesh.local
+        if self.expert_parallel.transport == "local" and expert_shards > 1:
+            found.append(
+                "expert_parallel.transport='local' moves nothing, but the experts are spread over "
+                f"mesh.node x mesh.local = {expert_shards} devices: use 'allgather'"
+            )
+        found += self.mesh.indivisible(self.model)
+        pieces = self.mesh.context * self.mesh.tensor
+        if self.sharding.context == "ring":  # two pieces of a sequence on each device
+            pieces = math.lcm(pieces, 2 * self.mesh.context)
+        if self.train.seq_len % pieces:
+            found.append(
+                f"train.seq_len={self.train.seq_len} must be a multiple of {pieces}, as "
+                f"mesh.context={self.mesh.context}, mesh.tensor={self.mesh.tensor} and "
+                f"sharding.context={self.sharding.context} cut it into so many pieces: use "
+                f"{round_up(self.train.seq_len, pieces)}"
+            )
+        packed = self.expert_parallel.combine_format == "logfmt10"
+        if packed and self.model.hidden_size % 16:
+            found.append(
+                f"model.hidden_size={self.model.hidden_size} must be a multiple of 16 for "
+                "expert_parallel.combine_format='logfmt10', which packs 16 channels together"
+            )
+        token_shards = max(self.mesh.data, 1) * self.mesh.node * self.mesh.local
+        micro = self.train.micro_batch_size or self.train.batch_size
+        if micro % token_shards:
+            found.append(
+                f"a micro-batch of {micro} sequences must be a multiple of mesh.data x mesh.node x "
+                f"mesh.local = {token_shards}: use {round_up(micro, token_shards)}"
+            )
+        return found
+
+    def validate(self) -> Config:
+        """This config, or a UserError that lists every problem."""
+        if found := self.problems():
+            raise UserError("the configuration does not fit together:\n  - " + "\n  - ".join(found))
+        return self
+
+
+def to_json(config: Any) -> str:
+    """A config as JSON text, the form saved with every run and checkpoint."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def config_from_dict(values: dict[str, Any]) -> Config:
+    """The Config that `dataclasses.asdict` made `values` from; UserError names unknown fields."""
+    groups = {f.name: f for f in dataclasses.fields(Config)}
+    made: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in groups:
+            raise UserError(f"unknown configuration field {name!r}")
+        kind = _GROUPS.get(name)
+        made[name] = _group_from_dict(kind, value, name) if kind else value
+    return Config(**made)
+
+
+def load_config(path: str | Path) -> Config:
+    """The Config that the `get_config()` of a Python file returns.
+
+    Raises UserError when the file is missing, fails, or returns something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"--config {path}: no such file")
+    namespace: dict[str, Any] = {"__file__": str(path), "__name__": path.stem}
+    try:
+        exec(compile(path.read_text(), str(path), "exec"), namespace)
+    except Exception as error:
+        raise UserError(f"--config {path}: {type(error).__name__}: {error}") from error
+    if not callable(namespace.get("get_config")):
+        raise UserError(f"--config {path}: defines no get_config()")
+    config = namespace["get_config"]()
+    if not isinstance(config, Config):
+        raise UserError(
+            f"--config {path}: get_config() returned {type(config).__name__}, not Config"
+        )
+    return config
+
+
+def _group_from_dict(kind: type, values: dict[str, Any], prefix: str) -> Any:
+    known = {f.name for f in dataclasses.fields(kind)}
+    if unknown := sorted(set(values) - known):
+        raise UserError(f"unknown configuration field {prefix}.{unknown[0]}")
+    values = dict(values)
+    if isinstance(values.get("rope_scaling"), dict):
+        values["rope_scaling"] = _group_from_dict(
+            RopeScaling, values["rope_scaling"], "rope_scaling"
+        )
+    return kind(**values)
+
+
+_GROUPS: dict[str, type] = {
+    "model": ModelConfig,
+    "quant": QuantConfig,
+    "mesh": ParallelConfig,
+    "expert_parallel": ExpertParallelConfig,
+    "sharding": ShardingConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "optimizer": OptimizerConfig,
+    "schedule": ScheduleConfig,
+    "checkpoint": CheckpointConfig,
+    "distributed": DistributedConfig,
+    "watchdog": WatchdogConfig,
+}

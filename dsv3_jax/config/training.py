@@ -1,0 +1,156 @@
+"""What a run learns from, how, for how long, and what it keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dsv3_jax.config.rules import DType, require_positive, round_up
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What is computed in fewer bits; `dsv3_jax/quantization/recipe.py` spells the presets out."""
+
+    preset: Literal["bf16", "fp8_paper", "fp8_blockwise_dgrad"] = "bf16"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from and how documents become rows."""
+
+    path: str = "stdlib"  # "stdlib", a text file, a folder of text files, or a `prepare`d folder
+    tokenizer: str = "byte"  # "byte", "bpe:N" (trained on the corpus), or a tokenizer.json's path
+    val_fraction: float = 0.02  # of the documents, chosen by a hash of each
+    fim_rate: float = 0.1  # fraction of training documents in fill-in-the-middle (PSM) order
+    mask_documents: bool = False  # True: no attention across documents of a row (V3: False)
+
+    def problems(self) -> list[str]:
+        """Fractions outside their range."""
+        found = []
+        if not 0 < self.val_fraction < 1:
+            found.append(f"val_fraction={self.val_fraction} must lie between 0 and 1, exclusive")
+        if not 0 <= self.fim_rate <= 1:
+            found.append(f"fim_rate={self.fim_rate} must lie in [0, 1]")
+        return found
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Length and shape of a run, and what is looked at on the way."""
+
+    steps: int = 1000
+    batch_size: int = 16  # sequences a step, once the batch-size ramp is over
+    micro_batch_size: int | None = None  # sequences a forward pass; None: all of them
+    seq_len: int = 256
+    remat: Literal["none", "dots", "full"] = "none"
+    log_every: int = 10
+    eval_every: int = 200  # validation also runs after the last step
+    eval_batches: int = 8
+    max_nonfinite_steps: int = 10  # skipped steps in a row before the run stops
+    sample_tokens: int = 160  # length of the text written when the run ends; 0: none
+    profile_steps: int = 0  # this many steps, from the tenth on, are traced into profile/
+
+    def problems(self) -> list[str]:
+        """Sizes that cannot make a step."""
+        found: list[str] = []
+        names = "steps batch_size seq_len log_every eval_every eval_batches max_nonfinite_steps"
+        require_positive(found, self, names.split())
+        micro = self.micro_batch_size
+        if micro is not None and (micro <= 0 or self.batch_size % micro):
+            found.append(
+                f"batch_size={self.batch_size} must be a multiple of micro_batch_size={micro}: "
+                f"use batch_size={round_up(self.batch_size, max(micro, 1))}"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW as in the V3 report, section 4.2. Its epsilon and decay mask are not published:
+    1e-8, and decay of matrices only."""
+
+    learning_rate: float = 2.2e-4  # the peak
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    moment_dtype: DType = "float32"  # of both moments; the paper holds them in bfloat16
+
+    def problems(self) -> list[str]:
+        """Values AdamW cannot work with."""
+        found: list[str] = []
+        require_positive(found, self, ["learning_rate", "eps", "clip_norm"])
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                found.append(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        return found
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """The paper's schedules (V3 report, section 4.2) in fractions of the run's tokens.
+
+    They are of 14.8T there; a run of any length goes through the same phases.
+    """
+
+    warmup_steps: int = 2000
+    decay_start: float = 10.0 / 14.8  # the peak rate until here,
+    decay_end: float = 14.3 / 14.8  # then a cosine down to `decay_ratio` of it until here,
+    decay_ratio: float = 0.1
+    final_start: float = 14.633 / 14.8  # and from here on `final_ratio` of the peak
+    final_ratio: float = 7.3e-6 / 2.2e-4
+    batch_start_ratio: float = 0.2  # first batch size over the full one (3072 / 15360);
+    batch_ramp_end: float = 0.469 / 14.8  # it grows linearly in tokens until here
+    bias_update_speed: float = 1e-3  # gamma of the router bias,
+    bias_update_end: float = 14.3 / 14.8  # zero from here on
+    balance_loss_weight: float = 1e-4  # alpha, of the sequence-wise balance loss
+    mtp_loss_weight: float = 0.3  # lambda,
+    mtp_switch: float = 10.0 / 14.8  # which from here on is
+    mtp_loss_weight_final: float = 0.1
+
+    def problems(self) -> list[str]:
+        """Phases out of order."""
+        found = []
+        if self.warmup_steps < 0:
+            found.append(f"warmup_steps={self.warmup_steps} must not be negative")
+        if not 0 <= self.decay_start <= self.decay_end <= self.final_start <= 1:
+            found.append(
+                f"phases must come in order: 0 <= decay_start={self.decay_start} <= "
+                f"decay_end={self.decay_end} <= final_start={self.final_start} <= 1"
+            )
+        if not 0 < self.batch_start_ratio <= 1:
+            found.append(f"batch_start_ratio={self.batch_start_ratio} must lie in (0, 1]")
+        return found
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state is saved and how much is kept."""
+
+    every_steps: int = 500  # also after the last step and on SIGTERM
+    keep: int = 3
+
+    def problems(self) -> list[str]:
+        """Counts that would save nothing."""
+        found: list[str] = []
+        require_positive(found, self, ["every_steps", "keep"])
+        return found
+
+
+@dataclass(frozen=True)
+class WatchdogConfig:
+    """When a run counts as stuck: its stacks are then written to stacks.txt."""
+
+    min_seconds: float = 600.0  # no step for this long,
+    median_steps: float = 20.0  # and for this many times the median step; 0 seconds: never
+    exit: bool = False  # then also end the process, with exit code 124
+
+    def problems(self) -> list[str]:
+        """Limits that every run would pass."""
+        found = []
+        for name in ("min_seconds", "median_steps"):
+            if getattr(self, name) < 0:
+                found.append(f"{name}={getattr(self, name)} must not be negative")
+        return found
