@@ -12,8 +12,7 @@ from jaxtyping import Int
 from dsv3_jax.config import ModelConfig, UserError
 from dsv3_jax.inference.kv_cache import PAGE, pool_for
 from dsv3_jax.inference.sampling import sample
-from dsv3_jax.kernels import backend
-from dsv3_jax.kernels.mla_decode import api as mla_decode
+from dsv3_jax.kernels.mla_decode.api import wants_pages
 from dsv3_jax.model.cache import init_paged_cache
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import (
@@ -59,7 +58,9 @@ def generate(
     if prefill_layout is not None:
         variables = jax.device_put(variables, shardings(variables, prefill_layout))
         multiple = math.lcm(multiple, 2 * prefill_layout.size("seq"))
-        cache_length = -(-cache_length // multiple) * multiple
+        # Whole pages on every device, which kernels read.
+        whole = math.lcm(multiple, PAGE * prefill_layout.size("cache"))
+        cache_length = -(-cache_length // whole) * whole
         # Every device needs as many sequences as the others.
         copies = np.arange(count + -count % prefill_layout.size("batch")) % count
         prompts, lengths = [prompts[int(i)] for i in copies], lengths[copies]
@@ -71,7 +72,8 @@ def generate(
     key = jax.random.key(seed)
     cache: AnyCache
     if paged is None:
-        paged = layout is None and "pallas_gpu" in backend.candidates(mla_decode.ORDER)
+        widths = (config.kv_lora_rank, config.qk_rope_head_dim)
+        paged = layout is None and wants_pages(*widths, config.dtype)
     if paged:
         pool = pool_for([min(n + max_new_tokens - 1, cache_length) for n in lengths.tolist()], PAGE)
         pages = int(pool.table.max()) + 1

@@ -26,8 +26,6 @@ DEFAULT_ORDER: Mapping[str, tuple[str, ...]] = {
     "tpu": ("pallas_tpu", "reference"),
     "cpu": ("reference",),
 }
-# What an operation that has a TPU kernel tries.
-WITH_TPU: Mapping[str, tuple[str, ...]] = {**DEFAULT_ORDER, "tpu": ("pallas_tpu", "reference")}
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("implementation", default=None)
 _choices: dict["Choice", None] = {}

@@ -15,6 +15,11 @@ def _axes(array: Any) -> frozenset[str]:
     return jax.typeof(array).manual_axis_type.varying
 
 
+def varies(tree: Tree) -> bool:
+    """Whether an array is typed as differing between devices."""
+    return any(map(_axes, jax.tree.leaves(tree)))
+
+
 def vary(tree: Tree, *like: Tree) -> Tree:
     """`tree`, every array marked as differing along the axes along which one of all of them does.
 

@@ -194,7 +194,9 @@ def mla_absorb_on_mesh(
         of_cache = jax.tree.map(lambda _: layout.spec("batch"), cache)
     q, weight = layout.spec("batch", None, "heads", None), layout.spec("heads")
     specs = (q, q, of_cache, layout.spec("batch"), weight)
-    return layout.shard_map(partial(mla_absorb, scale=scale), specs, q)(*inputs)
+    # Unchecked: Hopper's kernel cannot say along which devices its results differ.
+    attend = layout.shard_map(partial(mla_absorb, scale=scale), specs, q, check_vma=False)
+    return attend(*inputs)
 
 
 def causal_mask(

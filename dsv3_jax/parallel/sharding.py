@@ -88,14 +88,16 @@ class Layout:
         ring = self.config.context == "ring" and devices > 1
         return zigzag(length, devices) if ring else None
 
-    def shard_map(self, function: Callable, in_specs: Any, out_specs: Any) -> Callable:
-        """`function` on each device's shards, every mesh axis manual and replication checked.
+    def shard_map(
+        self, function: Callable, in_specs: Any, out_specs: Any, check_vma: bool = True
+    ) -> Callable:
+        """`function` on each device's shards, every mesh axis manual; replication is checked.
 
         Specs are those of `spec`. Inside, shapes are local, collectives take axis names, and a
         kernel sees one device's arrays.
         """
         return jax.shard_map(
-            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=True
+            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
         )
 
     def stored_spec(

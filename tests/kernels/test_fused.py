@@ -135,6 +135,14 @@ def test_root_mean_square_cancels_from_the_values(implementation, rng, running):
     np.testing.assert_allclose(out.scales, largest, rtol=1e-6)
 
 
+def test_a_tpu_runs_the_reference():
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        out = jax.eval_shape(api.quantize_rows, jax.ShapeDtypeStruct((128, 256), jnp.bfloat16))
+    assert out.values.shape == (128, 256)
+
+
 def test_refuses_shapes_that_do_not_belong_together(rng):
     gate_up = normal(rng, 128, 256)
     with pytest.raises(ValueError, match="must be half as wide"):

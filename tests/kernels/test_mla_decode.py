@@ -8,10 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.mla_decode import pallas_tpu
-from dsv3_jax.kernels.mla_decode.api import mla_decode, mla_decode_contiguous
+from dsv3_jax.kernels.mla_decode.api import mla_decode, mla_decode_contiguous, wants_pages
 from dsv3_jax.kernels.mla_decode.schedule import PAGE, make_schedule
+from dsv3_jax.model.cache import LatentCache
+from dsv3_jax.model.mla import mla_absorb_on_mesh
+from dsv3_jax.parallel.sharding import RULES, Layout
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, dequantize, quantize
 from tests.kernels.conftest import IMPLEMENTATIONS, INTERPRETER_IS_NEWER, relative_error
 
@@ -155,12 +160,41 @@ def test_a_schedule_keeps_all_parts_busy():
 @INTERPRETER_IS_NEWER
 def test_the_tpu_kernel_lowers_ahead_of_time(rng):
     shapes = jax.eval_shape(lambda: random_work(rng, 2, 128, (4096, 100)))
-    device = jax.sharding.AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    device = AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         function = jax.jit(lambda *w: pallas_tpu.mla_decode(*w, scale=SCALE))
         lowered = function.trace(*shapes).lower(lowering_platforms=("tpu",))
     assert "tpu_custom_call" in lowered.as_text()
+
+
+@INTERPRETER_IS_NEWER
+def test_the_gpu_kernel_lowers_with_sequences_and_heads_cut_over_a_mesh():
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    names = ("data", "node", "local", "context", "tensor")
+    mesh = AbstractMesh((2, 1, 1, 1, 2), names, (AxisType.Auto,) * 5, abstract_device=device)
+    layout = Layout(mesh, rules=RULES["decode"])
+
+    def attend(q_nope, q_rope, latent, k_rope, lengths, weight):
+        cache = LatentCache(latent, k_rope)
+        return mla_absorb_on_mesh(q_nope, q_rope, cache, lengths, weight, SCALE, layout)
+
+    shapes = ((4, 1, 32, 128), (4, 1, 32, 64), (4, 256, 512), (4, 256, 64), (4,), (32, 256, 512))
+    operands = [
+        jax.ShapeDtypeStruct(shape, jnp.int32 if len(shape) == 1 else jnp.bfloat16)
+        for shape in shapes
+    ]
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(attend).trace(*operands).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
+
+
+@INTERPRETER_IS_NEWER
+def test_pages_are_wanted_where_hoppers_kernel_reads_them(running):
+    assert not wants_pages(512, 64, jnp.bfloat16)  # a CPU
+    with running("pallas_gpu"), backend.use("pallas_gpu"):
+        assert wants_pages(512, 64, "bfloat16")
+        assert not wants_pages(512, 64, "float32") and not wants_pages(256, 64, "bfloat16")
 
 
 @pytest.mark.parametrize(

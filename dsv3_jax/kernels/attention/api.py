@@ -78,7 +78,6 @@ def _attention(q, kv, k_shared, value_dim, scale, offset, segments, implementati
         scale=scale,
         offset=offset,
         documents=documents,
-        order=backend.WITH_TPU,
         implementation=implementation,
     )
 

@@ -12,6 +12,7 @@ from dsv3_jax.kernels.partition import Cut
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat
 
 PACKAGE = "dsv3_jax.kernels.fused"
+ORDER = {**backend.DEFAULT_ORDER, "tpu": ("reference",)}
 
 # Dims of values and scales, and what of them may not be cut apart: see `kernels.partition`.
 BY_TOKEN = (("t", "d"), ("t", "d/128"))
@@ -231,4 +232,6 @@ def _check_gate_up(gate_up: Array | BlockScaled) -> None:
 
 
 def _run(op: str, *arrays, implementation: str | None, cut: Cut | None, **options):
-    return backend.run(PACKAGE, op, *arrays, implementation=implementation, cut=cut, **options)
+    return backend.run(
+        PACKAGE, op, *arrays, order=ORDER, implementation=implementation, cut=cut, **options
+    )

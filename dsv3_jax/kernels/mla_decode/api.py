@@ -5,7 +5,7 @@ latent: one page serves all heads. Letters: B sequences, T new tokens of each, N
 R rope width, P pages in the pool, S pages in a sequence's table.
 """
 
-from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -16,10 +16,6 @@ from dsv3_jax.kernels.mla_decode.schedule import Schedule, make_schedule
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled
 
 PACKAGE = "dsv3_jax.kernels.mla_decode"
-
-# No GPU has compared sequences split over blocks and their combine since they were mended, so that
-# Hopper's kernel must be asked for: `backend.use("pallas_gpu")` (docs/kernels.md).
-ORDER: Mapping[str, tuple[str, ...]] = {**backend.DEFAULT_ORDER, "gpu": ("reference",)}
 
 
 def mla_decode(
@@ -63,7 +59,6 @@ def mla_decode(
         lengths,
         scale=scale,
         schedule=schedule,
-        order=ORDER,
         implementation=implementation,
     )
 
@@ -91,7 +86,6 @@ def mla_decode_contiguous(
         lengths,
         scale=scale,
         schedule=schedule,
-        order=ORDER,
         implementation=implementation,
     )
 
@@ -101,15 +95,27 @@ def plan(lengths: Int[Array, " B"], rows: int) -> Schedule | None:
 
     `rows` is new tokens x heads of one device. The plan holds for every layer of a step.
     """
-    if "pallas_gpu" not in backend.candidates(ORDER):
+    kernel = _on_hopper()
+    return None if kernel is None else make_schedule(lengths, kernel.parts_of(rows))
+
+
+def wants_pages(width: int, rope: int, dtype: Any) -> bool:
+    """Whether the kernel that runs here reads pages of rows of `width` and `rope` numbers."""
+    kernel = _on_hopper()
+    return kernel is not None and kernel.reads(width, rope, dtype)
+
+
+def _on_hopper() -> Any:
+    """The module of Hopper's kernel where it would be tried and can be compiled, else None."""
+    if "pallas_gpu" not in backend.candidates(backend.DEFAULT_ORDER):
         return None
     try:
         hopper.require()
     except NotImplementedError:
         return None  # `mla_decode` will say so
-    from dsv3_jax.kernels.mla_decode.pallas_gpu import parts_of
+    from dsv3_jax.kernels.mla_decode import pallas_gpu
 
-    return make_schedule(lengths, parts_of(rows))
+    return pallas_gpu
 
 
 def check(q_latent, q_rope, latent, k_rope, block_table, lengths) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels import manual
 from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu, swizzled
 from dsv3_jax.kernels.mla_decode import wgmma
@@ -41,6 +43,11 @@ class Tuning:
 def parts_of(rows: int) -> int:
     """Parts of a schedule for so many rows (heads x new tokens): blocks that read other pages."""
     return max(hopper.multiprocessors() // _row_tiles(rows), 1)
+
+
+def reads(width: int, rope: int, dtype: Any) -> bool:
+    """Whether rows of `width` latent and `rope` rotated numbers are what the kernel is made for."""
+    return (width, rope) == (LATENT_TILES * 64, 64) and jnp.dtype(dtype) == jnp.bfloat16
 
 
 def _row_tiles(rows: int) -> int:
@@ -74,6 +81,8 @@ def mla_decode(
         block_table = jnp.arange(pages.size, dtype=jnp.int32).reshape(block_table.shape)
     if {x.dtype for x in (q_latent, q_rope, latent, rope)} != {jnp.dtype(jnp.bfloat16)}:
         raise NotImplementedError(f"{q_latent.dtype} by {latent.dtype} must be bfloat16 throughout")
+    if manual.varies((q_latent, q_rope, latent, rope, block_table, lengths)):
+        raise NotImplementedError("a shard_map around it must have check_vma=False")  # warp_map
     if latent.shape[1] != PAGE:
         raise NotImplementedError(f"pages of {latent.shape[1]} tokens must be of {PAGE}")
     rows = new * heads
