@@ -59,8 +59,9 @@ def in_mla_form(q, kv, shared, value_dim):
     return jnp.concatenate([own, spread], axis=-1), kv[..., kv.shape[-1] - value_dim :]
 
 
+@pytest.mark.parametrize("offset_type", [int, jnp.int32])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_mla_attention_of_a_chunk_of_packed_documents(implementation, rng, running):
+def test_mla_attention_of_a_chunk_of_packed_documents(implementation, offset_type, rng, running):
     batch, queries, keys, heads, own, shared, value = 1, 136, 203, 2, 32, 16, 32
     offset = keys - queries
     q, kv, k_shared, dout = (
@@ -81,7 +82,7 @@ def test_mla_attention_of_a_chunk_of_packed_documents(implementation, rng, runni
             kv,
             k_shared,
             scale=0.2,
-            offset=jnp.int32(offset),
+            offset=offset_type(offset),
             segments=jnp.asarray(segments),
             implementation=implementation,
         )
