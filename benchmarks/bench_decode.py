@@ -18,9 +18,11 @@ import argparse
 import functools
 import json
 import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,7 @@ from dsv3_jax.analysis.hardware import accelerator
 from dsv3_jax.kernels.mla_decode import pallas_gpu, reference
 from dsv3_jax.kernels.mla_decode.schedule import PAGE, make_schedule
 from dsv3_jax.model.cache import PagedCache, append_paged
-from dsv3_jax.quantization.block_scaled import PER_TOKEN, quantize
+from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
 
 LATENT, ROPE = 512, 64
 SCALE = 1 / math.sqrt(192)  # of V3's expanded heads, 128 + 64
@@ -39,30 +41,43 @@ SCALE = 1 / math.sqrt(192)  # of V3's expanded heads, 128 + 64
 
 @dataclass(frozen=True)
 class Shape:
-    """`batch` sequences of `length` tokens; the last `new` of each ask, with `heads` heads."""
+    """`batch` sequences of `length` tokens; the last `new` of each ask, with `heads` heads.
+
+    `ragged`: of any lengths from `new` to twice that.
+    """
 
     batch: int
     heads: int
     length: int
     new: int = 1
     fp8: bool = False
+    ragged: bool = False
 
     @property
     def label(self) -> str:
         """The row's name in tables."""
-        suffix = " fp8" if self.fp8 else ""
+        suffix = " fp8" * self.fp8 + " on average, ragged" * self.ragged
         return f"b {self.batch}, {self.heads} heads x {self.new}, {self.length} tokens{suffix}"
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, int32."""
+        if not self.ragged:
+            return np.full(self.batch, self.length, np.int32)
+        rng = np.random.default_rng(0)
+        return rng.integers(self.new, 2 * self.length, self.batch, np.int32, endpoint=True)
 
     @property
     def flops(self) -> int:
         """Of both products, over all keys."""
-        return 2 * self.batch * self.new * self.heads * self.length * (2 * LATENT + ROPE)
+        return 2 * self.new * self.heads * int(self.lengths.sum()) * (2 * LATENT + ROPE)
 
     @property
     def bytes(self) -> int:
         """Every cached row once, queries and outputs once."""
         row = LATENT + 4 * LATENT // 128 + 2 * ROPE if self.fp8 else 2 * (LATENT + ROPE)
-        return self.batch * (self.length * row + 2 * self.new * self.heads * (2 * LATENT + ROPE))
+        queries = self.batch * self.new * self.heads
+        return int(self.lengths.sum()) * row + 2 * queries * (2 * LATENT + ROPE)
 
 
 SHAPES = (
@@ -72,54 +87,139 @@ SHAPES = (
     Shape(128, 16, 4096),
     Shape(1, 128, 32768),
     Shape(1, 128, 4096),
+    Shape(8, 128, 4096),
     Shape(32, 128, 4096),
+    Shape(128, 128, 4096, ragged=True),
+    Shape(128, 128, 4096, fp8=True),
     Shape(128, 64, 4096, fp8=True),
 )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _draw(shape: Shape, key):
+class Work(NamedTuple):
+    """The operands of `mla_decode`."""
+
+    q_latent: Any
+    q_rope: Any
+    latent: Any
+    k_rope: Any
+    block_table: Any
+    lengths: Any
+
+
+def _draw(shape: Shape, key) -> tuple[Any, ...]:
     keys = jax.random.split(key, 4)
     queries = (shape.batch, shape.new, shape.heads)
-    pages = shape.batch * shape.length // PAGE
+    pages = int((-(-shape.lengths // PAGE)).sum())
     sizes = ((*queries, LATENT), (*queries, ROPE), (pages, PAGE, LATENT), (pages, PAGE, ROPE))
-    return tuple(jax.random.normal(k, size, jnp.bfloat16) for k, size in zip(keys, sizes))
-
-
-def operands(shape: Shape) -> tuple[Any, ...]:
-    """Queries, pages in any order, table and lengths."""
-    q_latent, q_rope, latent, rope = _draw(shape, jax.random.key(0))
+    out = [jax.random.normal(k, size, jnp.bfloat16) for k, size in zip(keys, sizes)]
     if shape.fp8:
-        latent = jax.jit(lambda x: quantize(x, PER_TOKEN))(latent)
-    pages = np.random.default_rng(0).permutation(rope.shape[0]).astype(np.int32)
-    lengths = jnp.full(shape.batch, shape.length, jnp.int32)
-    return q_latent, q_rope, latent, rope, jnp.asarray(pages.reshape(shape.batch, -1)), lengths
+        out[2] = quantize(out[2], PER_TOKEN)
+    return tuple(out)
 
 
-def _errors(out, q_latent, q_rope, latent, rope, table, lengths) -> list[float]:
+def _table(shape: Shape) -> np.ndarray:
+    """The pages of each sequence, in any order."""
+    pages = -(-shape.lengths // PAGE)
+    numbers = np.random.default_rng(0).permutation(int(pages.sum())).astype(np.int32)
+    table = np.full((shape.batch, int(pages.max())), -1, np.int32)
+    table[np.arange(table.shape[1]) < pages[:, None]] = numbers
+    return table
+
+
+class Prepared(NamedTuple):
+    """A shape's functions, compiled."""
+
+    shape: Shape
+    draw: Callable[..., Any]
+    plan: Callable[..., Any]
+    ours: Callable[..., Any]
+    plain: Callable[..., Any]
+    xla: Callable[..., Any] | None
+
+    @classmethod
+    def of(cls, shape: Shape) -> "Prepared":
+        """Compiles ours, and the reference for one sequence."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        drawn = jax.eval_shape(functools.partial(_draw, shape), key)
+        table, lengths = (_shape_of(x) for x in (_table(shape), shape.lengths))
+        work = Work(*drawn, table, lengths)
+        parts = pallas_gpu.parts_of(shape.new * shape.heads)
+        plan = jax.jit(functools.partial(make_schedule, parts=parts)).lower(lengths)
+
+        def ours(schedule, *work):
+            return pallas_gpu.mla_decode(*work, scale=SCALE, schedule=schedule)
+
+        first = _first(work)
+        functions = (
+            jax.jit(functools.partial(_draw, shape)).lower(key),
+            plan,
+            jax.jit(ours).lower(plan.out_info, *work),
+            jax.jit(functools.partial(reference.mla_decode, scale=SCALE)).lower(*first),
+        )
+        return cls(shape, *(function.compile() for function in functions), None)
+
+    def with_xla(self) -> "Prepared":
+        """And the peer, which XLA tunes by running it."""
+        shape = self.shape
+        if shape.fp8 or shape.ragged:
+            return self
+        bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+        queries, rows = (shape.batch, shape.new, shape.heads), (shape.batch, shape.length)
+        sizes = ((*queries, LATENT), (*queries, ROPE), (*rows, LATENT), (*rows, ROPE))
+        contiguous = jax.jit(functools.partial(reference.mla_decode_contiguous, scale=SCALE))
+        lowered = contiguous.lower(*map(bf16, sizes), _shape_of(shape.lengths))
+        return self._replace(xla=lowered.compile())
+
+
+def prepare(shapes: Sequence[Shape]) -> list[Prepared]:
+    """All shapes, compiled side by side."""
+    with ThreadPoolExecutor(8) as pool:
+        prepared = list(pool.map(Prepared.of, shapes))
+        return list(pool.map(Prepared.with_xla, prepared))
+
+
+def _shape_of(x) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _first(work: Work) -> Work:
+    """The first sequence alone, its pages in order in a pool of its own."""
+
+    def take(q_latent, q_rope, latent, k_rope, block_table, lengths):
+        pages = block_table[0]
+        pool = jax.tree.map(lambda x: x[pages], (latent, k_rope))
+        table = jnp.arange(pages.size, dtype=jnp.int32)[None]
+        return Work(q_latent[:1], q_rope[:1], *pool, table, lengths[:1])
+
+    if isinstance(work.lengths, jax.ShapeDtypeStruct):
+        return jax.eval_shape(take, *work)
+    return take(*work)
+
+
+def _errors(out, work: Work, plain: Callable[..., Any]) -> list[float]:
     """Relative errors of the first sequence: of `out`, and of a bfloat16 reference."""
-    pages = (latent[table[0]], rope[table[0]], jnp.arange(table.shape[1], dtype=jnp.int32)[None])
-    first = (q_latent[:1], q_rope[:1], *pages, lengths[:1])
-    plain = jax.jit(functools.partial(reference.mla_decode, scale=SCALE))(*first)
+    first = _first(work)
+    approximate = plain(*first)
+    latent = first.latent
+    if isinstance(latent, BlockScaled):
+        latent = dequantize(latent, jnp.float32)
     # On the host: XLA takes half a minute to tune float32 products at the highest precision.
-    q, q_r, keys, ropes = (np.asarray(x.astype(jnp.float32), np.float64) for x in first[:4])
+    q, q_r, keys, ropes = (
+        np.asarray(x.astype(jnp.float32), np.float64)
+        for x in (first.q_latent, first.q_rope, latent, first.k_rope)
+    )
     keys, ropes = keys.reshape(-1, LATENT), ropes.reshape(-1, ROPE)
     new = q.shape[1]
     exact = np.zeros(q.shape[1:])
     for t in range(new):
-        seen = int(lengths[0]) - (new - 1 - t)
+        seen = int(work.lengths[0]) - (new - 1 - t)
         logits = SCALE * (q[0, t] @ keys[:seen].T + q_r[0, t] @ ropes[:seen].T)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         exact[t] = weights / weights.sum(-1, keepdims=True) @ keys[:seen]
     return [
         float(np.linalg.norm(np.asarray(x[0].astype(jnp.float32)) - exact) / np.linalg.norm(exact))
-        for x in (out[:1], plain)
+        for x in (out[:1], approximate)
     ]
-
-
-@jax.jit
-def _xla(q_latent, q_rope, latent, rope, lengths):
-    return reference.mla_decode_contiguous(q_latent, q_rope, latent, rope, lengths, scale=SCALE)
 
 
 def torch_microseconds(shape: Shape) -> float | None:
@@ -150,45 +250,43 @@ def torch_microseconds(shape: Shape) -> float | None:
     return _kernel_microseconds(calls)
 
 
-def measure(shape: Shape) -> dict[str, Any]:
+def measure(prepared: Prepared) -> dict[str, Any]:
     """One row of the table."""
-    work = operands(shape)
-    parts = pallas_gpu.parts_of(shape.new * shape.heads)
-    plan = jax.jit(functools.partial(make_schedule, parts=parts))
-    schedule = plan(work[-1])
-
-    @jax.jit
-    def ours(schedule, *work):
-        return pallas_gpu.mla_decode(*work, scale=SCALE, schedule=schedule)
-
-    row = {"shape": shape.label, "us": microseconds(ours, (schedule, *work))}
-    row["schedule_us"] = microseconds(plan, (work[-1],))
-    row["error"] = row["plain_error"] = row["xla_us"] = row["torch_us"] = None
-    if not shape.fp8:
-        row["error"], row["plain_error"] = _errors(ours(schedule, *work), *work)
-        rows = tuple(x.reshape(shape.batch, -1, x.shape[-1]) for x in work[2:4])
-        row["xla_us"] = microseconds(_xla, (*work[:2], *rows, work[-1]))
+    shape = prepared.shape
+    drawn = prepared.draw(jax.random.key(0))
+    work = Work(*drawn, jnp.asarray(_table(shape)), jnp.asarray(shape.lengths))
+    schedule = prepared.plan(work.lengths)
+    us = microseconds(prepared.ours, (schedule, *work))
+    error, plain_error = _errors(prepared.ours(schedule, *work), work, prepared.plain)
+    row = {"shape": shape.label, "us": us, "error": error, "plain_error": plain_error}
+    row["schedule_us"] = microseconds(prepared.plan, (work.lengths,))
+    row["xla_us"] = row["torch_us"] = None
+    if prepared.xla is not None:
+        rows = tuple(x.reshape(shape.batch, -1, x.shape[-1]) for x in (work.latent, work.k_rope))
+        contiguous = (work.q_latent, work.q_rope, *rows, work.lengths)
+        row["xla_us"] = microseconds(prepared.xla, contiguous)
         row["torch_us"] = torch_microseconds(shape)
     chip = accelerator("h200" if "H200" in machine() else "h100")
     floor = max(shape.flops / chip.peak_flops(False), shape.bytes / chip.hbm_bandwidth)
-    row["tflops"], row["gb_s"] = shape.flops / row["us"] / 1e6, shape.bytes / row["us"] / 1e3
-    row["floor_percent"] = 100 * floor / (row["us"] * 1e-6)
+    row["tflops"], row["gb_s"] = shape.flops / us / 1e6, shape.bytes / us / 1e3
+    row["floor_percent"] = 100 * floor / (us * 1e-6)
     return row
 
 
 def around() -> dict[str, float]:
     """Microseconds of what surrounds the kernel in a layer: 128 sequences, 128 heads."""
     shape = Shape(128, 128, 4096)
-    q_latent, q_rope, latent, rope, table, lengths = operands(shape)
+    draw = jax.jit(functools.partial(_draw, shape))
+    q_latent, _, latent, rope = draw(jax.random.key(0))
     nope = jax.random.normal(jax.random.key(1), (128, 1, 128, 128), jnp.bfloat16)
     w_uk = jax.random.normal(jax.random.key(2), (128, 128, LATENT), jnp.bfloat16)
-    cache = PagedCache(latent, rope, table)
-    new = (q_latent[:, :, 0], q_rope[:, :, 0])
+    new = (q_latent[:, :, 0], rope[:128, :1])
+    start = jnp.asarray(shape.lengths) - 1
     append = jax.jit(append_paged, donate_argnums=0)
-    state = [cache]
+    state = [PagedCache(latent, rope, jnp.asarray(_table(shape)))]
 
     def step():
-        state[0] = append(state[0], *new, lengths - 1)
+        state[0] = append(state[0], *new, start)
         return state[0]
 
     absorb = jax.jit(lambda q, w: jnp.einsum("BTNH,NHC->BTNC", q, w))
@@ -225,19 +323,38 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Bars of TFLOP/s: ours, and each peer's where it was timed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(rows) + 1))
+    bars = {"ours": "us", "XLA, contiguous": "xla_us", "torch (cuBLAS), contiguous": "torch_us"}
+    for offset, (name, key) in enumerate(bars.items()):
+        values = [row["tflops"] * row["us"] / row[key] if row[key] else 0 for row in rows]
+        axes.barh([i + 0.27 * offset for i in range(len(rows))], values, 0.25, label=name)
+    axes.set_yticks([i + 0.27 for i in range(len(rows))], [row["shape"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("TFLOP/s")
+    axes.legend()
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
 def main() -> None:
     """Parses the command line, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="shapes whose label holds this text")
-    parser.add_argument("--out", type=Path, help="folder for decode.json and decode.md")
+    parser.add_argument("--out", type=Path, help="folder for decode.json, decode.md and decode.png")
     options = parser.parse_args()
     start, rows = machine(), []
+    work = prepare([shape for shape in SHAPES if options.only in shape.label])
     told: dict[str, Any] = {"before": start, "yardsticks": yardsticks()}
     print(start, told["yardsticks"], flush=True)
-    for shape in SHAPES:
-        if options.only in shape.label:
-            rows.append(measure(shape))
-            print(table(rows[-1:]).splitlines()[-1], f"{rows[-1]['schedule_us']:.1f}", flush=True)
+    for prepared in work:
+        rows.append(measure(prepared))
+        print(table(rows[-1:]).splitlines()[-1], f"{rows[-1]['schedule_us']:.1f}", flush=True)
     if not options.only:
         told["around"] = around()
         print(told["around"])
@@ -247,6 +364,7 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "decode.json").write_text(json.dumps(told, indent=1))
         (options.out / "decode.md").write_text(table(rows) + "\n")
+        plot(rows, options.out / "decode.png")
 
 
 if __name__ == "__main__":
