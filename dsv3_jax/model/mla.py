@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels import backend
-from dsv3_jax.kernels.attention.api import mla_attention
+from dsv3_jax.kernels.attention.api import ascending, documents_between, mla_attention
 from dsv3_jax.kernels.mla_decode.api import mla_decode, mla_decode_contiguous
 from dsv3_jax.kernels.mla_decode.schedule import Schedule
 from dsv3_jax.model.cache import LatentCache, PagedCache, append, append_paged
@@ -24,8 +24,8 @@ from dsv3_jax.model.held import parameter
 from dsv3_jax.model.linear import Spread, linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS, rms_norm
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
-from dsv3_jax.parallel.context import LOWEST, Partial, ring_attention
-from dsv3_jax.parallel.sharding import Layout, constrain, in_natural_order
+from dsv3_jax.parallel.context import Partial, ring_attention
+from dsv3_jax.parallel.sharding import Layout, constrain, in_layout_order, in_natural_order
 from dsv3_jax.quantization.recipe import BF16, LinearRecipe, Recipe
 
 
@@ -53,25 +53,13 @@ def mla_expand(
 
 
 def _attend(q_nope, q_rope, latent, k_rope, kv_b_proj, scale, offset, segments, recipe):
-    """`mla_expand` and the logarithm of the softmax's sum, [B, N, T] in f32."""
+    """`mla_expand` and the logarithm of the softmax's sum, [B, N, T] in f32.
+
+    segments may be the Documents of queries and of keys of which no query is one.
+    """
     kv = linear(latent, kv_b_proj, recipe)
     q = jnp.concatenate([q_nope, q_rope], axis=-1)
     return mla_attention(q, kv, k_rope, scale=scale, offset=offset, segments=segments)
-
-
-def _expanded(q_nope_BTNH, q_rope_BTNR, latent_BSC, k_rope_BSR, kv_b_proj, scale, recipe):
-    """Scaled logits in f32, [B, N, T, S], and values, [B, S, N, U]."""
-    nope_dim = q_nope_BTNH.shape[-1]
-    kv_BSNP = linear(latent_BSC, kv_b_proj, recipe)
-    k_nope_BSNH, v_BSNU = kv_BSNP[..., :nope_dim], kv_BSNP[..., nope_dim:]
-    # One product over H + R dims: two would write and read the T x S logits once more each way.
-    k_rope_BSNR = jnp.broadcast_to(
-        k_rope_BSR[:, :, None], (*k_nope_BSNH.shape[:-1], k_rope_BSR.shape[-1])
-    )
-    q_BTNP = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], axis=-1)
-    k_BSNP = jnp.concatenate([k_nope_BSNH, k_rope_BSNR], axis=-1)
-    logits_BNTS = jnp.einsum("BTNP,BSNP->BNTS", q_BTNP, k_BSNP, preferred_element_type=jnp.float32)
-    return logits_BNTS * scale, v_BSNU
 
 
 def mla_expand_on_mesh(
@@ -80,7 +68,6 @@ def mla_expand_on_mesh(
     latent_BTC: Float[Array, "B T C"],
     k_rope_BTR: Float[Array, "B T R"],
     kv_b_proj: Float[Array, "N HU C"],
-    positions: Int[Array, "#B T"],
     segments: Int[Array, "B T"] | None,
     scale: float,
     recipe: LinearRecipe | None,
@@ -89,30 +76,30 @@ def mla_expand_on_mesh(
     """`mla_expand` of a sequence to itself: heads over `tensor`, tokens over `context`.
 
     Latents, not keys and values, go from device to device: gathered whole, or around a ring, as
-    layout.config.context says. Tokens lie in the layout's order; positions are theirs.
+    layout.config.context says. Tokens lie in the layout's order.
     """
     axes, length = layout.axes("seq"), latent_BTC.shape[1]
+    in_ring = layout.order(length) is not None
+    if in_ring and segments is not None:
+        numbers = ascending(in_natural_order(segments, layout))
+        segments = constrain(in_layout_order(numbers, layout), layout, "batch", "seq")
 
-    def attend(q_nope, q_rope, latent, k_rope, kv_b, positions, segments):
-        places = (positions, segments)
-        if layout.order(length) is not None:
+    def attend(q_nope, q_rope, latent, k_rope, kv_b, segments):
+        if in_ring:
 
             def partly(queries, keys):
-                q_nope, q_rope, at_queries = queries
-                latent, k_rope, at_keys = keys
-                if segments is None:
-                    # Only a device's own keys are as many as the queries, and in their order.
-                    own = q_nope.shape[1] == latent.shape[1]
-                    offset = 0 if own else latent.shape[1]  # from there on all keys are seen
-                    out, lse = _attend(
-                        q_nope, q_rope, latent, k_rope, kv_b, scale, offset, None, recipe
-                    )
-                    values = out.astype(jnp.float32).swapaxes(1, 2)
-                    return Partial(lse, jnp.ones_like(lse), values)
-                logits, v = _expanded(q_nope, q_rope, latent, k_rope, kv_b, scale, recipe)
-                return _partial_softmax(logits, _mask_between(at_queries, at_keys), v)
+                q_nope, q_rope, of_queries = queries
+                latent, k_rope, of_keys = keys
+                # Only a device's own keys are as many as the queries, and in their order.
+                own = q_nope.shape[1] == latent.shape[1]
+                offset = 0 if own else latent.shape[1]  # from there on all keys are seen
+                documents = None if segments is None else documents_between(of_queries, of_keys)
+                inputs = (q_nope, q_rope, latent, k_rope, kv_b)
+                out, lse = _attend(*inputs, scale, offset, documents, recipe)
+                values = out.astype(jnp.float32).swapaxes(1, 2)
+                return Partial(lse, jnp.ones_like(lse), values)
 
-            queries, keys = (q_nope, q_rope, places), (latent, k_rope, places)
+            queries, keys = (q_nope, q_rope, segments), (latent, k_rope, segments)
             out_BNTU = ring_attention(partly, queries, keys, *axes)
             return out_BNTU.astype(q_nope.dtype).swapaxes(1, 2)
         keys, offset = (latent, k_rope, segments), 0
@@ -133,12 +120,11 @@ def mla_expand_on_mesh(
         )
 
     q, tokens = layout.spec("batch", "seq", "heads", None), layout.spec("batch", "seq")
-    of_positions = layout.spec("batch" if len(positions) > 1 else None, "seq")
     of_segments = None if segments is None else tokens
     weight = layout.spec("heads", None, None)
-    inputs = (q, q, tokens, tokens, weight, of_positions, of_segments)
+    inputs = (q, q, tokens, tokens, weight, of_segments)
     return layout.shard_map(attend, inputs, q)(
-        q_nope_BTNH, q_rope_BTNR, latent_BTC, k_rope_BTR, kv_b_proj, positions, segments
+        q_nope_BTNH, q_rope_BTNR, latent_BTC, k_rope_BTR, kv_b_proj, segments
     )
 
 
@@ -197,41 +183,6 @@ def mla_absorb_on_mesh(
     # Unchecked: Hopper's kernel cannot say along which devices its results differ.
     attend = layout.shard_map(partial(mla_absorb, scale=scale), specs, q, check_vma=False)
     return attend(*inputs)
-
-
-def causal_mask(
-    q_positions: Int[Array, "#B T"],
-    k_positions: Int[Array, "#B S"],
-    segments: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
-) -> Bool[Array, "#B T S"]:
-    """True where a key is at or before the query's position, and in the same document.
-
-    segments holds the document number of each query and of each key; None lets attention cross
-    documents of a packed row, as V3 was trained (section 4.1).
-    """
-    mask = q_positions[:, :, None] >= k_positions[:, None, :]
-    if segments is not None:
-        mask &= segments[0][:, :, None] == segments[1][:, None, :]
-    return mask
-
-
-def _mask_between(queries, keys) -> Bool[Array, "#B T S"]:
-    """`causal_mask` of (positions, segments or None) of queries and of keys."""
-    both = None if queries[1] is None else (queries[1], keys[1])
-    return causal_mask(queries[0], keys[0], both)
-
-
-def _partial_softmax(logits_BNTS, mask_BTS, v_BSNU) -> Partial:
-    logits_BNTS = jnp.where(mask_BTS[:, None], logits_BNTS, LOWEST)
-    largest = jax.lax.stop_gradient(logits_BNTS.max(-1))
-    weights = jnp.exp(logits_BNTS - largest[..., None])
-    values = jnp.einsum(
-        "BNTS,BSNU->BNTU",
-        weights.astype(v_BSNU.dtype),
-        v_BSNU,
-        preferred_element_type=jnp.float32,
-    )
-    return Partial(largest, weights.sum(-1), values)
 
 
 class MLA(nn.Module):
@@ -308,9 +259,7 @@ class MLA(nn.Module):
             if layout is None:
                 out = mla_expand(*attend_to, scale, segments=segments, recipe=recipe.attention)
             else:
-                out = mla_expand_on_mesh(
-                    *attend_to, positions, segments, scale, recipe.attention, layout
-                )
+                out = mla_expand_on_mesh(*attend_to, segments, scale, recipe.attention, layout)
         else:
             lengths = positions[:, -1] + 1
             attend_to = (q_nope, q_rope, cache, lengths, kv_b_proj, scale)

@@ -133,6 +133,40 @@ def test_from_an_offset_of_all_keys_on_every_key_is_seen(implementation, rng, ru
     assert np.abs(lse - want_lse).max() < 1e-5
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_keys_before_all_queries_are_seen_from_their_document_only(implementation, rng, running):
+    """Of 256 queries after 128 keys, 150 are of the last document of the keys."""
+    q, dout = bf16(rng, 1, 256, 1, 32), bf16(rng, 1, 256, 1, 16)
+    k, v = bf16(rng, 1, 128, 1, 32), bf16(rng, 1, 128, 1, 16)
+    dout, dlse = dout.at[:, 150:].set(0), normal(rng, 1, 1, 256).at[..., 150:].set(0)
+    numbers = api.ascending(jnp.asarray(np.repeat([3, 1, 4, 1], [40, 238, 60, 46])[None]))
+    assert np.asarray(numbers[0, [0, 40, 278, 338]]).tolist() == [0, 1, 2, 3]
+    documents = api.documents_between(numbers[:, 128:], numbers[:, :128])
+    with running(implementation):
+        (out, lse), vjp = jax.vjp(
+            lambda *qkv: api.attention(
+                *qkv, scale=0.2, offset=128, segments=documents, implementation=implementation
+            ),
+            q,
+            k,
+            v,
+        )
+        dq, dk, dv = vjp((dout, dlse))
+    seeing, seen = slice(150), slice(40, None)
+    want, want_lse, gradients = exact(
+        *(q[:, seeing], k[:, seen], v[:, seen], 0.2, 128, None),
+        *(dout[:, seeing], dlse[..., seeing]),
+    )
+    assert relative_error(out[:, seeing], want) < LIMIT
+    assert np.abs(lse[..., seeing] - want_lse).max() < 1e-5
+    assert np.asarray(lse[..., 150:]).max() < -1e29 and np.isfinite(out.astype(jnp.float32)).all()
+    got = (dq[:, seeing], dk[:, seen], dv[:, seen])
+    assert all(relative_error(one, right) < LIMIT for one, right in zip(got, gradients))
+    assert not np.asarray(dq, np.float32)[:, 150:].any()
+    assert not np.asarray(dk, np.float32)[:, :40].any()
+    assert not np.asarray(dv, np.float32)[:, :40].any()
+
+
 def test_tpu_kernels_add_up_over_blocks(rng):
     q, k, v, dout = (bf16(rng, 1, 300, 1, 32) for _ in range(4))
     first = jnp.asarray(np.repeat([0, 140], [140, 160])[None], jnp.int32)

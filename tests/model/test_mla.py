@@ -17,7 +17,7 @@ from dsv3_jax.model.cache import (
     init_paged_cache,
     of_layer,
 )
-from dsv3_jax.model.mla import causal_mask, mla_absorb, mla_absorb_on_mesh, mla_expand
+from dsv3_jax.model.mla import mla_absorb, mla_absorb_on_mesh, mla_expand
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import RULES, Layout
 from tests.helpers import TOLERANCE, relative_error, tiny_model
@@ -80,15 +80,6 @@ def test_a_query_that_sees_nothing_is_finite():
     """Padding rows of a ragged batch: their result is of no use, but must not be NaN."""
     out = absorb(*inputs("float32"), lengths=(3, 0))
     assert not out[0, :2].any() and not out[1].any() and out[0, 2:].all()
-
-
-def test_mask_sees_rows_up_to_the_position_in_the_same_document():
-    positions, rows = jnp.array([[1, 2], [3, 4]]), jnp.arange(4)[None]
-    want = np.array([[[1, 1, 0, 0], [1, 1, 1, 0]], [[1, 1, 1, 1], [1, 1, 1, 1]]], bool)
-    np.testing.assert_array_equal(causal_mask(positions, rows), want)
-    documents = (jnp.array([[0, 1], [1, 1]]), jnp.array([[0, 0, 1, 1], [0, 1, 1, 2]]))
-    same = np.array([[[1, 1, 0, 0], [0, 0, 1, 1]], [[0, 1, 1, 0], [0, 1, 1, 0]]], bool)
-    np.testing.assert_array_equal(causal_mask(positions, rows, documents), want & same)
 
 
 def test_append_writes_each_sequence_at_its_own_row():

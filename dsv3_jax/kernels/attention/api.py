@@ -5,8 +5,10 @@ part of the keys that all heads share, U of values. P = H + R: in MLA (V3 report
 head's keys are H dims of its own and the R that carry positions.
 """
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -30,15 +32,17 @@ def attention(
     *,
     scale: float,
     offset: int | Int[Array, ""] = 0,
-    segments: Int[Array, "B S"] | None = None,
+    segments: Int[Array, "B S"] | Documents | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B N T"]]:
     """Causal attention's output, and its log-sum-exp in float32.
 
     Query t sees the keys up to offset + t, its own; from an offset of S on it sees all of them.
     With `segments`, the document number of every key, it sees only those of its document, which
-    must be one run of equal numbers. Both results may be differentiated. The output has q's dtype,
-    and memory grows with T and S, not with their product, except in `reference`.
+    must be one run of equal numbers; or with `documents_between`, for keys that queries are not
+    among. A query that sees no key has an output of no use and a log-sum-exp below -1e29. Both
+    results may be differentiated. The output has q's dtype, and memory grows with T and S, not with
+    their product, except in `reference`.
 
     Raises ValueError for shapes that do not fit; NotImplementedError when an implementation asked
     for by name cannot.
@@ -53,7 +57,7 @@ def mla_attention(
     *,
     scale: float,
     offset: int | Int[Array, ""] = 0,
-    segments: Int[Array, "B S"] | None = None,
+    segments: Int[Array, "B S"] | Documents | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B N T"]]:
     """`attention` for the keys and values that MLA has in training and prefill.
@@ -66,8 +70,12 @@ def mla_attention(
 
 
 def _attention(q, kv, k_shared, value_dim, scale, offset, segments, implementation):
-    check(q, kv, k_shared, value_dim, segments)
-    documents = None if segments is None else documents_of(segments, q.shape[1], offset)
+    documents = segments
+    if segments is None or isinstance(segments, Documents):
+        check(q, kv, k_shared, value_dim, None)
+    else:
+        check(q, kv, k_shared, value_dim, segments)
+        documents = documents_of(segments, q.shape[1], offset)
     return backend.run(
         PACKAGE,
         "attention",
@@ -120,6 +128,24 @@ def documents_of(
     end = lax.cummin(jnp.where(ends, index + 1, length), axis=1, reverse=True)
     first = lax.dynamic_slice_in_dim(first, offset, queries, axis=1)
     return Documents(first, jnp.clip(end - offset, 0, queries))
+
+
+def documents_between(of_queries: Int[Array, "B T"], of_keys: Int[Array, "B S"]) -> Documents:
+    """The bounds for queries and keys of the same row, but of any places, in order.
+
+    Both hold document numbers that ascend along the row (`ascending`).
+    """
+    search = jax.vmap(functools.partial(jnp.searchsorted, method="sort"), (0, 0))
+    after = jax.vmap(functools.partial(jnp.searchsorted, method="sort", side="right"), (0, 0))
+    return Documents(
+        search(of_keys, of_queries).astype(jnp.int32), after(of_queries, of_keys).astype(jnp.int32)
+    )
+
+
+def ascending(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """The number of each run of equal numbers in its row, from 0."""
+    changes = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
+    return jnp.cumsum(changes, axis=1, dtype=jnp.int32)
 
 
 def visible(

@@ -119,11 +119,11 @@ def attend(
             batch_head = lax.div(entry, jnp.int32(q_tiles))
             index = lax.div(batch_head, jnp.int32(heads))
             row = q_tile * tile.q
-            end = lax.min(offset_ + row + tile.q, jnp.int32(key_length))
+            end = pl.cdiv(lax.min(offset_ + row + tile.q, jnp.int32(key_length)), tile.kv)
             first = jnp.int32(0)
-            if starts_ref is not None:
-                first = lax.div(starts_ref[index, row], jnp.int32(tile.kv))
-            return index, lax.rem(batch_head, jnp.int32(heads)), row, first, pl.cdiv(end, tile.kv)
+            if starts_ref is not None:  # queries that see nothing have a hidden tile, too
+                first = lax.min(lax.div(starts_ref[index, row], jnp.int32(tile.kv)), end - 1)
+            return index, lax.rem(batch_head, jnp.int32(heads)), row, first, end
 
         def slot_of(step):
             return lax.rem(step, jnp.int32(tile.stages))
