@@ -101,13 +101,14 @@ def make_exchange(
     if config.transport == "local":
         raise ValueError(f"transport 'local' moves nothing, but experts are spread over {axes}")
     steps = [(axis,) for axis in axes] if config.hierarchical else [tuple(axes)]
+    limited = config.hierarchical and next(iter(expert_axes)) in axes  # the first hop is to nodes
     hops: list[Hop] = []
     rows, reached = tokens, 1
     for step in steps:
         size = math.prod(axes[axis] for axis in step)
         reached *= size
         spread = min(per_token, reached)
-        if max_nodes is not None and not hops and config.hierarchical:
+        if max_nodes is not None and limited and not hops:
             spread = min(spread, max_nodes)
         even = math.ceil(config.capacity_factor * tokens * spread / size)
         hop = Hop(

@@ -24,6 +24,7 @@ MESHES = {
     "experts_and_tensor": {"node": 2, "local": 2, "tensor": 2},
     "experts_and_context": {"data": 2, "local": 2, "context": 2},
     "every_token_axis": {"data": 2, "node": 2, "context": 2},
+    "one_node": {"local": 8},  # a token goes to more devices than to groups
     "no_experts": {"data": 4, "context": 2},
 }
 
