@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import tyro
 
 from dsv3_jax import cli
 from dsv3_jax.config import (
     Config,
+    DistributedConfig,
     ExpertParallelConfig,
     ParallelConfig,
     ShardingConfig,
@@ -31,6 +33,7 @@ from dsv3_jax.interop.checkpoint import is_weights_folder
 from dsv3_jax.interop.load import load_hf, stores_fp8
 from dsv3_jax.model.held import describe_weights, hold_in_fp8
 from dsv3_jax.model.transformer import Variables, abstract_variables
+from dsv3_jax.parallel import hosts
 from dsv3_jax.parallel.load_balancer import logged_load
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import Layout, make_layout
@@ -62,6 +65,7 @@ class InferOptions:
     mesh: ParallelConfig = field(default_factory=ParallelConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     devices: int | None = None  # run on this many virtual CPU devices
 
 
@@ -70,6 +74,14 @@ def main(argv: Sequence[str]) -> int:
     options = cli.parse_options(InferOptions, argv, description=__doc__)
     check(options)
     cli.use_virtual_devices(options.devices)
+    hosts.start(options.distributed)
+    hosts.check_agreement(options)
+    with hosts.first_speaks():
+        return write(options)
+
+
+def write(options: InferOptions) -> int:
+    """Loads the model and prints what it writes; returns the exit code."""
     config, layout, variables = load_run(options)
     if options.fp8:
         variables = hold_in_fp8(variables, config.model)
@@ -144,7 +156,7 @@ def load_run(options: InferOptions) -> tuple[Config, Layout | None, Variables]:
 def layout_for(options: InferOptions, config: Config) -> Layout | None:
     """The layout of the mesh asked for; UserError when it does not fit the model."""
     options.mesh.check_model(config.model)
-    if options.mesh.num_devices == 1:
+    if options.mesh.num_devices == jax.process_count() == 1:
         return None  # one device was asked for: no word of the others
     return make_layout(make_mesh(options.mesh), options.sharding, options.expert_parallel)
 

@@ -1,4 +1,4 @@
-"""Two processes over gloo: killed, resumed, equal to one; stopped together; in disagreement."""
+"""Two processes over gloo: stopped, killed, resumed, equal to one; writing; in disagreement."""
 
 import importlib.metadata
 import json
@@ -9,11 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import pytest
 
+import infer
 import train
 from tests.helpers import TOLERANCE
 
@@ -31,7 +33,7 @@ def get_config():
             kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8,
             rope_scaling=None, moe_intermediate_size=16, first_k_dense_replace=0,
             n_routed_experts=4, num_experts_per_tok=2, n_group=2, topk_group=1,
-            num_nextn_predict_layers=0, dtype="float32",
+            num_nextn_predict_layers=0, initializer_range=0.2, dtype="float32",
         ),
         mesh=ParallelConfig(node=2, local=2),
         data=DataConfig(path={corpus!r}, val_fraction=0.2),
@@ -42,30 +44,6 @@ def get_config():
         checkpoint=CheckpointConfig(every_steps=4),
         distributed=DistributedConfig(heartbeat_timeout=20, start_timeout=60),
     )
-"""
-
-
-# A loop of steps that do nothing but ask whether to stop.
-LOOP = """
-import sys, time
-from dsv3_jax import cli
-from dsv3_jax.config import DistributedConfig
-from dsv3_jax.parallel import hosts
-from dsv3_jax.training.stopping import StopRequest
-
-def main(argv):
-    cli.use_virtual_devices(2)
-    hosts.start(DistributedConfig(argv[0], 2, int(argv[1])))
-    with StopRequest() as stop:
-        for step in range(10_000):
-            stop.poll()
-            if stop.requested:
-                print("stopped at", step)
-                return stop.exit_code
-            print("step", step, flush=True)
-            time.sleep(0.01)
-
-cli.run_command(main)
 """
 
 
@@ -145,14 +123,18 @@ def address() -> str:
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
-def train_pair(config_file: Path, run: Path, *options_of_second: str) -> Pair:
+def pair_of(folder: Path, command: list[object], *options_of_second: str) -> Pair:
     coordinator, commands = address(), []
     for index in range(2):
-        command = ["train.py", "--config", config_file, "--run-dir", run, "--devices", "2"]
-        command += ["--distributed.coordinator", coordinator, "--distributed.num-processes", "2"]
-        command += ["--distributed.process-id", index]
-        commands.append(command + list(options_of_second if index else ()))
-    return Pair(config_file.parent, *commands)
+        several = ["--distributed.coordinator", coordinator, "--distributed.num-processes", "2"]
+        several += ["--distributed.process-id", index]
+        commands.append([*command, *several, *(options_of_second if index else ())])
+    return Pair(folder, *commands)
+
+
+def train_pair(config_file: Path, run: Path, *options: str, second: tuple[str, ...] = ()) -> Pair:
+    command = ["train.py", "--config", config_file, "--run-dir", run, "--devices", "2", *options]
+    return pair_of(config_file.parent, command, *second)
 
 
 def lines_of(run: Path) -> list[dict]:
@@ -166,43 +148,72 @@ def losses_of(run: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in lines_of(run) if "loss" in line}
 
 
-def test_killed_and_resumed_it_ends_as_one_process_does(config_file, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(config_file.parent / "cache"))
-    run = tmp_path / "pair"
+def reached(run: Path, step: int) -> Callable[[], bool]:
+    return lambda: any(line["step"] >= step for line in lines_of(run))
+
+
+def saved_step(run: Path) -> int:
+    return max(int(path.parent.name) for path in run.glob("checkpoints/*/MANIFEST.json"))
+
+
+@pytest.fixture(scope="module")
+def run_of_two(config_file, tmp_path_factory):
+    """A run that was stopped by a signal to one process, killed, resumed twice, and is done."""
+    run = tmp_path_factory.mktemp("runs") / "pair"
     with train_pair(config_file, run) as pair:
-        pair.wait_for(lambda: any(line["step"] >= 6 for line in lines_of(run)))
+        pair.wait_for(reached(run, 2))
+        pair.processes[1].send_signal(signal.SIGTERM)
+        assert pair.exit_codes(60) == [143, 143], pair.said()
+        stops = [re.search(r"stopped by signal 15 at step (\d+)", pair.said(i)) for i in range(2)]
+        assert stops[0] and stops[1] and stops[0][1] == stops[1][1], pair.said()
+    stopped = int(stops[0][1])
+    assert saved_step(run) == stopped < STEPS
+    with train_pair(config_file, run) as pair:
+        pair.wait_for(reached(run, stopped + 3))
         pair.processes[1].kill()
         killed = time.monotonic()
         codes = pair.exit_codes(60)
         assert codes[1] == -signal.SIGKILL
         assert codes[0] != 0, pair.said()
         print(f"the other ended {time.monotonic() - killed:.1f} s later with {codes[0]}")
-    saved = max(int(path.parent.name) for path in run.glob("checkpoints/*/MANIFEST.json"))
-    with train_pair(config_file, run) as pair:
+        assert f"resumed from the checkpoint of step {stopped}" in pair.said(0)
+    saved = saved_step(run)
+    # Now with experts of one node on devices of both processes, which are on one host.
+    with train_pair(config_file, run, "--mesh.node", "1", "--mesh.local", "4") as pair:
         assert pair.exit_codes(120) == [0, 0], pair.said()
         assert f"resumed from the checkpoint of step {saved}" in pair.said(0)
+    return run
+
+
+def test_stopped_killed_and_resumed_it_ends_as_one_process_does(
+    config_file, run_of_two, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(config_file.parent / "cache"))
     assert train.main(["--config", str(config_file), "--run-dir", str(tmp_path / "one")]) == 0
-    together, alone = losses_of(run), losses_of(tmp_path / "one")
+    together, alone = losses_of(run_of_two), losses_of(tmp_path / "one")
     assert together.keys() == alone.keys() == set(range(1, STEPS + 1))
     for step, loss in alone.items():
         assert abs(together[step] - loss) <= TOLERANCE["f32_model"] * loss, step
-    assert (run / "log.1.txt").exists() and (run / "sample.txt").exists()
+    assert (run_of_two / "log.1.txt").exists() and (run_of_two / "sample.txt").exists()
 
 
-def test_a_signal_to_one_process_stops_both_at_the_same_step(tmp_path):
-    script, coordinator = tmp_path / "loop.py", address()
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{LOOP}")
-    with Pair(tmp_path, *([script, coordinator, index] for index in range(2))) as pair:
-        pair.wait_for(lambda: "step 5\n" in pair.said(0))
-        pair.processes[1].send_signal(signal.SIGTERM)
-        assert pair.exit_codes(30) == [143, 143], pair.said()
-        stops = [re.search(r"stopped at (\d+)", pair.said(index)) for index in range(2)]
-    assert stops[0] and stops[1] and stops[0][1] == stops[1][1]
+def test_two_processes_write_what_one_does_and_the_first_prints_it(run_of_two, capsys):
+    command = ["infer.py", "--checkpoint", run_of_two, "--token-ids", "256,84,104,101"]
+    command += ["--max-new-tokens", "6", "--temperature", "0"]
+    mesh = ["--mesh.local", "2", "--devices", "1"]
+    with pair_of(run_of_two.parent, [*command, *mesh]) as pair:
+        assert pair.exit_codes(60) == [0, 0], pair.said()
+        together = [pair.said(index) for index in range(2)]
+    capsys.readouterr()
+    assert infer.main([str(word) for word in command[1:]]) == 0
+    alone = capsys.readouterr().out
+    assert together[0].endswith(alone) and alone.count(",") == 5
+    assert not re.search(r"\d,\d", together[1])
 
 
 def test_a_process_with_another_config_is_named_and_both_end(config_file, tmp_path):
     other = ("--optimizer.learning-rate", "0.5")
-    with train_pair(config_file, tmp_path / "run", *other) as pair:
+    with train_pair(config_file, tmp_path / "run", second=other) as pair:
         assert pair.exit_codes(60) == [2, 2], pair.said()
         for index in range(2):
             said = pair.said(index)

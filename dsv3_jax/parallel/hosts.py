@@ -1,10 +1,13 @@
 """Several processes as one program: they find each other, agree before step 0, and end together.
 
-Plain multi-controller JAX: every host runs the same command with one process, which sees the
-devices of its host; jitted programs run on all devices. With one process, all of this does nothing.
+Plain multi-controller JAX: every host runs the same command, with one process that sees all devices
+of the host or with one for each of them; jitted programs run on all devices. With one process in
+all, all of this does nothing.
 """
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -12,7 +15,8 @@ import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -21,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.config import Config, DistributedConfig, RunError, UserError
+from dsv3_jax.config import DistributedConfig, RunError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +39,7 @@ class Processes(NamedTuple):
     coordinator: str  # HOST:PORT of process 0
     count: int
     index: int
+    device: int | None = None  # the only one of the host's that is this process's; None: all
 
 
 def find_processes(options: DistributedConfig, environ: Mapping[str, str]) -> Processes | None:
@@ -72,7 +77,23 @@ def find_processes(options: DistributedConfig, environ: Mapping[str, str]) -> Pr
             f"distributed.process_id={known['process_id']} must be below "
             f"distributed.num_processes={known['num_processes']}"
         )
-    return Processes(known["coordinator"], known["num_processes"], known["process_id"])
+    index = known["process_id"]
+    return Processes(known["coordinator"], known["num_processes"], index, own_device(environ))
+
+
+def own_device(environ: Mapping[str, str]) -> int | None:
+    """The device that SLURM means for this task; None when it may have all that it sees.
+
+    Of several tasks on a host each takes one, as jax's own start-up has it, unless each sees only
+    one anyway or JAX_LOCAL_DEVICE_IDS says which.
+    """
+    of_hosts = environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")  # "8(x2),4"
+    several = any(int(tasks.partition("(")[0]) > 1 for tasks in of_hosts)
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    bound = visible is not None and "," not in visible
+    if not several or bound or "JAX_LOCAL_DEVICE_IDS" in environ:
+        return None
+    return int(environ["SLURM_LOCALID"])
 
 
 def first_host(node_list: str) -> str:
@@ -100,6 +121,7 @@ def start(options: DistributedConfig) -> None:
         coordinator_address=processes.coordinator,
         num_processes=processes.count,
         process_id=processes.index,
+        local_device_ids=processes.device,
         cluster_detection_method="deactivate",
         initialization_timeout=options.start_timeout,
         heartbeat_timeout_seconds=options.heartbeat_timeout,
@@ -134,6 +156,28 @@ def check_coordinator(processes: Processes, timeout: float) -> None:
             time.sleep(0.2)
 
 
+@functools.cache
+def host_of_each_process() -> list[str]:
+    """By process, the name of its host, with what tells apart hosts of one name.
+
+    That is the kernel's boot id, as for NCCL (getHostHash).
+    """
+    boot_id = Path("/proc/sys/kernel/random/boot_id")
+    mine = f"{socket.gethostname()} {boot_id.read_text().strip() if boot_id.exists() else ''}"
+    return _gather_texts(mine) if jax.process_count() > 1 else [mine]
+
+
+@contextlib.contextmanager
+def first_speaks() -> Iterator[None]:
+    """Inside, what any process but the first prints is lost; all of them would say the same."""
+    with contextlib.ExitStack() as stack:
+        if jax.process_index():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+
+
 def file_name(name: str) -> str:
     """The name of this process's own file: log.txt of process 0, log.3.txt of process 3."""
     stem, dot, suffix = name.rpartition(".")
@@ -141,10 +185,12 @@ def file_name(name: str) -> str:
     return f"{stem}.{index}{dot}{suffix}" if index else name
 
 
-def check_agreement(config: Config, **facts: str) -> None:
-    """Raises UserError, on every process, when one has another config than process 0.
+def check_agreement(options: Any, **facts: str) -> None:
+    """Raises UserError, on every process, when one has other options than process 0.
 
-    Or other `facts` (a hash of the data), another version of JAX, or more or fewer devices.
+    `options` is a dataclass, whose `distributed` may differ.
+
+    So may not `facts` (a hash of the data), the version of JAX and the number of devices.
     """
     if jax.process_count() == 1:
         return
@@ -154,8 +200,8 @@ def check_agreement(config: Config, **facts: str) -> None:
             "every process must have as many devices as the others: "
             + ", ".join(f"process {i} has {n}" for i, n in sorted(devices.items()))
         )
-    ours = dataclasses.asdict(config) | {"distributed": None, "jax": jax.__version__} | facts
-    said = [json.loads(text) for text in _gather_texts(json.dumps(ours))]
+    ours = dataclasses.asdict(options) | {"distributed": None, "jax": jax.__version__} | facts
+    said = [json.loads(text) for text in _gather_texts(json.dumps(ours, default=str))]
     first = _leaves(said[0])
     wrong = []
     for index, theirs in enumerate(map(_leaves, said)):

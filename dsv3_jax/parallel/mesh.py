@@ -2,12 +2,14 @@
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config, ParallelConfig, UserError
+from dsv3_jax.parallel.hosts import host_of_each_process
 
 log = logging.getLogger(__name__)
 
@@ -21,12 +23,14 @@ TOKEN_AXES = ("data", "node", "local")
 def make_mesh(config: ParallelConfig) -> Mesh:
     """A mesh of the first devices with all six named axes, any of size 1.
 
-    Raises UserError, with the numbers, when the axes need more devices than there are, when a
-    process would have no device in it, when a `local` group would lie on several hosts, and for a
-    pipeline.
+    Devices of one host come one after the other. Raises UserError, with the numbers, when the axes
+    need more devices than there are, when a process would have no device in it, when a `local`
+    group would lie on several hosts, and for a pipeline.
     """
     sizes = dataclasses.asdict(config)
-    devices = jax.devices()
+    hosts = host_of_each_process()
+    # Processes may have been dealt out to the hosts in turn.
+    devices = sorted(jax.devices(), key=lambda device: hosts.index(hosts[device.process_index]))
     if config.pipe > 1:
         raise UserError(
             f"mesh.pipe={config.pipe}: there is no pipeline over devices yet (its schedules can be "
@@ -47,7 +51,7 @@ def make_mesh(config: ParallelConfig) -> Mesh:
             len(devices),
         )
     grid = np.array(devices[: config.num_devices]).reshape(tuple(sizes.values()))
-    check_hosts(grid, {device.process_index for device in devices})
+    check_hosts(grid, hosts)
     # make_mesh's default would be Explicit axes.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -66,26 +70,29 @@ def fill_mesh(config: Config) -> Config:
     return dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=data))
 
 
-def check_hosts(grid: np.ndarray, processes: set[int]) -> None:
+def check_hosts(grid: np.ndarray, host_of: Sequence[str]) -> None:
     """UserError unless each `local` group lies inside one host, and no process is left out.
 
-    A host is a process: `local` is the fast link (NVLink, ICI), which experts rely on.
+    host_of names the host of every process. `local` is the fast link (NVLink, ICI), which experts
+    rely on.
     """
-    hosts = np.vectorize(lambda device: device.process_index, otypes=[int])(grid)
-    if idle := processes - set(hosts.ravel().tolist()):
+    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(grid)
+    if idle := set(range(len(host_of))) - set(processes.ravel().tolist()):
         raise UserError(
             f"the mesh's {grid.size} devices leave processes {sorted(idle)} without one: use all "
             "devices, or start fewer processes"
         )
     local = AXES.index("local")
-    groups = np.moveaxis(hosts, local, -1).reshape(-1, grid.shape[local])
-    split = next((group for group in groups if len(set(group.tolist())) > 1), None)
+    groups = np.moveaxis(processes, local, -1).reshape(-1, grid.shape[local])
+    split = next((g for g in groups.tolist() if len({host_of[p] for p in g}) > 1), None)
     if split is not None:
-        per_host = grid.size // len(processes)
+        names = sorted({host_of[int(process)].split(" ")[0] for process in split})
+        per_host = grid.size // len(set(host_of))
         raise UserError(
-            f"mesh.local={len(split)} groups devices of processes {sorted(set(split.tolist()))}, "
-            f"but must lie inside one, which has {per_host} devices: make mesh.local x "
-            f"mesh.context x mesh.tensor divide {per_host}, and mesh.node larger"
+            f"mesh.local={len(split)} groups devices of processes {sorted(set(split))}, which are "
+            f"on several hosts ({', '.join(names)}), but must lie inside one, which has {per_host} "
+            f"devices: make mesh.local x mesh.context x mesh.tensor divide {per_host}, and "
+            "mesh.node larger"
         )
 
 

@@ -33,6 +33,22 @@ def test_slurm_says_everything():
     assert found == Processes(f"gpu003:{61440 + 70001 % 4096}", 5, 2)
 
 
+@pytest.mark.parametrize(
+    ("environ", "device"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x5)"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4,1"}, 3),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}, 3),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "CUDA_VISIBLE_DEVICES": "3"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "JAX_LOCAL_DEVICE_IDS": "2,3"}, None),
+    ],
+)
+def test_of_several_tasks_on_a_host_each_takes_one_device(environ, device):
+    environ = SLURM | {"SLURM_LOCALID": "3"} | environ
+    found = find_processes(DistributedConfig(), environ)
+    assert found is not None and found.device == device
+
+
 def test_options_go_before_the_scheduler():
     options = DistributedConfig(coordinator="login:99")
     assert find_processes(options, SLURM) == Processes("login:99", 5, 2)

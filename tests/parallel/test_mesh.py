@@ -1,7 +1,6 @@
 """The mesh: its axes, and what it says when the devices do not suffice."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -9,6 +8,7 @@ import pytest
 from jax.sharding import AxisType
 
 from dsv3_jax.config import Config, ParallelConfig, TrainConfig, UserError
+from dsv3_jax.parallel import mesh as mesh_module
 from dsv3_jax.parallel.mesh import (
     AXES,
     batch_sharding,
@@ -55,7 +55,8 @@ def test_a_pipeline_is_refused():
         make_mesh(ParallelConfig(pipe=2))
 
 
-class Device(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Device:
     """As much of a device as the check of hosts looks at."""
 
     process_index: int
@@ -69,15 +70,32 @@ def devices_of(processes, *, node, local):
 
 
 def test_local_groups_lie_inside_one_host():
-    check_hosts(devices_of([0, 0, 1, 1], node=2, local=2), {0, 1})
-    check_hosts(devices_of([0, 0, 1, 1], node=4, local=1), {0, 1})
-    with pytest.raises(UserError, match=r"mesh\.local=4 groups devices of processes \[0, 1\]"):
-        check_hosts(devices_of([0, 0, 1, 1], node=1, local=4), {0, 1})
+    check_hosts(devices_of([0, 0, 1, 1], node=2, local=2), ["a", "b"])
+    check_hosts(devices_of([0, 0, 1, 1], node=4, local=1), ["a", "b"])
+    with pytest.raises(UserError, match=r"mesh\.local=4 groups .* of processes \[0, 1\].*\(a, b\)"):
+        check_hosts(devices_of([0, 0, 1, 1], node=1, local=4), ["a", "b"])
+
+
+def test_a_host_may_have_a_process_for_each_device():
+    check_hosts(devices_of([0, 1, 2, 3], node=2, local=2), ["a", "a", "b", "b"])
+    with pytest.raises(UserError, match=r"processes \[1, 2\].* lie inside one, which has 2 dev"):
+        check_hosts(devices_of([0, 3, 1, 2], node=2, local=2), ["a", "a", "b", "a"])
+
+
+def test_devices_of_a_host_are_neighbours_in_the_mesh(monkeypatch):
+    """Eight processes dealt out to two hosts in turn."""
+    devices = [Device(process) for process in range(8)]
+    monkeypatch.setattr(mesh_module, "host_of_each_process", lambda: ["a", "b"] * 4)
+    monkeypatch.setattr(mesh_module, "Mesh", lambda grid, *_, **__: grid)
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    grid = make_mesh(ParallelConfig(node=2, local=4))
+    of_host = [[device.process_index for device in row] for row in grid.reshape(2, 4)]
+    assert of_host == [[0, 2, 4, 6], [1, 3, 5, 7]]
 
 
 def test_a_process_without_a_device_is_refused():
     with pytest.raises(UserError, match=r"4 devices leave processes \[2\] without one"):
-        check_hosts(devices_of([0, 0, 1, 1], node=2, local=2), {0, 1, 2})
+        check_hosts(devices_of([0, 0, 1, 1], node=2, local=2), ["a", "b", "c"])
 
 
 @pytest.mark.parametrize(
