@@ -19,7 +19,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("dtype, limit", [("float32", "f32_op"), ("bfloat16", "bf16_op")])
 @pytest.mark.parametrize("sizes", GROUPS.values(), ids=GROUPS)
-@pytest.mark.parametrize("alignment", [4, blocks.BATCHED_FROM], ids=["looped", "batched"])
+@pytest.mark.parametrize("alignment", [4, blocks.TRANSPOSED_FROM])
 def test_blocks_equal_each_groups_products_in_f64(alignment, sizes, dtype, limit):
     rng = np.random.default_rng(0)
     rows, d_out = (jnp.asarray(rng.normal(size=(8 * alignment, n)), dtype) for n in (10, 6))

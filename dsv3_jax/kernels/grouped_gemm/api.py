@@ -27,7 +27,7 @@ def row_alignment(entries: int, experts: int, implementation: str | None = None)
     """Rows that each group should be padded to a multiple of, for `entries` rows in all.
 
     128 for the kernels of accelerators. The plain implementations work with any: the loop over
-    blocks takes as many rows as make a product worth its overhead (up to 128, half a group at
+    blocks takes as many rows as make a product worth its overhead (up to 64, half a group at
     most), and padding only costs the reference time (8 at most, fewer when groups are small).
     """
     first = backend.candidates(ORDER, implementation)[0]

@@ -1,9 +1,8 @@
 """Grouped matmul over aligned blocks of rows: the exact form for CPUs.
 
 XLA:CPU computes `ragged_dot` densely over all experts. Here every block of `alignment` rows belongs
-to one group, so that it is one dense product with that group's weights. Blocks of many rows are
-multiplied in one batch, which keeps all cores busy and affords a copy of the weights per block;
-blocks of few rows (decoding) one after the other, with the weights read in place.
+to one group, so that it is one dense product with that group's weights. Blocks in use are multiplied
+one after the other, and others cost nothing.
 """
 
 from functools import partial
@@ -15,9 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 
-# From this many rows a block, copying its weights costs less than a loop's products, which are too
-# small for two cores: 64 rows use each weight in 128 floating-point operations.
-BATCHED_FROM = 64
+# From this many rows a block, a copy of all weights as [K, N] costs less than it saves: XLA:CPU
+# multiplies 64 rows by that at 96 GFLOP/s a core, and by [N, K] at 57.
+TRANSPOSED_FROM = 64
 
 
 def grouped_matmul(
@@ -30,14 +29,11 @@ def grouped_matmul(
     """What `api.grouped_matmul` returns; M must be a multiple of alignment."""
     if rows.shape[0] % alignment:
         raise NotImplementedError(f"{rows.shape[0]} rows are no multiple of {alignment=}")
-    batched = alignment >= BATCHED_FROM
-    if isinstance(weights, BlockScaled) and not batched:
+    if isinstance(weights, BlockScaled):
         scaled: Array = _looped_scaled(_plain(rows), weights, group_sizes, alignment)
         return scaled.astype(jnp.bfloat16)
-    dtype = jnp.bfloat16 if isinstance(rows, BlockScaled) else rows.dtype
-    product = _batched if batched else _looped
-    out: Array = product(_plain(rows), _plain(weights), group_sizes, alignment)
-    return out.astype(dtype)
+    assert not isinstance(rows, BlockScaled)
+    return _looped(rows, weights, group_sizes, alignment)
 
 
 def grouped_wgrad(
@@ -68,39 +64,14 @@ def grouped_wgrad(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _batched(x, weights, group_sizes, alignment):
-    block_group, _ = _blocks(x.shape[0], group_sizes, alignment)
-    out = jnp.einsum("bmk,bnk->bmn", _split(x, alignment), _weights_of(weights, block_group))
-    return out.reshape(x.shape[0], weights.shape[1])
-
-
-def _batched_forward(x, weights, group_sizes, alignment):
-    return _batched(x, weights, group_sizes, alignment), (x, weights, group_sizes)
-
-
-def _batched_backward(alignment, residuals, d_out):
-    x, weights, group_sizes = residuals
-    block_group, _ = _blocks(x.shape[0], group_sizes, alignment)
-    d_blocks = _split(d_out, alignment)
-    d_x = jnp.einsum("bmn,bnk->bmk", d_blocks, _weights_of(weights, block_group))
-    by_block = jnp.einsum(
-        "bmn,bmk->bnk", d_blocks, _split(x, alignment), preferred_element_type=jnp.float32
-    )
-    # A product with 0 and 1, not a scatter-add: the order of the sum is fixed.
-    belongs = jax.nn.one_hot(block_group, weights.shape[0], dtype=jnp.float32)
-    d_weights = jnp.einsum("be,bnk->enk", belongs, by_block)
-    return d_x.reshape(x.shape), d_weights.astype(weights.dtype), _no_gradient(group_sizes)
-
-
-_batched.defvjp(_batched_forward, _batched_backward)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _looped(x, weights, group_sizes, alignment):
     block_group, used = _blocks(x.shape[0], group_sizes, alignment)
+    transposed = alignment >= TRANSPOSED_FROM
+    by_group = weights.mT if transposed else weights
 
     def body(i, out):
-        product = _rows(x, i, alignment) @ weights[block_group[i]].T
+        of_block = by_group[block_group[i]]
+        product = _rows(x, i, alignment) @ (of_block if transposed else of_block.T)
         return jax.lax.dynamic_update_slice(out, product, (i * alignment, 0))
 
     # zeros_like, also below: inside shard_map zeros must vary over the same axes as their rows.
@@ -141,7 +112,8 @@ def _looped_scaled(x, weights: BlockScaled, group_sizes, alignment):
         product = _rows(x, i, alignment) @ dequantize(of_group, jnp.float32).T
         return jax.lax.dynamic_update_slice(out, product, (i * alignment, 0))
 
-    return jax.lax.fori_loop(0, used, body, jnp.zeros((x.shape[0], weights.shape[1]), x.dtype))
+    start = jnp.zeros_like(x, shape=(x.shape[0], weights.shape[1]))
+    return jax.lax.fori_loop(0, used, body, start)
 
 
 def _plain(x: Array | BlockScaled) -> Array:
@@ -155,15 +127,6 @@ def _blocks(rows: int, group_sizes, alignment: int):
     first_rows = jnp.arange(rows // alignment) * alignment
     group = jnp.searchsorted(ends, first_rows, side="right", method="compare_all")
     return group, ends[-1] // alignment
-
-
-def _weights_of(weights, block_group):
-    """Each block's weights; zeros for a block out of use, whose group is out of range."""
-    return jnp.take(weights, block_group, axis=0, mode="fill", fill_value=0)
-
-
-def _split(x, alignment: int):
-    return x.reshape(-1, alignment, x.shape[1])
 
 
 def _rows(x, block, alignment: int):
