@@ -76,7 +76,9 @@ def _best_groups(
     num_tokens, num_experts = choice_TE.shape
     grouped = choice_TE.reshape(num_tokens, config.n_group, -1)
     best = EXPERTS_PER_GROUP_SCORE if by_two_best else 1
-    group_scores = jax.lax.top_k(grouped, best)[0].sum(-1)
+    if grouped.shape[-1] > best:
+        grouped = jax.lax.top_k(grouped, best)[0]
+    group_scores = grouped.sum(-1)
     winners = jax.lax.top_k(group_scores, config.topk_group)[1]
     kept = jax.nn.one_hot(winners, config.n_group, dtype=jnp.bool_).any(axis=1)
     return jnp.repeat(kept, num_experts // config.n_group, axis=1)
