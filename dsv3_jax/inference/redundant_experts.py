@@ -32,7 +32,7 @@ def plan_places(
 
     Raises UserError for a number that does not divide over them.
     """
-    sizes = [layout.mesh.shape[axis] for axis in layout.axes("expert")] if layout else [1]
+    sizes = [layout.mesh.shape[axis] for axis in layout.rules.expert] if layout else [1]
     return balance(
         load_LE,
         config.n_routed_experts + num_redundant,

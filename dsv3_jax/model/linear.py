@@ -61,6 +61,8 @@ def _on_mesh(multiply, x, weight, layout: Layout, spread: Spread):
         if contracted is None:
             return y
         axes = layout.axes(contracted)
+        if not axes:
+            return y
         if axes == layout.residual_axes():
             return jax.lax.psum_scatter(y, axes, scatter_dimension=1, tiled=True)
         return jax.lax.psum(y, axes)

@@ -246,7 +246,7 @@ def exchange_of(
     are an FP8Weight.
     """
     gate_up = recipe.experts_gate_up_proj
-    axes = layout.axes("expert")
+    axes = layout.rules.expert  # with those of one device: the first is that of nodes
     num_nodes = layout.mesh.shape[axes[0]]
     max_nodes = None
     num_places = num_places or config.n_routed_experts

@@ -57,10 +57,13 @@ class Layout:
     config: ShardingConfig = DEFAULT
 
     def axes(self, name: str) -> Axes:
-        """The mesh axes of a logical dim; ValueError for a name that the table does not have."""
+        """The mesh axes of a logical dim; ValueError for a name that the table does not have.
+
+        Axes of one device are left out: XLA:CPU runs collectives over them, and copies.
+        """
         if name not in Rules._fields:
             raise ValueError(f"unknown dim {name!r}: the rules name {', '.join(Rules._fields)}")
-        return getattr(self.rules, name)
+        return tuple(axis for axis in getattr(self.rules, name) if self.mesh.shape[axis] > 1)
 
     def size(self, name: str) -> int:
         """How many shards a logical dim is cut into."""

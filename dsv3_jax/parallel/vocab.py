@@ -18,6 +18,8 @@ def embed(
     vocab, scattered = layout.axes("vocab"), layout.residual_axes()
 
     def look_up(table_VD, tokens):
+        if not vocab:
+            return jnp.take(table_VD, tokens, axis=0).astype(dtype)
         local = tokens - jax.lax.axis_index(vocab) * len(table_VD)
         rows = jnp.take(table_VD, local, axis=0, mode="fill", fill_value=0)
         rows = jnp.where((local >= 0)[..., None], rows, 0).astype(dtype)

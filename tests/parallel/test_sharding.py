@@ -15,12 +15,13 @@ from tests.helpers import TOLERANCE, random_tokens, random_variables, relative_e
 
 @pytest.fixture(scope="module")
 def layout():
-    return Layout(make_mesh(ParallelConfig(data=4)))
+    return Layout(make_mesh(ParallelConfig(data=4, tensor=2)))
 
 
 def test_dims_become_mesh_axes_by_the_table(layout):
-    assert layout.spec("batch", "seq", None) == P(("data", "node", "local"), ("context",), None)
-    assert layout.size("batch") == 4 and layout.size("heads") == 1
+    assert layout.spec("batch", "heads", None) == P(("data",), ("tensor",), None)
+    assert layout.spec("expert", "seq") == P(None, None), "axes of one device"
+    assert layout.size("batch") == 4 and layout.size("seq") == 1
     assert {axis for rules in RULES.values() for axes in rules for axis in axes} <= set(AXES)
 
 
@@ -32,7 +33,7 @@ def test_unknown_names_and_axes_used_twice_are_errors(layout):
 
 
 def test_equal_layouts_share_one_compilation(layout):
-    twin = Layout(make_mesh(ParallelConfig(data=4)))
+    twin = Layout(make_mesh(ParallelConfig(data=4, tensor=2)))
     assert twin == layout and hash(twin) == hash(layout)
     double = jax.jit(lambda x, layout: constrain(2 * x, layout, "batch"), static_argnums=1)
     for each in (layout, twin):
@@ -50,9 +51,10 @@ def test_a_shard_mapped_function_sees_local_shapes_and_axis_names(layout):
     assert jax.jit(total)(x) == x.sum()
 
 
-def test_the_model_on_a_mesh_equals_the_model_on_one_device(layout):
+def test_the_model_on_a_mesh_equals_the_model_on_one_device():
     model = tiny_model(num_hidden_layers=2)
     variables, tokens = random_variables(model), random_tokens(model, 4, 9)
+    layout = Layout(make_mesh(ParallelConfig(data=4)))
     run = jax.jit(forward, static_argnames=("config", "layout"))
     want, got = run(variables, tokens, model), run(variables, tokens, model, layout=layout)
     assert got.logits.sharding.shard_shape(got.logits.shape)[0] == 1
