@@ -1,5 +1,6 @@
 """One optimizer step: gradients over micro-batches, AdamW, the router bias, a guard against NaN."""
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -187,13 +188,19 @@ def _mean_over_micro_batches(
 ):
     """(loss, terms, gradients): means over the step's micro-batches, and sums of the loads."""
 
+    # Backward, the loss is a sum over tokens (exactly: times a power of two), so that a token's
+    # gradient has its size whatever the batch: as a share of a mean it would be 1e-8, where FP8's
+    # floor of 1e-4 for a tile's largest leaves it no bits.
+    per_token = 2.0 ** math.floor(math.log2(math.prod(rows.shape[1:]) - rows.shape[1]))
+
     def loss_of(params, micro_rows):
         variables = {"params": params, "router": state.router}
-        return training_loss(variables, micro_rows, settings.mtp_loss_weight, config, layout)
+        loss, terms = training_loss(variables, micro_rows, settings.mtp_loss_weight, config, layout)
+        return loss * per_token, (loss, terms)
 
     def gradient(params, micro_rows):
-        value, grads = jax.value_and_grad(loss_of, has_aux=True)(params, micro_rows)
-        return value, _as_stored(grads, layout)
+        (_, value), grads = jax.value_and_grad(loss_of, has_aux=True)(params, micro_rows)
+        return value, _as_stored(jax.tree.map(lambda g: g / per_token, grads), layout)
 
     params = _gathered_once(state.params, layout)
     if rows.shape[0] == 1:

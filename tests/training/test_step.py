@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.config import QuantConfig
 from dsv3_jax.model.router import update_router_bias
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepSettings
@@ -25,6 +26,8 @@ MODEL = tiny_model(num_hidden_layers=2)
 CONFIG = tiny_config(MODEL, batch_size=8, micro_batch_size=2)
 ROWS = random_tokens(MODEL, 8, 10)
 IN_FOUR = ROWS.reshape(4, 2, 10)
+# Of gradients that are large enough, at any batch size. Seen: 0.11.
+FP8 = 0.2
 NAMES = ("moe_layers", "mtp_0")
 
 # The only compiled step of this file: shapes tell its uses apart.
@@ -137,6 +140,25 @@ def test_the_loss_falls():
         state, metrics = step(state, IN_FOUR, settings())
         losses.append(float(metrics.terms.ce))
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_fp8_keeps_gradients_that_are_small():
+    """A tile's scale has a floor; gradients of a late step, here 1e-9 a token, stay well above it.
+
+    Loud embeddings make them small: a norm's gradient is divided by what it normalises.
+    """
+    state = fresh_state()
+    loud = state.params | {"embed_tokens": 1e8 * state.params["embed_tokens"]}
+    rows = random_tokens(MODEL, 8, 65)[None]
+    gradients = {}
+    for preset in ("bf16", "fp8_paper"):
+        config = dataclasses.replace(CONFIG, quant=QuantConfig(preset))
+        after, _ = jax.jit(partial(train_step, config=config))(
+            state._replace(params=loud), rows, settings(1)
+        )
+        gradients[preset] = after.opt_state[1].mu["moe_layers"]["self_attn"]["q_a_proj"]
+    want, got = gradients["bf16"], gradients["fp8_paper"]
+    assert jnp.linalg.norm(got - want) < FP8 * jnp.linalg.norm(want)
 
 
 def lowered_step(layers):
