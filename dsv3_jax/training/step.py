@@ -1,6 +1,5 @@
 """One optimizer step: gradients over micro-batches, AdamW, the router bias, a guard against NaN."""
 
-import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -188,10 +187,10 @@ def _mean_over_micro_batches(
 ):
     """(loss, terms, gradients): means over the step's micro-batches, and sums of the loads."""
 
-    # Backward, the loss is a sum over tokens (exactly: times a power of two), so that a token's
-    # gradient has its size whatever the batch: as a share of a mean it would be 1e-8, where FP8's
-    # floor of 1e-4 for a tile's largest leaves it no bits.
-    per_token = 2.0 ** math.floor(math.log2(math.prod(rows.shape[1:]) - rows.shape[1]))
+    # The backward pass is that of the loss summed over tokens, or of the next lower power of two,
+    # which changes no bit without FP8. As shares of a mean, gradients of many tokens lie so far
+    # under FP8's floor, 1e-4 for a tile's largest, that E4M3 has few bits or none left for them.
+    per_token = float(1 << ((rows.shape[1] * (rows.shape[2] - 1)).bit_length() - 1))
 
     def loss_of(params, micro_rows):
         variables = {"params": params, "router": state.router}
