@@ -113,6 +113,9 @@ def quantize(
     # the cast turns what is too large into NaN.
     scaled = jnp.clip(tiles * (1 / scale), -E4M3_MAX, E4M3_MAX)
     values = jnp.where(finite, scaled, jnp.nan).astype(jnp.float8_e4m3fn)
+    # XLA:GPU takes a cast and the cast back for excess precision and drops both: without this,
+    # what is dequantised in the same program would never have been rounded.
+    values = jax.lax.optimization_barrier(values)
     return BlockScaled(_join(values, x.shape), jnp.squeeze(scale, (-3, -1)), tile)
 
 
