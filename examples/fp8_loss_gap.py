@@ -1,7 +1,7 @@
 """How much loss FP8 training costs: the same runs under several recipes, and their relative gap.
 
     python examples/fp8_loss_gap.py --out runs/fp8_loss_gap
-    python examples/fp8_loss_gap.py --config configs/half_billion.py --seeds 0 --steps 2000
+    python examples/fp8_loss_gap.py --config configs/half_billion.py --steps 2000
 
 Trains every preset from the same seeds on the same data and prints the gap to BF16 of the smoothed
 losses over the last quarter of the steps (the V3 report, appendix B.1, found less than 0.25 %).
@@ -140,6 +140,9 @@ def report(folder: Path) -> None:
         return
     for preset in losses.keys() - {BASELINE}:
         gaps = list(gaps_of(losses, preset).values())
+        if not gaps:
+            print(f"{preset}: no seed that {BASELINE} has run too")
+            continue
         each = ", ".join(f"{gap:+.3f}" for gap in gaps)
         mean = sum(gaps) / len(gaps)
         print(f"{preset}: {mean:+.3f} % loss against {BASELINE} over the last quarter ({each})")

@@ -63,6 +63,17 @@ def test_a_run_that_has_only_begun_is_left_out(tmp_path):
     assert read_losses(tmp_path) == {"fp8_paper": {0: [3, 2]}}
 
 
+def test_presets_that_cannot_be_compared_yet_are_named(tmp_path, capsys):
+    """Calls that share a folder: one has only BF16 so far, one a seed that BF16 lacks."""
+    line = '{"config": {}}\n{"step": 2, "ce": [3, 2]}\n'
+    (tmp_path / "bf16-seed0.jsonl").write_text(line)
+    fp8_loss_gap.report(tmp_path)
+    assert capsys.readouterr().out.startswith("wrote ")
+    (tmp_path / "fp8_paper-seed1.jsonl").write_text(line)
+    fp8_loss_gap.report(tmp_path)
+    assert "fp8_paper: no seed that bf16 has run" in capsys.readouterr().out
+
+
 def test_a_run_without_a_baseline_is_refused(tmp_path):
     with pytest.raises(UserError, match="no bf16"):
         plot_loss_gap({"fp8_paper": {0: [1.0]}})
