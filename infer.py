@@ -119,8 +119,6 @@ def check(options: InferOptions) -> None:
         raise UserError("give either --prompt TEXT or --token-ids 1,2,3 (each may be repeated)")
     if options.max_new_tokens <= 0:
         raise UserError(f"--max-new-tokens {options.max_new_tokens} must be positive")
-    if options.fp8 and options.mesh.num_devices > 1:
-        raise UserError("--fp8 holds whole matrices: leave it out, or run on one device")
     if options.redundant_experts < 0:
         raise UserError(f"--redundant-experts {options.redundant_experts} must not be negative")
     if options.temperature < 0 or not 0 < options.top_p <= 1:

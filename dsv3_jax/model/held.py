@@ -11,7 +11,7 @@ Embedding, head, norms, router and eh_proj stay as they are (V3 report, section 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.gemm.api import scaled_matmul
 from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul
+from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, dequantize, quantize
 from dsv3_jax.quantization.recipe import LinearRecipe
 
@@ -64,6 +65,12 @@ class FP8Weight:
         """The same numbers known by another shape, in which -1 may stand for one size."""
         size = math.prod(self.shape) // math.prod(abs(s) for s in shape)
         return FP8Weight(self.numbers, tuple(size if s == -1 else s for s in shape))
+
+    def part(self, numbers: BlockScaled) -> "FP8Weight":
+        """The weight of a device that holds these of the numbers; K is one dim."""
+        lead, inner = numbers.shape[:-2], self.shape[numbers.ndim - 1 : -1]
+        outer = numbers.shape[-2] // math.prod(inner)
+        return FP8Weight(numbers, (*lead, outer, *inner, numbers.shape[-1]))
 
 
 def parameter(
@@ -119,6 +126,28 @@ def hold_in_fp8(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any
 
     return jax.tree_util.tree_map_with_path(
         hold, variables, is_leaf=lambda node: isinstance(node, BlockScaled)
+    )
+
+
+def matrix_dims(name: str, dims: Sequence[str | None]) -> tuple[str | None, ...]:
+    """The logical dims of a leaf's numbers, from those of the parameter held so."""
+    rows, columns = _MATRIX_DIMS[name]
+    return (*dims[: len(dims) - rows - columns], dims[-rows - columns], dims[-columns])
+
+
+def parameter_ndim(name: str, numbers: BlockScaled) -> int:
+    """How many dims the parameter has of which these are the numbers."""
+    return numbers.ndim + sum(_MATRIX_DIMS[name]) - 2
+
+
+def cut_dims(
+    numbers: BlockScaled, dims: Sequence[str | None], layout: Layout
+) -> tuple[str | None, ...]:
+    """The dims that a mesh cuts the numbers along: those of `dims` whose pieces are whole tiles."""
+    tiles = (1,) * (numbers.ndim - 2) + numbers.tile
+    return tuple(
+        dim if dim is not None and size % (layout.size(dim) * tile) == 0 else None
+        for size, dim, tile in zip(numbers.shape, dims, tiles, strict=True)
     )
 
 

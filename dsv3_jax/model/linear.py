@@ -5,11 +5,12 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels.grouped_gemm.api import KERNEL_ALIGNMENT, grouped_matmul, row_alignment
 from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
-from dsv3_jax.model.held import FP8Weight, held_grouped_linear, held_linear
+from dsv3_jax.model.held import FP8Weight, cut_dims, held_grouped_linear, held_linear
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import StraightThrough
 from dsv3_jax.quantization.recipe import LinearRecipe
@@ -35,23 +36,40 @@ def linear(
     The weight keeps its leading dims, so a [N, H, D] projection yields heads without a reshape.
     A recipe says how the products are quantised, none that they are not. An activation is applied
     to x first (`fp8_linear` saves x rather than what it makes of it). An FP8Weight is multiplied in
-    FP8 with or without a recipe, and has no gradient. With a layout in `spread`, a product with a
-    recipe is each device's own; a contracted dim that is cut leaves y laid out as the residual.
+    FP8 with or without a recipe, and has no gradient. With a layout in `spread`, a product in FP8
+    is each device's own; a contracted dim that is cut leaves y laid out as the residual.
     """
+    layout = None if spread is None else spread.layout
     if isinstance(weight, FP8Weight):
-        return held_linear(x if activation is None else activation(x), weight, recipe)
+
+        def multiply_held(x, weight):
+            return held_linear(x if activation is None else activation(x), weight, recipe)
+
+        if spread is None or layout is None:
+            return multiply_held(x, weight)
+        numbers, names = weight.numbers, spread.weight
+        dims = cut_dims(numbers, (*names[: numbers.ndim - 1], names[-1]), layout)
+        inner = [None] * (len(weight.shape) - numbers.ndim)
+        return _on_mesh(
+            lambda x, numbers: multiply_held(x, weight.part(numbers)),
+            x,
+            numbers,
+            layout.spec(*dims),
+            Spread(layout, spread.rows, (*dims[:-1], *inner, dims[-1])),
+            layout,
+        )
     if recipe is not None:
         multiply = partial(fp8_linear, recipe=recipe, activation=activation)
-        if spread is None or spread.layout is None:
+        if spread is None or layout is None:
             return multiply(x, weight)
-        return _on_mesh(multiply, x, weight, spread.layout, spread)
+        return _on_mesh(multiply, x, weight, layout.spec(*spread.weight), spread, layout)
     if activation is not None:
         x = activation(x)
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     return jax.lax.dot_general(x, weight.astype(x.dtype), contract)
 
 
-def _on_mesh(multiply, x, weight, layout: Layout, spread: Spread):
+def _on_mesh(multiply, x, weight, of_weight: PartitionSpec, spread: Spread, layout: Layout):
     *out_dims, contracted = spread.weight
     inner = (None,) * (x.ndim - len(spread.rows) - 1)  # SwiGLU's pair
     rows = spread.rows if contracted is None else (spread.rows[0], "residual")
@@ -67,8 +85,8 @@ def _on_mesh(multiply, x, weight, layout: Layout, spread: Spread):
             return jax.lax.psum_scatter(y, axes, scatter_dimension=1, tiled=True)
         return jax.lax.psum(y, axes)
 
-    inputs = layout.spec(*spread.rows, *inner, contracted), layout.spec(*spread.weight)
-    return layout.shard_map(of_device, inputs, layout.spec(*rows, *out_dims))(x, weight)
+    of_x = layout.spec(*spread.rows, *inner, contracted)
+    return layout.shard_map(of_device, (of_x, of_weight), layout.spec(*rows, *out_dims))(x, weight)
 
 
 def grouped_linear(

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
+from dsv3_jax.model.held import cut_dims, matrix_dims, parameter_ndim
 from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.quantization.block_scaled import BlockScaled
 
 # Everything that is not here is whole on every device: norms, the router's gate and bias, and the
 # down-projections to the two latents.
@@ -44,16 +46,24 @@ def dims_of(path: tuple[Any, ...], ndim: int) -> tuple[str | None, ...]:
 def shardings(tree: Any, layout: Layout, *, stored: bool = False) -> Any:
     """The NamedSharding of every leaf of a tree of variables, or of a state made of such trees.
 
-    stored: as held between steps, cut further over the devices that would hold copies.
+    stored: as held between steps, cut further over the devices that would hold copies. Weights in
+    FP8 and their scales are cut alike, between tiles.
     """
 
-    def place(path, leaf) -> NamedSharding:
+    def place(path, leaf) -> Any:
+        if isinstance(leaf, BlockScaled):
+            name = _name(path) or ""
+            dims = matrix_dims(name, dims_of(path, parameter_ndim(name, leaf)))
+            where = layout.sharding(*cut_dims(leaf, dims, layout))
+            return BlockScaled(where, where, leaf.tile)
         spec = layout.spec(*dims_of(path, leaf.ndim))
         if stored and _name(path) != "e_score_correction_bias":  # moved on every device alike
             spec = layout.stored_spec(spec, leaf.shape, skip_dims=_stacked_dims(path))
         return NamedSharding(layout.mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(
+        place, tree, is_leaf=lambda node: isinstance(node, BlockScaled)
+    )
 
 
 def gathered(tree: Any, layout: Layout) -> Any:

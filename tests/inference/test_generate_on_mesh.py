@@ -1,11 +1,16 @@
 """Generation on a mesh gives the tokens of one device, and leaves each device its part."""
 
+import dataclasses
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
 
 from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig
 from dsv3_jax.inference.generate import generate
+from dsv3_jax.model.held import hold_in_fp8
+from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import abstract_variables, decode_step, init_model_cache, prefill
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import make_layout, serving_layouts
@@ -17,6 +22,15 @@ MODEL = tiny_model(
     num_attention_heads=4,
     vocab_size=40,
     moe_intermediate_size=16,
+)
+# Dims fall into whole tiles of 128 on two devices, all but those of kv_b_proj.
+WIDE = dataclasses.replace(
+    MODEL,
+    num_attention_heads=2,
+    qk_nope_head_dim=124,
+    v_head_dim=128,
+    intermediate_size=256,
+    moe_intermediate_size=256,
 )
 VARIABLES = random_variables(MODEL)
 PROMPTS = [row[:n].tolist() for row, n in zip(random_tokens(MODEL, 3, 9), (9, 1, 4), strict=True)]
@@ -38,6 +52,38 @@ def test_a_mesh_writes_the_tokens_of_one_device(temperature):
     layout = layout_of("ring", node=2, context=2, tensor=2)
     want = tokens_of(None, temperature=temperature)
     np.testing.assert_array_equal(tokens_of(layout, temperature=temperature), want)
+
+
+def test_weights_held_as_fp8_write_the_tokens_of_one_device():
+    held = hold_in_fp8(VARIABLES, MODEL)
+    layout = layout_of(node=2, local=2, tensor=2)
+    want, got = (
+        np.stack(list(generate(held, PROMPTS, MODEL, max_new_tokens=4, layout=where)), 1)
+        for where in (None, layout)
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+def test_weights_held_as_fp8_are_cut_between_tiles():
+    held = jax.eval_shape(partial(hold_in_fp8, config=WIDE), abstract_variables(WIDE))
+    layout = layout_of(node=2, local=2, tensor=2)
+    layer = held["params"]["moe_layers"]
+
+    def parts(*names):
+        leaf, place = layer, shardings(held, layout)["params"]["moe_layers"]
+        for name in names:
+            leaf, place = leaf[name], place[name]
+        return [
+            where.shard_shape(array.shape)
+            for where, array in zip(jax.tree.leaves(place), jax.tree.leaves(leaf))
+        ]
+
+    assert parts("self_attn", "q_b_proj") == [(1, 128, 20), (1, 1, 1)]
+    assert parts("self_attn", "o_proj") == [(1, 24, 128), (1, 1, 1)]
+    # 252 rows of a device: the second tile would lie on two.
+    assert parts("self_attn", "kv_b_proj") == [(1, 504, 12), (1, 4, 1)]
+    assert parts("mlp", "shared_experts", "gate_up_proj") == [(1, 2, 128, 24), (1, 2, 1, 1)]
+    assert parts("mlp", "experts", "down_proj") == [(1, 2, 24, 256), (1, 2, 1, 2)]
 
 
 def test_prefill_and_decoding_equal_one_device():

@@ -4,9 +4,11 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig
+from dsv3_jax.model.held import FP8Weight
 from dsv3_jax.model.linear import Spread, linear
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import make_layout
+from dsv3_jax.quantization.block_scaled import PER_BLOCK, quantize
 from dsv3_jax.quantization.recipe import RECIPES
 from tests.helpers import TOLERANCE
 
@@ -33,6 +35,16 @@ def both(x, weight, dims):
     return run(x, weight, None), run(x, weight, Spread(LAYOUT, ROWS, dims))
 
 
+def both_held(x, weight, dims):
+    """Value on one device and on the mesh, of a weight held as FP8."""
+    weight = FP8Weight(quantize(weight.reshape(-1, weight.shape[-1]), PER_BLOCK), weight.shape)
+    run = jax.jit(
+        lambda x, numbers, spread: linear(x, weight.part(numbers), spread=spread), static_argnums=2
+    )
+    spreads = None, Spread(LAYOUT, ROWS, dims)
+    return [run(x, weight.numbers, spread) for spread in spreads]
+
+
 def norm_error(got, want):
     """The worst leaf's; products are rounded to BF16 before they are added up between devices."""
     return max(
@@ -55,3 +67,22 @@ def test_a_contracted_dim_cut_over_tensor_is_added_up():
     assert norm_error(got, want) < TOLERANCE["bf16_op"]
     y = got[0][1]
     assert y.sharding.shard_shape(y.shape) == (1, 64, 128), "laid out as the residual"
+
+
+def test_a_held_weight_cut_over_tensor_multiplies_as_on_one_device():
+    weight = RNG.normal(size=(4, 64, 128)).astype(np.float32)
+    want, got = both_held(X, weight, ("heads", None, None))
+    np.testing.assert_array_equal(got, want)
+    assert got.sharding.shard_shape(got.shape) == (1, 128, 2, 64)
+
+
+def test_a_held_weight_s_contracted_dim_is_added_up():
+    weight = RNG.normal(size=(128, 256)).astype(np.float32)
+    want, got = both_held(WIDE, weight, (None, "heads"))
+    assert 0 < norm_error(got, want) < TOLERANCE["bf16_op"]
+
+
+def test_a_held_weight_of_less_than_a_tile_is_whole_on_every_device():
+    weight = RNG.normal(size=(96, 96)).astype(np.float32)
+    want, got = both_held(X[..., :96], weight, (None, "heads"))
+    np.testing.assert_array_equal(got, want)
