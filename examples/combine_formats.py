@@ -10,6 +10,7 @@ bytes a number. Without --checkpoint the model is untrained and the text random.
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +32,17 @@ def logfmt(bits: int) -> Callable[[Array], Array]:
     return lambda x: decode(encode(x, bits), jnp.float32)
 
 
+def rounded(x: Array, dtype: Any) -> Array:
+    """x in f32, rounded to a dtype by the way, which XLA may not take for excess precision."""
+    return jax.lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
+
+
 def e5m2(x: Array) -> Array:
     """x to what E5M2 with a scale per 128 channels makes of it."""
     channels = x.shape[-1]
     x = jnp.pad(x, [(0, 0), (0, -channels % 128)]).reshape(x.shape[0], -1, 128)
     scale = jnp.maximum(jnp.max(jnp.abs(x), -1, keepdims=True), 1e-4) / 57344
-    y = (x / scale).astype(jnp.float8_e5m2).astype(jnp.float32) * scale
+    y = rounded(x / scale, jnp.float8_e5m2) * scale
     return y.reshape(y.shape[0], -1)[:, :channels]
 
 
@@ -46,7 +52,7 @@ FORMATS: dict[str, tuple[Callable[[Array], Array], int]] = {
     "E4M3": (lambda x: dequantize(quantize(x, PER_TOKEN), jnp.float32), 8),
     "LogFMT-8": (logfmt(8), 8),
     "LogFMT-10": (logfmt(10), 10),
-    "BF16": (lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), 16),
+    "BF16": (lambda x: rounded(x, jnp.bfloat16), 16),
 }
 
 
