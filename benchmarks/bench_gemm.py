@@ -3,8 +3,9 @@
     python -m benchmarks.bench_gemm [--only TEXT] [--kind dense|grouped|masked|wgrad] [--out DIR]
 
 Needs a Hopper GPU. One row a product: microseconds, TFLOP/s, GB/s, the percentage of the roofline
-floor (datasheet peaks), and how many times faster it is than XLA and torch. Data are random normal,
-the L2 cache is flushed before every call, times are medians of CUPTI's kernel durations.
+floor (datasheet peaks), the error of a slice against a float64 product, and how many times faster
+it is than XLA and torch. Data are random normal, the L2 cache is flushed before every call, times
+are medians of CUPTI's kernel durations.
 
 What the peers compute: XLA's FP8 product has no block scales and no promotion (faster, less exact);
 for grouped rows XLA runs `ragged_dot` in bfloat16; torch's `scaled_mm` is cuBLASLt with the same
@@ -12,17 +13,15 @@ for grouped rows XLA runs `ragged_dot` in bfloat16; torch's `scaled_mm` is cuBLA
 """
 
 import argparse
-import dataclasses
 import functools
-import itertools
 import json
 import os
 import statistics
 import subprocess
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory, too
 
@@ -30,152 +29,12 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import shapes
+from benchmarks.gemm_cases import Programs, compile_all
 from dsv3_jax.analysis.hardware import accelerator
-from dsv3_jax.kernels.gemm import pallas_gpu as dense
-from dsv3_jax.kernels.grouped_gemm import pallas_gpu as grouped
-from dsv3_jax.quantization.block_scaled import (
-    PER_BLOCK,
-    PER_TOKEN,
-    BlockScaled,
-    dequantize,
-    quantize,
-)
 
 REPEATS = 10
 FLUSH_BYTES = 256 << 20  # several times the L2 cache
-CHECKED_ROWS = 256  # of the last group: enough to see a wrong scale, edge or expert
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A product with operands of its own: what to call, and what to compare with."""
-
-    product: shapes.Product
-    operands: tuple[Any, ...]
-
-    @classmethod
-    def random(cls, product: shapes.Product) -> "Case":
-        """Normal operands, quantised where the product is FP8."""
-        g, m, n, k = product.groups, product.m, product.n, product.k
-        keys = jax.random.split(jax.random.key(0), 2)
-        sizes = jnp.full(g, k if product.kind == "wgrad" else m, jnp.int32)
-        if product.kind == "wgrad":
-            # bfloat16 gradients have tokens first in memory; FP8 ones were transposed as quantised.
-            order = 1 if product.dtype == "fp8" else -1
-            a, b = (_normal(key, (rows, g * k)[::order]) for key, rows in zip(keys, (m, n)))
-        else:
-            a = _normal(keys[0], (g, m, k) if product.kind == "masked" else (g * m, k))
-            b = _normal(keys[1], (n, k) if product.kind == "dense" else (g, n, k))
-        if product.dtype == "fp8":
-            a = _row_scaled(a)
-            b = _row_scaled(b) if product.kind == "wgrad" else jax.jit(_block_scaled)(b)
-        return cls(product, (a, b) if product.kind == "dense" else (a, b, sizes))
-
-    def multiply(self, *operands, tile=None):
-        """The product by our kernels."""
-        function = {
-            "dense": dense.scaled_matmul,
-            "grouped": grouped.grouped_matmul,
-            "masked": grouped.masked_grouped_matmul,
-            "wgrad": grouped.grouped_wgrad,
-        }[self.product.kind]
-        operands = (_scales_last(operands[0]), *operands[1:])
-        if self.product.kind == "wgrad":
-            operands = (operands[0], _scales_last(operands[1]), *operands[2:])
-            if self.product.dtype == "bf16":
-                operands = (operands[0].mT, operands[1].mT, operands[2])
-        return function(*operands, tile=tile)
-
-    def error(self, out) -> float:
-        """Relative error of a slice of the last group against a float32 product."""
-        a, b = (_scales_last(x) for x in self.operands[:2])
-        return float(_error(out, a, b, self.product))
-
-    def xla(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """What XLA offers instead: a plain FP8 product, or `ragged_dot` in bfloat16."""
-        a, b, *sizes = self.operands
-        if self.product.kind == "dense":
-            return _xla_fp8, (a.values, b.values)
-        plain = [x.values.astype(jnp.bfloat16) if isinstance(x, BlockScaled) else x for x in (a, b)]
-        if self.product.kind == "masked":
-            return _xla_batched, tuple(plain)
-        if self.product.kind == "wgrad":
-            g, k = self.product.groups, self.product.k
-            if self.product.dtype == "fp8":
-                plain = [x.mT for x in plain]
-            return _xla_wgrad, tuple(x.reshape(g, k, -1) for x in plain)
-        return _xla_ragged, (*plain, *sizes)
-
-
-@jax.jit
-def _xla_fp8(a, b):
-    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.bfloat16)
-
-
-@jax.jit
-def _xla_batched(a, b):
-    return jnp.einsum("gmk,gnk->gmn", a, b)
-
-
-@jax.jit
-def _xla_wgrad(a, b):
-    return jnp.einsum("gkm,gkn->gmn", a, b, preferred_element_type=jnp.float32)
-
-
-@jax.jit
-def _xla_ragged(rows, weights, sizes):
-    return jax.lax.ragged_dot(rows, weights.mT, sizes)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _normal_(shape, dtype, key):
-    return jax.random.normal(key, shape, dtype)
-
-
-def _normal(key, shape):
-    return _normal_(shape, jnp.bfloat16, key)
-
-
-def _block_scaled(x):
-    return quantize(x, PER_BLOCK)
-
-
-def _row_scaled(x) -> BlockScaled:
-    """Quantised 1x128, the scales' rows last in memory, as the quantising kernels leave them."""
-    q = jax.jit(lambda x: quantize(x, PER_TOKEN))(x)
-    return BlockScaled(q.values, jax.jit(lambda s: jnp.moveaxis(s, -1, 0))(q.scales), q.tile)
-
-
-def _scales_last(x):
-    if not isinstance(x, BlockScaled) or x.tile != PER_TOKEN:
-        return x
-    return BlockScaled(x.values, jnp.moveaxis(x.scales, 0, -1), x.tile)
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _error(out, a, b, product: shapes.Product):
-    def plain(x):
-        return dequantize(x, jnp.float32) if isinstance(x, BlockScaled) else x.astype(jnp.float32)
-
-    def cut(x, at):
-        return jax.tree.map(lambda leaf: leaf[at], x)
-
-    if product.kind == "wgrad":
-        if product.dtype == "bf16":
-            a, b = a.mT, b.mT
-        elif product.m > CHECKED_ROWS:
-            a = BlockScaled(a.values[:CHECKED_ROWS], a.scales[:CHECKED_ROWS], a.tile)
-        first = (product.groups - 1) * product.k
-        a, b = plain(a)[:CHECKED_ROWS, first:], plain(b)[:, first:]
-        out = out[-1, :CHECKED_ROWS]
-    else:
-        rows = slice(-min(CHECKED_ROWS, product.m), None)
-        if product.kind == "masked":
-            a, out = cut(a, -1), out[-1]
-        a, out = plain(cut(a, rows)), out[rows]
-        b = plain(b if product.kind == "dense" else cut(b, -1))
-    exact = jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision="highest")
-    return jnp.linalg.norm(out.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+COPY_BYTES = 1 << 30
 
 
 @functools.cache
@@ -222,6 +81,13 @@ def _kernel_microseconds(calls: Callable[[], None]) -> float:
         for call in range(REPEATS)
     ]
     return 1e3 * statistics.median(milliseconds)
+
+
+def copy_rate() -> float:
+    """TB/s of a copy of 1 GiB, counting what is read and what is written."""
+    x = jnp.zeros(COPY_BYTES // 4, jnp.int32)
+    negate = jax.jit(jnp.negative)  # a plain copy would be aliased away
+    return 2 * COPY_BYTES / microseconds(negate, (x,)) / 1e6
 
 
 def torch_microseconds(product: shapes.Product) -> float | None:
@@ -272,45 +138,22 @@ def machine() -> str:
     return f"{told}, jax {jax.__version__}"
 
 
-class Prepared(NamedTuple):
-    """A product whose functions are compiled, and have run once."""
-
-    case: Case
-    ours: Callable[..., Any]
-    error: float
-
-    @classmethod
-    def of(cls, product: shapes.Product) -> "Prepared":
-        """Makes operands, compiles our kernel and reads its error."""
-        case = Case.random(product)
-        ours = jax.jit(case.multiply)
-        return cls(case, ours, case.error(ours(*case.operands)))
-
-
-def prepare(products: Sequence[shapes.Product]) -> list[Prepared]:
-    """All products, compiled side by side; peers after that, while nothing else uses the GPU.
-
-    XLA chooses among GEMMs by timing them, one at a time.
-    """
-
-    def compile_peer(prepared: Prepared) -> None:
-        function, operands = prepared.case.xla()
-        jax.block_until_ready(function(*operands))
-
-    with ThreadPoolExecutor(8) as pool:
-        prepared = list(pool.map(Prepared.of, products))
-        list(pool.map(compile_peer, prepared))
-    return prepared
-
-
-def measure(prepared: Prepared) -> dict[str, Any]:
+def measure(programs: Programs) -> dict[str, Any]:
     """One row of the table."""
-    product = prepared.case.product
-    us = microseconds(prepared.ours, prepared.case.operands)
-    function, operands = prepared.case.xla()
-    xla_us = microseconds(function, operands)
+    product = programs.case.product
+    ours = programs.ours[""]
+    if isinstance(ours, Exception):
+        raise ours
+    operands = programs.operands(jax.random.key(0))
+    error = float(programs.error(ours(*operands), *operands))
+    us = microseconds(ours, operands)
+    xla_us = None
+    if programs.peer is not None:
+        operands = programs.peer_operands(*operands)
+        xla_us = microseconds(programs.peer, operands)
+    del operands
     torch_us = torch_microseconds(product)
-    chip = accelerator("h200")
+    chip = accelerator("h200" if "H200" in jax.devices()[0].device_kind else "h100")
     floor = max(
         product.flops / chip.peak_flops(product.dtype == "fp8"),
         product.bytes / chip.hbm_bandwidth,
@@ -322,7 +165,7 @@ def measure(prepared: Prepared) -> dict[str, Any]:
         "tflops": product.flops / us / 1e6,
         "gb_s": product.bytes / us / 1e3,
         "floor_percent": 100 * floor / (us * 1e-6),
-        "error": prepared.error,
+        "error": error,
         "xla_us": xla_us,
         "torch_us": torch_us,
     }
@@ -335,11 +178,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        torch_ratio = f"{row['torch_us'] / row['us']:.2f}" if row["torch_us"] else ""
+        xla, torch = (
+            f"{row[key] / row['us']:.2f}" if row[key] else "" for key in ("xla_us", "torch_us")
+        )
         lines.append(
             f"| {row['kind']} {row['product']} | {row['us']:.1f} | {row['tflops']:.0f} "
             f"| {row['gb_s']:.0f} | {row['floor_percent']:.0f} % | {row['error']:.1e} "
-            f"| {row['xla_us'] / row['us']:.2f} | {torch_ratio} |"
+            f"| {xla} | {torch} |"
         )
     return "\n".join(lines)
 
@@ -371,22 +216,29 @@ def main() -> None:
     parser.add_argument("--kind", help="dense, grouped, masked or wgrad")
     parser.add_argument("--out", type=Path, help="folder for gemm.json, gemm.md and gemm.png")
     options = parser.parse_args()
-    start, rows = machine(), []
-    print(start, flush=True)
     chosen = [
         product
         for product in shapes.ALL
         if options.only in product.label and options.kind in (None, product.kind)
     ]
-    for _, batch in itertools.groupby(chosen, lambda product: (product.kind, product.m)):
-        for prepared in prepare(list(batch)):
-            rows.append(measure(prepared))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
+    began = time.monotonic()
+    compiled = compile_all(chosen)
+    copied = copy_rate()
+    start, rows = machine(), []
+    print(
+        f"compiled in {time.monotonic() - began:.0f} s",
+        start,
+        f"copy {copied:.2f} TB/s",
+        flush=True,
+    )
+    for programs in compiled:
+        rows.append(measure(programs))
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
     end = machine()
     print(f"{table(rows)}\nbefore: {start}\nafter: {end}")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
-        told = dict(before=start, after=end, rows=rows)
+        told = dict(before=start, after=end, copy_tb_s=copied, rows=rows)
         (options.out / "gemm.json").write_text(json.dumps(told, indent=1))
         (options.out / "gemm.md").write_text(table(rows) + "\n")
         plot(rows, options.out / "gemm.png")

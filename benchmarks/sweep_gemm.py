@@ -8,13 +8,13 @@ compiler's reason, never skipped in silence.
 """
 
 import argparse
-import functools
 import json
 from pathlib import Path
 
 import jax
 
 from benchmarks import bench_gemm, shapes
+from benchmarks.gemm_cases import compile_all
 from dsv3_jax.kernels.gemm.hopper import Tile
 
 LARGE = {
@@ -72,7 +72,7 @@ BF16_WGRAD = {
 }
 
 
-def candidates(product: shapes.Product) -> dict[str, Tile]:
+def candidates(product: shapes.Product) -> dict[str, Tile | None]:
     """The tiles worth timing for a product."""
     if product.dtype == "bf16":
         return BF16_WGRAD if product.kind == "wgrad" else BF16
@@ -90,21 +90,23 @@ def main() -> None:
     parser.add_argument("--kind", help="dense, grouped, masked or wgrad")
     parser.add_argument("--out", type=Path, help="where to write every number as JSON")
     options = parser.parse_args()
+    chosen = [
+        product
+        for product in shapes.ALL
+        if options.only in product.label and options.kind in (None, product.kind)
+    ]
     rows = []
+    compiled = compile_all(chosen, candidates, peers=False)
     print(bench_gemm.machine(), flush=True)
-    for product in shapes.ALL:
-        if options.only not in product.label or options.kind not in (None, product.kind):
-            continue
-        case = bench_gemm.Case.random(product)
-        times = []
-        for name, tile in candidates(product).items():
-            try:
-                function = jax.jit(functools.partial(case.multiply, tile=tile))
-                error = case.error(function(*case.operands))
-                microseconds = bench_gemm.microseconds(function, case.operands)
-            except Exception as reason:  # a tile that does not fit is a result, too
-                print(f"{product.label}: {name}: {type(reason).__name__}: {str(reason)[:200]}")
+    for programs in compiled:
+        product, times = programs.case.product, []
+        operands = programs.operands(jax.random.key(0))
+        for name, ours in programs.ours.items():
+            if isinstance(ours, Exception):  # a tile that does not fit is a result, too
+                print(f"{product.label}: {name}: {type(ours).__name__}: {str(ours)[:200]}")
                 continue
+            error = float(programs.error(ours(*operands), *operands))
+            microseconds = bench_gemm.microseconds(ours, operands)
             times.append((microseconds, name, error))
             rows.append(dict(product=product.label, tile=name, us=microseconds, error=error))
         line = ", ".join(f"{name} {us:.1f} us ({error:.1e})" for us, name, error in sorted(times))
