@@ -27,20 +27,19 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu import fragmented_array, mma_utils, utils
-from jax.experimental.pallas import mosaic_gpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import manual
+from dsv3_jax.kernels.gemm import hopper_wgmma
+from dsv3_jax.kernels.gemm.hopper_wgmma import (
+    SLAB_BYTES,
+    WGMMA,
+    multiply,
+    plgpu,
+    swizzled,
+)
 
-plgpu: Any = mosaic_gpu  # its names are re-exported without telling type checkers
-
-SLAB_BYTES = 128  # of K in a slot: one swizzle row, and the span of one FP8 scale
-WGMMA = plgpu.Layout.WGMMA
 MAX_SMEM = 232448  # bytes that one block may use
 HOPPER_MULTIPROCESSORS = 132
 
@@ -101,7 +100,7 @@ class WorkTable(NamedTuple):
 def interpreting(**params: Any) -> Iterator[None]:
     """Inside, kernels are traced for Pallas's GPU interpreter, on any machine.
 
-    It cannot run the hand-written wgmma of `_wgmma_in_place`; the plain one stands in for it.
+    It cannot run the hand-written wgmma of hopper_wgmma.py; the plain one stands in for it.
     """
     token = _interpreting.set(True)
     try:
@@ -336,62 +335,69 @@ def matmul(
     return manual.vary(out, a)
 
 
-def swizzled(dtype: Any, columns: int | None = None) -> tuple[Any, ...]:
-    """The layout in which wgmma and TMA read and write rows of `columns` numbers; 128 bytes each
-    unless said otherwise."""
-    size = jnp.dtype(dtype).itemsize
-    row = columns * size if columns else SLAB_BYTES
-    if row < 32:
-        return ()  # the narrowest swizzle is 32 bytes; plain rows serve for stores
-    return (plgpu.TilingTransform((8, row // size)), plgpu.SwizzleTransform(row))
-
-
 def _scaled_loop(tile, steps, slot_of, buffers, read_b_scales):
-    """Totals of a tile of FP8 operands: one (64, piece) array for each wave and piece."""
+    """Totals of a tile of FP8 operands: one (64, piece) array for each wave and piece.
+
+    While the last product of a step is in flight, the next step is made ready: its slot is waited
+    for and its scales are read. Nothing but a promotion then stands between two products.
+    """
     a_slots, b_slots, scale_slots, full, empty = buffers
     piece = math.gcd(tile.columns, 128)
     thread = lax.axis_index("warpgroup")
-    zeros = _zeros(piece)
-    in_place = tile.waves * tile.parts > 1 and tile.slabs == 1 and not interpreted()
+    products = list(itertools.product(range(tile.waves), range(tile.parts)))
+    rows = [pl.ds(thread * (64 * tile.waves) + wave * 64, 64) for wave in range(tile.waves)]
+    ks = [pl.ds(slab * SLAB_BYTES, SLAB_BYTES) for slab in range(tile.slabs)]
+    last_step = steps - 1
 
-    def one_step(step, carry):
-        totals, b_scales, accumulator = carry
-        totals = list(totals)
-        # A step ahead: a read from memory would otherwise hold up the wgmma of its own step.
-        next_b_scales = read_b_scales(lax.min(step + 1, jnp.int32(steps - 1)))
+    def start(accumulator, a, b):
+        return multiply(a, b) if interpreted() else hopper_wgmma.start(accumulator, a, b)
+
+    def make_ready(step):
         slot = slot_of(step)
         plgpu.barrier_wait(full.at[slot])
-        for wave in range(tile.waves):
-            rows = pl.ds(thread * (64 * tile.waves) + wave * 64, 64)
-            a_scales = [
-                plgpu.load(scale_slots.at[slot, slab, rows], layout=WGMMA.reduce(1))
-                for slab in range(tile.slabs)
-            ]
-            for part in range(tile.parts):
-                a_block = a_slots.at[slot, rows]
-                b_block = b_slots.at[slot, pl.ds(part * tile.columns, tile.columns)]
-                if in_place:
-                    products = accumulator = (_wgmma_in_place(accumulator[0], a_block, b_block),)
-                else:
-                    products = _wgmma(a_block, b_block, tile.slabs)
-                if (wave, part) == (tile.waves - 1, tile.parts - 1):
-                    plgpu.barrier_arrive(empty.at[slot])
-                for slab, first in itertools.product(
-                    range(tile.slabs), range(0, tile.columns, piece)
-                ):
-                    place = (part * tile.columns + first) // piece
-                    scale = a_scales[slab] * b_scales[slab][place]
-                    block = products[slab]
-                    if piece < tile.columns:
-                        block = block[:, first : first + piece]
-                    scale = lax.broadcast_in_dim(scale, (64, piece), [0])
-                    totals[wave * (tile.n // piece) + place] += block * scale
-        return tuple(totals), next_b_scales, accumulator
+        return [
+            [plgpu.load(scale_slots.at[slot, i, r], layout=WGMMA.reduce(1)) for i in range(len(ks))]
+            for r in rows
+        ]
 
-    count = tile.waves * tile.n // piece
-    accumulator = (_zeros(tile.columns),) if in_place else ()
-    init = ((zeros,) * count, read_b_scales(jnp.int32(0)), accumulator)
-    return lax.fori_loop(0, steps, one_step, init)[0]
+    def one_step(step, carry, ends: bool):
+        """Adds a step to the totals; the scales of the next two are there when it `ends` not."""
+        totals, accumulators, a_scales, b_scales, next_b_scales = carry
+        totals, next_a_scales, later_b_scales = list(totals), a_scales, next_b_scales
+        slot = slot_of(step)
+        for wave, part in products:
+            columns = pl.ds(part * tile.columns, tile.columns)
+            accumulators = [
+                start(accumulator, a_slots.at[slot, rows[wave], k], b_slots.at[slot, columns, k])
+                for accumulator, k in zip(accumulators, ks)
+            ]
+            last = (wave, part) == products[-1]
+            if last and not ends:
+                next_a_scales = make_ready(step + 1)
+                later_b_scales = read_b_scales(lax.min(step + 2, jnp.int32(last_step)))
+            if not interpreted():
+                accumulators = list(hopper_wgmma.finish(accumulators))
+            if last:
+                plgpu.barrier_arrive(empty.at[slot])
+            for slab, first in itertools.product(range(tile.slabs), range(0, tile.columns, piece)):
+                place = (part * tile.columns + first) // piece
+                scale = a_scales[wave][slab] * b_scales[slab][place]
+                block = accumulators[slab]
+                if piece < tile.columns:
+                    block = block[:, first : first + piece]
+                scale = lax.broadcast_in_dim(scale, (64, piece), [0])
+                totals[wave * (tile.n // piece) + place] += block * scale
+        return totals, accumulators, next_a_scales, next_b_scales, later_b_scales
+
+    carry = (
+        [hopper_wgmma.zeros(piece)] * (tile.waves * tile.n // piece),
+        [hopper_wgmma.zeros(tile.columns)] * tile.slabs,
+        make_ready(jnp.int32(0)),
+        read_b_scales(jnp.int32(0)),
+        read_b_scales(jnp.int32(min(1, last_step))),
+    )
+    carry = lax.fori_loop(0, last_step, functools.partial(one_step, ends=False), carry)
+    return one_step(jnp.int32(last_step), carry, ends=True)[0]
 
 
 def _plain_loop(tile, steps, slot_of, buffers, b_rows_first):
@@ -464,90 +470,3 @@ def _store_zeros(out, zeros, used, thread, tile: Tile):
         plgpu.copy_smem_to_gmem(zeros, out.at[pl.ds(row, 64), pl.ds(column, store)])
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def _zeros(columns: int) -> Any:
-    return plgpu.layout_cast(jnp.zeros((64, columns), jnp.float32), WGMMA)
-
-
-def _wgmma(a, b, slabs: int):
-    """a @ b.T of two blocks in shared memory for each slab of K, complete when it returns."""
-    width = a.shape[1] // slabs
-
-    def multiply(*products):
-        for slab, product in enumerate(products):
-            ks = pl.ds(slab * width, width)
-            plgpu.wgmma(product, a.at[:, ks], b.at[:, ks].T)
-        return tuple(product[...] for product in products)
-
-    return pl.run_scoped(multiply, *[plgpu.ACC((64, b.shape[0]), jnp.float32)] * slabs)
-
-
-def _wgmma_in_place(accumulator, a, b):
-    """The same product, in the registers that `accumulator` occupies.
-
-    With the plain form, ptxas lets the next product start while the last is being promoted, in
-    registers of its own, and two totals and two products do not fit: it spills 200 bytes a thread
-    inside the loop. One block of assembly that multiplies and waits leaves it no such freedom, and
-    nothing is spilled. E4M3 only.
-    """
-    columns = b.shape[0]
-
-    @plgpu.inline_mgpu(
-        arg_types=(
-            WGMMA,
-            plgpu.RefType(swizzled(jnp.float8_e4m3fn)),
-            plgpu.RefType(swizzled(jnp.float8_e4m3fn)),
-        ),
-        return_type=plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=WGMMA),
-    )
-    def multiply(_, accumulator, a, b):
-        b = utils.memref_transpose(b, (1, 0, 3, 2))
-        (a_base, a_strides), _, _ = mma_utils.create_descriptor(
-            a,
-            swizzle=SLAB_BYTES,
-            large_tile=(64, SLAB_BYTES),
-            group_size=(64, SLAB_BYTES),
-            logical_k_major=False,
-        )
-        (b_base, b_strides), _, _ = mma_utils.create_descriptor(
-            b,
-            swizzle=SLAB_BYTES,
-            large_tile=(SLAB_BYTES, SLAB_BYTES),
-            group_size=(SLAB_BYTES, columns),
-            logical_k_major=True,
-        )
-        held = fragmented_array.optimization_barrier(
-            accumulator.to_layout(fragmented_array.WGMMA_LAYOUT_ACC_32BIT)
-        )
-        registers = list(held.registers.flat)
-        count = len(registers)
-        names = "{" + ", ".join(f"${i}" for i in range(count)) + "}"
-        lines = ["{ .reg .pred keep; .reg .b64 a, b;", "wgmma.fence.sync.aligned;"]
-        for quarter in range(4):  # an instruction takes 32 of K
-            a_offset, b_offset = (quarter * x[1][0] >> 4 for x in (a_strides, b_strides))
-            lines += [
-                f"setp.ne.b32 keep, {quarter}, 0;",
-                f"add.s64 a, ${2 * count}, {a_offset}; add.s64 b, ${2 * count + 1}, {b_offset};",
-                f"wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.e4m3.e4m3 {names}, a, b, "
-                "keep, 1, 1;",
-            ]
-        lines += ["wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned 0; }"]
-        one = ir.VectorType.get((1,), ir.F32Type.get())
-        result = llvm.inline_asm(
-            llvm.StructType.get_literal([one] * count),
-            [*registers, a_base, b_base],  # pyright: ignore[reportArgumentType]
-            "\n".join(lines),
-            ",".join(["=f"] * count + [str(i) for i in range(count)] + ["l", "l"]),
-            asm_dialect=0,
-            has_side_effects=True,
-        )
-        operands: Any = result
-        values = [llvm.extractvalue(one, operands, [i]) for i in range(count)]
-        return fragmented_array.FragmentedArray(
-            _registers=np.array(values, dtype=object).reshape(held.registers.shape),
-            _layout=held.layout,
-            _is_signed=None,
-        ).to_layout(fragmented_array.WGMMA_LAYOUT)
-
-    return multiply(accumulator, a, b)

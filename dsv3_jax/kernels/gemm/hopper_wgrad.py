@@ -18,8 +18,9 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import manual
-from dsv3_jax.kernels.gemm import hopper
-from dsv3_jax.kernels.gemm.hopper import SLAB_BYTES, WGMMA, Tile, plgpu, swizzled
+from dsv3_jax.kernels.gemm import hopper, hopper_wgmma
+from dsv3_jax.kernels.gemm.hopper import Tile
+from dsv3_jax.kernels.gemm.hopper_wgmma import SLAB_BYTES, WGMMA, plgpu, swizzled
 
 # Columns of B whose scales are in registers at one time.
 SCALE_COLUMNS = 32
@@ -50,7 +51,7 @@ def wgrad(
     slab = SLAB_BYTES // a.dtype.itemsize
     stages, tiles = tile.stages, (pl.cdiv(n, tile.m), pl.cdiv(k, tile.n))
     tiles_each = tiles[0] * tiles[1]
-    in_place = accumulate is not None and not hopper._interpreting.get()
+    in_place = accumulate is not None and not hopper.interpreted()
     memory_registers, math_registers = tile.registers
 
     def kernel(*refs):
@@ -185,7 +186,7 @@ def _scaled_loop(tile: Tile, steps, slot_of, slots, scale_slots):
     a_scale_slots, b_scale_slots = scale_slots
     thread = lax.axis_index("warpgroup")
     pieces = range(0, tile.n, SCALE_COLUMNS)
-    in_place = tile.waves > 1 and not hopper._interpreting.get()
+    in_place = tile.waves > 1 and not hopper.interpreted()
 
     def one_step(step, carry):
         totals, accumulator = carry
@@ -198,10 +199,10 @@ def _scaled_loop(tile: Tile, steps, slot_of, slots, scale_slots):
             a_scale = lax.broadcast_in_dim(a_scale, (64, SCALE_COLUMNS), [0])
             a_block, b_block = a_slots.at[slot, rows], b_slots.at[slot]
             if in_place:
-                product = hopper._wgmma_in_place(accumulator[0], a_block, b_block)
-                accumulator = (product,)
+                started = hopper_wgmma.start(accumulator[0], a_block, b_block)
+                accumulator = (product,) = hopper_wgmma.finish((started,))
             else:
-                (product,) = hopper._wgmma(a_block, b_block, 1)
+                product = hopper_wgmma.multiply(a_block, b_block)
             for index, left in enumerate(pieces):
                 columns = pl.ds(left, SCALE_COLUMNS)
                 b_scale = plgpu.load(b_scale_slots.at[slot, columns], layout=WGMMA.reduce(0))
@@ -211,8 +212,8 @@ def _scaled_loop(tile: Tile, steps, slot_of, slots, scale_slots):
         plgpu.barrier_arrive(empty.at[slot])
         return tuple(totals), accumulator
 
-    zeros = hopper._zeros(SCALE_COLUMNS)
-    accumulator = (hopper._zeros(tile.columns),) if in_place else ()
+    zeros = hopper_wgmma.zeros(SCALE_COLUMNS)
+    accumulator = (hopper_wgmma.zeros(tile.columns),) if in_place else ()
     init = ((zeros,) * (tile.waves * len(pieces)), accumulator)
     return lax.fori_loop(0, steps, one_step, init)[0]
 
