@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 
 from dsv3_jax.kernels.partition import Cut, cut_by
 
@@ -107,8 +108,10 @@ def run(
     for name in candidates(order, implementation):
         try:
             function = functools.partial(_function(package, name, op), **kwargs)
-            if cut is not None and name.startswith("pallas"):
-                function = functools.partial(cut_by, cut, function)
+            if name.startswith("pallas"):
+                function = _lowered_once(function)
+                if cut is not None:
+                    function = functools.partial(cut_by, cut, function)
             result = function(*args)
         except NotImplementedError as reason:
             passed_over.append((name, str(reason)))
@@ -117,6 +120,29 @@ def run(
         return result
     reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over)
     raise NotImplementedError(f"no implementation of {op} can do this: {reasons}")
+
+
+def _lowered_once(kernel: functools.partial[Any]) -> Any:
+    """The same function, lowered once a program for all calls with the same shapes and options.
+
+    Mosaic numbers the kernels that it lowers, so that equal ones would be compiled call by call.
+    """
+    of_arrays = {
+        name: any(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(option))
+        for name, option in kernel.keywords.items()
+    }
+    arrays = {name: kernel.keywords[name] for name, holds in of_arrays.items() if holds}
+    static = tuple((name, kernel.keywords[name]) for name, holds in of_arrays.items() if not holds)
+    return functools.partial(_jitted(kernel.func), static, arrays)
+
+
+@functools.cache
+def _jitted(function: Any) -> Any:
+    def call(static, arrays, *args):
+        return function(*args, **dict(static), **arrays)
+
+    call.__name__ = function.__name__
+    return jax.jit(call, static_argnums=0)
 
 
 def _function(package: str, name: str, op: str) -> Any:
