@@ -69,7 +69,6 @@ def operations() -> list[Operation]:
     kept, kept_gate_up = keep(x), keep(gate_up)
     chosen = jax.lax.top_k(normal(5, TOKENS, EXPERTS).astype(jnp.float32), EACH)[1]
     handle = jax.jit(partial(plan, num_experts=EXPERTS, alignment=128))(chosen)[0]
-    rows = handle.token_M.shape[0]
     bias = jnp.zeros(256)
     calls = [
         ("rows", "quantize_rows", (x,), {}),
@@ -80,7 +79,7 @@ def operations() -> list[Operation]:
         ("SwiGLU", "swiglu_quantize", (gate_up,), {}),
         ("SwiGLU transposed, of FP8", "swiglu_quantize", (kept_gate_up,), dict(transposed=True)),
         ("SwiGLU backward, of FP8", "swiglu_backward_quantize", (kept_gate_up, d_out), {}),
-        ("permutation", "permute_quantize", (x, handle.slot_TK), dict(num_rows=rows)),
+        ("permutation", "permute_quantize", (x, handle.slot_TK, handle.token_M), {}),
         ("router", "route_top_k", (logits, bias), ROUTER),
     ]
     with ThreadPoolExecutor(8) as pool:

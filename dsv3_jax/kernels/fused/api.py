@@ -133,8 +133,7 @@ def rms_norm_quantize(
     """x over its root mean square, times weight, quantised per token.
 
     Float32 throughout: unlike the unfused form, the normalised numbers are never rounded to x's
-    dtype. The GPU kernel applies the root mean square to the scales, so that a tile whose numbers
-    are all under 1e-4 of the weighted input keeps the floor of that, not of the normalised one.
+    dtype.
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(
@@ -154,28 +153,29 @@ def rms_norm_quantize(
 def permute_quantize(
     x: Float[Array, "T D"],
     slots: Int[Array, "T K"],
-    num_rows: int,
+    tokens: Int[Array, " M"],
     scale_format: ScaleFormat = "f32",
     *,
     implementation: str | None = None,
 ) -> BlockScaled:
-    """x quantised per token and sent to its experts: token t's numbers in rows slots[t] of D.
+    """x quantised per token and sent to its experts: token t's numbers in rows slots[t] of M.
 
-    [num_rows, D]; rows that no token is sent to are zeros. Slots are int32, all different and below
-    num_rows. x is read once, however many experts a token has.
+    The same twice: slots are int32, all different and below M; tokens[m] is the token of row m, T
+    for rows that none is sent to, which are zeros. x is read once, however many experts a token
+    has.
     """
-    if slots.ndim != 2 or slots.shape[0] != x.shape[0] or slots.size > num_rows:
+    if slots.ndim != 2 or slots.shape[0] != x.shape[0] or slots.size > tokens.size:
         raise ValueError(
             f"slots {slots.shape} must have a row for each token of {x.shape}, and no more entries "
-            f"than {num_rows=}"
+            f"than the {tokens.size} rows"
         )
     return _run(
         "permute_quantize",
         x,
         slots,
+        tokens,
         implementation=implementation,
         cut=None,  # slots are rows of one device
-        num_rows=num_rows,
         scale_format=scale_format,
     )
 

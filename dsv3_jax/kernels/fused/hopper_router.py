@@ -33,11 +33,11 @@ def route_top_k(
 ) -> tuple[Int[Array, "T K"], Float[Array, "T K"], Float[Array, "T E"]]:
     """Experts, their scores and all scores; see `api.route_top_k`."""
     hopper.require()
+    rows = logits.shape[0]
+    logits = jnp.pad(logits, ((0, max(TOKENS - rows, 0)), (0, 0)))
     logits, bias = manual.vary((logits, bias))
     tokens, experts = logits.shape
     layout = _layout(n_group, experts // n_group)
-    if tokens < TOKENS:
-        raise NotImplementedError(f"{tokens} tokens are fewer than a block's {TOKENS}")
     shape = (TOKENS, n_group, experts // n_group)
 
     def over_token(reduce, x):
@@ -80,7 +80,7 @@ def route_top_k(
         ),
     )(logits.reshape(tokens, *shape[1:]), bias.reshape(shape[1:]))
     chosen, weights, scores = manual.vary((chosen, weights, scores), logits)
-    return chosen.T, weights.T, scores.reshape(tokens, experts)
+    return chosen.T[:rows], weights.T[:rows], scores.reshape(tokens, experts)[:rows]
 
 
 def _keep_best_groups(choice: Any, expert: Any, topk_group: int, best_of_group: int, layout: Any):

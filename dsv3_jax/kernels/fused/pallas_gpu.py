@@ -1,10 +1,9 @@
 """Fused quantisers on Hopper: what each one reads, and what it computes of it in registers.
 
-`hopper_quantize.py` is the machinery; only RMSNorm, whose token is more than one tile, has a kernel
+`hopper_quantize.py` is the machinery; only RMSNorm, whose token is more than one tile, has kernels
 of its own here, and so has the permutation of tokens, whose destinations are data.
 """
 
-import math
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -16,6 +15,7 @@ from dsv3_jax.kernels import manual
 from dsv3_jax.kernels.fused.hopper_quantize import (
     COMPILER_PARAMS,
     Split,
+    quantize_computed,
     quantize_tiles,
     quantized,
     tokens_layout,
@@ -23,20 +23,20 @@ from dsv3_jax.kernels.fused.hopper_quantize import (
 from dsv3_jax.kernels.fused.hopper_router import route_top_k as route_top_k
 from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import plgpu
-from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat
+from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat, scale_of_amax
 
-NORM_TOKENS = 8  # of a block of RMSNorm
 # The fastest of a sweep on one H100; what needs more registers a number takes fewer numbers.
 ALONG_CHANNELS = Split(rows=32)
 ALONG_TOKENS = Split(turned=64)
 BOTH_WAYS = Split(warpgroups=2, rows=32, turned=64)
 SWIGLU = Split(rows=16)
-SWIGLU_BACKWARD = Split(turned=64)
+SWIGLU_TRANSPOSED = Split(warpgroups=1, rows=16, turned=32)
+SWIGLU_BACKWARD = Split(warpgroups=4, rows=8, turned=32)
 
-NORM_WARPGROUPS = 2  # that share a token's channels
-NORM_TILES = 2  # of a warpgroup that are loaded while as many are quantised
-
-PERMUTED_CHANNELS = 1024  # that the threads of a block read at a time
+NORM_TOKENS = 8  # of a block, where one token's channels are few
+NARROW = 2048  # channels, at most, of which a block has eight tokens in registers
+WHOLE_CHANNELS = 1024  # that the threads of a block read of a token at a time
+FREE_ROWS = 16  # that a block looks through for those without a token
 
 
 def quantize_rows(x: Float[Array, "T D"], scale_format: ScaleFormat = "f32") -> BlockScaled:
@@ -89,16 +89,11 @@ def swiglu_quantize(
         gate, up = _load_gate_and_up(refs, rows, columns, layout, width)
         return ((gate * _sigmoid(gate) * up).astype(jnp.bfloat16),)
 
-    (out,) = quantize_tiles(
-        source,
-        operands,
-        tokens,
-        width,
-        scale_format,
-        ALONG_TOKENS if transposed else SWIGLU,
-        by_token=not transposed,
-        by_channel=transposed,
-    )
+    inputs = (source, operands, tokens, width, scale_format)
+    if transposed:
+        (out,) = quantize_computed(*inputs, SWIGLU_TRANSPOSED, by_token=False)
+    else:
+        (out,) = quantize_tiles(*inputs, SWIGLU)
     return out
 
 
@@ -116,19 +111,12 @@ def swiglu_backward_quantize(
         gate, up = _load_gate_and_up(refs, rows, columns, layout, width)
         d_out = _load(d_ref, rows, columns, layout)
         sigmoid = _sigmoid(gate)
-        d_gate = d_out * up * sigmoid * (1 + gate * (1 - sigmoid))
-        return d_gate.astype(jnp.bfloat16), (d_out * gate * sigmoid).astype(jnp.bfloat16)
+        d_activated = d_out * sigmoid
+        d_gate = d_activated * up * (1 + (gate - gate * sigmoid))
+        return d_gate.astype(jnp.bfloat16), (d_activated * gate).astype(jnp.bfloat16)
 
-    return quantize_tiles(
-        source,
-        (*operands, d_out),
-        tokens,
-        width,
-        scale_format,
-        SWIGLU_BACKWARD,
-        parts=2,
-        by_channel=True,
-    )
+    inputs = (source, (*operands, d_out), tokens, width, scale_format)
+    return quantize_computed(*inputs, SWIGLU_BACKWARD, parts=2)
 
 
 def rms_norm_quantize(
@@ -139,140 +127,137 @@ def rms_norm_quantize(
 ) -> BlockScaled:
     """x normalised and quantised per token, in one read; see `api.rms_norm_quantize`.
 
-    A token's root mean square is the same for all its tiles, so it cancels between a number and its
-    tile's largest: the values need none, and the scales are divided by it at the token's end.
+    All numbers of a token are in registers until its root mean square is known: a block has one
+    wide token, or eight narrow ones.
     """
+    rows = x.shape[0]
+    x = jnp.pad(x, ((0, max(NORM_TOKENS - rows, 0)), (0, 0)))
     tokens, dim = _require(x)
-    if scale_format != "f32":
-        raise NotImplementedError("a power of two divided by a root mean square is none")
-    x, weight = manual.vary((x, weight))
-    tiles, layout = dim // 128, tokens_layout()
-    warpgroups = math.gcd(tiles, NORM_WARPGROUPS)
-    each = tiles // warpgroups
-    batch = math.gcd(each, NORM_TILES)
+    x, weight = manual.vary((x, weight.astype(jnp.float32)))
+    if dim > NARROW:
+        values, scales = _norm_of_wide_tokens(x, weight, eps, scale_format)
+    else:
+        values, scales = _norm_of_narrow_tokens(x, weight, eps, scale_format)
+    values, scales = manual.vary((values.reshape(tokens, dim), scales), x)
+    return BlockScaled(values[:rows], scales.mT[:rows], PER_TOKEN)
 
-    def kernel(x_ref, weight_ref, values, scales, token_scales, sums, summed):
-        warpgroup = lax.axis_index("warpgroup")
+
+def _norm_of_wide_tokens(x, weight, eps: float, scale_format: ScaleFormat):
+    tokens, dim = x.shape
+    if dim % WHOLE_CHANNELS:
+        raise NotImplementedError(f"{dim=} must be a multiple of {WHOLE_CHANNELS} above {NARROW}")
+    tiles, layout = dim // 128, tokens_layout()
+
+    def kernel(x_ref, weight_ref, values, scales):
+        token = lax.axis_index("block")
+        numbers = _load_whole(x_ref.at[token], layout)
+        total = jnp.sum(jnp.sum(jnp.square(numbers), axis=1), axis=0)
+        numbers *= lax.rsqrt(total / dim + eps) * _load_whole(weight_ref, layout)
+        values[token], scales[:, token] = quantized(numbers, scale_format)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=_norm_results(x, (tokens, tiles, 128)),
+        grid=(tokens,),
+        grid_names=("block",),
+        compiler_params=COMPILER_PARAMS,
+    )(x.reshape(tokens, tiles, 128), weight.reshape(tiles, 128))
+
+
+def _norm_of_narrow_tokens(x, weight, eps: float, scale_format: ScaleFormat):
+    tokens, dim = x.shape
+    layout, columns = tokens_layout(), [pl.ds(first, 128) for first in range(0, dim, 128)]
+
+    def kernel(x_ref, weight_ref, values, scales):
         row = lax.min(lax.axis_index("block") * NORM_TOKENS, jnp.int32(tokens - NORM_TOKENS))
         rows = pl.ds(row, NORM_TOKENS)
-
-        def columns_of(group):
-            """The tiles of a group and their columns."""
-            first = warpgroup * each + group * batch
-            return [(first + i, pl.ds((first + i) * 128, 128)) for i in range(batch)]
-
-        def loaded(group):
-            return tuple(
-                plgpu.load(x_ref.at[rows, columns], layout=layout, optimized=False)
-                for _, columns in columns_of(group)
-            )
-
-        def quantize_group(group, blocks, squares):
-            for (tile, columns), block in zip(columns_of(group), blocks):
-                block = block.astype(jnp.float32)
-                squares += block * block
-                weights = weight_ref.at[columns]
-                weights = plgpu.load(weights, layout=layout.reduce(0), optimized=False)
-                weighted = block * lax.broadcast_in_dim(weights, block.shape, [1])
-                values[rows, columns], token_scales[tile, :] = quantized(weighted, "f32")
-            return squares
-
-        def one_group(group, carry):
-            blocks, squares = carry
-            following = loaded(group + 1)  # on their way while these are quantised
-            return following, quantize_group(group, blocks, squares)
-
-        squares = plgpu.layout_cast(jnp.zeros((NORM_TOKENS, 128), jnp.float32), layout)
-        last = each // batch - 1
-        blocks, squares = lax.fori_loop(0, last, one_group, (loaded(0), squares))
-        squares = quantize_group(last, blocks, squares)
-        sums[warpgroup, :] = jnp.sum(squares, axis=1)
-        plgpu.barrier_arrive(summed)
-        plgpu.barrier_wait(summed)
-        by_token = layout.reduce(1)
-        total = sum(
-            plgpu.load(sums.at[i], layout=by_token, optimized=False) for i in range(warpgroups)
-        )
+        blocks = [_load(x_ref, rows, span, layout) for span in columns]
+        total = jnp.sum(sum(jnp.square(block) for block in blocks), axis=1)
         inverse_rms = lax.rsqrt(total / dim + eps)
+        for tile, (block, span) in enumerate(zip(blocks, columns)):
+            weights = plgpu.load(weight_ref.at[span], layout=layout.reduce(0), optimized=False)
+            block *= lax.broadcast_in_dim(inverse_rms, block.shape, [0])
+            block *= lax.broadcast_in_dim(weights, block.shape, [1])
+            values[rows, span], scales[tile, rows] = quantized(block, scale_format)
 
-        @pl.loop(0, each)
-        def _(i):
-            # A thread reads back what it has written itself.
-            tile = warpgroup * each + i
-            scale = plgpu.load(token_scales.at[tile], layout=by_token, optimized=False)
-            scales[tile, rows] = scale * inverse_rms
-
-    values, scales = plgpu.kernel(
+    return plgpu.kernel(
         kernel,
-        out_type=[
-            manual.result((tokens, dim), jnp.float8_e4m3fn, x),
-            manual.result((tiles, tokens), jnp.float32, x),
-        ],
+        out_type=_norm_results(x, (tokens, dim)),
         grid=(pl.cdiv(tokens, NORM_TOKENS),),
         grid_names=("block",),
-        num_threads=warpgroups,
-        thread_name="warpgroup",
-        scratch_types=(
-            plgpu.SMEM((tiles, NORM_TOKENS), jnp.float32),
-            plgpu.SMEM((warpgroups, NORM_TOKENS), jnp.float32),
-            plgpu.Barrier(num_arrivals=warpgroups),
-        ),
         compiler_params=COMPILER_PARAMS,
-    )(x, weight.astype(jnp.float32))
-    values, scales = manual.vary((values, scales), x)
-    return BlockScaled(values, scales.mT, PER_TOKEN)
+    )(x, weight)
+
+
+def _norm_results(x, shape: tuple[int, ...]) -> list[Any]:
+    tokens, dim = x.shape
+    return [
+        manual.result(shape, jnp.float8_e4m3fn, x),
+        manual.result((dim // 128, tokens), jnp.float32, x),
+    ]
+
+
+def _load_whole(ref: Any, layout: Any) -> Any:
+    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
 
 def permute_quantize(
     x: Float[Array, "T D"],
     slots: Int[Array, "T K"],
-    num_rows: int,
+    tokens: Int[Array, " M"],
     scale_format: ScaleFormat = "f32",
 ) -> BlockScaled:
     """x quantised per token, each token's numbers in its K rows; see `api.permute_quantize`.
 
-    A block has a token, which it reads once and stores K times, or a row that no token is sent to.
+    A block has a token, which it reads once and stores K times, or looks for rows that have none.
+    Scales are written by token, a thousandth of the bytes, and copied to their rows by XLA: from
+    here they would be single numbers scattered over memory.
     """
-    tokens, dim = _require(x)
-    if dim % PERMUTED_CHANNELS:
-        raise NotImplementedError(f"{dim=} must be a multiple of {PERMUTED_CHANNELS}")
+    num_tokens, dim = _require(x)
+    if dim % WHOLE_CHANNELS:
+        raise NotImplementedError(f"{dim=} must be a multiple of {WHOLE_CHANNELS}")
     per_token, tiles, layout = slots.shape[1], dim // 128, tokens_layout()
-    num_free = num_rows - tokens * per_token
-    x, slots = manual.vary((x, slots))
-    taken = jnp.zeros(num_rows, bool).at[slots.reshape(-1)].set(True, unique_indices=True)
-    free = jnp.nonzero(~taken, size=max(num_free, 1), fill_value=0)[0].astype(jnp.int32)
+    num_rows = tokens.shape[0]
+    x, slots, tokens = manual.vary((x, slots, tokens))
 
-    def kernel(x_ref, slots_ref, free_ref, values, scales):
+    def kernel(x_ref, slots_ref, tokens_ref, values, scales):
         block = lax.axis_index("block")
 
-        def store(row, numbers, per_tile):
-            values[row] = numbers
-            scales[:, row] = per_tile
-
-        @pl.when(block < tokens)
+        @pl.when(block < num_tokens)
         def _():
-            out = quantized(
+            numbers, per_tile = quantized(
                 plgpu.load(x_ref.at[block], layout=layout, optimized=False), scale_format
             )
+            scales[block] = per_tile
             for k in range(per_token):
-                store(slots_ref[block, k], *out)
+                values[slots_ref[block, k]] = numbers
 
-        @pl.when(block >= tokens)
+        @pl.when(block >= num_tokens)
         def _():
-            zeros = plgpu.layout_cast(jnp.zeros((tiles, 128), jnp.float32), layout)
-            store(free_ref[block - tokens], *quantized(zeros, scale_format))
+            first = (block - num_tokens) * FREE_ROWS
+
+            @pl.loop(0, FREE_ROWS)
+            def _(i):
+                row = lax.min(first + i, jnp.int32(num_rows - 1))
+
+                @pl.when(tokens_ref[row] >= num_tokens)
+                def _():
+                    zeros = plgpu.layout_cast(jnp.zeros((tiles, 128), jnp.float32), layout)
+                    values[row] = zeros.astype(jnp.float8_e4m3fn)
 
     values, scales = plgpu.kernel(
         kernel,
         out_type=[
             manual.result((num_rows, tiles, 128), jnp.float8_e4m3fn, x),
-            manual.result((tiles, num_rows), jnp.float32, x),
+            manual.result((num_tokens, tiles), jnp.float32, x),
         ],
-        grid=(tokens + num_free,),
+        grid=(num_tokens + pl.cdiv(num_rows, FREE_ROWS),),
         grid_names=("block",),
         compiler_params=COMPILER_PARAMS,
-    )(x.reshape(tokens, tiles, 128), slots, free)
+    )(x.reshape(num_tokens, tiles, 128), slots, tokens)
     values, scales = manual.vary((values, scales), x)
+    of_zeros = scale_of_amax(jnp.zeros((), jnp.float32), scale_format)
+    scales = jnp.where(tokens < num_tokens, scales.mT[:, tokens], of_zeros)
     return BlockScaled(values.reshape(num_rows, dim), scales.mT, PER_TOKEN)
 
 
@@ -297,9 +282,7 @@ def _load_gate_and_up(refs, rows, columns, layout, width: int):
     spans = [pl.ds(columns.start + first, columns.size) for first in (0, width)]
     if len(refs) == 1:
         return [_load(refs[0], rows, span, layout) for span in spans]
-    # What a bfloat16 array between the two operations would hold.
-    numbers = [_dequantized(refs, rows, span, layout) for span in spans]
-    return [x.astype(jnp.bfloat16).astype(jnp.float32) for x in numbers]
+    return [_dequantized(refs, rows, span, layout) for span in spans]
 
 
 def _gate_and_up(gate_up: Any, whole_tokens: bool) -> tuple[int, int, tuple[Any, ...]]:

@@ -1,5 +1,7 @@
 """The fused quantisers in plain JAX: compute in float32, round once, quantise."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -40,9 +42,8 @@ def swiglu_quantize(
     transposed: bool = False,
 ) -> BlockScaled:
     """silu(gate) x up, quantised per token; or transposed, along tokens."""
-    plain = _plain(gate_up)
-    gate, up = jnp.split(plain.astype(jnp.float32), 2, axis=-1)
-    out = (jax.nn.silu(gate) * up).astype(plain.dtype)
+    (gate, up), dtype = _gate_and_up(gate_up)
+    out = (jax.nn.silu(gate) * up).astype(dtype)
     return quantize(out.mT if transposed else out, PER_TOKEN, scale_format)
 
 
@@ -52,11 +53,10 @@ def swiglu_backward_quantize(
     scale_format: ScaleFormat = "f32",
 ) -> tuple[BlockScaled, BlockScaled]:
     """The gradient of SwiGLU's input, quantised per token, and transposed, along tokens."""
-    plain = _plain(gate_up)
-    gate, up = jnp.split(plain.astype(jnp.float32), 2, axis=-1)
+    (gate, up), dtype = _gate_and_up(gate_up)
     d_out, sigmoid = d_out.astype(jnp.float32), jax.nn.sigmoid(gate)
     d_gate = d_out * up * sigmoid * (1 + gate * (1 - sigmoid))
-    d_gate_up = jnp.concatenate([d_gate, d_out * gate * sigmoid], axis=-1).astype(plain.dtype)
+    d_gate_up = jnp.concatenate([d_gate, d_out * gate * sigmoid], axis=-1).astype(dtype)
     return quantize_both_ways(d_gate_up, scale_format)
 
 
@@ -75,16 +75,12 @@ def rms_norm_quantize(
 def permute_quantize(
     x: Float[Array, "T D"],
     slots: Int[Array, "T K"],
-    num_rows: int,
+    tokens: Int[Array, " M"],
     scale_format: ScaleFormat = "f32",
 ) -> BlockScaled:
     """x quantised per token, each token's numbers in its K rows; zeros in the others."""
-    token = jnp.full(num_rows, x.shape[0], jnp.int32)
-    for k in range(slots.shape[1]):
-        tokens = jnp.arange(x.shape[0], dtype=jnp.int32)
-        token = token.at[slots[:, k]].set(tokens, unique_indices=True)
-    rows = jnp.take(x, token, axis=0, mode="fill", fill_value=0)
-    return quantize(rows, PER_TOKEN, scale_format)
+    del slots  # the same as tokens, seen from the other side
+    return quantize(jnp.take(x, tokens, axis=0, mode="fill", fill_value=0), PER_TOKEN, scale_format)
 
 
 def route_top_k(
@@ -110,6 +106,8 @@ def route_top_k(
     return experts, jnp.take_along_axis(scores, experts, axis=-1), scores
 
 
-def _plain(x: Array | BlockScaled) -> Array:
-    """x, or the bfloat16 numbers that a BlockScaled stands for."""
-    return dequantize(x) if isinstance(x, BlockScaled) else x
+def _gate_and_up(x: Array | BlockScaled) -> tuple[list[Array], Any]:
+    """Gate and up in float32, and the dtype that what is made of them is rounded to."""
+    plain = dequantize(x, jnp.float32) if isinstance(x, BlockScaled) else x
+    dtype = jnp.bfloat16 if isinstance(x, BlockScaled) else x.dtype
+    return jnp.split(plain.astype(jnp.float32), 2, axis=-1), dtype
