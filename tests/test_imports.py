@@ -23,7 +23,7 @@ MODEL_ROWS = [
     {"activation"},
     {"fp8", "held"},
     {"norm", "rope", "linear", "cache", "router", "placement"},
-    {"mlp"},
+    {"mlp", "fused"},
     {"mla", "moe"},
     {"block"},
     {"mtp"},

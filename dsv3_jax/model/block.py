@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.mla_decode.schedule import Schedule
 from dsv3_jax.model.cache import LatentCache, PagedCache
+from dsv3_jax.model.fused import norm_for
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.moe import MoE, MoEStats
@@ -40,13 +41,16 @@ class Block(nn.Module):
         """
         config, ones = self.config, nn.initializers.ones
         dim, eps = config.hidden_size, config.rms_norm_eps
-        normed = rms_norm(x, self.param("input_layernorm", ones, (dim,)), eps)
+        norm = self.param("input_layernorm", ones, (dim,))
+        normed = norm_for(x, norm, eps, self.recipe.attention, self.layout)
         attention = MLA(config, self.recipe, self.layout, name="self_attn")
         attended, cache = attention(normed, positions, segments, cache, prefill, schedule)
         x = x + constrain(attended, self.layout, "batch", "residual")
-        normed = rms_norm(x, self.param("post_attention_layernorm", ones, (dim,)), eps)
+        norm = self.param("post_attention_layernorm", ones, (dim,))
         if self.dense:
             mlp = MLP(config, config.intermediate_size, self.recipe, self.layout, name="mlp")
+            normed = norm_for(x, norm, eps, self.recipe.gate_up_proj, self.layout)
             return x + mlp(normed), cache, None
+        normed = rms_norm(x, norm, eps)  # the router reads it, too
         y, stats = MoE(config, self.recipe, self.layout, name="mlp")(normed, mask)
         return x + y, cache, stats

@@ -23,6 +23,7 @@ from dsv3_jax.kernels.fused.api import (
     quantize_both_ways,
     quantize_rows,
     quantize_transposed,
+    swiglu_backward_quantize,
     swiglu_quantize,
 )
 from dsv3_jax.kernels.gemm.api import scaled_matmul
@@ -47,7 +48,7 @@ _TILE = 128
 
 
 def fp8_linear(
-    x: Float[Array, "*B K"],
+    x: Float[Array, "*B K"] | StraightThrough,
     weight: Float[Array, "*N K"],
     recipe: LinearRecipe,
     activation: Activation | None = None,
@@ -56,16 +57,15 @@ def fp8_linear(
 
     Fprop and Dgrad sum in f32 and round to BF16; the weight's gradient stays f32 up to the weight's
     own dtype. With an activation (SwiGLU) x is [*B, ...], what activation makes [*B, K] of; x is
-    what is saved, quantised, and the activation is computed again in the backward pass.
+    what is saved, quantised, and the activation is computed again in the backward pass. An x that
+    comes quantised (1x128) is multiplied as it is, and takes no activation.
     """
-    batch = x.shape[: -_input_dims(activation)]
-    x_T = x.reshape(math.prod(batch), *x.shape[len(batch) :])
-    # Inside a shard_map: the gradient of one is added up over the devices that the other differs
-    # between.
-    axes = [a for operand in (x_T, weight) for a in jax.typeof(operand).manual_axis_type.varying]
-    x_T, weight = vary((x_T, weight), axes)
+    carrier = x.carrier if isinstance(x, StraightThrough) else x
+    batch = carrier.shape[: -_input_dims(activation)]
+    x_T, weight = _together(_flat(x, batch), weight)
+    x_T, arrived = _taken_apart(x_T, activation)
     weight_NK = weight.reshape(-1, weight.shape[-1])
-    y: Array = _linear(x_T, weight_NK, None, recipe, activation)
+    y: Array = _linear(x_T, weight_NK, None, recipe, activation, arrived)
     return y.reshape(*batch, *weight.shape[:-1])
 
 
@@ -84,12 +84,80 @@ def fp8_grouped_linear(
     """
     experts, *out_dims, _ = weights.shape
     weights_ENK = weights.reshape(experts, -1, weights.shape[-1])
-    arrived = None
-    if isinstance(rows, StraightThrough):
-        assert activation is None and rows.numbers.tile == PER_TOKEN
-        rows, arrived = rows.carrier, rows.numbers
-    y: Array = _linear(rows, weights_ENK, group_sizes, recipe, activation, arrived)
+    x, arrived = _taken_apart(rows, activation)
+    y: Array = _linear(x, weights_ENK, group_sizes, recipe, activation, arrived)
     return y.reshape(-1, *out_dims)
+
+
+def can_fuse(
+    dtype: Any, widths: tuple[int, ...], gate_up: LinearRecipe | None, down: LinearRecipe | None
+) -> bool:
+    """Whether `fp8_feed_forward` may stand for the two operations: BF16, whole tiles, 1x128."""
+    if gate_up is None or down is None or down.saved_input != "quantized":
+        return False
+    by_token = (gate_up.input, gate_up.dgrad, down.input)
+    return (
+        dtype == jnp.bfloat16
+        and not any(width % _TILE for width in widths)
+        and all(form.tile == PER_TOKEN for form in by_token)
+        and gate_up.wgrad == TileFormat(PER_CHANNEL, gate_up.dgrad.scale_format)
+        and down.wgrad.tile == PER_CHANNEL
+    )
+
+
+def fp8_feed_forward(
+    x: Float[Array, "*B D"] | StraightThrough,
+    gate_up: Float[Array, "2 F D"],
+    down: Float[Array, "D F"],
+    recipes: tuple[LinearRecipe, LinearRecipe],
+) -> Float[Array, "*B D"]:
+    """`fp8_linear` by `gate_up`, then by `down` with SwiGLU, for recipes that `can_fuse`.
+
+    The same products and saved arrays; in the backward pass SwiGLU's gradient is quantised both
+    ways where it is computed, and is never an array of its own.
+    """
+    batch = (x.carrier if isinstance(x, StraightThrough) else x).shape[:-1]
+    x_T, gate_up, down = _together(_flat(x, batch), gate_up, down)
+    x_T, arrived = _taken_apart(x_T, None)
+    y: Array = _feed_forward(
+        x_T, gate_up.reshape(-1, gate_up.shape[-1]), down, None, recipes, arrived
+    )
+    return y.reshape(*batch, -1)
+
+
+def fp8_grouped_feed_forward(
+    rows: Float[Array, "M D"] | StraightThrough,
+    gate_up: Float[Array, "E 2 F D"],
+    down: Float[Array, "E D F"],
+    group_sizes: Int[Array, " E"],
+    recipes: tuple[LinearRecipe, LinearRecipe],
+) -> Float[Array, "M D"]:
+    """`fp8_feed_forward` of each row by its group's weights, as `fp8_grouped_linear`."""
+    x, arrived = _taken_apart(rows, None)
+    gate_up = gate_up.reshape(len(gate_up), -1, gate_up.shape[-1])
+    return _feed_forward(x, gate_up, down, group_sizes, recipes, arrived)
+
+
+def _flat(x: Any, batch: tuple[int, ...]) -> Any:
+    """x, or each array of it, with its leading dims made one of tokens."""
+    return jax.tree.map(lambda a: a.reshape(math.prod(batch), *a.shape[len(batch) :]), x)
+
+
+def _together(*operands: Any) -> tuple[Any, ...]:
+    """The operands, inside a shard_map marked as differing along the axes that any one does.
+
+    The gradient of one is then added up over the devices that the others differ between.
+    """
+    leaves = jax.tree.leaves(operands)
+    return vary(operands, [a for leaf in leaves for a in jax.typeof(leaf).manual_axis_type.varying])
+
+
+def _taken_apart(x: Any, activation: Activation | None) -> tuple[Array, BlockScaled | None]:
+    """What carries the gradient of x, and the numbers of x where they come quantised."""
+    if not isinstance(x, StraightThrough):
+        return x, None
+    assert activation is None and x.numbers.tile == PER_TOKEN
+    return x.carrier, x.numbers
 
 
 def _input_dims(activation: Activation | None) -> int:
@@ -120,30 +188,63 @@ def _forward(x, weight, group_sizes, recipe, activation, arrived=None):
 
 
 def _backward(recipe, activation, residuals, dy):
+    saved, like, _, group_sizes = residuals
+    d_input, d_weight = _gradients(recipe, activation, residuals, _quantize_gradient(dy, recipe))
+    d_input = d_input[: dy.shape[0]]
+    if activation is not None:
+        d_input = jax.vjp(activation, _unpacked(saved, like, like.dtype))[1](d_input)[0]
+    return d_input, d_weight, _no_gradient(group_sizes), None
+
+
+def _gradients(recipe, activation, residuals, d_output: tuple[BlockScaled, BlockScaled]):
+    """Those of activation(input) and of the weight, for the output's, quantised for both."""
     saved, like, weight, group_sizes = residuals
-    rows, dtype = dy.shape[0], like.dtype
-    dy_quantized, dy_by_token = _quantize_gradient(dy, recipe)
+    by_token, by_channel = d_output
     # Dgrad
-    d_input = _multiply(dy_quantized, _quantize(weight, recipe.weight).mT, group_sizes)
-    d_input = d_input[:rows, : weight.shape[-1]].astype(dtype)
-    if activation is None:
-        dx = d_input
-    else:
-        dx = jax.vjp(activation, _unpacked(saved, like, dtype))[1](d_input)[0]
+    d_input = _multiply(by_token, _quantize(weight, recipe.weight).mT, group_sizes)
+    d_input = d_input[:, : weight.shape[-1]].astype(like.dtype)
     # Wgrad
-    input_by_token = _quantize_saved(saved, like, activation, recipe)
+    kept = _quantize_saved(saved, like, activation, recipe)
     if group_sizes is None:
-        d_weight = scaled_matmul(dy_by_token, input_by_token)
+        d_weight = scaled_matmul(by_channel, kept)
     else:
-        d_weight = grouped_wgrad(dy_by_token, input_by_token, group_sizes)
-    d_weight = d_weight[..., : weight.shape[-2], : weight.shape[-1]].astype(weight.dtype)
-    no_gradient = None
-    if group_sizes is not None:
-        no_gradient = np.zeros(group_sizes.shape, jax.dtypes.float0)
-    return dx.astype(like.dtype), d_weight, no_gradient, None
+        d_weight = grouped_wgrad(by_channel, kept, group_sizes)
+    return d_input, d_weight[..., : weight.shape[-2], : weight.shape[-1]].astype(weight.dtype)
+
+
+def _no_gradient(group_sizes: Any) -> Any:
+    return None if group_sizes is None else np.zeros(group_sizes.shape, jax.dtypes.float0)
 
 
 _linear.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _feed_forward(x, gate_up, down, group_sizes, recipes, arrived=None):
+    return _feed_forward_fwd(x, gate_up, down, group_sizes, recipes, arrived)[0]
+
+
+def _feed_forward_fwd(x, gate_up, down, group_sizes, recipes, arrived=None):
+    hidden, wide = _forward(x, gate_up, group_sizes, recipes[0], None, arrived)
+    hidden = hidden.reshape(len(hidden), 2, -1)
+    y, narrow = _forward(hidden, down, group_sizes, recipes[1], swiglu)
+    return y, (wide, narrow)
+
+
+def _feed_forward_bwd(recipes, residuals, dy):
+    wide, narrow = residuals
+    d_activated, d_down = _gradients(recipes[1], swiglu, narrow, _quantize_gradient(dy, recipes[1]))
+    kept, group_sizes = narrow[0], narrow[3]
+    # Rows that filled dy up to whole tiles are zeros, and fill the gradient of SwiGLU as well.
+    kept = _filled(kept, _TILE, 1)
+    d_hidden = swiglu_backward_quantize(
+        kept, _filled(d_activated, _TILE, 1), recipes[0].dgrad.scale_format
+    )
+    dx, d_gate_up = _gradients(recipes[0], None, wide, d_hidden)
+    return dx[: dy.shape[0]], d_gate_up, d_down, _no_gradient(group_sizes), None
+
+
+_feed_forward.defvjp(_feed_forward_fwd, _feed_forward_bwd)
 
 
 def _quantize_input(x, activation: Activation | None, form: TileFormat) -> BlockScaled:

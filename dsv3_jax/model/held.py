@@ -24,7 +24,13 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.gemm.api import scaled_matmul
 from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul
 from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, dequantize, quantize
+from dsv3_jax.quantization.block_scaled import (
+    PER_BLOCK,
+    BlockScaled,
+    StraightThrough,
+    dequantize,
+    quantize,
+)
 from dsv3_jax.quantization.recipe import LinearRecipe
 
 # The dims of one published matrix at the end of each leaf, as (rows, columns).
@@ -85,12 +91,17 @@ def parameter(
 
 
 def held_linear(
-    x: Float[Array, "*B K"], weight: FP8Weight, recipe: LinearRecipe | None = None
+    x: Float[Array, "*B K"] | StraightThrough,
+    weight: FP8Weight,
+    recipe: LinearRecipe | None = None,
 ) -> Float[Array, "..."]:
     """x times the transposed weight in x's dtype: x quantised as the recipe says, 1x128 if none."""
     matrix, rows = _one_matrix(weight.numbers, experts=0)
-    x_T = x.reshape(-1, x.shape[-1])
-    y = scaled_matmul(_quantize_rows(x_T, matrix, recipe), matrix)
+    if isinstance(x, StraightThrough):
+        quantized = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), x.numbers)
+    else:
+        quantized = _quantize_rows(x.reshape(-1, x.shape[-1]), matrix, recipe)
+    y = scaled_matmul(quantized, matrix)
     return _split(y, rows).astype(x.dtype).reshape(*x.shape[:-1], *weight.shape[:-1])
 
 

@@ -2,16 +2,23 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels.grouped_gemm.api import KERNEL_ALIGNMENT, grouped_matmul, row_alignment
-from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
+from dsv3_jax.model.activation import swiglu
+from dsv3_jax.model.fp8 import (
+    can_fuse,
+    fp8_feed_forward,
+    fp8_grouped_feed_forward,
+    fp8_grouped_linear,
+    fp8_linear,
+)
 from dsv3_jax.model.held import FP8Weight, cut_dims, held_grouped_linear, held_linear
-from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.parallel.sharding import Layout, constrain
 from dsv3_jax.quantization.block_scaled import StraightThrough
 from dsv3_jax.quantization.recipe import LinearRecipe
 
@@ -25,7 +32,7 @@ class Spread(NamedTuple):
 
 
 def linear(
-    x: Float[Array, "*B K"],
+    x: Float[Array, "*B K"] | StraightThrough,
     weight: Float[Array, "*N K"] | FP8Weight,
     recipe: LinearRecipe | None = None,
     activation: Callable[[Array], Array] | None = None,
@@ -37,7 +44,8 @@ def linear(
     A recipe says how the products are quantised, none that they are not. An activation is applied
     to x first (`fp8_linear` saves x rather than what it makes of it). An FP8Weight is multiplied in
     FP8 with or without a recipe, and has no gradient. With a layout in `spread`, a product in FP8
-    is each device's own; a contracted dim that is cut leaves y laid out as the residual.
+    is each device's own; a contracted dim that is cut leaves y laid out as the residual. An x that
+    is quantised already needs a recipe, or such a weight.
     """
     layout = None if spread is None else spread.layout
     if isinstance(weight, FP8Weight):
@@ -63,6 +71,7 @@ def linear(
         if spread is None or layout is None:
             return multiply(x, weight)
         return _on_mesh(multiply, x, weight, layout.spec(*spread.weight), spread, layout)
+    assert not isinstance(x, StraightThrough)
     if activation is not None:
         x = activation(x)
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
@@ -71,22 +80,81 @@ def linear(
 
 def _on_mesh(multiply, x, weight, of_weight: PartitionSpec, spread: Spread, layout: Layout):
     *out_dims, contracted = spread.weight
-    inner = (None,) * (x.ndim - len(spread.rows) - 1)  # SwiGLU's pair
+    inner = (None,) * (len(x.shape) - len(spread.rows) - 1)  # SwiGLU's pair
     rows = spread.rows if contracted is None else (spread.rows[0], "residual")
 
     def of_device(x, weight):
         y = multiply(x, weight)
-        if contracted is None:
-            return y
-        axes = layout.axes(contracted)
-        if not axes:
-            return y
-        if axes == layout.residual_axes():
-            return jax.lax.psum_scatter(y, axes, scatter_dimension=1, tiled=True)
-        return jax.lax.psum(y, axes)
+        return y if contracted is None else _added_up(y, layout, contracted)
 
     of_x = layout.spec(*spread.rows, *inner, contracted)
     return layout.shard_map(of_device, (of_x, of_weight), layout.spec(*rows, *out_dims))(x, weight)
+
+
+def _added_up(y: Array, layout: Layout, contracted: str) -> Array:
+    """The sum over the devices that `contracted` is cut over, laid out as the residual."""
+    axes = layout.axes(contracted)
+    if not axes:
+        return y
+    if axes == layout.residual_axes():
+        return jax.lax.psum_scatter(y, axes, scatter_dimension=1, tiled=True)
+    return jax.lax.psum(y, axes)
+
+
+Recipes = tuple[LinearRecipe | None, LinearRecipe | None]  # of gate and up, and of down
+
+
+def feed_forward(
+    x: Float[Array, "B T D"] | StraightThrough,
+    gate_up: Float[Array, "2 F D"] | FP8Weight,
+    down: Float[Array, "D F"] | FP8Weight,
+    recipes: Recipes,
+    layout: Layout | None = None,
+) -> Float[Array, "B T D"]:
+    """down(swiglu(gate_up(x))), with F cut over `tensor` where there is a layout.
+
+    x lies as ("batch", "seq"), and the result as the residual.
+    """
+    rows, inner = ("batch", "seq"), (None, "mlp", None)
+    if not _fused(x, gate_up, down, recipes, layout):
+        widen, narrow = Spread(layout, rows, inner), Spread(layout, rows, (None, "mlp"))
+        hidden = linear(x, gate_up, recipes[0], spread=widen)
+        hidden = constrain(hidden, layout, *rows, None, "mlp")
+        return linear(hidden, down, recipes[1], swiglu, narrow)
+    both: Any = fp8_feed_forward
+    multiply = partial(both, recipes=recipes)
+    if layout is None:
+        return multiply(x, gate_up, down)
+    inputs = layout.spec(*rows), layout.spec(*inner), layout.spec(None, "mlp")
+    return layout.shard_map(
+        lambda *operands: _added_up(multiply(*operands), layout, "mlp"),
+        inputs,
+        layout.spec("batch", "residual"),
+    )(x, gate_up, down)
+
+
+def grouped_feed_forward(
+    rows: Float[Array, "M D"] | StraightThrough,
+    gate_up: Float[Array, "E 2 F D"] | FP8Weight,
+    down: Float[Array, "E D F"] | FP8Weight,
+    group_sizes: Int[Array, " E"],
+    alignment: int,
+    recipes: Recipes,
+) -> Float[Array, "M D"]:
+    """`feed_forward` of each row with the weights of its group, as `grouped_linear`."""
+    if _fused(rows, gate_up, down, recipes, None):
+        fused: Any = fp8_grouped_feed_forward
+        return fused(rows, gate_up, down, group_sizes, recipes)
+    hidden = grouped_linear(rows, gate_up, group_sizes, alignment, recipes[0])
+    return grouped_linear(hidden, down, group_sizes, alignment, recipes[1], swiglu)
+
+
+def _fused(x, gate_up, down, recipes: Recipes, layout: Layout | None) -> bool:
+    """Whether both products are one FP8 operation, with SwiGLU's gradient quantised inside."""
+    if isinstance(gate_up, FP8Weight) or isinstance(down, FP8Weight):
+        return False
+    width = down.shape[-1] // (1 if layout is None else layout.size("mlp"))
+    return can_fuse(x.dtype, (width, down.shape[-2]), *recipes)
 
 
 def grouped_linear(

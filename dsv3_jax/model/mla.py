@@ -20,19 +20,21 @@ from dsv3_jax.kernels.attention.api import ascending, documents_between, mla_att
 from dsv3_jax.kernels.mla_decode.api import mla_decode, mla_decode_contiguous
 from dsv3_jax.kernels.mla_decode.schedule import Schedule
 from dsv3_jax.model.cache import LatentCache, PagedCache, append, append_paged
+from dsv3_jax.model.fused import norm_for
 from dsv3_jax.model.held import parameter
 from dsv3_jax.model.linear import Spread, linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS, rms_norm
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
 from dsv3_jax.parallel.context import Partial, ring_attention
 from dsv3_jax.parallel.sharding import Layout, constrain, in_layout_order, in_natural_order
+from dsv3_jax.quantization.block_scaled import StraightThrough
 from dsv3_jax.quantization.recipe import BF16, LinearRecipe, Recipe
 
 
 def mla_expand(
     q_nope_BTNH: Float[Array, "B T N H"],
     q_rope_BTNR: Float[Array, "B T N R"],
-    latent_BSC: Float[Array, "B S C"],
+    latent_BSC: Float[Array, "B S C"] | StraightThrough,
     k_rope_BSR: Float[Array, "B S R"],
     kv_b_proj: Float[Array, "N HU C"],
     scale: float,
@@ -195,7 +197,7 @@ class MLA(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B T D"],
+        x: Float[Array, "B T D"] | StraightThrough,
         positions: Int[Array, "#B T"],
         segments: Int[Array, "B T"] | None = None,
         cache: LatentCache | PagedCache | None = None,
@@ -226,7 +228,8 @@ class MLA(nn.Module):
             q_latent = linear(x, q_a_proj, recipe.attention, spread=to_latent)
             norm = self.param("q_a_layernorm", ones, (rank,))
             # A projection to a latent is made where the rows are; then the narrow latent moves.
-            q_latent = constrain(rms_norm(q_latent, norm, LATENT_NORM_EPS), layout, *rows)
+            normed = norm_for(q_latent, norm, LATENT_NORM_EPS, recipe.attention, layout)
+            q_latent = constrain(normed, layout, *rows)
             q_b_proj = parameter(self, "q_b_proj", init, (heads, config.qk_head_dim, rank))
             q = linear(q_latent, q_b_proj, recipe.attention, spread=to_heads)
         q = constrain(q, layout, "batch", "seq", "heads")
@@ -236,7 +239,11 @@ class MLA(nn.Module):
         latent_and_rope = linear(x, kv_a_proj, recipe.attention, spread=to_latent)
         latent_and_rope = constrain(latent_and_rope, layout, "batch", "seq")
         norm = self.param("kv_a_layernorm", ones, (latent_dim,))
-        latent = rms_norm(latent_and_rope[..., :latent_dim], norm, LATENT_NORM_EPS)
+        latent: Any = latent_and_rope[..., :latent_dim]
+        if cache is None and layout is None:  # nothing but kv_b_proj reads it
+            latent = norm_for(latent, norm, LATENT_NORM_EPS, recipe.attention)
+        else:
+            latent = rms_norm(latent, norm, LATENT_NORM_EPS)
         cos, sin = rope_tables(positions, config)
         q_rope = apply_rope(q_rope, cos, sin)
         k_rope = apply_rope(latent_and_rope[..., latent_dim:], cos, sin)

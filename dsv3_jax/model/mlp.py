@@ -4,10 +4,10 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.activation import swiglu
 from dsv3_jax.model.held import parameter
-from dsv3_jax.model.linear import Spread, linear
+from dsv3_jax.model.linear import feed_forward
 from dsv3_jax.parallel.sharding import Layout, constrain
+from dsv3_jax.quantization.block_scaled import StraightThrough
 from dsv3_jax.quantization.recipe import BF16, Recipe
 
 
@@ -20,14 +20,10 @@ class MLP(nn.Module):
     layout: Layout | None = None
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"] | StraightThrough) -> Float[Array, "B T D"]:
         dim, init = x.shape[-1], nn.initializers.normal(self.config.initializer_range)
         gate_up_proj = parameter(self, "gate_up_proj", init, (2, self.width, dim))
         down_proj = parameter(self, "down_proj", init, (dim, self.width))
+        recipes = self.recipe.gate_up_proj, self.recipe.down_proj
         x = constrain(x, self.layout, "batch", "seq")
-        rows = ("batch", "seq")
-        widen = Spread(self.layout, rows, (None, "mlp", None))
-        narrow = Spread(self.layout, rows, (None, "mlp"))
-        gate_up = linear(x, gate_up_proj, self.recipe.gate_up_proj, spread=widen)
-        gate_up = constrain(gate_up, self.layout, "batch", "seq", None, "mlp")
-        return linear(gate_up, down_proj, self.recipe.down_proj, swiglu, narrow)
+        return feed_forward(x, gate_up_proj, down_proj, recipes, self.layout)

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.activation import swiglu
+from dsv3_jax.model.fused import gather_for
 from dsv3_jax.model.held import FP8Weight, parameter
-from dsv3_jax.model.linear import group_alignment, grouped_linear
+from dsv3_jax.model.linear import group_alignment, grouped_feed_forward
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.router import Routing, balance_loss, route
 from dsv3_jax.parallel.collectives import total, vary
@@ -88,12 +88,15 @@ def _expert_round(
     gate_up, down = recipe.experts_gate_up_proj, recipe.experts_down_proj
     entries = experts_TK.size if exchange.entries is None else exchange.entries
     alignment = group_alignment(entries, exchange.experts, gate_up, down)
+    held = isinstance(gate_up_E2FD, FP8Weight)
+    gather = partial(gather_for, recipe=None if held else gate_up)
     rows_MD, group_sizes, handle = dispatch(
-        x_TD, weights_TK, experts_TK, exchange, alignment, window
+        x_TD, weights_TK, experts_TK, exchange, alignment, window, gather
     )
     # expert FFN
-    hidden_M2F = grouped_linear(rows_MD, gate_up_E2FD, group_sizes, alignment, gate_up)
-    out_MD = grouped_linear(hidden_M2F, down_EDF, group_sizes, alignment, down, swiglu)
+    out_MD = grouped_feed_forward(
+        rows_MD, gate_up_E2FD, down_EDF, group_sizes, alignment, (gate_up, down)
+    )
     return combine(out_MD, handle, exchange), handle.left
 
 

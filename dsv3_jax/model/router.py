@@ -5,13 +5,15 @@ it is state of the router, moved by `update_router_bias` once a step, not by the
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.fused.api import route_top_k
 from dsv3_jax.parallel.collectives import total
 
 # A group is ranked by the sum of its best K_r / M = 8 / 4 experts (section 2.1.2); the published
@@ -47,41 +49,79 @@ def route(
         precision=jax.lax.Precision.HIGHEST,
     )
     if config.scoring_func == "sigmoid":
-        scores_TE = jax.nn.sigmoid(logits_TE)
+        bias = jnp.zeros(logits_TE.shape[1]) if bias_E is None else bias_E
+        groups = _groups(bias_E is not None, config)
+        chosen: Any = _choose(logits_TE, bias, config.num_experts_per_tok, groups)
+        experts_TK, weights_TK, scores_TE = chosen
     else:
         scores_TE = jax.nn.softmax(logits_TE, axis=-1)
-    # The choice is not differentiated: gradients reach the router through the weights alone.
-    choice_TE = jax.lax.stop_gradient(scores_TE)
-    if bias_E is not None:
-        choice_TE = choice_TE + bias_E
-    if config.topk_method != "greedy" and config.n_group > 1:
-        choice_TE = jnp.where(
-            _best_groups(choice_TE, bias_E is not None, config), choice_TE, -jnp.inf
-        )
-    experts_TK = jax.lax.top_k(choice_TE, config.num_experts_per_tok)[1]
-    weights_TK = jnp.take_along_axis(scores_TE, experts_TK, axis=-1)
+        # The choice is not differentiated: gradients reach the router through the weights alone.
+        choice_TE = jax.lax.stop_gradient(scores_TE)
+        if bias_E is not None:
+            choice_TE = choice_TE + bias_E
+        groups = _groups(bias_E is not None, config)
+        if groups.n_group > 1:
+            choice_TE = jnp.where(_best_groups(choice_TE, groups), choice_TE, -jnp.inf)
+        experts_TK = jax.lax.top_k(choice_TE, config.num_experts_per_tok)[1]
+        weights_TK = jnp.take_along_axis(scores_TE, experts_TK, axis=-1)
     if config.norm_topk_prob:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdims=True) + 1e-20)
     return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores_TE)
 
 
-def _best_groups(
-    choice_TE: Float[Array, "T E"], by_two_best: bool, config: ModelConfig
-) -> Bool[Array, "T E"]:
-    """True for the experts of each token's best topk_group groups.
+class _Groups(NamedTuple):
+    """Of how many groups of experts how many are kept, and how many of their best count."""
 
-    A group counts for the sum of its two best experts where there is a bias (noaux_tc), and for its
-    best one otherwise (group_limited_greedy).
+    n_group: int = 1
+    topk_group: int = 1
+    best_of_group: int = 1
+
+
+def _groups(has_bias: bool, config: ModelConfig) -> _Groups:
+    """A group counts for the sum of its two best experts where there is a bias (noaux_tc), and for
+    its best one otherwise (group_limited_greedy)."""
+    if config.topk_method == "greedy" or config.n_group == 1:
+        return _Groups()
+    best = EXPERTS_PER_GROUP_SCORE if has_bias else 1
+    return _Groups(config.n_group, config.topk_group, best)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _choose(logits_TE, bias_E, top_k: int, groups: _Groups):
+    """Experts, their scores and all scores: sigmoids of the logits.
+
+    The choice is not differentiated: gradients reach the logits through the scores alone.
     """
+    return route_top_k(logits_TE, bias_E, top_k=top_k, **groups._asdict())
+
+
+def _choose_forward(logits_TE, bias_E, top_k, groups):
+    chosen: Any = _choose(logits_TE, bias_E, top_k, groups)
+    experts_TK, _, scores_TE = chosen
+    return chosen, (experts_TK, scores_TE, bias_E)
+
+
+def _choose_backward(top_k, groups, residuals, cotangents):
+    experts_TK, scores_TE, bias_E = residuals
+    _, d_weights_TK, d_scores_TE = cotangents
+    weights_of = partial(jnp.take_along_axis, indices=experts_TK, axis=-1)
+    d_scores_TE += jax.vjp(weights_of, scores_TE)[1](d_weights_TK)[0]
+    return d_scores_TE * scores_TE * (1 - scores_TE), jnp.zeros_like(bias_E)
+
+
+_choose.defvjp(_choose_forward, _choose_backward)
+
+
+def _best_groups(choice_TE: Float[Array, "T E"], groups: _Groups) -> Bool[Array, "T E"]:
+    """True for the experts of each token's best groups."""
     num_tokens, num_experts = choice_TE.shape
-    grouped = choice_TE.reshape(num_tokens, config.n_group, -1)
-    best = EXPERTS_PER_GROUP_SCORE if by_two_best else 1
-    if grouped.shape[-1] > best:
-        grouped = jax.lax.top_k(grouped, best)[0]
+    grouped = choice_TE.reshape(num_tokens, groups.n_group, -1)
+    if grouped.shape[-1] > groups.best_of_group:
+        grouped = jax.lax.top_k(grouped, groups.best_of_group)[0]
     group_scores = grouped.sum(-1)
-    winners = jax.lax.top_k(group_scores, config.topk_group)[1]
-    kept = jax.nn.one_hot(winners, config.n_group, dtype=jnp.bool_).any(axis=1)
-    return jnp.repeat(kept, num_experts // config.n_group, axis=1)
+    winners = jax.lax.top_k(group_scores, groups.topk_group)[1]
+    kept = jax.nn.one_hot(winners, groups.n_group, dtype=jnp.bool_).any(axis=1)
+    return jnp.repeat(kept, num_experts // groups.n_group, axis=1)
 
 
 def balance_loss(

@@ -8,7 +8,7 @@ is the other, over the same plan, and number formats belong to the direction (se
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -152,18 +152,19 @@ def dispatch(
     exchange: Exchange,
     alignment: int,
     window: Int[Array, " levels"] | None = None,
+    gather: Callable[[Any, Groups], Any] = gather_rows,
 ) -> tuple[Float[Array, "M D"] | StraightThrough, Int[Array, " E"], Handle]:
     """The rows of this device's experts, the size of each one's group, and the handle.
 
     Groups follow each other, padded with zero rows to multiples of `alignment`. An expert
     `hops.NOBODY` gets no row (only where there are hops). With `quantized_rows` the rows are the
     FP8 numbers that were sent. Of rows that do not fit into the buffers, `window` says which ones
-    are meant, and the handle whether there are more.
+    are meant, and the handle whether there are more. `gather` may quantise what it gathers.
     """
     if not exchange.hops:
         groups, sizes, _ = plan(experts, exchange.experts, alignment)
         left = jnp.zeros(1, bool)
-        return gather_rows(x, groups), sizes, Handle(groups, weights, (), left)
+        return gather(x, groups), sizes, Handle(groups, weights, (), left)
     if window is None:
         window = jnp.zeros(exchange.levels, jnp.int32)
     sent: Any = _send(x, weights, experts, window, exchange)
@@ -171,7 +172,7 @@ def dispatch(
     groups, sizes, _ = plan(local, exchange.experts, alignment, exchange.entries)
     arrived = sent.x if sent.numbers is None else StraightThrough(sent.numbers, sent.x)
     handle = Handle(groups, sent.weights, sent.plans, jnp.append(sent.left, left))
-    return gather_rows(arrived, groups), sizes, handle
+    return gather(arrived, groups), sizes, handle
 
 
 def combine(rows: Float[Array, "M D"], handle: Handle, exchange: Exchange) -> Float[Array, "T D"]:

@@ -198,6 +198,6 @@ def serving_layouts(layout: Layout | None) -> tuple[Layout | None, Layout | None
     return prefill, dataclasses.replace(prefill, rules=RULES["decode"])
 
 
-def constrain(x: jax.Array, layout: Layout | None, *dims: str | None) -> jax.Array:
-    """`Layout.constrain`, or x itself on a single device."""
-    return x if layout is None else layout.constrain(x, *dims)
+def constrain(x: Any, layout: Layout | None, *dims: str | None) -> Any:
+    """`Layout.constrain` of x, or of each array of it; x itself on a single device."""
+    return x if layout is None else jax.tree.map(lambda a: layout.constrain(a, *dims), x)

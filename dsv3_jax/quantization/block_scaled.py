@@ -88,6 +88,16 @@ class StraightThrough(NamedTuple):
     numbers: BlockScaled
     carrier: Array
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the numbers."""
+        return self.carrier.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype that the numbers would have if they had not been quantised."""
+        return self.carrier.dtype
+
 
 def quantize(
     x: Float[Array, "*batch M K"], tile: tuple[int, int], scale_format: ScaleFormat = "f32"

@@ -180,7 +180,9 @@ def test_quantize_of_dequantized_ue8m0_is_the_identity():
 
 def test_no_compiler_may_drop_the_rounding():
     """XLA:GPU replaces a cast that a cast back follows by neither: excess precision, it says."""
-    equations = jax.make_jaxpr(lambda x: dequantize(quantize(x, PER_TOKEN)))(jnp.ones((1, 128))).eqns
+    equations = jax.make_jaxpr(lambda x: dequantize(quantize(x, PER_TOKEN)))(
+        jnp.ones((1, 128))
+    ).eqns
     (rounded,) = [e.outvars[0] for e in equations if e.params.get("new_dtype") == jnp.float8_e4m3fn]
     assert [e.primitive.name for e in equations if rounded in e.invars] == ["optimization_barrier"]
 

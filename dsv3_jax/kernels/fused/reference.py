@@ -97,7 +97,9 @@ def route_top_k(
     choice = scores + bias
     if topk_group < n_group:
         grouped = choice.reshape(logits.shape[0], n_group, -1)
-        group_scores = jax.lax.top_k(grouped, best_of_group)[0].sum(-1)
+        if grouped.shape[-1] > best_of_group:
+            grouped = jax.lax.top_k(grouped, best_of_group)[0]
+        group_scores = grouped.sum(-1)
         winners = jax.lax.top_k(group_scores, topk_group)[1]
         kept = jax.nn.one_hot(winners, n_group, dtype=jnp.bool_).any(axis=1)
         kept = jnp.repeat(kept, logits.shape[1] // n_group, axis=1)
