@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from benchmarks.bench_gemm import machine, microseconds
 from dsv3_jax.kernels.fused import pallas_gpu, reference
 from dsv3_jax.parallel.grouping import plan
-from dsv3_jax.quantization.block_scaled import PER_TOKEN, quantize
+from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, quantize
 
 TOKENS, DIM, WIDTH, EXPERTS, EACH = 4096, 7168, 2048, 32, 8
 ROUTER = dict(top_k=EACH, n_group=8, topk_group=4, best_of_group=2)
@@ -36,8 +36,10 @@ class Operation(NamedTuple):
     def of(cls, name: str, op: str, *operands: Any, **options: Any) -> "Operation":
         """Both implementations of an operation of kernels.fused, compiled for the operands."""
         ours, xla = (
-            jax.jit(partial(getattr(module, op), **options)) for module in (pallas_gpu, reference)
+            jax.jit(_with_scales_as_products_read_them(partial(getattr(module, op), **options)))
+            for module in (pallas_gpu, reference)
         )
+        operands = jax.jit(_rows_last)(operands)
         jax.block_until_ready((ours(*operands), xla(*operands)))
         return cls(name, ours, xla, operands)
 
@@ -52,6 +54,18 @@ class Operation(NamedTuple):
         ours, xla = (jax.tree.leaves(f(*self.operands)) for f in (self.ours, self.xla))
         values = [pair for pair in zip(ours, xla) if pair[0].dtype.itemsize == 1]
         return max((float((a != b).mean()) for a, b in values or zip(ours, xla)))
+
+
+def _with_scales_as_products_read_them(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with scales rows last: a program's end would turn them, products would not."""
+    return lambda *operands: _rows_last(function(*_rows_last(operands)))
+
+
+def _rows_last(tree: Any) -> Any:
+    def turn(x):
+        return BlockScaled(x.values, x.scales.mT, x.tile) if isinstance(x, BlockScaled) else x
+
+    return jax.tree.map(turn, tree, is_leaf=lambda x: isinstance(x, BlockScaled))
 
 
 def normal(key: int, *shape: int) -> jax.Array:

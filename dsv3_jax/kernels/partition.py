@@ -73,7 +73,8 @@ def cut_by(cut: Cut, function: Callable[..., Any], *operands: Any) -> Any:
         infer_sharding_from_operands=functools.partial(_infer, cut),
         sharding_rule=cut.rule,
     )
-    return call(*operands)
+    # It knows no vmap; the layers that are initialised together are few.
+    return jax.custom_batching.sequential_vmap(call)(*operands)
 
 
 def _partition(cut: Cut, function: Callable[..., Any], mesh: Any, operands: Any, results: Any):

@@ -95,3 +95,16 @@ def test_inside_a_shard_map_nothing_is_cut(mesh, rng):
     )(x)
     np.testing.assert_array_equal(out, fused_reference.quantize_rows(x).values)
     assert jnp.asarray(shapes).tolist() == [[[128, 256]]]
+
+
+def test_a_kernel_may_be_mapped_over_layers(rng):
+    """As when stacked layers are initialised together."""
+    cut = fused.Cut(fused.BY_TOKEN[:1], fused.BY_TOKEN, {"t": 1, "d": 128})
+    x = normal(rng, 3, 16, 256)
+    one_by_one = jax.jit(lambda x: cut_by(cut, fused_reference.quantize_rows, x))
+    got = jax.jit(jax.vmap(one_by_one))(x)
+    for layer in range(3):
+        for leaf, expected in zip(jax.tree.leaves(got), jax.tree.leaves(one_by_one(x[layer]))):
+            np.testing.assert_array_equal(
+                np.asarray(leaf[layer], np.float32), np.asarray(expected, np.float32)
+            )

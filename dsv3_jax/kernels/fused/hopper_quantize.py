@@ -29,9 +29,24 @@ from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import plgpu
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat, scale_of_amax
 
-# A source makes numbers of operands: source(refs, rows, columns, layout) has one array for each
-# part of the result, all [rows, columns] in that layout, bfloat16 where that holds them.
-Source = Callable[[Sequence[Any], Any, Any, Any], tuple[Any, ...]]
+
+@dataclass(frozen=True)
+class Source:
+    """Makes numbers of operands.
+
+    `load(refs, rows, columns, layout)` has the arrays of a piece [rows, columns] in that layout,
+    and `compute(*arrays)` makes of them one array for each part of the result, in that layout,
+    bfloat16 where that holds them.
+    """
+
+    load: Callable[[Sequence[Any], Any, Any, Any], tuple[Any, ...]]
+    compute: Callable[..., tuple[Any, ...]] = lambda x: (x,)
+
+    def __call__(
+        self, refs: Sequence[Any], rows: Any, columns: Any, layout: Any
+    ) -> tuple[Any, ...]:
+        return self.compute(*self.load(refs, rows, columns, layout))
+
 
 TOKENS_EACH = 16  # consecutive tokens of a channel in one thread
 
@@ -175,18 +190,27 @@ def quantize_computed(
         if by_token:
             values, scales = refs.pop(0), refs.pop(0)
 
-        @_in_turn(128 // (split.rows * split.warpgroups))
-        def _(turn):
+        turns = 128 // (split.rows * split.warpgroups)
+
+        def loaded(turn):
+            start = row + (turn * split.warpgroups + warpgroup) * split.rows
+            rows = pl.ds(start, split.rows)
+            return source.load(sources, rows, pl.ds(column, 128), tokens_layout())
+
+        def one_turn(turn, arrays):
+            # On their way while these are computed; the last ones are loaded again, and dropped.
+            following = loaded(lax.min(turn + 1, jnp.int32(turns - 1)))
             within = (turn * split.warpgroups + warpgroup) * split.rows
             rows = pl.ds(row + within, split.rows)
-            numbers = source(sources, rows, pl.ds(column, 128), tokens_layout())
-            for part, x in enumerate(numbers):
+            for part, x in enumerate(source.compute(*arrays)):
                 _put(tile.at[part], within, x)
                 if by_token:
                     at = part * dim + column
                     values[rows, pl.ds(at, 128)], per_token = quantized(x, scale_format)
                     scales[lax.div(at, jnp.int32(128)), rows] = per_token
+            return following
 
+        lax.fori_loop(0, turns, one_turn, loaded(0))
         meet(met)
         values, scales = refs
         rows, pieces = pl.ds(row, 128), 128 // split.turned

@@ -4,6 +4,7 @@
 of its own here, and so has the permutation of tokens, whose destinations are data.
 """
 
+from functools import partial
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.kernels import manual
 from dsv3_jax.kernels.fused.hopper_quantize import (
     COMPILER_PARAMS,
+    Source,
     Split,
     quantize_computed,
     quantize_tiles,
@@ -44,7 +46,7 @@ def quantize_rows(x: Float[Array, "T D"], scale_format: ScaleFormat = "f32") -> 
     rows = x.shape[0]
     x = jnp.pad(x, ((0, max(8 - rows, 0)), (0, 0)))
     tokens, dim = _require(x)
-    (out,) = quantize_tiles(_plain, (x,), tokens, dim, scale_format, ALONG_CHANNELS)
+    (out,) = quantize_tiles(PLAIN, (x,), tokens, dim, scale_format, ALONG_CHANNELS)
     return BlockScaled(out.values[:rows], out.scales[:rows], PER_TOKEN)
 
 
@@ -53,7 +55,7 @@ def quantize_both_ways(
 ) -> tuple[BlockScaled, ...]:
     """x quantised per token, and transposed and quantised along tokens, in one read; see `api`."""
     tokens, dim = _require(x, whole_tokens=True)
-    return quantize_tiles(_plain, (x,), tokens, dim, scale_format, BOTH_WAYS, by_channel=True)
+    return quantize_tiles(PLAIN, (x,), tokens, dim, scale_format, BOTH_WAYS, by_channel=True)
 
 
 def quantize_transposed(
@@ -63,13 +65,7 @@ def quantize_transposed(
     scaled = isinstance(x, BlockScaled)
     tokens, dim = _require(x, True, jnp.float8_e4m3fn if scaled else jnp.bfloat16)
 
-    operands = _leaves(x) if scaled else (x,)
-
-    def source(refs, rows, columns, layout):
-        if scaled:
-            return (_dequantized(refs, rows, columns, layout),)
-        return _plain(refs, rows, columns, layout)
-
+    source, operands = (KEPT, _leaves(x)) if scaled else (PLAIN, (x,))
     (out,) = quantize_tiles(
         source, operands, tokens, dim, scale_format, ALONG_TOKENS, by_token=False, by_channel=True
     )
@@ -83,12 +79,13 @@ def swiglu_quantize(
     transposed: bool = False,
 ) -> BlockScaled:
     """silu(gate) x up, quantised per token, or transposed; see `api.swiglu_quantize`."""
-    tokens, width, operands = _gate_and_up(gate_up, transposed)
+    tokens, width, operands = _halves_of(gate_up, transposed)
 
-    def source(refs, rows, columns, layout):
-        gate, up = _load_gate_and_up(refs, rows, columns, layout, width)
+    def activate(*loaded):
+        gate, up = _gate_and_up(loaded)
         return ((gate * _sigmoid(gate) * up).astype(jnp.bfloat16),)
 
+    source = Source(partial(_load_both, width), activate)
     inputs = (source, operands, tokens, width, scale_format)
     if transposed:
         (out,) = quantize_computed(*inputs, SWIGLU_TRANSPOSED, by_token=False)
@@ -103,18 +100,21 @@ def swiglu_backward_quantize(
     scale_format: ScaleFormat = "f32",
 ) -> tuple[BlockScaled, ...]:
     """The gradient of SwiGLU's input, quantised both ways; see `api.swiglu_backward_quantize`."""
-    tokens, width, operands = _gate_and_up(gate_up, True)
+    tokens, width, operands = _halves_of(gate_up, True)
     _require(d_out, whole_tokens=True)
 
-    def source(refs, rows, columns, layout):
-        *refs, d_ref = refs
-        gate, up = _load_gate_and_up(refs, rows, columns, layout, width)
-        d_out = _load(d_ref, rows, columns, layout)
+    def load(refs, rows, columns, layout):
+        d_out = _load(refs[-1], rows, columns, layout)
+        return (*_load_both(width, refs[:-1], rows, columns, layout), d_out)
+
+    def differentiate(*loaded):
+        gate, up = _gate_and_up(loaded[:-1])
         sigmoid = _sigmoid(gate)
-        d_activated = d_out * sigmoid
+        d_activated = loaded[-1].astype(jnp.float32) * sigmoid
         d_gate = d_activated * up * (1 + (gate - gate * sigmoid))
         return d_gate.astype(jnp.bfloat16), (d_activated * gate).astype(jnp.bfloat16)
 
+    source = Source(load, differentiate)
     inputs = (source, (*operands, d_out), tokens, width, scale_format)
     return quantize_computed(*inputs, SWIGLU_BACKWARD, parts=2)
 
@@ -171,7 +171,7 @@ def _norm_of_narrow_tokens(x, weight, eps: float, scale_format: ScaleFormat):
     def kernel(x_ref, weight_ref, values, scales):
         row = lax.min(lax.axis_index("block") * NORM_TOKENS, jnp.int32(tokens - NORM_TOKENS))
         rows = pl.ds(row, NORM_TOKENS)
-        blocks = [_load(x_ref, rows, span, layout) for span in columns]
+        blocks = [_load(x_ref, rows, span, layout).astype(jnp.float32) for span in columns]
         total = jnp.sum(sum(jnp.square(block) for block in blocks), axis=1)
         inverse_rms = lax.rsqrt(total / dim + eps)
         for tile, (block, span) in enumerate(zip(blocks, columns)):
@@ -261,31 +261,45 @@ def permute_quantize(
     return BlockScaled(values.reshape(num_rows, dim), scales.mT, PER_TOKEN)
 
 
-def _plain(refs, rows, columns, layout):
-    return (plgpu.load(refs[0].at[rows, columns], layout=layout, optimized=False),)
-
-
 def _load(ref: Any, rows: Any, columns: Any, layout: Any) -> Any:
-    return plgpu.load(ref.at[rows, columns], layout=layout, optimized=False).astype(jnp.float32)
+    return plgpu.load(ref.at[rows, columns], layout=layout, optimized=False)
 
 
-def _dequantized(refs: Any, rows: Any, columns: Any, layout: Any) -> Any:
-    """Numbers of a BlockScaled in 1x128 tiles, of which `refs` are values and scales."""
+def _load_plain(refs, rows, columns, layout):
+    return (_load(refs[0], rows, columns, layout),)
+
+
+def _load_kept(refs, rows, columns, layout):
+    """Values of a BlockScaled in 1x128 tiles, and the scale of each row, which `refs` are."""
     values, scales = refs
-    x = _load(values, rows, columns, layout)
     tile = lax.div(columns.start, jnp.int32(128))
     scale = plgpu.load(scales.at[tile, rows], layout=layout.reduce(1), optimized=False)
-    return x * lax.broadcast_in_dim(scale, x.shape, [0])
+    return _load(values, rows, columns, layout), scale
 
 
-def _load_gate_and_up(refs, rows, columns, layout, width: int):
-    spans = [pl.ds(columns.start + first, columns.size) for first in (0, width)]
-    if len(refs) == 1:
-        return [_load(refs[0], rows, span, layout) for span in spans]
-    return [_dequantized(refs, rows, span, layout) for span in spans]
+def _dequantized(values: Any, scale: Any) -> Any:
+    return values.astype(jnp.float32) * lax.broadcast_in_dim(scale, values.shape, [0])
 
 
-def _gate_and_up(gate_up: Any, whole_tokens: bool) -> tuple[int, int, tuple[Any, ...]]:
+PLAIN = Source(_load_plain)
+KEPT = Source(_load_kept, lambda *kept: (_dequantized(*kept),))
+
+
+def _load_both(width: int, refs, rows, columns, layout):
+    """What `_gate_and_up` makes numbers of: up lies `width` channels behind gate."""
+    load = _load_plain if len(refs) == 1 else _load_kept
+    gate = load(refs, rows, columns, layout)
+    return (*gate, *load(refs, rows, pl.ds(columns.start + width, columns.size), layout))
+
+
+def _gate_and_up(loaded: tuple[Any, ...]) -> list[Any]:
+    """Gate and up in float32."""
+    if len(loaded) == 2:
+        return [x.astype(jnp.float32) for x in loaded]
+    return [_dequantized(*loaded[:2]), _dequantized(*loaded[2:])]
+
+
+def _halves_of(gate_up: Any, whole_tokens: bool) -> tuple[int, int, tuple[Any, ...]]:
     """Tokens, width of each half and the arrays of SwiGLU's input, after checks."""
     scaled = isinstance(gate_up, BlockScaled)
     dtype = jnp.float8_e4m3fn if scaled else jnp.bfloat16
