@@ -1,8 +1,8 @@
 """Grouped matmul over aligned blocks of rows: the exact form for CPUs.
 
 XLA:CPU computes `ragged_dot` densely over all experts. Here every block of `alignment` rows belongs
-to one group, so that it is one dense product with that group's weights. Blocks in use are multiplied
-one after the other, and others cost nothing.
+to one group, so that it is one dense product with that group's weights. Blocks in use are
+multiplied one after the other, and others cost nothing.
 """
 
 from functools import partial
