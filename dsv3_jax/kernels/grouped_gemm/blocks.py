@@ -88,16 +88,17 @@ def _looped_backward(alignment, residuals, d_out):
     block_group, used = _blocks(x.shape[0], group_sizes, alignment)
 
     def body(i, carry):
-        d_x, d_weights = carry
+        d_x, d_transposed = carry
         group, d_rows = block_group[i], _rows(d_out, i, alignment)
         d_x = jax.lax.dynamic_update_slice(d_x, d_rows @ weights[group], (i * alignment, 0))
-        product = jnp.matmul(d_rows.T, _rows(x, i, alignment), preferred_element_type=jnp.float32)
-        return d_x, d_weights.at[group].add(product)
+        # [K, N]: 92 GFLOP/s a core, and 75 for [N, K].
+        product = jnp.matmul(_rows(x, i, alignment).T, d_rows, preferred_element_type=jnp.float32)
+        return d_x, d_transposed.at[group].add(product)
 
     # f32: a group's weight gradient is a sum over its blocks.
-    start = (jnp.zeros_like(x), jnp.zeros_like(weights, jnp.float32))
-    d_x, d_weights = jax.lax.fori_loop(0, used, body, start)
-    return d_x, d_weights.astype(weights.dtype), _no_gradient(group_sizes)
+    start = (jnp.zeros_like(x), jnp.zeros_like(weights.mT, jnp.float32))
+    d_x, d_transposed = jax.lax.fori_loop(0, used, body, start)
+    return d_x, d_transposed.mT.astype(weights.dtype), _no_gradient(group_sizes)
 
 
 _looped.defvjp(_looped_forward, _looped_backward)
