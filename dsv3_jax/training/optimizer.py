@@ -18,22 +18,37 @@ class AdamState(NamedTuple):
     nu: Any
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     """Clipping by the global norm, Adam, and decoupled weight decay of matrices.
 
     The learning rate is not in it: the caller subtracts rate times update, so that a schedule is
     data. Epsilon and the decay mask are not published; norms are left out, as is common.
+
+    `update` may be given `norm`, the gradients' global norm, and `applied`: where that is false
+    the state stays as it is, and the updates mean nothing.
     """
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        clip_by_norm(config.clip_norm),
         scale_by_adam(config.b1, config.b2, config.eps, jnp.dtype(config.moment_dtype)),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
     )
 
 
+def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:
+    """`optax.clip_by_global_norm` that need not compute the norm again."""
+
+    def update(updates, state, params=None, *, norm=None, **extra):
+        del params, extra
+        norm = optax.tree.norm(updates) if norm is None else norm
+        factor = jnp.where(norm < max_norm, 1.0, max_norm / norm)
+        return jax.tree.map(lambda g: g * factor.astype(g.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
 def scale_by_adam(
     b1: float, b2: float, eps: float, moment_dtype: jnp.dtype
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Adam's direction (Kingma & Ba 2015), both moments held in moment_dtype, computed in f32.
 
     optax's own can hold only the first moment in another dtype.
@@ -43,25 +58,28 @@ def scale_by_adam(
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, moment_dtype), params)
         return AdamState(jnp.zeros((), jnp.int32), zeros, zeros)
 
-    def update(updates, state, params=None):
-        del params
-        count = state.count + 1
+    def update(updates, state, params=None, *, applied=True, **extra):
+        del params, extra
+        count = jnp.where(applied, state.count + 1, state.count)
         steps = count.astype(jnp.float32)
 
+        # Chosen here, not after the step: were the old moments read again then, XLA:CPU would copy
+        # them before it writes the new ones in place.
         def moment(decay, old, new):
-            return decay * old.astype(jnp.float32) + (1 - decay) * new.astype(jnp.float32)
+            old = old.astype(jnp.float32)
+            return jnp.where(applied, decay * old + (1 - decay) * new.astype(jnp.float32), old)
 
         mu = jax.tree.map(lambda m, g: moment(b1, m, g), state.mu, updates)
         nu = jax.tree.map(lambda v, g: moment(b2, v, jnp.square(g)), state.nu, updates)
         # The direction comes from the f32 moments; only what is kept is rounded.
-        correct_mu, correct_nu = 1 - b1**steps, 1 - b2**steps
+        correct_mu, correct_nu = 1 / (1 - b1**steps), 1 / (1 - b2**steps)
         direction = jax.tree.map(
-            lambda m, v: (m / correct_mu) / (jnp.sqrt(v / correct_nu) + eps), mu, nu
+            lambda m, v: (m * correct_mu) / (jnp.sqrt(v * correct_nu) + eps), mu, nu
         )
         held_mu, held_nu = jax.tree.map(lambda x: x.astype(moment_dtype), (mu, nu))
         return direction, AdamState(count, held_mu, held_nu)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def decayed(params: Any) -> Any:

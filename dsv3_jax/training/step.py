@@ -110,16 +110,15 @@ def train_step(
     """
     loss, terms, grads = _mean_over_micro_batches(state, rows, settings, config, layout)
     grad_norm = optax.tree.norm(grads)
-    optimizer = make_optimizer(config.optimizer)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = jax.tree.map(lambda p, u: p - settings.learning_rate * u, state.params, updates)
-    router = move_router_biases(state.router, terms.load, settings.bias_update_speed)
-
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    old = (state.params, state.router, state.opt_state)
-    params, router, opt_state = jax.tree.map(
-        partial(jnp.where, applied), (params, router, opt_state), old
+    updates, opt_state = make_optimizer(config.optimizer).update(
+        grads, state.opt_state, state.params, norm=grad_norm, applied=applied
     )
+    params = jax.tree.map(
+        lambda p, u: jnp.where(applied, p - settings.learning_rate * u, p), state.params, updates
+    )
+    moved = move_router_biases(state.router, terms.load, settings.bias_update_speed)
+    router = jax.tree.map(partial(jnp.where, applied), moved, state.router)
     skipped = jnp.where(applied, state.skipped, state.skipped + 1)
     skipped_in_row = jnp.where(applied, 0, state.skipped_in_row + 1)
     metrics = StepMetrics(loss, terms, grad_norm, applied, skipped, skipped_in_row)

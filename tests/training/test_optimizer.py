@@ -116,3 +116,12 @@ def test_gradients_are_clipped_by_their_global_norm(scale):
     clipped = jax.tree.map(lambda u: u / (1 - jnp.abs(u)), updates)
     norm = float(optax.tree.norm(gradient))
     assert float(optax.tree.norm(clipped)) == pytest.approx(min(norm, 1.0), rel=1e-4)
+
+
+def test_a_step_that_is_not_applied_leaves_the_state_as_it_was():
+    params, gradients = problem()
+    optimizer = make_optimizer(CONFIG)
+    _, state = optimizer.update(gradients[0], optimizer.init(params), params)
+    bad = jax.tree.map(lambda g: g * jnp.nan, gradients[1])
+    _, after = optimizer.update(bad, state, params, norm=jnp.float32(jnp.nan), applied=False)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
