@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dsv3_jax.config import ModelConfig, UserError
-from dsv3_jax.inference.kv_cache import PAGE, pool_for
+from dsv3_jax.inference.kv_cache import NO_PAGE, PAGE, pool_for
 from dsv3_jax.inference.sampling import sample
 from dsv3_jax.kernels.mla_decode.api import wants_pages
 from dsv3_jax.model.cache import init_paged_cache
@@ -70,16 +70,13 @@ def generate(
         row[: len(prompt)] = prompt
 
     key = jax.random.key(seed)
-    cache: AnyCache
     if paged is None:
         widths = (config.kv_lora_rank, config.qk_rope_head_dim)
         paged = layout is None and wants_pages(*widths, config.dtype)
-    if paged:
-        pool = pool_for([min(n + max_new_tokens - 1, cache_length) for n in lengths.tolist()], PAGE)
-        pages = int(pool.table.max()) + 1
-        cache = init_paged_cache(config, jnp.asarray(pool.table), pages, PAGE)
-    else:
-        cache = init_model_cache(config, len(prompts), cache_length)
+    room = [min(n + max_new_tokens - 1, cache_length) for n in lengths.tolist()]
+    cache = _empty_cache(
+        config, room if paged else [cache_length] * len(room), paged, decode_layout
+    )
     hidden, cache = _prefill(variables, padded, cache, config, prefill_layout)
     hidden = hidden[np.arange(len(prompts)), lengths - 1]
     ended = np.zeros(count, bool)
@@ -123,6 +120,32 @@ def _checked_cache_length(prompts, lengths, config: ModelConfig, max_new_tokens,
     if cache_length > limit:
         raise UserError(f"cache length {cache_length} exceeds max_position_embeddings={limit}")
     return cache_length
+
+
+def _empty_cache(
+    config: ModelConfig, room: list[int], paged: bool, layout: Layout | None
+) -> AnyCache:
+    """A cache with room for so many tokens of each sequence, where the layout wants it."""
+    if not paged:
+        make = partial(init_model_cache, config, len(room), room[0])
+        if layout is None:
+            return make()
+        return jax.jit(make, out_shardings=layout.sharding(None, "batch", "cache"))()
+    # Every device has a pool for its own sequences, all of one size.
+    devices = 1 if layout is None else layout.size("batch")
+    pools = [pool_for(part.tolist(), PAGE) for part in np.split(np.array(room), devices)]
+    pages = max(int(pool.table.max()) + 1 for pool in pools)
+    width = max(pool.table.shape[1] for pool in pools)
+    table = np.concatenate(
+        [
+            np.pad(p.table, [(0, 0), (0, width - p.table.shape[1])], constant_values=NO_PAGE)
+            for p in pools
+        ]
+    )
+    if layout is None:
+        return init_paged_cache(config, jnp.asarray(table), pages, PAGE)
+    make = partial(init_paged_cache, config, pages=pages * devices, page=PAGE)
+    return jax.jit(make, out_shardings=layout.sharding("batch"))(table)
 
 
 @partial(jax.jit, static_argnames=("config", "layout"), donate_argnums=2)

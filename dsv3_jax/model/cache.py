@@ -5,13 +5,14 @@ MLA caches the normed kv latent (kv_lora_rank) and the rotated shared key (qk_ro
 rows live in (paging) is policy and belongs to `inference`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.parallel.sharding import Layout, constrain
 
 
 class LatentCache(NamedTuple):
@@ -57,6 +58,9 @@ class PagedCache(NamedTuple):
     owns pages l P to (l + 1) P. An entry of -1 holds no page, and rows that fall there are dropped.
     One pool for all layers, so that a scan over layers carries it and writes it in place: caches
     that it takes apart and stacks again are read and written whole in every step.
+
+    On a mesh that spreads sequences over devices the pool is all devices' pools one after the
+    other, and each one's sequences hold pages of its own, numbered from 0.
     """
 
     latent: Float[Array, "LP page C"]
@@ -76,9 +80,11 @@ def init_paged_cache(
     )
 
 
-def of_layer(cache: PagedCache, layer: Int[Array, ""], layers: int) -> PagedCache:
+def of_layer(
+    cache: PagedCache, layer: Int[Array, ""], layers: int, layout: Layout | None = None
+) -> PagedCache:
     """The cache as one of `layers` layers sees it: the same pool, and a table of its own pages."""
-    pages = cache.latent.shape[0] // layers
+    pages = cache.latent.shape[0] // (layers * (1 if layout is None else layout.size("batch")))
     table = cache.block_table
     return cache._replace(block_table=jnp.where(table < 0, -1, table + layer * pages))
 
@@ -101,3 +107,42 @@ def append_paged(
         return pool.at[number, rows % page].set(new.astype(pool.dtype), mode="drop")
 
     return cache._replace(latent=write(cache.latent, latent), k_rope=write(cache.k_rope, k_rope))
+
+
+def append_on_mesh(
+    cache: LatentCache | PagedCache,
+    latent: Float[Array, "B T C"],
+    k_rope: Float[Array, "B T R"],
+    start: Int[Array, " B"],
+    layout: Layout,
+    prefill: bool,
+) -> LatentCache | PagedCache:
+    """`append` and `append_paged` on a mesh: each device writes the rows that it holds.
+
+    Rows are spread over "batch" and those of a contiguous cache over "cache", too. A prompt's rows,
+    which lie over "seq", go where the cache wants them.
+    """
+    tokens, whole = layout.spec("batch"), layout.spec("batch", "cache")
+    if isinstance(cache, PagedCache):
+        write: Any = append_paged
+        of_cache: Any = PagedCache(tokens, tokens, tokens)
+    elif prefill:
+        cache = append(cache, latent, k_rope, start)
+        return LatentCache(*(constrain(rows, layout, "batch", "cache") for rows in cache))
+    else:
+        of_cache = LatentCache(whole, whole)
+
+        def write(cache, latent, k_rope, start):
+            held = cache.latent.shape[1]
+            first = jax.lax.axis_index(layout.axes("cache")) * held
+            rows = start[:, None] + jnp.arange(latent.shape[1], dtype=start.dtype) - first
+            rows = jnp.where(rows < 0, held, rows)  # a negative index would count from the end
+            sequence = jnp.arange(len(start))[:, None]
+
+            def into(rows_held, new):
+                return rows_held.at[sequence, rows].set(new.astype(rows_held.dtype), mode="drop")
+
+            return LatentCache(into(cache.latent, latent), into(cache.k_rope, k_rope))
+
+    inputs = (of_cache, tokens, tokens, tokens)
+    return layout.shard_map(write, inputs, of_cache)(cache, latent, k_rope, start)

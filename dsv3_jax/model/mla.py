@@ -11,21 +11,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.attention.api import ascending, documents_between, mla_attention
 from dsv3_jax.kernels.mla_decode.api import mla_decode, mla_decode_contiguous
 from dsv3_jax.kernels.mla_decode.schedule import Schedule
-from dsv3_jax.model.cache import LatentCache, PagedCache, append, append_paged
+from dsv3_jax.model.cache import LatentCache, PagedCache, append, append_on_mesh, append_paged
 from dsv3_jax.model.fused import norm_for
 from dsv3_jax.model.held import parameter
 from dsv3_jax.model.linear import Spread, linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS, rms_norm
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
-from dsv3_jax.parallel.context import Partial, ring_attention
+from dsv3_jax.parallel.collectives import Axes
+from dsv3_jax.parallel.context import LOWEST, Partial, ring_attention, sum_attention
 from dsv3_jax.parallel.sharding import Layout, constrain, in_layout_order, in_natural_order
 from dsv3_jax.quantization.block_scaled import StraightThrough
 from dsv3_jax.quantization.recipe import BF16, LinearRecipe, Recipe
@@ -145,14 +144,45 @@ def mla_absorb(
     All heads attend to one shared key of C + R dims whose first C dims are also the value
     (DeepSeek-V3:inference/model.py, `attn_impl="absorb"`). The schedule is `plan`'s for lengths.
     """
-    nope_dim = q_nope_BTNH.shape[-1]
-    w_uk_NHC, w_uv_NUC = kv_b_proj[:, :nope_dim], kv_b_proj[:, nope_dim:]
-    q_latent_BTNC = jnp.einsum("BTNH,NHC->BTNC", q_nope_BTNH, w_uk_NHC.astype(q_nope_BTNH.dtype))
+    q_latent_BTNC, w_uv_NUC = _absorbed(q_nope_BTNH, kv_b_proj)
     attend: Any = mla_decode if isinstance(cache, PagedCache) else mla_decode_contiguous
     context_BTNC = attend(
         q_latent_BTNC, q_rope_BTNR, *cache, lengths, scale=scale, schedule=schedule
     )
     return jnp.einsum("BTNC,NUC->BTNU", context_BTNC, w_uv_NUC.astype(context_BTNC.dtype))
+
+
+def _absorbed(q_nope_BTNH, kv_b_proj):
+    """Queries for latents, [B, T, N, C], and W^UV."""
+    nope_dim = q_nope_BTNH.shape[-1]
+    w_uk_NHC, w_uv_NUC = kv_b_proj[:, :nope_dim], kv_b_proj[:, nope_dim:]
+    dtype = q_nope_BTNH.dtype
+    return jnp.einsum("BTNH,NHC->BTNC", q_nope_BTNH, w_uk_NHC.astype(dtype)), w_uv_NUC
+
+
+def _absorb_over(
+    axes: Axes, scale: float, q_nope_BTNH, q_rope_BTNR, cache: LatentCache, lengths, kv_b_proj
+) -> Float[Array, "B T N U"]:
+    """`mla_absorb` where each device along `axes` has a part of every sequence's rows, in order."""
+    (latent_BSC, k_rope_BSR), new = cache, q_nope_BTNH.shape[1]
+    q_latent_BTNC, w_uv_NUC = _absorbed(q_nope_BTNH, kv_b_proj)
+    exact = {"preferred_element_type": jnp.float32}
+    logits_BNTS = jnp.einsum("BTNC,BSC->BNTS", q_latent_BTNC, latent_BSC, **exact)
+    logits_BNTS += jnp.einsum("BTNR,BSR->BNTS", q_rope_BTNR, k_rope_BSR, **exact)
+    held = latent_BSC.shape[1]
+    rows = jax.lax.axis_index(axes) * held + jnp.arange(held)
+    position_BT = lengths[:, None] - new + jnp.arange(new)
+    sees_BTS = rows <= position_BT[..., None]
+    logits_BNTS = jnp.where(sees_BTS[:, None], logits_BNTS * scale, LOWEST)
+    largest = logits_BNTS.max(-1)
+    weights = jnp.exp(logits_BNTS - largest[..., None])
+    total, dtype = weights.sum(-1), q_nope_BTNH.dtype
+    context_BNTC = jnp.einsum("BNTS,BSC->BNTC", weights.astype(dtype), latent_BSC, **exact)
+    # W^UV before the sum over devices: U numbers a head travel, not C.
+    context_BNTC = (context_BNTC / total[..., None]).astype(dtype)
+    values = jnp.einsum("BNTC,NUC->BNTU", context_BNTC, w_uv_NUC.astype(dtype), **exact)
+    part = Partial(largest, total, values * total[..., None])
+    return sum_attention(part, axes).astype(dtype).swapaxes(1, 2)
 
 
 def mla_absorb_on_mesh(
@@ -166,25 +196,20 @@ def mla_absorb_on_mesh(
 ) -> Float[Array, "B T N U"]:
     """`mla_absorb` with sequences over the batch axes and heads over `tensor`.
 
-    A cache whose rows lie on several devices is attended to by XLA, which divides the softmax.
-    Raises NotImplementedError for pages on a mesh that divides the batch: their numbers would have
-    to be local.
+    Where a contiguous cache's rows lie over `context`, each device attends to its own, and the
+    partial softmaxes are put together. Pages are whole on all devices of a `context` group.
     """
-    inputs = (q_nope_BTNH, q_rope_BTNR, cache, lengths, kv_b_proj)
-    if isinstance(cache, PagedCache):
-        if layout.size("batch") > 1 or layout.size("cache") > 1:
-            raise NotImplementedError("a paged cache cannot be divided over a mesh")
-        of_cache: Any = jax.tree.map(lambda _: PartitionSpec(), cache)
-    elif layout.size("cache") > 1:
-        with backend.use("reference"):
-            return mla_absorb(*inputs, scale)
-    else:
-        of_cache = jax.tree.map(lambda _: layout.spec("batch"), cache)
     q, weight = layout.spec("batch", None, "heads", None), layout.spec("heads")
-    specs = (q, q, of_cache, layout.spec("batch"), weight)
+    over_context = isinstance(cache, LatentCache) and layout.size("cache") > 1
+    of_cache: Any = layout.spec("batch", "cache") if over_context else layout.spec("batch")
+    if over_context:
+        attend = partial(_absorb_over, layout.axes("cache"), scale)
+    else:
+        attend = partial(mla_absorb, scale=scale)
+    specs = (q, q, jax.tree.map(lambda _: of_cache, cache), layout.spec("batch"), weight)
     # Unchecked: Hopper's kernel cannot say along which devices its results differ.
-    attend = layout.shard_map(partial(mla_absorb, scale=scale), specs, q, check_vma=False)
-    return attend(*inputs)
+    attend = layout.shard_map(attend, specs, q, check_vma=over_context)
+    return attend(q_nope_BTNH, q_rope_BTNR, cache, lengths, kv_b_proj)
 
 
 class MLA(nn.Module):
@@ -256,11 +281,11 @@ class MLA(nn.Module):
         if cache is not None:
             # A prompt may lie in another order over devices; the cache's rows are in order.
             new = (in_natural_order(latent, layout), in_natural_order(k_rope, layout))
-            if isinstance(cache, PagedCache):
-                cache = append_paged(cache, *new, positions[:, 0])
+            if layout is not None:
+                cache = append_on_mesh(cache, *new, positions[:, 0], layout, prefill)
             else:
-                cache = append(cache, *new, positions[:, 0])
-                cache = LatentCache(*(constrain(rows, layout, "batch", "cache") for rows in cache))
+                write: Any = append_paged if isinstance(cache, PagedCache) else append
+                cache = write(cache, *new, positions[:, 0])
         if cache is None or prefill:
             attend_to = (q_nope, q_rope, latent, k_rope, kv_b_proj)
             if layout is None:

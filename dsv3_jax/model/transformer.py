@@ -286,7 +286,7 @@ def _layers(
             x, paged = carry
             layer, layer_cache, number = scanned
             if paged is not None:
-                layer_cache = of_layer(paged, number, config.num_hidden_layers)
+                layer_cache = of_layer(paged, number, config.num_hidden_layers, layout)
             apply = _remat(
                 lambda v, x, c: block(_gathered(v, layout), x, positions, cache=c), remat, layout
             )

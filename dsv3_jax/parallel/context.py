@@ -1,4 +1,4 @@
-"""Context parallelism: the order of a sequence's tokens over devices, and attention as a ring.
+"""Context parallelism: the order of a sequence's tokens over devices, attention as a ring or a sum.
 
 What travels is MLA's latent and shared key, 576 values a token in V3 where keys and values of all
 heads would be 40,960; each device expands what passes by. The softmax is put together from pieces
@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from dsv3_jax.parallel.collectives import Axes
 
 Tree = TypeVar("Tree")
 
@@ -87,6 +89,19 @@ def _split(state: Partial) -> tuple[Partial, Partial]:
 
 def _join(early: Partial, late: Partial) -> Partial:
     return Partial(*(jnp.concatenate(pair, axis=2) for pair in zip(early, late, strict=True)))
+
+
+def sum_attention(partial: Partial, axes: Axes) -> Float[Array, "B N T U"]:
+    """Attention to the keys of all devices along `axes`, f32, from that of each to its own.
+
+    What travels is a largest logit, a sum and a weighted value a query, however many keys there
+    are (FlashDecoding's split of the keys, Dao et al. 2023, over devices). Zeros for a query that
+    sees no key.
+    """
+    largest = jax.lax.pmax(partial.largest, axes)
+    share = jnp.where(largest > LOWEST, jnp.exp(partial.largest - largest), 0)
+    total, values = jax.lax.psum((partial.total * share, partial.values * share[..., None]), axes)
+    return values / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]
 
 
 def merge(a: Partial, b: Partial) -> Partial:

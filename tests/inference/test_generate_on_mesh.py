@@ -1,6 +1,7 @@
 """Generation on a mesh gives the tokens of one device, and leaves each device its part."""
 
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -104,6 +105,39 @@ def test_prefill_and_decoding_equal_one_device():
     assert relative_error(got, want) < TOLERANCE["f32_model"]
     cache = got[2].moe.latent
     assert cache.sharding.shard_shape(cache.shape) == (1, 1, 8, 12), "its rows of its sequences"
+
+
+def test_pages_on_a_mesh_hold_each_device_s_own_sequences():
+    """Of one and of two pages, three on each of two groups; pages are whole over context."""
+    layout, long = layout_of(local=2, context=2, tensor=2), random_tokens(MODEL, 1, 70)[0].tolist()
+    prompts = [*PROMPTS, long, *PROMPTS[1:]]
+    model = dataclasses.replace(MODEL, max_position_embeddings=128)
+    options = {"max_new_tokens": 4, "temperature": 0.0}
+    want, got = (
+        np.stack(list(generate(VARIABLES, prompts, model, layout=where, **how, **options)), 1)
+        for where, how in ((None, {}), (layout, {"paged": True}))
+    )
+    np.testing.assert_array_equal(got, want)
+
+
+def test_decoding_moves_no_cache_between_devices():
+    """Rows over context: what crosses is a largest logit, a sum and a value a head."""
+    layout = serving_layouts(layout_of(data=2, context=2, tensor=2))[1]
+    length, batch = 512, 2
+    cache = jax.eval_shape(partial(init_model_cache, MODEL, batch, length))
+    rows = layout.sharding(None, "batch", "cache")
+    cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), cache)
+    tokens, start = np.zeros((batch, 1), np.int32), np.full(batch, 300, np.int32)
+    step = jax.jit(decode_step, static_argnums=(4, 5), donate_argnums=3)
+    lowered = step.lower(abstract_variables(MODEL, layout), tokens, start, cache, MODEL, layout)
+    program = lowered.compile().as_text()
+    moved = re.findall(
+        r"= \(?\w+\[([\d,]*)\].* (?:all-gather|all-reduce|all-to-all|collective-permute)\(", program
+    )
+    assert moved
+    largest = max(np.prod([int(n) for n in shape.split(",") if n]) for shape in moved)
+    widest = MODEL.vocab_size * MODEL.hidden_size  # nothing of a sequence's length
+    assert largest < min(widest, length * MODEL.qk_rope_head_dim // 2), moved
 
 
 def test_weights_are_read_where_they_are_used():
