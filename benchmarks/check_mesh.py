@@ -2,6 +2,8 @@
 
     python -m benchmarks.check_mesh             # two GPUs
     python -m benchmarks.check_mesh --virtual   # two virtual CPU devices
+    XLA_FLAGS=--xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback=true \\
+        python -m benchmarks.check_mesh --only "ragged"  # between processes XLA asks for the flag
 
 What tests cannot see without accelerators: NCCL, real `ragged_all_to_all`, a process for each GPU.
 Every run is a process of its own; all of them start together and share the devices, since most of
@@ -11,6 +13,7 @@ their time goes into compiling. One line a run, as it ends; the exit code is 1 i
 import argparse
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -31,12 +34,13 @@ def get_config():
         qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, rope_scaling=None,
         intermediate_size=256, moe_intermediate_size=128, first_k_dense_replace=1,
         n_routed_experts=8, num_experts_per_tok=2, n_group=4, topk_group=2,
-        initializer_range=0.06, dtype="float32",  # 0.006: Adam makes steps of rounding errors
+        num_nextn_predict_layers=0, dtype="float32",
+        initializer_range=0.06,  # of 0.006 Adam makes steps of rounding errors
     )
     return Config(
         model=model,
         data=DataConfig(path={corpus!r}, val_fraction=0.2),
-        train=TrainConfig(steps=6, batch_size=8, seq_len=64, log_every=1, eval_every=6,
+        train=TrainConfig(steps=4, batch_size=8, seq_len=32, log_every=1, eval_every=4,
                           eval_batches=1, sample_tokens=0),
         optimizer=OptimizerConfig(learning_rate=1e-3),
         schedule=ScheduleConfig(warmup_steps=2, batch_start_ratio=1.0),
@@ -120,13 +124,11 @@ class Started:
         return all(process.poll() is not None for process in self.processes)
 
     def result(self) -> list[float] | None:
-        """The losses, or the tokens; None when a process failed or wrote none."""
-        if any(process.poll() != 0 for process in self.processes):
-            return None
+        """The losses so far, or the tokens; None when a process wrote none."""
         metrics = self.run_dir / "metrics.jsonl"
         if metrics.exists():
-            lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-            return [line["loss"] for line in lines if "loss" in line]
+            lines = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+            return [line["loss"] for line in map(json.loads, lines) if "loss" in line] or None
         ids = [line for line in self.outputs[0].read_text().splitlines() if line.count(",") > 3]
         return [float(number) for number in ids[-1].split(",")] if ids else None
 
@@ -134,9 +136,16 @@ class Started:
         """Prints the run's line and, where it failed, the end of what it said."""
         got, want = self.result(), reference.result()
         seconds = f"{time.monotonic() - self.start:5.1f} s"
-        if got is None or want is None or len(got) != len(want):
-            codes = [process.poll() for process in self.processes]
+        codes = [process.poll() for process in self.processes]
+        if got and want and any(code != 0 for code in codes):
+            apart = max(abs(a - b) / abs(b) for a, b in zip(got, want))
+            said = f"exit codes {codes} after {len(got)} steps, largest difference {apart:.1e}"
+            print(f"{self.name:32} FAILED {seconds}  {said}", flush=True)
+            got = None
+        elif got is None or want is None or len(got) != len(want):
             print(f"{self.name:32} FAILED {seconds}  exit codes {codes}", flush=True)
+            got = None
+        if got is None or want is None:
             for output in self.outputs:
                 print("    " + "\n    ".join(output.read_text().splitlines()[-12:]), flush=True)
             return False
@@ -161,7 +170,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--virtual", action="store_true", help="two virtual CPU devices")
     parser.add_argument("--seconds", type=float, default=300, help="what is not done then, failed")
-    parser.add_argument("--only", default="", help="runs whose names hold this")
+    parser.add_argument("--only", default="", help="runs whose names match this regex")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
     right = True
@@ -175,7 +184,7 @@ def main() -> int:
         one = start("one device", Run(["--mesh.data", "1"]), train)
         infer = ["infer.py", "--checkpoint", str(one.run_dir), "--token-ids", "256,84,104,101"]
         infer += ["--max-new-tokens", "16", "--temperature", "0"]
-        alike = {n: run for n, run in (TRAIN | INFER).items() if options.only in n}
+        alike = {n: run for n, run in (TRAIN | INFER).items() if re.search(options.only, n)}
         waiting = [start(n, run, train) for n, run in alike.items() if n in TRAIN]
         began = [one, *waiting]
         reference, written = {"train": one}, False
@@ -183,12 +192,13 @@ def main() -> int:
             if one.done and not written:
                 written = True
                 print(f"{'one device':32} losses {one.result()}", flush=True)
-                singles = {"infer": [], "fp8": ["--fp8"]}
-                for key, more in singles.items():
-                    reference[key] = start(f"infer, one device, {key}", Run(more), infer)
                 later = [start(n, run, infer) for n, run in alike.items() if n in INFER]
                 waiting += later
-                began += [reference["infer"], reference["fp8"], *later]
+                began += later
+                for key in {key_of(run) for run in later}:
+                    more = ["--fp8"] if key == "fp8" else []
+                    reference[key] = start(f"infer, one device, {key}", Run(more), infer)
+                    began.append(reference[key])
             for run in list(waiting):
                 key = (
                     "train"
@@ -204,10 +214,17 @@ def main() -> int:
         for run in waiting:
             right = False
             run.end()
-            run.report(run)
+            run.report(one if run.name in TRAIN else run)
         for run in began:
             run.end()
     return 0 if right else 1
+
+
+def key_of(run: Started) -> str:
+    """What a run is compared with."""
+    if run.name in TRAIN:
+        return "train"
+    return "fp8" if "--fp8" in run.run.options else "infer"
 
 
 def write_config(folder: Path) -> Path:

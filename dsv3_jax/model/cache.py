@@ -5,6 +5,7 @@ MLA caches the normed kv latent (kv_lora_rank) and the rotated shared key (qk_ro
 rows live in (paging) is policy and belongs to `inference`.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.parallel.collectives import Axes
 from dsv3_jax.parallel.sharding import Layout, constrain
 
 
@@ -122,27 +124,29 @@ def append_on_mesh(
     Rows are spread over "batch" and those of a contiguous cache over "cache", too. A prompt's rows,
     which lie over "seq", go where the cache wants them.
     """
-    tokens, whole = layout.spec("batch"), layout.spec("batch", "cache")
+    tokens, of_cache = layout.spec("batch"), layout.spec("batch", "cache")
+    write: Any = append_paged
     if isinstance(cache, PagedCache):
-        write: Any = append_paged
-        of_cache: Any = PagedCache(tokens, tokens, tokens)
+        of_cache = tokens
     elif prefill:
         cache = append(cache, latent, k_rope, start)
         return LatentCache(*(constrain(rows, layout, "batch", "cache") for rows in cache))
     else:
-        of_cache = LatentCache(whole, whole)
+        write = partial(_append_part, axes=layout.axes("cache"))
+    places = jax.tree.map(lambda _: of_cache, cache)
+    inputs = (places, tokens, tokens, tokens)
+    return layout.shard_map(write, inputs, places)(cache, latent, k_rope, start)
 
-        def write(cache, latent, k_rope, start):
-            held = cache.latent.shape[1]
-            first = jax.lax.axis_index(layout.axes("cache")) * held
-            rows = start[:, None] + jnp.arange(latent.shape[1], dtype=start.dtype) - first
-            rows = jnp.where(rows < 0, held, rows)  # a negative index would count from the end
-            sequence = jnp.arange(len(start))[:, None]
 
-            def into(rows_held, new):
-                return rows_held.at[sequence, rows].set(new.astype(rows_held.dtype), mode="drop")
+def _append_part(cache: LatentCache, latent, k_rope, start, axes: Axes) -> LatentCache:
+    """`append` where each device along `axes` has a part of every sequence's rows, in order."""
+    held = cache.latent.shape[1]
+    rows = start[:, None] + jnp.arange(latent.shape[1], dtype=start.dtype)
+    rows -= jax.lax.axis_index(axes) * held
+    rows = jnp.where(rows < 0, held, rows)  # a negative index would count from the end
+    sequence = jnp.arange(len(start))[:, None]
 
-            return LatentCache(into(cache.latent, latent), into(cache.k_rope, k_rope))
+    def write(rows_held, new):
+        return rows_held.at[sequence, rows].set(new.astype(rows_held.dtype), mode="drop")
 
-    inputs = (of_cache, tokens, tokens, tokens)
-    return layout.shard_map(write, inputs, of_cache)(cache, latent, k_rope, start)
+    return LatentCache(write(cache.latent, latent), write(cache.k_rope, k_rope))
