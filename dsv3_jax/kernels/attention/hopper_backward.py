@@ -18,9 +18,9 @@ Letters: B batch, T query rows, S key rows, N heads, P width of queries and keys
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -28,24 +28,29 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels.attention import schedule
 from dsv3_jax.kernels.attention.hopper_parts import (
     COLUMNS,
     LOG2_E,
     MATH_WARPGROUPS,
     ROWS,
     Columns,
+    Lists,
+    Offset,
     Product,
+    Refs,
     Sum,
+    arrive_at,
     beside,
     buffer,
+    launch,
     multiply,
     opaque,
+    over_tiles,
     settle,
     store,
     unique,
+    wait_for,
 )
-from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu
 
 
@@ -76,6 +81,64 @@ def shared_memory(tile: BackwardTile, key_dim: int, value_dim: int) -> int:
     return tile.stay * (key_dim + value_dim) * 2 + ring + staging + 2048
 
 
+class _Work(NamedTuple):
+    """How a block goes through its tiles: rows that stay, and a ring of slots for others."""
+
+    tile: BackwardTile
+    table: Any
+    count: Any
+    kept: Any  # what stays is there
+    free: Any  # and is done with
+    full: Any  # a slot holds what passes by
+    empty: Any  # and is done with
+
+    def slot(self, step: Any) -> Any:
+        """The slot of a step, counted over all tiles."""
+        return lax.rem(step, jnp.int32(self.tile.stages))
+
+    def load(self, place: Callable, staying: Callable, passing: Callable) -> None:
+        """The memory warpgroup.
+
+        staying(batch, head, row) and passing(batch, head, step) tell what to copy into which
+        buffer, of which a slot for what passes by.
+        """
+        plgpu.set_max_registers(self.tile.memory_registers, action="decrease")
+
+        def one_tile(entry, done):
+            index, head, row, first, end = place(entry)
+            plgpu.barrier_wait(self.free)
+            for source, target in staying(index, head, row):
+                plgpu.copy_gmem_to_smem(source, target, self.kept)
+
+            @pl.loop(first, end)
+            def _(step):
+                slot = self.slot(done + step - first)
+                plgpu.barrier_wait(self.empty.at[slot])
+                for source, target in passing(index, head, step):
+                    plgpu.copy_gmem_to_smem(source, target.at[slot], self.full.at[slot])
+
+            return end - first
+
+        over_tiles(self.table, self.count, one_tile)
+        plgpu.barrier_wait(self.free)
+        wait_for((self.empty,), self.tile.stages)
+
+    def begin(self) -> None:
+        """What a math warpgroup does first: takes its registers, and hands back what it owns."""
+        plgpu.set_max_registers(self.tile.math_registers, action="increase")
+        plgpu.barrier_arrive(self.free)
+        arrive_at((self.empty,), self.tile.stages)
+
+    def skip(self, first: Any, end: Any, before: Any) -> None:
+        """Hands back what passes by in steps that are no concern of a math warpgroup."""
+
+        @pl.loop(first, end)
+        def _(step):
+            at = self.slot(before + step)
+            plgpu.barrier_wait(self.full.at[at])
+            plgpu.barrier_arrive(self.empty.at[at])
+
+
 def key_gradients(
     q: Float[Array, "B T N P"],
     keys: tuple[Columns, ...],
@@ -97,31 +160,27 @@ def key_gradients(
     batch, length, heads, _ = q.shape
     key_length, value_dim = values.array.shape[1], values.width
     key_tiles, q_steps = pl.cdiv(key_length, tile.stay), pl.cdiv(length, tile.step)
-    static_offset = offset if isinstance(offset, int) else None
-    hint = key_length - length if static_offset is None else static_offset
-    steps = tuple(
-        q_steps - min(max(i * tile.stay - hint, 0) // tile.step, q_steps) for i in range(key_tiles)
-    )
-    table, counts = _schedule(steps, batch * heads, 2 * length * (q.shape[-1] + value_dim))
+    place_of_first = Offset.of(offset)
+    guess = place_of_first.guess(length, key_length)
+    steps = [
+        q_steps - min(max(i * tile.stay - guess, 0) // tile.step, q_steps) for i in range(key_tiles)
+    ]
+    lists = Lists.of(steps, batch * heads, 2 * length * (q.shape[-1] + value_dim))
     arrays, numbers = unique((*keys, values))
     q_columns = beside(q, keys)
     if ends is not None:
         ends = jnp.pad(ends, ((0, 0), (0, key_tiles * tile.stay - key_length)), mode="edge")
 
     def kernel(*refs):
-        refs = list(refs)
-        q_ref, dout_ref, start_s_ref, start_dp_ref, table_ref, count_ref = refs[:6]
-        del refs[:6]
-        offset_ref = refs.pop(0) if static_offset is None else None
-        ends_ref = refs.pop(0) if ends is not None else None
-        operands, refs = refs[: len(arrays)], refs[len(arrays) :]
-        outs, refs = refs[: len(arrays)], refs[len(arrays) :]
-        k_slots, refs = refs[: len(keys)], refs[len(keys) :]
-        q_slots, refs = refs[: len(keys)], refs[len(keys) :]
-        v_slot, do_slots, s_slots, dp_slots, out_slots, kept, free, full, empty = refs
+        refs = Refs(refs)
+        q_ref, dout_ref, start_s_ref, start_dp_ref, table_ref, count_ref = refs.some(6)
+        offset_ref, ends_ref = refs.one(place_of_first.static is None), refs.one(ends is not None)
+        operands, outs = refs.some(len(arrays)), refs.some(len(arrays))
+        k_slots, q_slots = refs.some(len(keys)), refs.some(len(keys))
+        v_slot, do_slots, s_slots, dp_slots, out_slots = refs.some(5)
         thread = lax.axis_index("warpgroup")
-        offset_ = jnp.int32(static_offset) if offset_ref is None else offset_ref[0]
-        loop = functools.partial(_over_tiles, table_ref, count_ref)
+        offset_ = place_of_first.read(offset_ref)
+        work = _Work(tile, table_ref, count_ref, *refs.rest())
 
         def place(entry):
             """Batch, head, first row, and first and end step of a tile."""
@@ -136,46 +195,26 @@ def key_gradients(
             first = lax.min(first, end)  # keys that no query sees take no step, and get zeros
             return index, lax.rem(batch_head, jnp.int32(heads)), row, first, end
 
-        def slot_of(step):
-            return lax.rem(step, jnp.int32(tile.stages))
+        def staying(index, head, row):
+            rows = pl.ds(row, tile.stay)
+            for columns, number, slot in zip((*keys, values), numbers, (*k_slots, v_slot)):
+                yield columns.at(operands[number], index, rows, head), slot
+
+        def passing(index, head, step):
+            rows = pl.ds(step * tile.step, tile.step)
+            for columns, slots in zip(q_columns, q_slots):
+                yield columns.at(q_ref, index, rows, head), slots
+            yield dout_ref.at[index, rows, head], do_slots
+            yield start_s_ref.at[index, head, rows], s_slots
+            yield start_dp_ref.at[index, head, rows], dp_slots
 
         @pl.when(thread == MATH_WARPGROUPS)
         def _load():
-            plgpu.set_max_registers(tile.memory_registers, action="decrease")
-
-            def one_tile(entry, done):
-                index, head, row, first, end = place(entry)
-                plgpu.barrier_wait(free)
-                for columns, number, slot in zip((*keys, values), numbers, (*k_slots, v_slot)):
-                    source = columns.at(operands[number], index, pl.ds(row, tile.stay), head)
-                    plgpu.copy_gmem_to_smem(source, slot, kept)
-
-                @pl.loop(first, end)
-                def _(step):
-                    slot = slot_of(done + step - first)
-                    plgpu.barrier_wait(empty.at[slot])
-                    rows = pl.ds(step * tile.step, tile.step)
-                    for columns, slots in zip(q_columns, q_slots):
-                        source = columns.at(q_ref, index, rows, head)
-                        plgpu.copy_gmem_to_smem(source, slots.at[slot], full.at[slot])
-                    for source, slots in (
-                        (dout_ref.at[index, rows, head], do_slots),
-                        (start_s_ref.at[index, head, rows], s_slots),
-                        (start_dp_ref.at[index, head, rows], dp_slots),
-                    ):
-                        plgpu.copy_gmem_to_smem(source, slots.at[slot], full.at[slot])
-
-                return end - first
-
-            loop(one_tile)
-            plgpu.barrier_wait(free)
-            _drain(empty, tile.stages)
+            work.load(place, staying, passing)
 
         @pl.when(thread < MATH_WARPGROUPS)
         def _multiply():
-            plgpu.set_max_registers(tile.math_registers, action="increase")
-            plgpu.barrier_arrive(free)
-            _fill(empty, tile.stages)
+            work.begin()
 
             def one_tile(entry, done):
                 index, head, row, first, end = place(entry)
@@ -208,9 +247,9 @@ def key_gradients(
                 def one_step(step, held, sum_refs, hidden):
                     sums = [Sum(ref, one) for ref, one in zip(sum_refs, held)]
                     *dk, dv = sums
-                    at = slot_of(done + step - first)
+                    at = work.slot(done + step - first)
                     mine = pl.ds(opaque(thread) * 64, 64)
-                    plgpu.barrier_wait(full.at[at])
+                    plgpu.barrier_wait(work.full.at[at])
 
                     def from_columns(slots, left, width):
                         numbers = plgpu.load(slots.at[at, pl.ds(left, width)], layout=COLUMNS)
@@ -233,20 +272,14 @@ def key_gradients(
                     for total, q in zip(dk, q_slots):
                         total.add(ds, q.at[at])
                     settle()
-                    plgpu.barrier_arrive(empty.at[at])
+                    plgpu.barrier_arrive(work.empty.at[at])
                     return tuple(one.held for one in sums)
 
                 widths = [*(columns.width for columns in keys), value_dim]
 
                 def run(*sum_refs):
-                    plgpu.barrier_wait(kept)
-
-                    @pl.loop(first, begin)
-                    def _(step):
-                        at = slot_of(done + step - first)
-                        plgpu.barrier_wait(full.at[at])
-                        plgpu.barrier_arrive(empty.at[at])
-
+                    plgpu.barrier_wait(work.kept)
+                    work.skip(first, begin, done - first)
                     plain = functools.partial(one_step, sum_refs=sum_refs, hidden=False)
                     hiding = functools.partial(one_step, sum_refs=sum_refs, hidden=True)
                     like = plgpu.layout_cast(jnp.zeros((64,), jnp.float32), ROWS)
@@ -255,7 +288,7 @@ def key_gradients(
                     held = lax.fori_loop(whole, tail, plain, held)
                     if my_ends is not None:
                         held = lax.fori_loop(tail, end, hiding, held)
-                    plgpu.barrier_arrive(free)
+                    plgpu.barrier_arrive(work.free)
                     return [Sum(ref, one).value() for ref, one in zip(sum_refs, held)]
 
                 accumulators = [plgpu.ACC((64, width), jnp.float32) for width in widths]
@@ -268,12 +301,10 @@ def key_gradients(
                     store(total, out, out_slots.at[thread])
                 return end - first
 
-            loop(one_tile)
+            over_tiles(table_ref, count_ref, one_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    operands = [q, dout, start_s, start_dp, table, counts]
-    if static_offset is None:
-        operands.append(jnp.asarray(offset, jnp.int32).reshape(1))
+    operands = [q, dout, start_s, start_dp, *lists, *place_of_first.operands]
     if ends is not None:
         operands.append(ends)
     narrow = math.gcd(value_dim, 64, *(columns.width for columns in keys))
@@ -297,7 +328,7 @@ def key_gradients(
             plgpu.Barrier(num_arrivals=MATH_WARPGROUPS, num_barriers=tile.stages),
         ),
         kernel_name="attention_key_gradients",
-        **_launch(table.shape[0], tile),
+        **launch(lists),
     )(*operands, *arrays)
 
 
@@ -317,31 +348,30 @@ def query_gradients(
     batch, length, heads, _ = q.shape
     key_length, value_dim = values.array.shape[1], values.width
     q_tiles = pl.cdiv(length, tile.stay)
-    static_offset = offset if isinstance(offset, int) else None
-    hint = key_length - length if static_offset is None else static_offset
-    steps = tuple(
-        pl.cdiv(min(hint + (i + 1) * tile.stay, key_length), tile.step) for i in range(q_tiles)
-    )
-    table, counts = _schedule(steps, batch * heads, 2 * key_length * (q.shape[-1] + value_dim))
+    place_of_first = Offset.of(offset)
+    guess = place_of_first.guess(length, key_length)
+    steps = [
+        pl.cdiv(min(guess + (i + 1) * tile.stay, key_length), tile.step) for i in range(q_tiles)
+    ]
+    lists = Lists.of(steps, batch * heads, 2 * key_length * (q.shape[-1] + value_dim))
     arrays, numbers = unique((*keys, values))
     q_columns = beside(q, keys)
     if starts is not None:
         starts = jnp.pad(starts, ((0, 0), (0, q_tiles * tile.stay - length)), mode="edge")
 
     def kernel(*refs):
-        refs = list(refs)
-        q_ref, dout_ref, start_s_ref, start_dp_ref, table_ref, count_ref = refs[:6]
-        del refs[:6]
-        offset_ref = refs.pop(0) if static_offset is None else None
-        starts_ref = refs.pop(0) if starts is not None else None
-        operands, refs = refs[: len(arrays)], refs[len(arrays) :]
-        dq_ref = refs.pop(0)
-        q_slots, refs = refs[: len(keys)], refs[len(keys) :]
-        k_slots, refs = refs[: len(keys)], refs[len(keys) :]
-        do_slot, v_slots, out_slots, kept, free, full, empty = refs
+        refs = Refs(refs)
+        q_ref, dout_ref, start_s_ref, start_dp_ref, table_ref, count_ref = refs.some(6)
+        offset_ref, starts_ref = (
+            refs.one(place_of_first.static is None),
+            refs.one(starts is not None),
+        )
+        operands, dq_ref = refs.some(len(arrays)), refs.one()
+        q_slots, k_slots = refs.some(len(keys)), refs.some(len(keys))
+        do_slot, v_slots, out_slots = refs.some(3)
         thread = lax.axis_index("warpgroup")
-        offset_ = jnp.int32(static_offset) if offset_ref is None else offset_ref[0]
-        loop = functools.partial(_over_tiles, table_ref, count_ref)
+        offset_ = place_of_first.read(offset_ref)
+        work = _Work(tile, table_ref, count_ref, *refs.rest())
 
         def place(entry):
             """Batch, head, first row, and first and end step of a tile."""
@@ -355,43 +385,24 @@ def query_gradients(
                 first = lax.div(starts_ref[index, row], jnp.int32(tile.step))
             return index, lax.rem(batch_head, jnp.int32(heads)), row, first, pl.cdiv(end, tile.step)
 
-        def slot_of(step):
-            return lax.rem(step, jnp.int32(tile.stages))
+        def staying(index, head, row):
+            rows = pl.ds(row, tile.stay)
+            for columns, slot in zip(q_columns, q_slots):
+                yield columns.at(q_ref, index, rows, head), slot
+            yield dout_ref.at[index, rows, head], do_slot
+
+        def passing(index, head, step):
+            rows = pl.ds(step * tile.step, tile.step)
+            for columns, number, slots in zip((*keys, values), numbers, (*k_slots, v_slots)):
+                yield columns.at(operands[number], index, rows, head), slots
 
         @pl.when(thread == MATH_WARPGROUPS)
         def _load():
-            plgpu.set_max_registers(tile.memory_registers, action="decrease")
-
-            def one_tile(entry, done):
-                index, head, row, first, end = place(entry)
-                plgpu.barrier_wait(free)
-                rows = pl.ds(row, tile.stay)
-                for columns, slot in zip(q_columns, q_slots):
-                    plgpu.copy_gmem_to_smem(columns.at(q_ref, index, rows, head), slot, kept)
-                plgpu.copy_gmem_to_smem(dout_ref.at[index, rows, head], do_slot, kept)
-
-                @pl.loop(first, end)
-                def _(step):
-                    slot = slot_of(done + step - first)
-                    plgpu.barrier_wait(empty.at[slot])
-                    rows = pl.ds(step * tile.step, tile.step)
-                    for columns, number, slots in zip(
-                        (*keys, values), numbers, (*k_slots, v_slots)
-                    ):
-                        source = columns.at(operands[number], index, rows, head)
-                        plgpu.copy_gmem_to_smem(source, slots.at[slot], full.at[slot])
-
-                return end - first
-
-            loop(one_tile)
-            plgpu.barrier_wait(free)
-            _drain(empty, tile.stages)
+            work.load(place, staying, passing)
 
         @pl.when(thread < MATH_WARPGROUPS)
         def _multiply():
-            plgpu.set_max_registers(tile.math_registers, action="increase")
-            plgpu.barrier_arrive(free)
-            _fill(empty, tile.stages)
+            work.begin()
 
             def one_tile(entry, done):
                 index, head, row, first, end = place(entry)
@@ -427,9 +438,9 @@ def query_gradients(
 
                 def one_step(step, held, sum_refs, hidden):
                     sums = [Sum(ref, one) for ref, one in zip(sum_refs, held)]
-                    at = slot_of(done + step - first)
+                    at = work.slot(done + step - first)
                     mine = pl.ds(opaque(thread) * 64, 64)
-                    plgpu.barrier_wait(full.at[at])
+                    plgpu.barrier_wait(work.full.at[at])
                     s_start, dp_start = (
                         lax.broadcast_in_dim(start, (64, tile.step), [0])
                         for start in (start_s, start_dp)
@@ -443,11 +454,11 @@ def query_gradients(
                     for total, k in zip(sums, k_slots):
                         total.add(ds, k.at[at])
                     settle()
-                    plgpu.barrier_arrive(empty.at[at])
+                    plgpu.barrier_arrive(work.empty.at[at])
                     return tuple(one.held for one in sums)
 
                 def run(*sum_refs):
-                    plgpu.barrier_wait(kept)
+                    plgpu.barrier_wait(work.kept)
                     plain = functools.partial(one_step, sum_refs=sum_refs, hidden=False)
                     hiding = functools.partial(one_step, sum_refs=sum_refs, hidden=True)
                     held = tuple(Sum.nothing(start_s, one.width) for one in keys)
@@ -455,14 +466,8 @@ def query_gradients(
                         held = lax.fori_loop(first, seen, hiding, held)
                     held = lax.fori_loop(seen, whole, plain, held)
                     held = lax.fori_loop(whole, last, hiding, held)
-
-                    @pl.loop(last, end)
-                    def _(step):
-                        at = slot_of(done + step - first)
-                        plgpu.barrier_wait(full.at[at])
-                        plgpu.barrier_arrive(empty.at[at])
-
-                    plgpu.barrier_arrive(free)
+                    work.skip(last, end, done - first)
+                    plgpu.barrier_arrive(work.free)
                     return [Sum(ref, one).value() for ref, one in zip(sum_refs, held)]
 
                 accumulators = [plgpu.ACC((64, one.width), jnp.float32) for one in keys]
@@ -472,12 +477,10 @@ def query_gradients(
                     store(total * scale, out, out_slots.at[thread])
                 return end - first
 
-            loop(one_tile)
+            over_tiles(table_ref, count_ref, one_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    operands = [q, dout, start_s, start_dp, table, counts]
-    if static_offset is None:
-        operands.append(jnp.asarray(offset, jnp.int32).reshape(1))
+    operands = [q, dout, start_s, start_dp, *lists, *place_of_first.operands]
     if starts is not None:
         operands.append(starts)
     narrow = math.gcd(64, *(columns.width for columns in keys))
@@ -496,54 +499,9 @@ def query_gradients(
             plgpu.Barrier(num_arrivals=MATH_WARPGROUPS, num_barriers=tile.stages),
         ),
         kernel_name="attention_query_gradients",
-        **_launch(table.shape[0], tile),
+        **launch(lists),
     )(*operands, *arrays)
 
 
 def _rows_of(ref, index, row, head, first, left, width):
     return ref.at[index, pl.ds(row, 64), head, pl.ds(first + left, width)]
-
-
-def _schedule(steps: Sequence[int], heads: int, bytes_per_head: int) -> tuple[Array, Array]:
-    """Each block's list of tiles, and its length."""
-    blocks = min(hopper.multiprocessors(), heads * len(steps))
-    section = schedule.section_of(bytes_per_head, heads)
-    table = schedule.longest_first(tuple(steps), heads, section, blocks)
-    return jnp.asarray(table), jnp.asarray((table >= 0).sum(axis=1), jnp.int32)
-
-
-def _over_tiles(table: Any, count: Any, body: Callable[[Any, Any], Any]) -> None:
-    """Calls body(entry, done) for each of a block's tiles; `done` counts the steps before it."""
-    block = lax.axis_index("block")
-
-    def one(i, carry):
-        entry, done = carry
-        following = table[block, i + 1]
-        return following, done + body(entry, done)
-
-    lax.fori_loop(0, count[block], one, (table[block, 0], jnp.int32(0)))
-
-
-def _fill(empty: Any, stages: int) -> None:
-    @pl.loop(0, stages)
-    def _(slot):
-        plgpu.barrier_arrive(empty.at[slot])
-
-
-def _drain(empty: Any, stages: int) -> None:
-    @pl.loop(0, stages)
-    def _(slot):
-        plgpu.barrier_wait(empty.at[slot])
-
-
-def _launch(blocks: int, tile: BackwardTile) -> dict[str, Any]:
-    return dict(
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=MATH_WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            reduction_scratch_bytes=0,
-        ),
-    )

@@ -20,22 +20,27 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels.attention import schedule
 from dsv3_jax.kernels.attention.hopper_parts import (
     LOG2_E,
     MATH_WARPGROUPS,
     ROWS,
     Columns,
+    Lists,
+    Offset,
     Product,
+    Refs,
     Sum,
+    arrive_at,
     beside,
     buffer,
+    launch,
     multiply,
     opaque,
+    over_tiles,
     store,
     unique,
+    wait_for,
 )
-from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu
 
 LOWEST = -1e30  # finite: a row that has seen no key yet must not become NaN
@@ -81,37 +86,31 @@ def attend(
     key_length = values.array.shape[1]
     value_dim = values.width
     q_tiles = pl.cdiv(length, tile.q)
-    blocks = min(hopper.multiprocessors(), batch * heads * q_tiles)
-    static_offset = offset if isinstance(offset, int) else None
-    hint = key_length - length if static_offset is None else static_offset
-    steps = tuple(
-        pl.cdiv(min(hint + (i + 1) * tile.q, key_length), tile.kv) for i in range(q_tiles)
-    )
-    section = schedule.section_of(2 * key_length * (q.shape[-1] + value_dim), batch * heads)
-    table = schedule.longest_first(steps, batch * heads, section, blocks)
+    place_of_first = Offset.of(offset)
+    guess = place_of_first.guess(length, key_length)
+    steps = [pl.cdiv(min(guess + (i + 1) * tile.q, key_length), tile.kv) for i in range(q_tiles)]
+    lists = Lists.of(steps, batch * heads, 2 * key_length * (q.shape[-1] + value_dim))
     arrays, place_of = unique((*keys, values))
     q_columns = beside(q, keys)
     if starts is not None:
         starts = jnp.pad(starts, ((0, 0), (0, q_tiles * tile.q - length)), mode="edge")
     scale_log2 = scale * LOG2_E
-    masks_ahead = static_offset is None or tile.kv != tile.q or static_offset % tile.kv != 0
+    static = place_of_first.static
+    masks_ahead = static is None or tile.kv != tile.q or static % tile.kv != 0
 
     def kernel(*refs):
-        refs = list(refs)
-        q_ref, refs = refs[0], refs[1:]
-        operands, refs = refs[: len(arrays)], refs[len(arrays) :]
-        table_ref, count_ref = refs.pop(0), refs.pop(0)
-        offset_ref = refs.pop(0) if static_offset is None else None
-        starts_ref = refs.pop(0) if starts is not None else None
-        out_ref, lse_ref = refs.pop(0), refs.pop(0)
-        q_slots, refs = refs[: len(keys)], refs[len(keys) :]
-        k_slots, refs = refs[: len(keys)], refs[len(keys) :]
-        v_slots, out_slots, lse_slots, q_full, q_empty, k_full, k_empty, v_full, v_empty = refs
+        refs = Refs(refs)
+        q_ref, operands = refs.one(), refs.some(len(arrays))
+        table_ref, count_ref = refs.some(2)
+        offset_ref, starts_ref = refs.one(static is None), refs.one(starts is not None)
+        out_ref, lse_ref = refs.some(2)
+        q_slots, k_slots = refs.some(len(keys)), refs.some(len(keys))
+        v_slots, out_slots, lse_slots, *barriers = refs.rest()
+        q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
         key_refs = [operands[place] for place in place_of[:-1]]
         value_ref = operands[place_of[-1]]
         thread = lax.axis_index("warpgroup")
-        block = lax.axis_index("block")
-        offset_ = jnp.int32(static_offset) if offset_ref is None else offset_ref[0]
+        offset_ = place_of_first.read(offset_ref)
 
         def place(entry):
             """Batch, head, first row, and first and end key tile of a tile."""
@@ -127,16 +126,6 @@ def attend(
 
         def slot_of(step):
             return lax.rem(step, jnp.int32(tile.stages))
-
-        def over_tiles(body):
-            """Calls body(entry, done) for each tile; `done` counts the key tiles before it."""
-
-            def one(i, carry):
-                entry, done = carry
-                following = table_ref[block, i + 1]
-                return following, done + body(entry, done)
-
-            return lax.fori_loop(0, count_ref[block], one, (table_ref[block, 0], jnp.int32(0)))[1]
 
         @pl.when(thread == MATH_WARPGROUPS)
         def _load():
@@ -177,25 +166,17 @@ def attend(
                 load_values(end - first - 1)
                 return end - first
 
-            over_tiles(one_tile)
+            over_tiles(table_ref, count_ref, one_tile)
             # Every hand-back is waited for.
             for half in range(MATH_WARPGROUPS):
                 plgpu.barrier_wait(q_empty.at[half])
-
-            @pl.loop(0, tile.stages)
-            def _(slot):
-                plgpu.barrier_wait(k_empty.at[slot])
-                plgpu.barrier_wait(v_empty.at[slot])
+            wait_for((k_empty, v_empty), tile.stages)
 
         @pl.when(thread < MATH_WARPGROUPS)
         def _multiply():
             plgpu.set_max_registers(tile.math_registers, action="increase")
             plgpu.barrier_arrive(q_empty.at[thread])
-
-            @pl.loop(0, tile.stages)
-            def _(slot):
-                plgpu.barrier_arrive(k_empty.at[slot])
-                plgpu.barrier_arrive(v_empty.at[slot])
+            arrive_at((k_empty, v_empty), tile.stages)
 
             def one_tile(entry, done):
                 index, head, row, first, end = place(entry)
@@ -295,13 +276,10 @@ def attend(
                 plgpu.copy_smem_to_gmem(lse_slots.at[thread], lse_ref.at[index, head, rows])
                 return count
 
-            over_tiles(one_tile)
+            over_tiles(table_ref, count_ref, one_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    counts = (table >= 0).sum(axis=1).astype("int32")
-    operands = [q, *arrays, jnp.asarray(table), jnp.asarray(counts)]
-    if static_offset is None:
-        operands.append(jnp.asarray(offset, jnp.int32).reshape(1))
+    operands = [q, *arrays, *lists, *place_of_first.operands]
     if starts is not None:
         operands.append(starts)
     warpgroups = MATH_WARPGROUPS
@@ -312,10 +290,6 @@ def attend(
             # Whole tiles: copies of vectors do not stop at the end of a row, as those of tiles do.
             jax.ShapeDtypeStruct((batch, heads, q_tiles * tile.q), jnp.float32),
         ),
-        grid=(blocks,),
-        grid_names=("block",),
-        num_threads=warpgroups + 1,
-        thread_name="warpgroup",
         scratch_types=(
             *(buffer(tile.q, columns.width) for columns in keys),
             *(buffer(tile.stages, tile.kv, columns.width) for columns in keys),
@@ -329,10 +303,7 @@ def attend(
             plgpu.Barrier(num_arrivals=1, num_barriers=tile.stages),
             plgpu.Barrier(num_arrivals=warpgroups, num_barriers=tile.stages),
         ),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            reduction_scratch_bytes=0,
-        ),
         kernel_name="attention_forward",
+        **launch(lists),
     )(*operands)
     return out, lse[..., :length]

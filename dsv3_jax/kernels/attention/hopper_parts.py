@@ -10,7 +10,9 @@ from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
+from jaxtyping import Array
 
+from dsv3_jax.kernels.attention import schedule
 from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu, swizzled
 
@@ -31,6 +33,103 @@ class Columns(NamedTuple):
         """The slice of `rows`."""
         index = (batch, rows, head) if len(ref.shape) == 4 else (batch, rows)
         return ref.at[*index, pl.ds(self.first, self.width)]
+
+
+class Refs:
+    """What a kernel is handed, taken in order: operands, then results, then its own memory."""
+
+    def __init__(self, refs: Sequence[Any]) -> None:
+        self._left = list(refs)
+
+    def one(self, there: bool = True) -> Any:
+        """The next; None, and nothing is taken, for an operand that is not `there`."""
+        return self._left.pop(0) if there else None
+
+    def some(self, count: int) -> list[Any]:
+        """The next so many."""
+        return [self._left.pop(0) for _ in range(count)]
+
+    def rest(self) -> list[Any]:
+        """All that are left."""
+        return self._left
+
+
+class Offset(NamedTuple):
+    """The place of the first query among the keys: a number, or an operand of the kernel."""
+
+    static: int | None
+    operands: list[Array]
+
+    @classmethod
+    def of(cls, offset: int | Array) -> "Offset":
+        """The offset, in either form."""
+        if isinstance(offset, int):
+            return cls(offset, [])
+        return cls(None, [jnp.asarray(offset, jnp.int32).reshape(1)])
+
+    def read(self, ref: Any) -> Any:
+        """The number, inside a kernel; `ref` is None for one that was known before."""
+        return jnp.int32(self.static) if self.static is not None else ref[0]
+
+    def guess(self, queries: int, keys: int) -> int:
+        """What work is shared out by: the number, or that of queries that are the last tokens."""
+        return keys - queries if self.static is None else self.static
+
+
+class Lists(NamedTuple):
+    """Each block's list of tiles, and its length."""
+
+    table: Array
+    counts: Array
+
+    @classmethod
+    def of(cls, steps: Sequence[int], heads: int, bytes_per_head: int) -> "Lists":
+        """For `heads` times the tiles whose work is `steps`, longest first."""
+        blocks = min(hopper.multiprocessors(), heads * len(steps))
+        section = schedule.section_of(bytes_per_head, heads)
+        table = schedule.longest_first(tuple(steps), heads, section, blocks)
+        return cls(jnp.asarray(table), jnp.asarray((table >= 0).sum(axis=1), jnp.int32))
+
+
+def over_tiles(table: Any, count: Any, body: Callable[[Any, Any], Any]) -> None:
+    """Calls body(entry, done) for each of a block's tiles; `done` adds up what it returned."""
+    block = lax.axis_index("block")
+
+    def one(i, carry):
+        entry, done = carry
+        following = table[block, i + 1]
+        return following, done + body(entry, done)
+
+    lax.fori_loop(0, count[block], one, (table[block, 0], jnp.int32(0)))
+
+
+def arrive_at(barriers: Sequence[Any], count: int) -> None:
+    """Hands back every slot of rings of `count`, as their owner does before it begins."""
+
+    @pl.loop(0, count)
+    def _(slot):
+        for barrier in barriers:
+            plgpu.barrier_arrive(barrier.at[slot])
+
+
+def wait_for(barriers: Sequence[Any], count: int) -> None:
+    """Waits for every slot of rings of `count` to be handed back, as must be in the end."""
+
+    @pl.loop(0, count)
+    def _(slot):
+        for barrier in barriers:
+            plgpu.barrier_wait(barrier.at[slot])
+
+
+def launch(lists: Lists) -> dict[str, Any]:
+    """How every kernel here is launched: a block for each list, one warpgroup more for memory."""
+    return dict(
+        grid=(lists.table.shape[0],),
+        grid_names=("block",),
+        num_threads=MATH_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    )
 
 
 def swizzle_of(width: int) -> tuple[Any, ...]:
