@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.attention.api import ascending, documents_between, mla_attention
-from dsv3_jax.kernels.mla_decode.api import mla_decode, mla_decode_contiguous
+from dsv3_jax.kernels.mla_decode.api import Pages, Rows, mla_decode, mla_decode_contiguous
 from dsv3_jax.kernels.mla_decode.schedule import Schedule
 from dsv3_jax.model.cache import LatentCache, PagedCache, append, append_on_mesh, append_paged
 from dsv3_jax.model.fused import norm_for
@@ -24,7 +24,7 @@ from dsv3_jax.model.linear import Spread, linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS, rms_norm
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
 from dsv3_jax.parallel.collectives import Axes
-from dsv3_jax.parallel.context import LOWEST, Partial, ring_attention, sum_attention
+from dsv3_jax.parallel.context import Partial, ring_attention, sum_attention
 from dsv3_jax.parallel.sharding import Layout, constrain, in_layout_order, in_natural_order
 from dsv3_jax.quantization.block_scaled import StraightThrough
 from dsv3_jax.quantization.recipe import BF16, LinearRecipe, Recipe
@@ -137,19 +137,33 @@ def mla_absorb(
     kv_b_proj: Float[Array, "N HU C"],
     scale: float,
     schedule: Schedule | None = None,
+    pieces: Axes = (),
 ) -> Float[Array, "B T N U"]:
     """What `mla_expand` returns for the last T of lengths[b] cached tokens, each seeing itself and
     those before it, with W^UK absorbed into the query and W^UV into the output.
 
     All heads attend to one shared key of C + R dims whose first C dims are also the value
     (DeepSeek-V3:inference/model.py, `attn_impl="absorb"`). The schedule is `plan`'s for lengths.
+    Inside a shard_map the cache may be the device's piece of rows cut over the mesh axes `pieces`.
     """
     q_latent_BTNC, w_uv_NUC = _absorbed(q_nope_BTNH, kv_b_proj)
-    attend: Any = mla_decode if isinstance(cache, PagedCache) else mla_decode_contiguous
-    context_BTNC = attend(
-        q_latent_BTNC, q_rope_BTNR, *cache, lengths, scale=scale, schedule=schedule
-    )
-    return jnp.einsum("BTNC,NUC->BTNU", context_BTNC, w_uv_NUC.astype(context_BTNC.dtype))
+    if pieces:
+        lengths = lengths - jax.lax.axis_index(pieces) * cache.latent.shape[1]
+    queries = (q_latent_BTNC, q_rope_BTNR)
+    if isinstance(cache, PagedCache):
+        results = mla_decode(Pages(*queries, *cache, lengths), scale=scale, schedule=schedule)
+    else:
+        rows = Rows(*queries, *cache, lengths)
+        results = mla_decode_contiguous(rows, scale=scale, schedule=schedule)
+    context_BTNC, lse_BTN = results
+    dtype = context_BTNC.dtype
+    values_BTNU = jnp.einsum("BTNC,NUC->BTNU", context_BTNC, w_uv_NUC.astype(dtype))
+    if pieces:
+        # After W^UV: U numbers a head travel, not C.
+        values, lse = values_BTNU.astype(jnp.float32).swapaxes(1, 2), lse_BTN.swapaxes(1, 2)
+        values = sum_attention(Partial(lse, jnp.ones_like(lse), values), pieces)
+        values_BTNU = values.swapaxes(1, 2).astype(dtype)
+    return values_BTNU
 
 
 def _absorbed(q_nope_BTNH, kv_b_proj):
@@ -158,31 +172,6 @@ def _absorbed(q_nope_BTNH, kv_b_proj):
     w_uk_NHC, w_uv_NUC = kv_b_proj[:, :nope_dim], kv_b_proj[:, nope_dim:]
     dtype = q_nope_BTNH.dtype
     return jnp.einsum("BTNH,NHC->BTNC", q_nope_BTNH, w_uk_NHC.astype(dtype)), w_uv_NUC
-
-
-def _absorb_over(
-    axes: Axes, scale: float, q_nope_BTNH, q_rope_BTNR, cache: LatentCache, lengths, kv_b_proj
-) -> Float[Array, "B T N U"]:
-    """`mla_absorb` where each device along `axes` has a part of every sequence's rows, in order."""
-    (latent_BSC, k_rope_BSR), new = cache, q_nope_BTNH.shape[1]
-    q_latent_BTNC, w_uv_NUC = _absorbed(q_nope_BTNH, kv_b_proj)
-    exact = {"preferred_element_type": jnp.float32}
-    logits_BNTS = jnp.einsum("BTNC,BSC->BNTS", q_latent_BTNC, latent_BSC, **exact)
-    logits_BNTS += jnp.einsum("BTNR,BSR->BNTS", q_rope_BTNR, k_rope_BSR, **exact)
-    held = latent_BSC.shape[1]
-    rows = jax.lax.axis_index(axes) * held + jnp.arange(held)
-    position_BT = lengths[:, None] - new + jnp.arange(new)
-    sees_BTS = rows <= position_BT[..., None]
-    logits_BNTS = jnp.where(sees_BTS[:, None], logits_BNTS * scale, LOWEST)
-    largest = logits_BNTS.max(-1)
-    weights = jnp.exp(logits_BNTS - largest[..., None])
-    total, dtype = weights.sum(-1), q_nope_BTNH.dtype
-    context_BNTC = jnp.einsum("BNTS,BSC->BNTC", weights.astype(dtype), latent_BSC, **exact)
-    # W^UV before the sum over devices: U numbers a head travel, not C.
-    context_BNTC = (context_BNTC / total[..., None]).astype(dtype)
-    values = jnp.einsum("BNTC,NUC->BNTU", context_BNTC, w_uv_NUC.astype(dtype), **exact)
-    part = Partial(largest, total, values * total[..., None])
-    return sum_attention(part, axes).astype(dtype).swapaxes(1, 2)
 
 
 def mla_absorb_on_mesh(
@@ -194,7 +183,7 @@ def mla_absorb_on_mesh(
     scale: float,
     layout: Layout,
 ) -> Float[Array, "B T N U"]:
-    """`mla_absorb` with sequences over the batch axes and heads over `tensor`.
+    """`mla_absorb` with sequences over the batch axes, heads over `tensor`, cache over `context`.
 
     Where a contiguous cache's rows lie over `context`, each device attends to its own, and the
     partial softmaxes are put together. Pages are whole on all devices of a `context` group.
@@ -202,13 +191,11 @@ def mla_absorb_on_mesh(
     q, weight = layout.spec("batch", None, "heads", None), layout.spec("heads")
     over_context = isinstance(cache, LatentCache) and layout.size("cache") > 1
     of_cache: Any = layout.spec("batch", "cache") if over_context else layout.spec("batch")
-    if over_context:
-        attend = partial(_absorb_over, layout.axes("cache"), scale)
-    else:
-        attend = partial(mla_absorb, scale=scale)
+    pieces = layout.axes("cache") if over_context else ()
     specs = (q, q, jax.tree.map(lambda _: of_cache, cache), layout.spec("batch"), weight)
     # Unchecked: Hopper's kernel cannot say along which devices its results differ.
-    attend = layout.shard_map(attend, specs, q, check_vma=over_context)
+    attend = partial(mla_absorb, scale=scale, pieces=pieces)
+    attend = layout.shard_map(attend, specs, q, check_vma=False)
     return attend(q_nope_BTNH, q_rope_BTNR, cache, lengths, kv_b_proj)
 
 

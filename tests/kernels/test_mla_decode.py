@@ -1,8 +1,8 @@
 """Paged latent attention: every implementation against a float64 softmax, page by page."""
 
 import contextlib
+import functools
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,13 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.mla_decode import pallas_tpu
-from dsv3_jax.kernels.mla_decode.api import mla_decode, mla_decode_contiguous, wants_pages
+from dsv3_jax.kernels.mla_decode.api import (
+    Pages,
+    Rows,
+    mla_decode,
+    mla_decode_contiguous,
+    wants_pages,
+)
 from dsv3_jax.kernels.mla_decode.schedule import PAGE, make_schedule
 from dsv3_jax.model.cache import LatentCache
 from dsv3_jax.model.mla import mla_absorb_on_mesh
@@ -28,16 +34,7 @@ BF16_LIMIT = 4e-3
 EVERY = [*IMPLEMENTATIONS, pytest.param("pallas_tpu", marks=INTERPRETER_IS_NEWER)]
 
 
-class Work(NamedTuple):
-    q_latent: jax.Array
-    q_rope: jax.Array
-    latent: jax.Array
-    k_rope: jax.Array
-    block_table: jax.Array
-    lengths: jax.Array
-
-
-def random_work(rng, new, heads, lengths, spare=1) -> Work:
+def random_work(rng, new, heads, lengths, spare=1) -> Pages:
     """Sequences whose pages lie in any order in a pool; tables have `spare` entries too many."""
     slots = max(math.ceil(n / PAGE) for n in lengths) + spare
     pool = len(lengths) * slots
@@ -46,7 +43,7 @@ def random_work(rng, new, heads, lengths, spare=1) -> Work:
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
 
     table = rng.permutation(pool).reshape(len(lengths), slots)
-    return Work(
+    return Pages(
         draw(len(lengths), new, heads, 512),
         draw(len(lengths), new, heads, 64),
         draw(pool, PAGE, 512),
@@ -56,10 +53,10 @@ def random_work(rng, new, heads, lengths, spare=1) -> Work:
     )
 
 
-def exact(work: Work):
-    """One row of keys a sequence, in float64."""
+def exact(work: Pages):
+    """Results and log-sum-exp from one row of keys a sequence, in float64."""
     q_latent, q_rope, latent, k_rope = (np.asarray(x, np.float64) for x in work[:4])
-    out = np.zeros(q_latent.shape)
+    out, lse = np.zeros(q_latent.shape), np.full(q_latent.shape[:3], -np.inf)
     new = work.q_latent.shape[1]
     for b, (pages, length) in enumerate(zip(np.asarray(work.block_table), work.lengths)):
         values, ropes = (x[pages].reshape(-1, x.shape[-1]) for x in (latent, k_rope))
@@ -68,9 +65,12 @@ def exact(work: Work):
             if seen <= 0:
                 continue
             logits = q_latent[b, t] @ values[:seen].T + q_rope[b, t] @ ropes[:seen].T
-            weights = np.exp(SCALE * (logits - logits.max(-1, keepdims=True)))
-            out[b, t] = weights / weights.sum(-1, keepdims=True) @ values[:seen]
-    return out
+            largest = logits.max(-1, keepdims=True)
+            weights = np.exp(SCALE * (logits - largest))
+            total = weights.sum(-1, keepdims=True)
+            out[b, t] = weights / total @ values[:seen]
+            lse[b, t] = (SCALE * largest + np.log(total))[:, 0]
+    return out, lse
 
 
 @pytest.fixture
@@ -92,12 +92,33 @@ def able(running):
 def test_new_tokens_see_what_came_before(implementation, new, heads, lengths, rng, able):
     work = random_work(rng, new, heads, lengths)
     with able(implementation):
-        out = mla_decode(*work, scale=SCALE, implementation=implementation)
+        out, lse = mla_decode(work, scale=SCALE, implementation=implementation)
     assert out.dtype == jnp.bfloat16 and out.shape == work.q_latent.shape
-    want = exact(work)
+    want, want_lse = exact(work)
     assert relative_error(out, want) < BF16_LIMIT
-    unseen = np.asarray(want == 0).all(-1)
+    unseen = np.isneginf(want_lse)
     assert not np.asarray(out, np.float32)[unseen].any()
+    assert (np.asarray(lse)[unseen] < -1e29).all()
+    # Logits of the reference are the exact products, of the kernels, too.
+    assert np.abs(np.asarray(lse) - want_lse)[~unseen].max() < 1e-4
+
+
+@pytest.mark.parametrize("implementation", EVERY)
+def test_pieces_of_a_cache_are_put_together_by_their_log_sum_exp(implementation, rng, able):
+    """The late piece of two holds nothing of a sequence, or only what the last new token sees."""
+    work = random_work(rng, 2, 8, (40, 65, 100), spare=0)
+    table, results = work.block_table, []
+    with able(implementation):
+        for piece in range(2):
+            part = work._replace(
+                block_table=table[:, piece : piece + 1], lengths=work.lengths - piece * PAGE
+            )
+            results.append(mla_decode(part, scale=SCALE, implementation=implementation))
+    outs, lses = (np.stack([np.asarray(x, np.float64) for x in pair]) for pair in zip(*results))
+    weights = np.exp(lses - lses.max(0))[..., None]
+    out, want_lse = (weights * outs).sum(0) / weights.sum(0), exact(work)[1]
+    assert relative_error(out, exact(work)[0]) < BF16_LIMIT
+    assert np.abs(np.logaddexp(*lses) - want_lse).max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -108,18 +129,18 @@ def test_contiguous_rows_are_pages_in_order(implementation, rng, able):
     in_order = work._replace(block_table=jnp.arange(4, dtype=jnp.int32).reshape(2, 2))
     rows = tuple(x.reshape(2, 128, -1) for x in work[2:4])
     with able(implementation):
-        out = mla_decode_contiguous(
-            *work[:2], *rows, work.lengths, scale=SCALE, implementation=implementation
+        out, _ = mla_decode_contiguous(
+            Rows(*work[:2], *rows, work.lengths), scale=SCALE, implementation=implementation
         )
-    assert relative_error(out, exact(in_order)) < BF16_LIMIT
+    assert relative_error(out, exact(in_order)[0]) < BF16_LIMIT
 
 
 def test_fp8_latents_are_those_they_stand_for(rng):
     work = random_work(rng, 1, 4, (70, 3))
     scaled = quantize(work.latent, PER_TOKEN)
-    out = mla_decode(*work._replace(latent=scaled), scale=SCALE)
-    assert relative_error(out, exact(work._replace(latent=dequantize(scaled)))) < BF16_LIMIT
-    assert 1e-2 < relative_error(out, exact(work)) < 5e-2  # E4M3 keeps 4 bits
+    out, _ = mla_decode(work._replace(latent=scaled), scale=SCALE)
+    assert relative_error(out, exact(work._replace(latent=dequantize(scaled)))[0]) < BF16_LIMIT
+    assert 1e-2 < relative_error(out, exact(work)[0]) < 5e-2  # E4M3 keeps 4 bits
 
 
 scheduled = jax.jit(make_schedule, static_argnums=1)
@@ -163,16 +184,16 @@ def test_the_tpu_kernel_lowers_ahead_of_time(rng):
     device = AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
     mesh = AbstractMesh((1,), ("x",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        function = jax.jit(lambda *w: pallas_tpu.mla_decode(*w, scale=SCALE))
-        lowered = function.trace(*shapes).lower(lowering_platforms=("tpu",))
+        function = jax.jit(functools.partial(pallas_tpu.mla_decode, scale=SCALE))
+        lowered = function.trace(shapes).lower(lowering_platforms=("tpu",))
     assert "tpu_custom_call" in lowered.as_text()
 
 
 @INTERPRETER_IS_NEWER
-def test_the_gpu_kernel_lowers_with_sequences_and_heads_cut_over_a_mesh():
+def test_the_gpu_kernel_lowers_with_sequences_heads_and_rows_cut_over_a_mesh():
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
     names = ("data", "node", "local", "context", "tensor")
-    mesh = AbstractMesh((2, 1, 1, 1, 2), names, (AxisType.Auto,) * 5, abstract_device=device)
+    mesh = AbstractMesh((2, 1, 1, 2, 2), names, (AxisType.Auto,) * 5, abstract_device=device)
     layout = Layout(mesh, rules=RULES["decode"])
 
     def attend(q_nope, q_rope, latent, k_rope, lengths, weight):
@@ -214,7 +235,7 @@ def test_refuses_what_does_not_fit(change, message, rng):
     if "latent" in change:
         work = work._replace(k_rope=jnp.zeros((4, 128, 64), jnp.bfloat16))
     with pytest.raises(ValueError, match=message):
-        mla_decode(*work._replace(**change), scale=SCALE)
+        mla_decode(work._replace(**change), scale=SCALE)
 
 
 def test_the_other_context_is_none():

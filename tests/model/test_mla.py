@@ -20,6 +20,7 @@ from dsv3_jax.model.cache import (
 from dsv3_jax.model.mla import mla_absorb, mla_absorb_on_mesh, mla_expand
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import RULES, Layout
+from dsv3_jax.quantization.block_scaled import PER_TOKEN, dequantize, quantize
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 
 
@@ -103,6 +104,31 @@ def test_append_writes_into_the_pages_a_sequence_holds():
     filled[3 + 0] = filled[3 + 1, 1] = 1
     np.testing.assert_array_equal(cache.latent, np.repeat(filled[..., None], 12, -1))
     np.testing.assert_array_equal(cache.k_rope, 2 * np.repeat(filled[..., None], 4, -1))
+
+
+def test_an_fp8_pool_holds_what_was_appended_rounded_once():
+    config, table = tiny_model(num_hidden_layers=1), jnp.array([[2, 0], [1, -1]])
+    rng = np.random.default_rng(0)
+    latent, rope = (jnp.asarray(rng.normal(size=(2, 3, n)), "float32") for n in (12, 4))
+    plain, fp8 = (
+        append_paged(
+            init_paged_cache(config, table, pages=3, page=2, fp8=fp8),
+            latent,
+            rope,
+            jnp.array([1, 0]),
+        )
+        for fp8 in (False, True)
+    )
+    rounded = dequantize(quantize(plain.latent, PER_TOKEN), jnp.float32)
+    np.testing.assert_array_equal(dequantize(fp8.latent, jnp.float32), rounded)
+    np.testing.assert_array_equal(fp8.k_rope, plain.k_rope)
+    bytes_of_a_token = sum(
+        leaf.size * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(
+            jax.eval_shape(lambda: init_paged_cache(ModelConfig(), table[:0], 1, 1, fp8=True))
+        )
+    )
+    assert bytes_of_a_token == 61 * 656
 
 
 def test_cache_holds_576_values_a_token_and_layer():

@@ -10,12 +10,12 @@ import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import manual
 from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu, swizzled
 from dsv3_jax.kernels.mla_decode import wgmma
+from dsv3_jax.kernels.mla_decode.api import Pages, Results, Rows
 from dsv3_jax.kernels.mla_decode.schedule import PAGE, Schedule, make_schedule
 from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 
@@ -25,6 +25,7 @@ TILES = 9  # of 64 columns each: latent, then rope
 ORDER = (8, *range(8))  # rope first, whose place is the first to be free
 GROUPS = (8, 0, 4)  # the first tile of each group that is handed back at once
 HALF = 4  # tiles of the output that a math warpgroup holds
+LOG2_E = math.log2(math.e)
 LOWEST = -1e30  # finite, so that a row that sees nothing yields zeros and not NaN
 LANES = WGMMA.reduce(1)
 # A thread starts with 168: asking for more than three times that in all would wait for ever.
@@ -37,7 +38,7 @@ class Tuning:
 
     cluster: int = 2  # blocks of other heads that share each read of a page (TMA multicast)
     rise: float = 8.0  # the running maximum moves only when scores exceed it by so much (log2)
-    auto_barriers: bool = True  # without Pallas's own: 1 % faster, results not compared on a GPU
+    auto_barriers: bool = True  # without Pallas's own: 1 % faster
 
 
 def parts_of(rows: int) -> int:
@@ -55,18 +56,14 @@ def _row_tiles(rows: int) -> int:
 
 
 def mla_decode(
-    q_latent: Float[Array, "B T N C"],
-    q_rope: Float[Array, "B T N R"],
-    latent: Float[Array, "P 64 C"] | BlockScaled,
-    rope: Float[Array, "P 64 R"],
-    block_table: Int[Array, "B S"],
-    lengths: Int[Array, " B"],
+    pages: Pages,
     *,
     scale: float,
     schedule: Schedule | None = None,
     tuning: Tuning | None = None,
-) -> Float[Array, "B T N C"]:
-    """Softmax-weighted latents; see `api.mla_decode`."""
+) -> Results:
+    """Softmax-weighted latents and log-sum-exp; see `api.mla_decode`."""
+    q_latent, q_rope, latent, rope, block_table, lengths = pages
     hopper.require()
     batch, new, heads, width = q_latent.shape
     if (width, q_rope.shape[-1]) != (512, 64):
@@ -75,57 +72,45 @@ def mla_decode(
         )
     if isinstance(latent, BlockScaled):
         # By XLA, and only the pages of these sequences: the pool may hold all layers' pages.
-        pages = jnp.clip(block_table, 0, rope.shape[0] - 1).reshape(-1)
-        latent = dequantize(jax.tree.map(lambda x: x[pages], latent), q_latent.dtype)
-        rope = rope[pages]
-        block_table = jnp.arange(pages.size, dtype=jnp.int32).reshape(block_table.shape)
+        numbers = jnp.clip(block_table, 0, rope.shape[0] - 1).reshape(-1)
+        latent = dequantize(jax.tree.map(lambda x: x[numbers], latent), q_latent.dtype)
+        rope = rope[numbers]
+        block_table = jnp.arange(numbers.size, dtype=jnp.int32).reshape(block_table.shape)
     if {x.dtype for x in (q_latent, q_rope, latent, rope)} != {jnp.dtype(jnp.bfloat16)}:
         raise NotImplementedError(f"{q_latent.dtype} by {latent.dtype} must be bfloat16 throughout")
-    if manual.varies((q_latent, q_rope, latent, rope, block_table, lengths)):
+    if manual.varies(pages):
         raise NotImplementedError("a shard_map around it must have check_vma=False")  # warp_map
     if latent.shape[1] != PAGE:
         raise NotImplementedError(f"pages of {latent.shape[1]} tokens must be of {PAGE}")
     rows = new * heads
     if schedule is None:
-        schedule = make_schedule(lengths, parts_of(rows))
+        here = jnp.minimum(lengths, block_table.shape[1] * PAGE)
+        schedule = make_schedule(here, parts_of(rows))
     q_latent, q_rope = (q.reshape(batch, rows, -1) for q in (q_latent, q_rope))
     tuning = tuning or Tuning()
     if _row_tiles(rows) % tuning.cluster:
         tuning = dataclasses.replace(tuning, cluster=1)
-    out, partial, lse = _attend(
+    whole, partial = _attend(
         q_latent, q_rope, latent, rope, block_table, lengths, schedule, scale, new, tuning
     )
-    out = _combine(out, partial, lse, schedule)
-    return out[:, :rows].reshape(batch, new, heads, width)
+    out, lse = (x[:, :rows] for x in _combine(*whole, *partial, schedule))
+    return out.reshape(batch, new, heads, width), lse.reshape(batch, new, heads) / LOG2_E
 
 
-def mla_decode_contiguous(
-    q_latent: Float[Array, "B T N C"],
-    q_rope: Float[Array, "B T N R"],
-    latent: Float[Array, "B S C"],
-    k_rope: Float[Array, "B S R"],
-    lengths: Int[Array, " B"],
-    *,
-    scale: float,
-    schedule: Schedule | None = None,
-) -> Float[Array, "B T N C"]:
+def mla_decode_contiguous(rows: Rows, *, scale: float, schedule: Schedule | None = None) -> Results:
     """The same for contiguous rows, which are pages in order."""
     hopper.require()
-    batch, rows = latent.shape[:2]
-    if rows % PAGE:
-        raise NotImplementedError(f"a cache of {rows} rows is no whole number of pages of {PAGE}")
-    pages = rows // PAGE
-    latent, k_rope = (x.reshape(batch * pages, PAGE, -1) for x in (latent, k_rope))
-    table = jnp.arange(batch * pages, dtype=jnp.int32).reshape(batch, pages)
-    return mla_decode(
-        q_latent, q_rope, latent, k_rope, table, lengths, scale=scale, schedule=schedule
-    )
+    if rows.latent.shape[1] % PAGE:
+        raise NotImplementedError(
+            f"a cache of {rows.latent.shape[1]} rows is no whole number of pages of {PAGE}"
+        )
+    return mla_decode(rows.in_pages(PAGE), scale=scale, schedule=schedule)
 
 
 def _attend(
     q_latent, q_rope, latent, rope, block_table, lengths, schedule, scale, new: int, tuning: Tuning
 ):
-    """Results of sequences that one part reads alone, and partial results with their log-sum-exp.
+    """Results of sequences that one part reads alone, and partial results; both with log-sum-exp.
 
     A part's partial result of a sequence that began in an earlier part is at [0, part], and of one
     that it begins and does not end at [1, part].
@@ -138,14 +123,14 @@ def _attend(
         q_latent, q_rope = (
             jnp.pad(q, ((0, 0), (0, padded - rows), (0, 0))) for q in (q_latent, q_rope)
         )
-    log_scale = scale * math.log2(math.e)
+    log_scale = scale * LOG2_E
     interpreted = hopper._interpreting.get()
     cluster = tuning.cluster
     multicast = ("cluster",) if cluster > 1 else None
 
     def kernel(
         q_latent, q_rope, latent, rope, table, lengths, starts, cuts, first, last,
-        out, partial, lse,
+        out, lse, partial, partial_lse,
         q_s, k_s, p_s, own_s, row_s, q_full, q_empty, k_full, k_empty, p_ready,
     ):  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
@@ -212,10 +197,10 @@ def _attend(
                 wgmma.synchronize()  # one thread speaks for all
                 plgpu.barrier_arrive(k_empty.at[slot * len(GROUPS) + GROUPS.index(tile)])
 
-            def scores(length, page):
+            def scores(length, page, end):
                 """Products of all queries with the page in this warpgroup's slot.
 
-                -inf where a token must not look.
+                -inf where a token must not look, and all over from page `end` on.
                 """
                 s = (_zeros(),)
                 for t in ORDER:
@@ -229,7 +214,8 @@ def _attend(
                     )
                 ((s,),) = wgmma.wait(0, s)
                 release(me, 8)
-                visible = length - page * PAGE  # to the last new token
+                # To the last new token.
+                visible = lax.select(page < end, length - page * PAGE, 0)
 
                 def mask(s):
                     column = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 1, layout=WGMMA)
@@ -272,9 +258,9 @@ def _attend(
             def risen(m, s_max):
                 return jnp.where(s_max > m + tuning.rise, s_max, m)
 
-            def even_pair(length, begin, pair, carry):
+            def even_pair(length, begin, end, pair, carry):
                 out, m, total = carry
-                s = scores(length, begin + 2 * pair)
+                s = scores(length, begin + 2 * pair, end)
                 m_even = risen(m, largest(s))
                 p = weights(s, m_even)
                 row_s[0] = m_even
@@ -294,9 +280,9 @@ def _attend(
                 out = finish(weigh(out, p_s, 1), 1)
                 return out, m_odd, total * decay
 
-            def odd_pair(length, begin, pair, carry):
+            def odd_pair(length, begin, end, pair, carry):
                 out, m, total = carry
-                s = scores(length, begin + 2 * pair + 1)
+                s = scores(length, begin + 2 * pair + 1, end)
                 s_max = largest(s)
                 plgpu.barrier_wait(p_ready.at[0])
                 m_even = plgpu.load(row_s.at[0], layout=LANES)
@@ -335,7 +321,7 @@ def _attend(
                 result, m, total = lax.fori_loop(
                     0,
                     pl.cdiv(end - begin, 2),
-                    functools.partial((even_pair, odd_pair)[me], length, begin),
+                    functools.partial((even_pair, odd_pair)[me], length, begin, end),
                     (zeros, lowest, nothing),
                 )
                 plgpu.barrier_arrive(q_empty)
@@ -347,6 +333,7 @@ def _attend(
                 total = total + plgpu.load(row_s.at[3 - me], layout=LANES)
                 some = total > 0
                 result = _scaled(result, jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0))
+                log_sum = jnp.where(some, m + jnp.log2(jnp.where(some, total, 1.0)), LOWEST)
                 whole = (begin == 0) & (end == starts[sequence + 1] - starts[sequence])
 
                 @pl.when(whole)
@@ -354,6 +341,8 @@ def _attend(
                     for t in range(HALF):
                         columns = pl.ds((HALF * me + t) * 64, 64)
                         out[sequence, pl.ds(row, ROWS), columns] = result[t].astype(jnp.bfloat16)
+                    if me == 0:
+                        lse[sequence, pl.ds(row, ROWS)] = log_sum
 
                 @pl.when(jnp.logical_not(whole))
                 def _():
@@ -362,8 +351,7 @@ def _attend(
                         columns = pl.ds((HALF * me + t) * 64, 64)
                         partial[kind, part, pl.ds(row, ROWS), columns] = result[t]
                     if me == 0:
-                        value = jnp.where(some, m + jnp.log2(jnp.where(some, total, 1.0)), LOWEST)
-                        lse[kind, part, pl.ds(row, ROWS)] = value
+                        partial_lse[kind, part, pl.ds(row, ROWS)] = log_sum
 
         @pl.when(warpgroup == 0)
         def _even():
@@ -381,10 +369,11 @@ def _attend(
     transforms = swizzled(jnp.bfloat16)
     tile_of = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=transforms)
     struct = jax.ShapeDtypeStruct
-    return plgpu.kernel(
+    out, lse, partial, partial_lse = plgpu.kernel(
         kernel,
         out_type=(
             struct((batch, padded, width), jnp.bfloat16),
+            struct((batch, padded), jnp.float32),
             struct((2, parts, padded, width), jnp.float32),
             struct((2, parts, padded), jnp.float32),
         ),
@@ -415,6 +404,7 @@ def _attend(
         q_latent, q_rope, latent, rope, block_table, lengths,
         schedule.starts, schedule.cuts, schedule.first, schedule.last,
     )  # fmt: skip
+    return (out, lse), (partial, partial_lse)
 
 
 def _zeros():
@@ -429,8 +419,8 @@ def _scaled(tiles, factor):
     return tuple(tile * _across(factor) for tile in tiles)
 
 
-def _combine(out, partial, lse, schedule: Schedule):
-    """`out` with the sequences that several parts read filled in from their partial results."""
+def _combine(out, lse, partial, partial_lse, schedule: Schedule):
+    """`out` and `lse` with the sequences that several parts read filled in from partial results."""
     batch, rows, width = out.shape
     parts = schedule.parts
     # Loads in flight hide their latency: of many pieces where few sequences share all parts, of
@@ -439,7 +429,7 @@ def _combine(out, partial, lse, schedule: Schedule):
     row_count = 16 // pieces
     layout = plgpu.Layout.WG_STRIDED((width,), vec_size=4)
 
-    def kernel(partial, lse, begins, ends, out):
+    def kernel(partial, partial_lse, begins, ends, out, lse):
         sequence, row = lax.axis_index("sequence"), lax.axis_index("rows") * row_count
         begin, end = begins[sequence], ends[sequence]
 
@@ -454,7 +444,7 @@ def _combine(out, partial, lse, schedule: Schedule):
                 for r, (total, weight, top) in enumerate(carry):
                     at = [(kind, place, row + r) for kind, place in zip(kinds, places)]
                     values = [plgpu.load(partial.at[i], layout=layout) for i in at]
-                    logs = [lax.select(ok, lse[i], LOWEST) for ok, i in zip(real, at)]
+                    logs = [lax.select(ok, partial_lse[i], LOWEST) for ok, i in zip(real, at)]
                     new_top = functools.reduce(lax.max, logs, top)
                     decay = jnp.exp2(top - new_top)
                     total, weight = total * decay, weight * decay
@@ -467,15 +457,16 @@ def _combine(out, partial, lse, schedule: Schedule):
             nothing = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
             init = ((nothing, jnp.float32(0), jnp.float32(2 * LOWEST)),) * row_count
             results = lax.fori_loop(0, pl.cdiv(end - begin, pieces), chunk, init)
-            for r, (total, weight, _) in enumerate(results):
+            for r, (total, weight, top) in enumerate(results):
                 out[sequence, row + r] = (total / weight).astype(out.dtype)
+                lse[sequence, row + r] = top + jnp.log2(weight)
 
-    whole = jax.new_ref(out)
+    refs = jax.new_ref(out), jax.new_ref(lse)
     plgpu.kernel(
         kernel,
         out_type=(),
         grid=(batch, rows // row_count),
         grid_names=("sequence", "rows"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(partial, lse, schedule.begin, schedule.end, whole)
-    return jax.freeze(whole)
+    )(partial, partial_lse, schedule.begin, schedule.end, *refs)
+    return tuple(map(jax.freeze, refs))

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels.mla_decode.api import Pages, Results, Rows
 from dsv3_jax.quantization.block_scaled import BlockScaled
 
 LOWEST = -1e30  # finite, so that a row that sees nothing yields zeros and not NaN
@@ -38,18 +38,9 @@ def interpreting() -> Iterator[None]:
         _interpreting.reset(token)
 
 
-def mla_decode(
-    q_latent: Float[Array, "B T N C"],
-    q_rope: Float[Array, "B T N R"],
-    latent: Float[Array, "P page C"] | BlockScaled,
-    k_rope: Float[Array, "P page R"],
-    block_table: Int[Array, "B S"],
-    lengths: Int[Array, " B"],
-    *,
-    scale: float,
-    schedule: object = None,
-) -> Float[Array, "B T N C"]:
-    """Softmax-weighted latents; see `api.mla_decode`."""
+def mla_decode(pages: Pages, *, scale: float, schedule: object = None) -> Results:
+    """Softmax-weighted latents and log-sum-exp; see `api.mla_decode`."""
+    q_latent, q_rope, latent, k_rope, block_table, lengths = pages
     del schedule  # a TPU core walks all sequences
     if not _interpreting.get() and not _for_tpu():
         raise NotImplementedError(f"needs a TPU, and JAX sees {jax.default_backend()!r} only")
@@ -61,7 +52,7 @@ def mla_decode(
         raise NotImplementedError(
             f"latents of {width} must be a multiple of {LANES}, pages of {page} tokens of 8"
         )
-    rows, pages = new * heads, block_table.shape[1]
+    rows = new * heads
     rope_width = q_rope.shape[-1]
 
     def this_page(b, s, table, lengths):
@@ -71,19 +62,25 @@ def mla_decode(
     def this_sequence(b, s, table, lengths):
         return b, 0, 0
 
-    out = pl.pallas_call(
+    out, lse = pl.pallas_call(
         functools.partial(_step, scale=scale, new=new, heads=heads, page=page),
-        out_shape=jax.ShapeDtypeStruct((batch, rows, width), q_latent.dtype),
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, rows, width), q_latent.dtype),
+            jax.ShapeDtypeStruct((batch, rows, LANES), jnp.float32),
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(batch, pages),
+            grid=(batch, block_table.shape[1]),
             in_specs=[
                 pl.BlockSpec((1, rows, width), this_sequence),
                 pl.BlockSpec((1, rows, rope_width), this_sequence),
                 pl.BlockSpec((1, page, width), this_page),
                 pl.BlockSpec((1, page, rope_width), this_page),
             ],
-            out_specs=pl.BlockSpec((1, rows, width), this_sequence),
+            out_specs=(
+                pl.BlockSpec((1, rows, width), this_sequence),
+                pl.BlockSpec((1, rows, LANES), this_sequence),
+            ),
             scratch_shapes=[
                 pltpu.VMEM((rows, LANES), jnp.float32),
                 pltpu.VMEM((rows, LANES), jnp.float32),
@@ -98,27 +95,13 @@ def mla_decode(
         latent,
         k_rope,
     )
-    return out.reshape(batch, new, heads, width)
+    return out.reshape(batch, new, heads, width), lse[..., 0].reshape(batch, new, heads)
 
 
-def mla_decode_contiguous(
-    q_latent: Float[Array, "B T N C"],
-    q_rope: Float[Array, "B T N R"],
-    latent: Float[Array, "B S C"],
-    k_rope: Float[Array, "B S R"],
-    lengths: Int[Array, " B"],
-    *,
-    scale: float,
-    schedule: object = None,
-) -> Float[Array, "B T N C"]:
+def mla_decode_contiguous(rows: Rows, *, scale: float, schedule: object = None) -> Results:
     """The same for contiguous rows, which are pages in order."""
-    batch, rows = latent.shape[:2]
-    page = math.gcd(rows, MAX_PAGE)
-    latent, k_rope = (x.reshape(batch * rows // page, page, -1) for x in (latent, k_rope))
-    table = jnp.arange(batch * rows // page, dtype=jnp.int32).reshape(batch, -1)
-    return mla_decode(
-        q_latent, q_rope, latent, k_rope, table, lengths, scale=scale, schedule=schedule
-    )
+    page = math.gcd(rows.latent.shape[1], MAX_PAGE)
+    return mla_decode(rows.in_pages(page), scale=scale, schedule=schedule)
 
 
 def _for_tpu() -> bool:
@@ -127,7 +110,7 @@ def _for_tpu() -> bool:
 
 
 def _step(
-    table, lengths, q_latent, q_rope, latent, k_rope, out, top, total, sums,
+    table, lengths, q_latent, q_rope, latent, k_rope, out, lse, top, total, sums,
     *, scale: float, new: int, heads: int, page: int,
 ):  # fmt: skip
     """Adds one page to one sequence's running maximum, sum of weights and weighted latents."""
@@ -167,3 +150,4 @@ def _step(
         some = weight > 0
         result = jnp.where(some, sums[...] / jnp.where(some, weight, 1.0), 0.0)
         out[0] = result.astype(out.dtype)
+        lse[0] = jnp.where(some, top[...] + jnp.log(jnp.where(some, total[...], 1.0)), LOWEST)
