@@ -41,13 +41,15 @@ def generate(
     seed: int = 0,
     layout: Layout | None = None,
     paged: bool | None = None,
+    fp8_cache: bool = False,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yields the next token of every prompt, int32 [B], up to max_new_tokens times.
 
     A sequence that has ended (eos_token_id) yields eos again; iteration ends when all have. The
     cache holds cache_length tokens a sequence, by default what the longest needs; paged, it holds
-    the pages that each needs, by default where the kernel that reads pages runs. Raises
-    UserError for an empty prompt, a token outside the vocabulary, or prompts longer than the cache.
+    the pages that each needs, by default where the kernel that reads pages runs. With fp8_cache
+    they hold latents as FP8. Raises UserError for an empty prompt, a token outside the vocabulary,
+    or prompts longer than the cache.
     The layout says how to spread the work over a mesh; the tokens are those of one device, but for
     rounding.
     """
@@ -72,11 +74,12 @@ def generate(
     key = jax.random.key(seed)
     if paged is None:
         widths = (config.kv_lora_rank, config.qk_rope_head_dim)
-        paged = layout is None and wants_pages(*widths, config.dtype)
+        paged = fp8_cache or (layout is None and wants_pages(*widths, config.dtype))
+    if fp8_cache and not paged:
+        raise UserError("an FP8 cache lies in pages: leave paged=False out")
     room = [min(n + max_new_tokens - 1, cache_length) for n in lengths.tolist()]
-    cache = _empty_cache(
-        config, room if paged else [cache_length] * len(room), paged, decode_layout
-    )
+    room = room if paged else [cache_length] * len(room)
+    cache = _empty_cache(config, room, paged, fp8_cache, decode_layout)
     hidden, cache = _prefill(variables, padded, cache, config, prefill_layout)
     hidden = hidden[np.arange(len(prompts)), lengths - 1]
     ended = np.zeros(count, bool)
@@ -123,7 +126,7 @@ def _checked_cache_length(prompts, lengths, config: ModelConfig, max_new_tokens,
 
 
 def _empty_cache(
-    config: ModelConfig, room: list[int], paged: bool, layout: Layout | None
+    config: ModelConfig, room: list[int], paged: bool, fp8: bool, layout: Layout | None
 ) -> AnyCache:
     """A cache with room for so many tokens of each sequence, where the layout wants it."""
     if not paged:
@@ -143,8 +146,8 @@ def _empty_cache(
         ]
     )
     if layout is None:
-        return init_paged_cache(config, jnp.asarray(table), pages, PAGE)
-    make = partial(init_paged_cache, config, pages=pages * devices, page=PAGE)
+        return init_paged_cache(config, jnp.asarray(table), pages, PAGE, fp8)
+    make = partial(init_paged_cache, config, pages=pages * devices, page=PAGE, fp8=fp8)
     return jax.jit(make, out_shardings=layout.sharding("batch"))(table)
 
 

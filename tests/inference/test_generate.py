@@ -56,6 +56,13 @@ def test_pages_hold_what_a_contiguous_cache_does(greedy, monkeypatch):
     np.testing.assert_array_equal(tokens_of(PROMPTS, paged=True), greedy)
 
 
+def test_an_fp8_cache_writes_nearly_the_same(greedy):
+    """Its first token has not read the cache; later ones have read 4 bits of each number."""
+    tokens = tokens_of(PROMPTS, fp8_cache=True)
+    np.testing.assert_array_equal(tokens[:, 0], greedy[:, 0])
+    assert (tokens == greedy).mean() > 0.6
+
+
 def test_a_seed_repeats_its_text():
     drawn = [tokens_of(PROMPTS, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     np.testing.assert_array_equal(drawn[0], drawn[1])

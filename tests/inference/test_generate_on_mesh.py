@@ -107,7 +107,8 @@ def test_prefill_and_decoding_equal_one_device():
     assert cache.sharding.shard_shape(cache.shape) == (1, 1, 8, 12), "its rows of its sequences"
 
 
-def test_pages_on_a_mesh_hold_each_device_s_own_sequences():
+@pytest.mark.parametrize("fp8", [False, True])
+def test_pages_on_a_mesh_hold_each_device_s_own_sequences(fp8):
     """Of one and of two pages, three on each of two groups; pages are whole over context."""
     layout, long = layout_of(local=2, context=2, tensor=2), random_tokens(MODEL, 1, 70)[0].tolist()
     prompts = [*PROMPTS, long, *PROMPTS[1:]]
@@ -115,7 +116,7 @@ def test_pages_on_a_mesh_hold_each_device_s_own_sequences():
     options = {"max_new_tokens": 4, "temperature": 0.0}
     want, got = (
         np.stack(list(generate(VARIABLES, prompts, model, layout=where, **how, **options)), 1)
-        for where, how in ((None, {}), (layout, {"paged": True}))
+        for where, how in ((None, {"fp8_cache": fp8}), (layout, {"paged": True, "fp8_cache": fp8}))
     )
     np.testing.assert_array_equal(got, want)
 
