@@ -14,6 +14,7 @@ they no longer fit.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -34,6 +35,8 @@ from benchmarks.bench_gemm import (
     machine,
     microseconds,
 )
+from benchmarks.side_by_side import answer
+from benchmarks.side_by_side import rows as rows_of
 from dsv3_jax.kernels.attention import api
 
 OWN, SHARED, VALUE = 128, 64, 128  # dims of a head's own key, of the shared key, of the value
@@ -64,6 +67,8 @@ class Shape:
         return f"{name}, {self.heads} heads, S {self.length}"
 
 
+Plain = tuple[Callable[..., Any], ...]  # `_plain` in float32, and in bfloat16
+
 SHAPES = tuple(
     Shape(heads, length, backward)
     for heads, length in ((128, 2048), (128, 4096), (128, 8192), (32, 16384), (128, 32768))
@@ -72,6 +77,7 @@ SHAPES = tuple(
 )
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def operands(shape: Shape) -> tuple[jax.Array, ...]:
     """Random normal q, keys with values, shared keys, and the output's cotangent."""
     rows, heads = (1, shape.length), shape.heads
@@ -82,15 +88,10 @@ def operands(shape: Shape) -> tuple[jax.Array, ...]:
         (*rows, heads, VALUE),
     )
     keys = jax.random.split(jax.random.key(0), len(sizes))
-    return tuple(_normal(size, key) for size, key in zip(sizes, keys))
+    return tuple(jax.random.normal(key, size, jnp.bfloat16) for size, key in zip(sizes, keys))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _normal(shape, key):
-    return jax.random.normal(key, shape, jnp.bfloat16)
-
-
-def attention_of(implementation: str, backward: bool) -> Callable[..., Any]:
+def attention_of(implementation: str, backward: bool) -> Any:
     """A jitted pass over `operands`: output and log-sum-exp, then gradients of the first three."""
 
     def attend(q, kv, k_shared):
@@ -118,16 +119,17 @@ def _plain(q, kv, k_shared, head, rows: int, dtype):
         return jnp.dot(probs, kv[0, :, head, OWN:].astype(dtype))
 
 
-def errors(shape: Shape, inputs: Sequence[jax.Array], out: jax.Array) -> tuple[float, float]:
+def errors(inputs: Sequence[jax.Array], out: jax.Array, plain: Plain) -> list[float]:
     """Relative errors of the output's last rows: ours, and of bfloat16 products."""
-    rows, inputs = min(CHECKED_ROWS, shape.length), inputs[:3]
+    exactly, roughly = plain
+    rows, heads = min(CHECKED_ROWS, out.shape[1]), out.shape[2]
     worst = [0.0, 0.0]
-    for head in (0, shape.heads - 1):
-        exact = _plain(*inputs, head, rows, jnp.float32)
-        for i, got in enumerate((out[0, -rows:, head], _plain(*inputs, head, rows, jnp.bfloat16))):
+    for head in (0, heads - 1):
+        exact = exactly(*inputs[:3], jnp.int32(head))
+        for i, got in enumerate((out[0, -rows:, head], roughly(*inputs[:3], jnp.int32(head)))):
             error = jnp.linalg.norm(got.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
             worst[i] = max(worst[i], float(error))
-    return worst[0], worst[1]
+    return worst
 
 
 def cudnn_microseconds(shape: Shape) -> float | None:
@@ -175,17 +177,38 @@ def cudnn_microseconds(shape: Shape) -> float | None:
         torch.cuda.empty_cache()
 
 
-def measure(shape: Shape) -> dict[str, Any]:
+def prepare(shape: Shape) -> Callable[[], dict[str, Any]]:
+    """A row's measurement, compiled."""
+    draw = operands.lower(shape)
+    rows, head = min(CHECKED_ROWS, shape.length), jax.ShapeDtypeStruct((), jnp.int32)
+    plain = tuple(
+        _plain.lower(*draw.out_info[:3], head, rows, dtype).compile()
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    ours = attention_of("pallas_gpu", shape.backward).lower(*draw.out_info).compile()
+    xla = None
+    if shape.heads * shape.length**2 * 4 <= XLA_LOGITS:
+        xla = attention_of("reference", shape.backward).lower(*draw.out_info).compile()
+    with contextlib.suppress(ImportError):
+        import torch as _  # noqa: F401, seconds
+    return functools.partial(measure, shape, draw.compile(), ours, plain, xla)
+
+
+def measure(
+    shape: Shape,
+    draw: Callable[[], Any],
+    ours: Callable[..., Any],
+    plain: Plain,
+    xla: Callable[..., Any] | None,
+) -> dict[str, Any]:
     """One row of the table."""
-    inputs = operands(shape)
-    ours = attention_of("pallas_gpu", shape.backward)
+    inputs = draw()
     first, second = ours(*inputs), ours(*inputs)
     same = all(bool((a == b).all()) for a, b in zip(first, second))
-    error, plain_error = errors(shape, inputs, first[0])
+    error, plain_error = errors(inputs, first[0], plain)
     del first, second
-    us, xla_us = microseconds(ours, inputs), None
-    if shape.heads * shape.length**2 * 4 <= XLA_LOGITS:
-        xla_us = microseconds(attention_of("reference", shape.backward), inputs)
+    us = microseconds(ours, inputs)
+    xla_us = microseconds(xla, inputs) if xla is not None else None
     del inputs
     return {
         "shape": shape.label,
@@ -255,15 +278,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="shapes whose label holds this text")
     parser.add_argument("--out", type=Path, help="folder for attention.json, .md and .png")
+    parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.row is not None:
+        return answer(functools.partial(prepare, SHAPES[options.row]))
     start, rows = machine(), []
     print(start, flush=True)
-    for shape in SHAPES:
-        if options.only in shape.label:
-            rows.append(measure(shape))
-            print(table(rows[-1:]).splitlines()[-1], flush=True)
-            if options.out:
-                write(options.out, start, rows)
+    labels = [shape.label for shape in SHAPES]
+    numbers = [i for i, label in enumerate(labels) if options.only in label]
+    for row in rows_of("benchmarks.bench_attention", labels, numbers):
+        rows.append(row)
+        print(table(rows[-1:]).splitlines()[-1], flush=True)
+        if options.out:
+            write(options.out, start, rows)
     print(f"{table(rows)}\nbefore: {start}\nafter: {machine()}")
 
 

@@ -15,11 +15,11 @@ kernel durations.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +29,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.bench_gemm import _kernel_microseconds, machine, microseconds
+from benchmarks.side_by_side import answer
+from benchmarks.side_by_side import rows as rows_of
 from dsv3_jax.analysis.hardware import accelerator
 from dsv3_jax.kernels.mla_decode import pallas_gpu, reference
+from dsv3_jax.kernels.mla_decode.api import Pages, Rows
 from dsv3_jax.kernels.mla_decode.schedule import PAGE, make_schedule
 from dsv3_jax.model.cache import PagedCache, append_paged
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
@@ -95,17 +98,6 @@ SHAPES = (
 )
 
 
-class Work(NamedTuple):
-    """The operands of `mla_decode`."""
-
-    q_latent: Any
-    q_rope: Any
-    latent: Any
-    k_rope: Any
-    block_table: Any
-    lengths: Any
-
-
 def _draw(shape: Shape, key) -> tuple[Any, ...]:
     keys = jax.random.split(key, 4)
     queries = (shape.batch, shape.new, shape.heads)
@@ -138,68 +130,55 @@ class Prepared(NamedTuple):
 
     @classmethod
     def of(cls, shape: Shape) -> "Prepared":
-        """Compiles ours, and the reference for one sequence."""
+        """Compiles ours, the reference for one sequence, and the peer."""
         key = jax.eval_shape(lambda: jax.random.key(0))
         drawn = jax.eval_shape(functools.partial(_draw, shape), key)
         table, lengths = (_shape_of(x) for x in (_table(shape), shape.lengths))
-        work = Work(*drawn, table, lengths)
+        work = Pages(*drawn, table, lengths)
         parts = pallas_gpu.parts_of(shape.new * shape.heads)
         plan = jax.jit(functools.partial(make_schedule, parts=parts)).lower(lengths)
 
-        def ours(schedule, *work):
-            return pallas_gpu.mla_decode(*work, scale=SCALE, schedule=schedule)
+        def ours(schedule, work):
+            return pallas_gpu.mla_decode(work, scale=SCALE, schedule=schedule)[0]
 
-        first = _first(work)
-        functions = (
-            jax.jit(functools.partial(_draw, shape)).lower(key),
-            plan,
-            jax.jit(ours).lower(plan.out_info, *work),
-            jax.jit(functools.partial(reference.mla_decode, scale=SCALE)).lower(*first),
+        xla = None
+        if not shape.fp8 and not shape.ragged:
+            contiguous = functools.partial(reference.mla_decode_contiguous, scale=SCALE)
+            xla = jax.jit(contiguous).lower(jax.eval_shape(_contiguous, work)).compile()
+        plain = jax.jit(functools.partial(reference.mla_decode, scale=SCALE))
+        return cls(
+            shape,
+            jax.jit(functools.partial(_draw, shape)).lower(key).compile(),
+            plan.compile(),
+            jax.jit(ours).lower(plan.out_info, work).compile(),
+            plain.lower(jax.eval_shape(_first, work)).compile(),
+            xla,
         )
-        return cls(shape, *(function.compile() for function in functions), None)
-
-    def with_xla(self) -> "Prepared":
-        """And the peer, which XLA tunes by running it."""
-        shape = self.shape
-        if shape.fp8 or shape.ragged:
-            return self
-        bf16 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-        queries, rows = (shape.batch, shape.new, shape.heads), (shape.batch, shape.length)
-        sizes = ((*queries, LATENT), (*queries, ROPE), (*rows, LATENT), (*rows, ROPE))
-        contiguous = jax.jit(functools.partial(reference.mla_decode_contiguous, scale=SCALE))
-        lowered = contiguous.lower(*map(bf16, sizes), _shape_of(shape.lengths))
-        return self._replace(xla=lowered.compile())
 
 
-def prepare(shapes: Sequence[Shape]) -> list[Prepared]:
-    """All shapes, compiled side by side."""
-    with ThreadPoolExecutor(8) as pool:
-        prepared = list(pool.map(Prepared.of, shapes))
-        return list(pool.map(Prepared.with_xla, prepared))
+def _contiguous(work: Pages) -> Rows:
+    """What the peers read: as many rows, in another order."""
+    batch = work.lengths.shape[0]
+    rows = (x.reshape(batch, -1, x.shape[-1]) for x in (work.latent, work.k_rope))
+    return Rows(work.q_latent, work.q_rope, *rows, work.lengths)
 
 
 def _shape_of(x) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _first(work: Work) -> Work:
+def _first(work: Pages) -> Pages:
     """The first sequence alone, its pages in order in a pool of its own."""
-
-    def take(q_latent, q_rope, latent, k_rope, block_table, lengths):
-        pages = block_table[0]
-        pool = jax.tree.map(lambda x: x[pages], (latent, k_rope))
-        table = jnp.arange(pages.size, dtype=jnp.int32)[None]
-        return Work(q_latent[:1], q_rope[:1], *pool, table, lengths[:1])
-
-    if isinstance(work.lengths, jax.ShapeDtypeStruct):
-        return jax.eval_shape(take, *work)
-    return take(*work)
+    pages = work.block_table[0]
+    pool = jax.tree.map(lambda x: x[pages], (work.latent, work.k_rope))
+    table = jnp.arange(pages.size, dtype=jnp.int32)[None]
+    return Pages(work.q_latent[:1], work.q_rope[:1], *pool, table, work.lengths[:1])
 
 
-def _errors(out, work: Work, plain: Callable[..., Any]) -> list[float]:
+def _errors(out, work: Pages, plain: Callable[..., Any]) -> list[float]:
     """Relative errors of the first sequence: of `out`, and of a bfloat16 reference."""
     first = _first(work)
-    approximate = plain(*first)
+    approximate, _ = plain(first)
     latent = first.latent
     if isinstance(latent, BlockScaled):
         latent = dequantize(latent, jnp.float32)
@@ -254,17 +233,15 @@ def measure(prepared: Prepared) -> dict[str, Any]:
     """One row of the table."""
     shape = prepared.shape
     drawn = prepared.draw(jax.random.key(0))
-    work = Work(*drawn, jnp.asarray(_table(shape)), jnp.asarray(shape.lengths))
+    work = Pages(*drawn, jnp.asarray(_table(shape)), jnp.asarray(shape.lengths))
     schedule = prepared.plan(work.lengths)
-    us = microseconds(prepared.ours, (schedule, *work))
-    error, plain_error = _errors(prepared.ours(schedule, *work), work, prepared.plain)
+    us = microseconds(prepared.ours, (schedule, work))
+    error, plain_error = _errors(prepared.ours(schedule, work), work, prepared.plain)
     row = {"shape": shape.label, "us": us, "error": error, "plain_error": plain_error}
     row["schedule_us"] = microseconds(prepared.plan, (work.lengths,))
     row["xla_us"] = row["torch_us"] = None
     if prepared.xla is not None:
-        rows = tuple(x.reshape(shape.batch, -1, x.shape[-1]) for x in (work.latent, work.k_rope))
-        contiguous = (work.q_latent, work.q_rope, *rows, work.lengths)
-        row["xla_us"] = microseconds(prepared.xla, contiguous)
+        row["xla_us"] = microseconds(prepared.xla, (_contiguous(work),))
         row["torch_us"] = torch_microseconds(shape)
     chip = accelerator("h200" if "H200" in machine() else "h100")
     floor = max(shape.flops / chip.peak_flops(False), shape.bytes / chip.hbm_bandwidth)
@@ -342,24 +319,35 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
+def prepared_row(number: int) -> Callable[[], dict[str, Any]]:
+    """A row's measurement, compiled."""
+    prepared = Prepared.of(SHAPES[number])
+    with contextlib.suppress(ImportError):
+        import torch as _  # noqa: F401, seconds
+    return functools.partial(measure, prepared)
+
+
 def main() -> None:
     """Parses the command line, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="shapes whose label holds this text")
     parser.add_argument("--out", type=Path, help="folder for decode.json, decode.md and decode.png")
+    parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    start, rows = machine(), []
-    work = prepare([shape for shape in SHAPES if options.only in shape.label])
-    told: dict[str, Any] = {"before": start, "yardsticks": yardsticks()}
-    print(start, told["yardsticks"], flush=True)
-    for prepared in work:
-        rows.append(measure(prepared))
+    if options.row is not None:
+        return answer(functools.partial(prepared_row, options.row))
+    before, rows = machine(), []
+    numbers = [i for i, shape in enumerate(SHAPES) if options.only in shape.label]
+    for row in rows_of("benchmarks.bench_decode", [shape.label for shape in SHAPES], numbers):
+        rows.append(row)
         print(table(rows[-1:]).splitlines()[-1], f"{rows[-1]['schedule_us']:.1f}", flush=True)
+    told: dict[str, Any] = {"before": before, "rows": rows, "yardsticks": yardsticks()}
     if not options.only:
         told["around"] = around()
-        print(told["around"])
-    told |= {"rows": rows, "after": machine()}
-    print(f"{table(rows)}\nbefore: {start}\nafter: {told['after']}")
+    told["after"] = machine()
+    for name in ("yardsticks", "around"):
+        print(told.get(name, ""))
+    print(f"{table(rows)}\nbefore: {before}\nafter: {told['after']}")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "decode.json").write_text(json.dumps(told, indent=1))
