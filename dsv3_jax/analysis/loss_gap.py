@@ -90,6 +90,7 @@ def plot_loss_gap(losses: Losses) -> Any:
     figure, (left, right) = new_figure(columns=2, width=10, height=3.8)
     right.axhspan(-PAPER_BOUND, PAPER_BOUND, color=COLOURS[6], alpha=0.15, label="0.25 %, V3's")
     right.axhline(0, color=COLOURS[6], linewidth=0.8)
+    reach = 1.0
     for preset, colour in zip(losses, COLOURS):
         runs = losses[preset]
         for seed, run in runs.items():
@@ -103,12 +104,13 @@ def plot_loss_gap(losses: Losses) -> Any:
             continue
         for gap in gaps:
             right.plot(gap, color=colour, linewidth=0.7, alpha=0.5)
+            reach = max(reach, 1.05 * float(np.abs(gap).max()))
         steps = min(map(len, gaps))
         mean = np.mean([gap[:steps] for gap in gaps], axis=0)
         seeds = f"mean of {len(gaps)} seeds" if len(gaps) > 1 else "one seed"
         right.plot(mean, color=colour, linewidth=1.8, label=f"{preset}, {seeds}")
     left.set(title="Loss, EMA 0.9", xlabel="step", ylabel="cross-entropy [nats/token]")
-    right.set(title=f"Gap to {BASELINE}", xlabel="step", ylabel="percent", ylim=(-1, 1))
+    right.set(title=f"Gap to {BASELINE}", xlabel="step", ylabel="percent", ylim=(-reach, reach))
     left.legend()
     right.legend()
     return figure

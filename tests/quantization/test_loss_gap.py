@@ -139,6 +139,11 @@ def test_the_figure_has_a_line_a_run(runs):
     assert len(right.lines) == 3  # zero, the seed, and the mean
 
 
+def test_the_figure_shows_a_gap_of_any_size():
+    figure = plot_loss_gap({"bf16": {0: [2.0, 2.0]}, "fp8_paper": {0: [2.0, 3.0]}})
+    assert figure.axes[1].get_ylim()[1] > 5.0  # percent, smoothed
+
+
 def test_logfmt_beats_fp8_formats_on_what_trained_experts_send(runs):
     """The order that the paper's section 3.2 found, on outputs of routed experts."""
     trainer = runs[2]["bf16"]
