@@ -4,9 +4,11 @@ V3 report, section 2.1.2. No token is ever dropped. This is where arrays of the 
 of a device (`sharded_experts`): what travels between devices is `parallel/expert.py`'s.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
@@ -105,14 +107,38 @@ def choose_places(
     place_EC: Int[Array, "E C"],
     count_E: Int[Array, " E"],
     first_turn: Int[Array, ""] | int = 0,
+    *,
+    num_nodes: int = 1,
+    places_per_node: int = 1,
+    own_node: Int[Array, "..."] | int = 0,
 ) -> Int[Array, "T K"]:
     """Where each choice is computed when experts have replicas: token by token, one after another.
 
     place_EC are the places of each expert, of which the first count_E are in use. Token t begins at
-    replica first_turn + t.
+    replica first_turn + t. On several nodes, replicas on its own node and on nodes that it goes to
+    anyway come first, so that replicas bring a token to no further node; among equals, in turn.
     """
-    turns_T = first_turn + jnp.arange(len(experts_TK))
-    return place_EC[experts_TK, turns_T[:, None] % count_E[experts_TK]]
+    turn_T = first_turn + jnp.arange(len(experts_TK))
+    if num_nodes == 1:
+        return place_EC[experts_TK, turn_T[:, None] % count_E[experts_TK]]
+    place_TKC = place_EC[experts_TK]
+    used_TKC = jnp.arange(place_EC.shape[1]) < count_E[experts_TK][..., None]
+    goes_TKCN = jax.nn.one_hot(place_TKC // places_per_node, num_nodes, dtype=jnp.bool_)
+    goes_TKCN &= used_TKC[..., None]
+    # A choice with replicas on one node only goes there; so does what the node has itself.
+    nodes_TKN = goes_TKCN.any(2)
+    certain_TKN = nodes_TKN & (nodes_TKN.sum(-1, keepdims=True) == 1)
+    visited_TN = certain_TKN.any(1) | jax.nn.one_hot(own_node, num_nodes, dtype=jnp.bool_)
+    chosen = []
+    for k in range(experts_TK.shape[1]):
+        near_TC = (goes_TKCN[:, k] & visited_TN[:, None]).any(-1)
+        open_TC = jnp.where(near_TC.any(-1, keepdims=True), near_TC, used_TKC[:, k])
+        number_TC = jnp.cumsum(open_TC, axis=-1) - 1
+        turn_T1 = (turn_T % open_TC.sum(-1))[:, None]
+        takes_TC = open_TC & (number_TC == turn_T1)
+        chosen.append(jnp.where(takes_TC, place_TKC[:, k], 0).sum(-1))
+        visited_TN |= (goes_TKCN[:, k] & takes_TC[..., None]).any(1)
+    return jnp.stack(chosen, axis=1)
 
 
 class MoEWeights(NamedTuple):
@@ -210,8 +236,17 @@ def _experts_of_device(
     routing = route(x_TD, weights.gate, weights.bias, config)
     experts_TK = routing.experts_TK
     if weights.places is not None:
-        # Every device begins with another replica: when decoding, each has few tokens.
-        experts_TK = choose_places(experts_TK, *weights.places, first_turn=lax.axis_index(axes))
+        node, *within = layout.axes("expert")
+        devices_per_node = math.prod(layout.mesh.shape[axis] for axis in within)
+        experts_TK = choose_places(
+            experts_TK,
+            *weights.places,
+            # Every device begins with another replica: when decoding, each has few tokens.
+            first_turn=lax.axis_index(axes),
+            num_nodes=layout.mesh.shape[node],
+            places_per_node=exchange.experts * devices_per_node,
+            own_node=lax.axis_index(node),
+        )
     if exchange.hops:
         experts_TK = jnp.where(real.reshape(-1, 1), experts_TK, NOBODY)
     placed = routing._replace(experts_TK=experts_TK)
@@ -253,9 +288,8 @@ def exchange_of(
     num_nodes = layout.mesh.shape[axes[0]]
     max_nodes = None
     num_places = num_places or config.n_routed_experts
-    # A group of experts lies within one node, unless they are replicated.
-    grouped = config.topk_method != "greedy" and num_places == config.n_routed_experts
-    if grouped and config.n_group % num_nodes == 0:
+    # A group of experts lies within one node, with all replicas if the plan is hierarchical.
+    if config.topk_method != "greedy" and config.n_group % num_nodes == 0:
         max_nodes = config.topk_group
     return make_exchange(
         layout.expert,
@@ -265,6 +299,7 @@ def exchange_of(
         per_token=config.num_experts_per_tok,
         num_experts=num_places,
         max_nodes=max_nodes,
+        limit_is_certain=num_places == config.n_routed_experts,
         # Only rows quantised as the recipe would may stay as they arrive.
         quantized_rows=gate_up is not None
         and gate_up.input == TileFormat(PER_TOKEN, "ue8m0")

@@ -78,13 +78,15 @@ def make_exchange(
     per_token: int,
     num_experts: int,
     max_nodes: int | None = None,
+    limit_is_certain: bool = True,
     quantized_rows: bool = False,
 ) -> Exchange:
     """The exchange of `tokens` tokens a device among experts spread over `expert_axes`.
 
     expert_axes holds the sizes of the axes, slowest first; experts lie on them in that order. At
     even load a token's per_token choices lie on as many devices, and at most max_nodes of the first
-    axis; capacity_factor times the rows that this makes is what a buffer holds.
+    axis; capacity_factor times the rows that this makes is what a buffer holds. A token may go to more
+    nodes than max_nodes unless limit_is_certain: no result is lost.
 
     Raises ValueError when experts do not divide over the axes, and for the transport "local" when
     they are spread at all.
@@ -107,9 +109,10 @@ def make_exchange(
     for step in steps:
         size = math.prod(axes[axis] for axis in step)
         reached *= size
-        spread = min(per_token, reached)
+        spread = most = min(per_token, reached)
         if max_nodes is not None and limited and not hops:
             spread = min(spread, max_nodes)
+            most = spread if limit_is_certain else most
         even = math.ceil(config.capacity_factor * tokens * spread / size)
         hop = Hop(
             axes=step,
@@ -118,7 +121,7 @@ def make_exchange(
             span=num_experts // reached,
             rows=rows,
             capacity=rows if config.transport == "allgather" else min(rows, even),
-            fanout=min(spread if not hops else per_token, size),
+            fanout=min(per_token if hops else most, size),
             transport=config.transport,
         )
         hops.append(hop)

@@ -93,6 +93,26 @@ def test_tokens_of_an_expert_are_shared_out_evenly():
     assert [int(first[0, 0]) for first in firsts] == [0, 2, 5]
 
 
+def test_replicas_on_nodes_that_a_token_goes_to_come_first():
+    """Two places a node: expert 0 on all of three nodes, 1, 2 and 3 on nodes 0, 1 and 2."""
+    plan = placement_of(np.array([[0, 1, 0, 2, 3, 0]]), 4)
+    known = {"num_nodes": 3, "places_per_node": 2}
+
+    def node_of_0(others, own_node, turn=0):
+        experts = jnp.array([[0, *others]])
+        places = choose_places(
+            experts, plan.place_LEC[0], plan.count_LE[0], turn, own_node=own_node, **known
+        )
+        assert (plan.expert_LP[0][places] == experts).all()
+        return int(places[0, 0]) // 2
+
+    for turn in range(3):
+        assert node_of_0([2], own_node=1, turn=turn) == 1
+        assert node_of_0([3], own_node=1, turn=turn) in (1, 2)
+    # In turn among equals: the token's own node and that of expert 3.
+    assert {node_of_0([3], own_node=0, turn=turn) for turn in range(2)} == {0, 2}
+
+
 def test_measured_load_counts_what_the_router_chose(run):
     prompts = [TOKENS[0, :9].tolist(), TOKENS[1, :4].tolist()]
     load = measure_load(VARIABLES, prompts, CONFIG)

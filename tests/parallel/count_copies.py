@@ -12,9 +12,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.moe import choose_places
 from dsv3_jax.model.router import route
 from dsv3_jax.parallel.audit import collectives_of
 from dsv3_jax.parallel.expert import dispatch
+from dsv3_jax.parallel.load_balancer import balance
 from tests.parallel.exchanges import AXES, dense, distance, exchange_over, mesh_of, over
 
 NODES, LOCAL, TOKENS, DIM, WIDTH = 8, 4, 32, 32, 16
@@ -42,6 +44,39 @@ def remote_copies(exchange, x, routing, mesh):
     copies, left = jax.jit(spread)(x, routing.weights_TK, routing.experts_TK)
     assert not left.any()
     return int(copies) / (DEVICES * TOKENS)
+
+
+def replicated(kind, x, routing, mesh):
+    """Copies a token, distinct nodes a token and busiest / mean device, with 32 further places."""
+    load = np.bincount(np.asarray(routing.experts_TK).ravel(), minlength=EXPERTS)[None]
+    groups = {"num_groups": MODEL.n_group, "num_nodes": NODES} if kind == "hierarchical" else {}
+    plan = balance(load, EXPERTS + DEVICES, num_devices=DEVICES, **groups)
+    device = jnp.arange(len(x)) // TOKENS
+    nodes = {"num_nodes": NODES, "places_per_node": (EXPERTS + DEVICES) // NODES}
+    first_node = plan.place_LEC[0][:, 0][routing.experts_TK] // nodes["places_per_node"]
+    elsewhere = first_node != np.asarray(device // LOCAL)[:, None]
+    distinct = [len(set(row[far])) for row, far in zip(first_node, elsewhere)]
+    report = {"without": {"copies": sum(distinct) / len(x)}}  # of each expert one place
+    for name, known in (("near", nodes | {"own_node": device // LOCAL}), ("any", {})):
+        places = choose_places(
+            routing.experts_TK, plan.place_LEC[0], plan.count_LE[0], device * 7, **known
+        )
+        assert (plan.expert_LP[0][np.asarray(places)] == np.asarray(routing.experts_TK)).all()
+        exchange = exchange_over(
+            mesh,
+            {"transport": "padded", "capacity_factor": 100.0},
+            PER_TOKEN,
+            tokens=TOKENS,
+            num_experts=EXPERTS + DEVICES,
+            max_nodes=MODEL.topk_group,
+            limit_is_certain=False,
+        )
+        per_device = np.bincount(np.asarray(places).ravel() // (EXPERTS // DEVICES + 1))
+        report[name] = {
+            "copies": remote_copies(exchange, x, routing._replace(experts_TK=places), mesh),
+            "busiest": float(per_device.max() / per_device.mean()),
+        }
+    return report
 
 
 def main():
@@ -87,6 +122,9 @@ def main():
             "axes": sorted({c.axes for c in data}),
             "distance": distance((y, gradients), want),
         }
+    report["replicas"] = {
+        kind: replicated(kind, x, routing, mesh) for kind in ("hierarchical", "global")
+    }
     print(json.dumps(report))
 
 

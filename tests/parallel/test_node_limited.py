@@ -44,6 +44,16 @@ def test_no_data_spans_both_axes(counted):
     assert counted["flat"]["axes"] == [["node", "local"]]
 
 
+def test_replicas_bring_a_token_to_no_further_node(counted):
+    """Where they keep to the nodes of their groups, and where a plan puts them anywhere."""
+    hierarchical, everywhere = counted["replicas"]["hierarchical"], counted["replicas"]["global"]
+    assert hierarchical["near"]["copies"] == hierarchical["without"]["copies"] <= 3.6
+    assert everywhere["near"]["copies"] < everywhere["without"]["copies"]
+    assert everywhere["near"]["copies"] < 0.93 * everywhere["any"]["copies"]
+    for plan in (hierarchical, everywhere):  # and devices are as busy as when taken in turn
+        assert plan["near"]["busiest"] < 1.05 * plan["any"]["busiest"]
+
+
 def test_values_and_gradients_are_the_same_on_32_devices(counted):
     assert counted["hierarchical"]["distance"] < 1e-6
     assert counted["flat"]["distance"] < 1e-6
