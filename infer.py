@@ -26,9 +26,11 @@ from dsv3_jax.config import (
     UserError,
     config_from_dict,
 )
-from dsv3_jax.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dsv3_jax.inference.expert_load import ExpertLoad
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.redundant_experts import measure_load, plan_places, replicate_experts
+from dsv3_jax.inference.streaming import print_ids, print_text
 from dsv3_jax.interop.checkpoint import is_weights_folder
 from dsv3_jax.interop.load import load_hf, stores_fp8
 from dsv3_jax.model.held import describe_weights, hold_in_fp8
@@ -64,6 +66,8 @@ class InferOptions:
     """Give busy experts this many more places in every MoE layer; the text stays the same."""
     expert_load: str = "logged"
     """Which are busy: as "logged" by the run, counted on the "prompts", or a metrics.jsonl."""
+    save_expert_load: Path | None = None
+    """Append the load of each expert while writing to this file, which --expert-load reads."""
     mesh: ParallelConfig = field(default_factory=ParallelConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
@@ -96,6 +100,7 @@ def write(options: InferOptions) -> int:
         prompts = [[tokenizer.bos_token_id, *tokenizer.encode(p).tolist()] for p in options.prompt]
     if options.redundant_experts:
         variables = with_redundant_experts(options, config, layout, variables, prompts)
+    load = ExpertLoad(config.model) if options.save_expert_load else None
     tokens = generate(
         variables,
         prompts,
@@ -107,12 +112,15 @@ def write(options: InferOptions) -> int:
         seed=options.seed,
         layout=layout,
         fp8_cache=options.fp8_cache,
+        expert_load=load,
     )
     if len(prompts) == 1:
         stream((int(ids[0]) for ids in tokens), options, tokenizer, config.model.eos_token_id, 0)
-        return 0
-    for number, column in enumerate(zip(*(ids.tolist() for ids in tokens), strict=True)):
-        stream(iter(column), options, tokenizer, config.model.eos_token_id, number)
+    else:
+        for number, column in enumerate(zip(*(ids.tolist() for ids in tokens), strict=True)):
+            stream(iter(column), options, tokenizer, config.model.eos_token_id, number)
+    if load is not None and options.save_expert_load and jax.process_index() == 0:
+        load.write(options.save_expert_load)
     return 0
 
 
@@ -168,7 +176,7 @@ def with_redundant_experts(
     """The variables with more than one place for busy experts."""
     model = config.model
     if options.expert_load == "prompts":
-        load = measure_load(variables, prompts, model)
+        load = measure_load(variables, prompts, model, layout)
     else:
         logged = options.checkpoint / "metrics.jsonl"
         load = logged_load(logged if options.expert_load == "logged" else options.expert_load)
@@ -189,23 +197,11 @@ def stream(
 ) -> None:
     """Prints one prompt and its continuation, up to the end of the text."""
     if tokenizer is None:
-        separator = ""
-        for token in tokens:
-            print(f"{separator}{token}", end="", flush=True)
-            separator = ","
-            if token == eos:
-                break
-        print()
+        print_ids(tokens, eos)
         return
     if len(options.prompt) > 1:
         print(f"--- {number}")
-    decoder = StreamDecoder(tokenizer, continues=True)
-    print(options.prompt[number], end="", flush=True)
-    for token in tokens:
-        if token == eos:
-            break
-        print(decoder.push(token), end="", flush=True)
-    print(decoder.flush())
+    print_text(options.prompt[number], tokens, tokenizer, eos)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int
 
 from dsv3_jax.config import ModelConfig, UserError
+from dsv3_jax.inference.expert_load import ExpertLoad
 from dsv3_jax.inference.kv_cache import NO_PAGE, PAGE, pool_for
 from dsv3_jax.inference.sampling import sample
 from dsv3_jax.kernels.mla_decode.api import wants_pages
@@ -18,6 +19,8 @@ from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import (
     AnyCache,
     Variables,
+    counted_decode_step,
+    counted_prefill,
     decode_step,
     init_model_cache,
     logits_of,
@@ -42,6 +45,7 @@ def generate(
     layout: Layout | None = None,
     paged: bool | None = None,
     fp8_cache: bool = False,
+    expert_load: ExpertLoad | None = None,
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yields the next token of every prompt, int32 [B], up to max_new_tokens times.
 
@@ -51,7 +55,8 @@ def generate(
     they hold latents as FP8. Raises UserError for an empty prompt, a token outside the vocabulary,
     or prompts longer than the cache.
     The layout says how to spread the work over a mesh; the tokens are those of one device, but for
-    rounding.
+    rounding. To an expert_load are added the choices of all tokens fed: the prompts', and those of
+    new tokens until their sequence ends.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     cache_length = _checked_cache_length(prompts, lengths, config, max_new_tokens, cache_length)
@@ -80,7 +85,15 @@ def generate(
     room = [min(n + max_new_tokens - 1, cache_length) for n in lengths.tolist()]
     room = room if paged else [cache_length] * len(room)
     cache = _empty_cache(config, room, paged, fp8_cache, decode_layout)
-    hidden, cache = _prefill(variables, padded, cache, config, prefill_layout)
+    if expert_load is None:
+        hidden, cache = _prefill(variables, padded, cache, config, prefill_layout)
+    else:
+        real = np.arange(len(prompts)) < count  # not the copies
+        counted = (np.arange(padded_length) < lengths[:, None]) & real[:, None]
+        hidden, cache, load = _counted_prefill(
+            variables, padded, counted, cache, config, prefill_layout
+        )
+        expert_load.add(load)
     hidden = hidden[np.arange(len(prompts)), lengths - 1]
     ended = np.zeros(count, bool)
     for step in range(max_new_tokens):
@@ -98,7 +111,15 @@ def generate(
         if ended.all() or step + 1 == max_new_tokens:
             return
         fed = np.resize(ids, len(prompts))[:, None]  # the copies again
-        hidden, cache = _decode(variables, fed, lengths + step, cache, config, decode_layout)
+        start = lengths + step
+        if expert_load is None:
+            hidden, cache = _decode(variables, fed, start, cache, config, decode_layout)
+        else:
+            counted = np.resize(~ended, len(prompts))[:, None] & real[:, None]
+            hidden, cache, load = _counted_decode(
+                variables, fed, counted, start, cache, config, decode_layout
+            )
+            expert_load.add(load)
         hidden = hidden[:, 0]
 
 
@@ -159,6 +180,16 @@ def _prefill(variables, tokens, cache, config, layout):
 @partial(jax.jit, static_argnames=("config", "layout"), donate_argnums=3)
 def _decode(variables, tokens, start, cache, config, layout):
     return decode_step(variables, tokens, start, cache, config, layout)
+
+
+@partial(jax.jit, static_argnames=("config", "layout"), donate_argnums=3)
+def _counted_prefill(variables, tokens, counted, cache, config, layout):
+    return counted_prefill(variables, tokens, counted, cache, config, layout)
+
+
+@partial(jax.jit, static_argnames=("config", "layout"), donate_argnums=4)
+def _counted_decode(variables, tokens, counted, start, cache, config, layout):
+    return counted_decode_step(variables, tokens, counted, start, cache, config, layout)
 
 
 @partial(jax.jit, static_argnames="layout")

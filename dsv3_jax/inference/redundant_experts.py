@@ -3,12 +3,11 @@
 Checkpoints hold every expert once. `replicate_experts` makes the variables to serve from: the
 experts' weights gathered into their places, and a third collection, `placement`, by which
 `model/moe.py` shares an expert's tokens out over its replicas. Plans come from
-`parallel/load_balancer.py`; their loads are those that training logged, or `measure_load` counts.
+`parallel/load_balancer.py`; their loads are those that training logged, or that `generate` counted.
 """
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,10 @@ import numpy as np
 from jaxtyping import Int, Num
 
 from dsv3_jax.config import ModelConfig, UserError
+from dsv3_jax.inference.expert_load import ExpertLoad
+from dsv3_jax.inference.generate import generate
 from dsv3_jax.model.placement import shardings
-from dsv3_jax.model.transformer import Variables, forward
+from dsv3_jax.model.transformer import Variables
 from dsv3_jax.parallel.load_balancer import Placement, balance
 from dsv3_jax.parallel.sharding import Layout
 
@@ -94,21 +95,12 @@ def _placed(layer, placement: Placement, layout: Layout | None):
 
 
 def measure_load(
-    variables: Variables, prompts: Sequence[Sequence[int]], config: ModelConfig
+    variables: Variables,
+    prompts: Sequence[Sequence[int]],
+    config: ModelConfig,
+    layout: Layout | None = None,
 ) -> Int[np.ndarray, "L E"]:
     """How many of the prompts' (token, choice) pairs each expert of each MoE layer receives."""
-    lengths = np.array([len(prompt) for prompt in prompts])
-    tokens = np.full((len(prompts), lengths.max()), config.eos_token_id, np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    counted = np.arange(tokens.shape[1]) < lengths[:, None]
-    chosen = np.asarray(_choices(variables, tokens, config))  # [L, B, T, K]
-    num_experts = config.n_routed_experts
-    return np.array([np.bincount(c[counted].reshape(-1), minlength=num_experts) for c in chosen])
-
-
-@partial(jax.jit, static_argnames="config")
-def _choices(variables, tokens, config):
-    stats = forward(variables, tokens, config).stats
-    assert stats is not None
-    return stats.experts
+    load = ExpertLoad(config)
+    next(generate(variables, prompts, config, max_new_tokens=1, layout=layout, expert_load=load))
+    return load.count_LE

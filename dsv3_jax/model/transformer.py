@@ -204,7 +204,20 @@ def prefill(
     token sees them. The expanded form of MLA.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return _cached(variables, tokens, positions, cache, config, layout, is_prefill=True)
+    return _cached(variables, tokens, positions, cache, config, layout, is_prefill=True)[:2]
+
+
+def counted_prefill(
+    variables: Variables,
+    tokens: Int[Array, "B T"],
+    counted: Bool[Array, "B T"],
+    cache: AnyCache,
+    config: ModelConfig,
+    layout: Layout | None = None,
+) -> tuple[Float[Array, "B T D"], AnyCache, Int[Array, "L E"]]:
+    """`prefill`, and how many of the counted tokens' choices each expert of each MoE layer got."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return _cached(variables, tokens, positions, cache, config, layout, True, counted)
 
 
 def decode_step(
@@ -221,30 +234,55 @@ def decode_step(
     that comes in chunks.
     """
     positions = start[:, None] + jnp.arange(tokens.shape[1])
-    return _cached(variables, tokens, positions, cache, config, layout, is_prefill=False)
+    return _cached(variables, tokens, positions, cache, config, layout, is_prefill=False)[:2]
+
+
+def counted_decode_step(
+    variables: Variables,
+    tokens: Int[Array, "B T"],
+    counted: Bool[Array, "B T"],
+    start: Int[Array, " B"],
+    cache: AnyCache,
+    config: ModelConfig,
+    layout: Layout | None = None,
+) -> tuple[Float[Array, "B T D"], AnyCache, Int[Array, "L E"]]:
+    """`decode_step`, and the load of the counted tokens as `counted_prefill` has it."""
+    positions = start[:, None] + jnp.arange(tokens.shape[1])
+    return _cached(variables, tokens, positions, cache, config, layout, False, counted)
 
 
 def _cached(
-    variables: Variables, tokens, positions, cache: AnyCache, config, layout, is_prefill: bool
-) -> tuple[Array, AnyCache]:
+    variables: Variables,
+    tokens,
+    positions,
+    cache: AnyCache,
+    config,
+    layout,
+    is_prefill: bool,
+    counted=None,
+) -> tuple[Array, AnyCache, Array]:
+    counted = None if counted is None else in_layout_order(counted, layout)
     tokens, positions = in_layout_order(tokens, layout), in_layout_order(positions, layout)
     embedded = _embed(variables["params"], tokens, config, layout)
     schedule = None
     if layout is None and not is_prefill:  # once for all layers
         rows = tokens.shape[1] * config.num_attention_heads
         schedule = plan(positions[:, -1] + 1, rows)
-    hidden, new_cache, _ = _layers(
+    hidden, new_cache, stats = _layers(
         variables,
         embedded,
         positions,
         config,
+        mask=counted,
         cache=cache,
         is_prefill=is_prefill,
         schedule=schedule,
         layout=layout,
     )
     assert new_cache is not None
-    return in_natural_order(hidden, layout), new_cache
+    none = jnp.zeros((0, config.n_routed_experts), jnp.int32)
+    load_LE = none if stats is None else stats.load_E
+    return in_natural_order(hidden, layout), new_cache, load_LE
 
 
 def _embed(params, tokens, config: ModelConfig, layout: Layout | None):

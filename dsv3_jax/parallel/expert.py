@@ -85,8 +85,8 @@ def make_exchange(
 
     expert_axes holds the sizes of the axes, slowest first; experts lie on them in that order. At
     even load a token's per_token choices lie on as many devices, and at most max_nodes of the first
-    axis; capacity_factor times the rows that this makes is what a buffer holds. A token may go to more
-    nodes than max_nodes unless limit_is_certain: no result is lost.
+    axis; capacity_factor times the rows that this makes is what a buffer holds. Unless
+    limit_is_certain a token may go to more nodes than max_nodes, and no result is lost.
 
     Raises ValueError when experts do not divide over the axes, and for the transport "local" when
     they are spread at all.

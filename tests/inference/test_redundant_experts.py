@@ -1,16 +1,19 @@
 """Replicated experts: the same outputs, tokens shared out evenly, loads counted per expert."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, UserError
+from dsv3_jax.inference.expert_load import ExpertLoad
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.redundant_experts import measure_load, replicate_experts
 from dsv3_jax.model.moe import choose_places
 from dsv3_jax.model.transformer import forward
-from dsv3_jax.parallel.load_balancer import balance, placement_of
+from dsv3_jax.parallel.load_balancer import balance, logged_load, placement_of
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import Layout
 from tests.helpers import (
@@ -113,14 +116,55 @@ def test_replicas_on_nodes_that_a_token_goes_to_come_first():
     assert {node_of_0([3], own_node=0, turn=turn) for turn in range(2)} == {0, 2}
 
 
+def counts_of(rows, run):
+    """What a pass over these rows counts, layer by layer, of (sequence, tokens) that count."""
+    chosen = np.asarray(
+        run(VARIABLES, np.stack([row for row, _ in rows]), config=CONFIG).stats.experts
+    )
+    taken = [
+        np.concatenate([layer[i, :n].ravel() for i, (_, n) in enumerate(rows)]) for layer in chosen
+    ]
+    return [np.bincount(choices, minlength=CONFIG.n_routed_experts).tolist() for choices in taken]
+
+
 def test_measured_load_counts_what_the_router_chose(run):
     prompts = [TOKENS[0, :9].tolist(), TOKENS[1, :4].tolist()]
-    load = measure_load(VARIABLES, prompts, CONFIG)
-    chosen = np.asarray(run(VARIABLES, TOKENS, config=CONFIG).stats.experts)
-    assert load.shape == (CONFIG.num_moe_layers, CONFIG.n_routed_experts)
-    for row, layer in zip(load, chosen, strict=True):
-        want = np.concatenate([layer[0].reshape(-1), layer[1, :4].reshape(-1)])
-        assert row.tolist() == np.bincount(want, minlength=8).tolist()
+    want = counts_of([(TOKENS[0], 9), (TOKENS[1], 4)], run)
+    assert measure_load(VARIABLES, prompts, CONFIG).tolist() == want
+
+
+@pytest.mark.parametrize("sizes", [None, {"node": 2, "local": 2}], ids=["one device", "mesh"])
+def test_generation_counts_what_a_pass_over_its_tokens_counts(run, sizes, tmp_path):
+    """Not the copies that fill a mesh, not padding, and not the last tokens, which are not fed."""
+    prompts = [TOKENS[0, :5].tolist(), TOKENS[1, :3].tolist()]
+    layout = sizes and Layout(make_mesh(ParallelConfig(**sizes)), expert=ExpertParallelConfig())
+    load = ExpertLoad(CONFIG)
+    written = np.stack(
+        list(
+            generate(VARIABLES, prompts, CONFIG, max_new_tokens=4, layout=layout, expert_load=load)
+        ),
+        1,
+    )
+    assert (written != CONFIG.eos_token_id).all()
+    fed = [[*prompt, *row[:-1]] for prompt, row in zip(prompts, written.tolist())]
+    rows = [(np.resize(np.array(row, np.int32), 9), len(row)) for row in fed]
+    assert load.count_LE.tolist() == counts_of(rows, run)
+    load.write(tmp_path / "load.jsonl")
+    fractions = load.count_LE / load.count_LE.sum(-1, keepdims=True)
+    np.testing.assert_allclose(logged_load(tmp_path / "load.jsonl"), fractions)
+
+
+def test_sequences_that_have_ended_count_no_more():
+    prompts = [TOKENS[0, :5].tolist()]
+    first = int(next(generate(VARIABLES, prompts, CONFIG, max_new_tokens=1))[0])
+    ending = dataclasses.replace(CONFIG, eos_token_id=first)
+    both, load = [*prompts, TOKENS[1, :3].tolist()], ExpertLoad(ending)
+    written = list(generate(VARIABLES, both, ending, max_new_tokens=3, expert_load=load))
+    lives = 1 + next((i for i, ids in enumerate(written) if ids[1] == first), 2)
+    fed = 5 + 3 + lives - 1  # the second goes on alone
+    assert (
+        load.count_LE.sum(-1).tolist() == [fed * CONFIG.num_experts_per_tok] * CONFIG.num_moe_layers
+    )
 
 
 def test_a_plan_of_another_model_is_refused():
