@@ -135,10 +135,13 @@ def test_contiguous_rows_are_pages_in_order(implementation, rng, able):
     assert relative_error(out, exact(in_order)[0]) < BF16_LIMIT
 
 
-def test_fp8_latents_are_those_they_stand_for(rng):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_fp8_latents_are_those_they_stand_for(implementation, rng, running):
     work = random_work(rng, 1, 4, (70, 3))
-    scaled = quantize(work.latent, PER_TOKEN)
-    out, _ = mla_decode(work._replace(latent=scaled), scale=SCALE)
+    scaled = work._replace(latent=quantize(work.latent, PER_TOKEN))
+    with running(implementation):
+        out, _ = mla_decode(scaled, scale=SCALE, implementation=implementation)
+    scaled = scaled.latent
     assert relative_error(out, exact(work._replace(latent=dequantize(scaled)))[0]) < BF16_LIMIT
     assert 1e-2 < relative_error(out, exact(work)[0]) < 5e-2  # E4M3 keeps 4 bits
 

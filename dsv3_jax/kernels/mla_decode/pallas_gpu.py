@@ -38,7 +38,6 @@ class Tuning:
 
     cluster: int = 2  # blocks of other heads that share each read of a page (TMA multicast)
     rise: float = 8.0  # the running maximum moves only when scores exceed it by so much (log2)
-    auto_barriers: bool = True  # without Pallas's own: 1 % faster
 
 
 def parts_of(rows: int) -> int:
@@ -74,8 +73,6 @@ def mla_decode(
         # By XLA, and only the pages of these sequences: the pool may hold all layers' pages.
         numbers = jnp.clip(block_table, 0, rope.shape[0] - 1).reshape(-1)
         latent = dequantize(jax.tree.map(lambda x: x[numbers], latent), q_latent.dtype)
-        rope = rope[numbers]
-        block_table = jnp.arange(numbers.size, dtype=jnp.int32).reshape(block_table.shape)
     if {x.dtype for x in (q_latent, q_rope, latent, rope)} != {jnp.dtype(jnp.bfloat16)}:
         raise NotImplementedError(f"{q_latent.dtype} by {latent.dtype} must be bfloat16 throughout")
     if manual.varies(pages):
@@ -90,9 +87,9 @@ def mla_decode(
     tuning = tuning or Tuning()
     if _row_tiles(rows) % tuning.cluster:
         tuning = dataclasses.replace(tuning, cluster=1)
-    whole, partial = _attend(
-        q_latent, q_rope, latent, rope, block_table, lengths, schedule, scale, new, tuning
-    )
+    in_order = isinstance(pages.latent, BlockScaled)
+    operands = (q_latent, q_rope, latent, rope, block_table, lengths, schedule)
+    whole, partial = _attend(*operands, scale, new, in_order, tuning)
     out, lse = (x[:, :rows] for x in _combine(*whole, *partial, schedule))
     return out.reshape(batch, new, heads, width), lse.reshape(batch, new, heads) / LOG2_E
 
@@ -108,9 +105,12 @@ def mla_decode_contiguous(rows: Rows, *, scale: float, schedule: Schedule | None
 
 
 def _attend(
-    q_latent, q_rope, latent, rope, block_table, lengths, schedule, scale, new: int, tuning: Tuning
-):
+    q_latent, q_rope, latent, rope, block_table, lengths, schedule,
+    scale, new: int, in_order: bool, tuning: Tuning,
+):  # fmt: skip
     """Results of sequences that one part reads alone, and partial results; both with log-sum-exp.
+
+    `in_order`: latents are not where the table says, but one table entry after the other.
 
     A part's partial result of a sequence that began in an earlier part is at [0, part], and of one
     that it begins and does not end at [1, part].
@@ -166,12 +166,14 @@ def _attend(
                 @pl.loop(0, pl.cdiv(end - begin, 2))
                 def _(pair):
                     for slot in range(2):
-                        page = table[sequence, lax.min(begin + 2 * pair + slot, end - 1)]
+                        place = lax.min(begin + 2 * pair + slot, end - 1)
+                        page = table[sequence, place]
+                        latent_page = sequence * table.shape[1] + place if in_order else page
                         for t in ORDER:
                             if t in GROUPS:
                                 plgpu.barrier_wait(k_empty.at[slot * len(GROUPS) + GROUPS.index(t)])
                             if t < LATENT_TILES:
-                                source = latent.at[page, :, pl.ds(t * 64, 64)]
+                                source = latent.at[latent_page, :, pl.ds(t * 64, 64)]
                             else:
                                 source = rope.at[page]
                             plgpu.copy_gmem_to_smem(
@@ -398,7 +400,9 @@ def _attend(
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             reduction_scratch_bytes=0,
-            unsafe_no_auto_barriers=not tuning.auto_barriers,
+            # What is shared is handed over by barriers, after `commit_smem` or `synchronize`. With
+            # Pallas's own barriers beside them results are the same bits, 1 % later.
+            unsafe_no_auto_barriers=True,
         ),
     )(
         q_latent, q_rope, latent, rope, block_table, lengths,
