@@ -131,11 +131,11 @@ def torch_microseconds(product: shapes.Product) -> float | None:
 
 
 def machine() -> str:
-    """The GPU, its clocks, power and temperature now, and JAX's version."""
+    """The first GPU, its clocks, power and temperature now, and JAX's version."""
     fields = "name,clocks.sm,clocks.mem,power.draw,temperature.gpu,driver_version"
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    return f"{told}, jax {jax.__version__}"
+    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+    return f"{told[0]}, jax {jax.__version__}"
 
 
 def measure(programs: Programs) -> dict[str, Any]:

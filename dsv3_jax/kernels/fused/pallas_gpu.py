@@ -33,7 +33,7 @@ ALONG_TOKENS = Split(turned=64)
 BOTH_WAYS = Split(warpgroups=2, rows=32, turned=64)
 SWIGLU = Split(rows=16)
 SWIGLU_TRANSPOSED = Split(warpgroups=1, rows=16, turned=32)
-SWIGLU_BACKWARD = Split(warpgroups=4, rows=8, turned=32)
+SWIGLU_BACKWARD = Split(warpgroups=2, rows=16, turned=32)
 
 NORM_TOKENS = 8  # of a block, where one token's channels are few
 NARROW = 2048  # channels, at most, of which a block has eight tokens in registers
