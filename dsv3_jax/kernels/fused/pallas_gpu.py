@@ -1,7 +1,8 @@
 """Fused quantisers on Hopper: what each one reads, and what it computes of it in registers.
 
-`hopper_quantize.py` is the machinery; only RMSNorm, whose token is more than one tile, has kernels
-of its own here, and so has the permutation of tokens, whose destinations are data.
+`hopper_quantize.py` and `hopper_computed.py` are the machinery; only RMSNorm, whose token is more
+than one tile, has kernels of its own here, and so has the permutation of tokens, whose destinations
+are data.
 """
 
 from functools import partial
@@ -13,11 +14,11 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import manual
+from dsv3_jax.kernels.fused.hopper_computed import quantize_computed
 from dsv3_jax.kernels.fused.hopper_quantize import (
     COMPILER_PARAMS,
     Source,
     Split,
-    quantize_computed,
     quantize_tiles,
     quantized,
     tokens_layout,

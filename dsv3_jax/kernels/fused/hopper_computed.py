@@ -1,0 +1,254 @@
+"""Quantisers along tokens on Hopper whose numbers take some computing: each is computed once.
+
+`hopper_quantize.py` would compute a number once for each direction, in two layouts. Here it is
+computed by token, the next rows' operands being on their way meanwhile, and waits in shared memory
+until its channel's 128 tokens are there.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, gpu, vector
+
+from dsv3_jax.kernels import manual
+from dsv3_jax.kernels.fused.hopper_quantize import (
+    COMPILER_PARAMS,
+    TOKENS_EACH,
+    Source,
+    Split,
+    in_turn,
+    quantized,
+    tokens_layout,
+    turned_array,
+    turned_tiling,
+)
+from dsv3_jax.kernels.gemm import hopper
+from dsv3_jax.kernels.gemm.hopper import plgpu
+from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat
+
+
+def quantize_computed(
+    source: Source,
+    operands: Sequence[Any],
+    tokens: int,
+    dim: int,
+    scale_format: ScaleFormat,
+    split: Split,
+    *,
+    parts: int = 1,
+    by_token: bool = True,
+) -> tuple[BlockScaled, ...]:
+    """The source's numbers [tokens, parts * dim], turned and quantised by channel; and by token.
+
+    Part i lies in columns i * dim and on. tokens and dim are multiples of 128. A block's tile waits
+    in shared memory, bfloat16, from one direction to the other.
+    """
+    assert dim % 128 == 0 and tokens % 128 == 0 and PLACE.group % split.rows == 0
+    operands = manual.vary(tuple(operands))
+    column_tiles, width = dim // 128, parts * dim
+
+    def kernel(*refs):
+        *refs, tile, met = refs
+        refs = list(refs)
+        sources = [refs.pop(0) for _ in operands]
+        block = lax.axis_index("block")
+        warpgroup = lax.axis_index("warpgroup")
+        row = lax.div(block, jnp.int32(column_tiles)) * 128
+        column = lax.rem(block, jnp.int32(column_tiles)) * 128
+        if by_token:
+            values, scales = refs.pop(0), refs.pop(0)
+
+        turns = 128 // (split.rows * split.warpgroups)
+
+        def loaded(turn):
+            start = row + (turn * split.warpgroups + warpgroup) * split.rows
+            rows = pl.ds(start, split.rows)
+            return source.load(sources, rows, pl.ds(column, 128), tokens_layout())
+
+        def one_turn(turn, arrays):
+            # On their way while these are computed; the last ones are loaded again, and dropped.
+            following = loaded(lax.min(turn + 1, jnp.int32(turns - 1)))
+            within = (turn * split.warpgroups + warpgroup) * split.rows
+            rows = pl.ds(row + within, split.rows)
+            for part, x in enumerate(source.compute(*arrays)):
+                _put(tile.at[part], within, x)
+                if by_token:
+                    at = part * dim + column
+                    values[rows, pl.ds(at, 128)], per_token = quantized(x, scale_format)
+                    scales[lax.div(at, jnp.int32(128)), rows] = per_token
+            return following
+
+        lax.fori_loop(0, turns, one_turn, loaded(0))
+        _meet(met)
+        values, scales = refs
+        rows, pieces = pl.ds(row, 128), 128 // split.turned
+
+        @in_turn(parts * pieces // split.warpgroups)
+        def _(turn):
+            piece = turn * split.warpgroups + warpgroup
+            part = lax.div(piece, jnp.int32(pieces))
+            start = lax.rem(piece, jnp.int32(pieces)) * split.turned
+            x = _taken(tile.at[part], start, split.turned)
+            columns = pl.ds(part * dim + column + start, split.turned)
+            values[columns, rows], per_channel = quantized(x, scale_format)
+            scales[lax.div(row, jnp.int32(128)), columns] = per_channel
+
+    shapes = [((width, tokens), jnp.float8_e4m3fn), ((tokens // 128, width), jnp.float32)]
+    if by_token:
+        by_tokens = [((tokens, width), jnp.float8_e4m3fn), ((width // 128, tokens), jnp.float32)]
+        shapes = by_tokens + shapes
+    out = plgpu.kernel(
+        kernel,
+        out_type=[manual.result(shape, dtype, operands[0]) for shape, dtype in shapes],
+        grid=(tokens // 128 * column_tiles,),
+        grid_names=("block",),
+        num_threads=split.warpgroups,
+        thread_name="warpgroup",
+        scratch_types=(
+            plgpu.SMEM((parts, *_tile_shape()), jnp.bfloat16),
+            plgpu.Barrier(num_arrivals=split.warpgroups),
+        ),
+        compiler_params=COMPILER_PARAMS,
+    )(*operands)
+    out = manual.vary(out, operands)
+    return tuple(
+        BlockScaled(values, scales.mT, PER_TOKEN) for values, scales in zip(out[::2], out[1::2])
+    )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tile of 128 x 128 lies in shared memory: 8 channels of 16 tokens side by side.
+
+    Gaps keep lanes that read or write at one time in different banks: those that write have the
+    chunks of 8 channels of a token, those that read have the groups of 16 tokens of a chunk.
+    """
+
+    chunk: int = 8  # channels side by side, 16 bytes
+    group: int = 16  # tokens of them, one after the other
+    group_pitch: int = 17 * 8
+    chunk_pitch: int = 8 * 17 * 8 + 8
+
+    @property
+    def size(self) -> int:
+        """Numbers of a whole tile, with its gaps."""
+        return 128 // self.chunk * self.chunk_pitch
+
+
+PLACE = Place()
+
+
+def _tile_shape() -> tuple[int, ...]:
+    return (128, 128) if hopper.interpreted() else (PLACE.size,)
+
+
+def _meet(barrier: Any) -> None:
+    """Waits for all threads of the block; what they wrote to shared memory can then be read.
+
+    The barrier is for the interpreter: an arrival there stands for a warpgroup, whose threads are
+    not of one step.
+    """
+    if hopper.interpreted():
+        plgpu.barrier_arrive(barrier)
+        plgpu.barrier_wait(barrier)
+        return
+
+    @plgpu.inline_mgpu()
+    def wait(_):
+        gpu.barrier()
+
+    wait()
+
+
+def _put(tile: Any, row: Any, x: Any) -> None:
+    """Writes x, tokens from `row` on that are of one group, in `tokens_layout`, to a tile."""
+    if hopper.interpreted():
+        tile[pl.ds(row, x.shape[0]), :] = x
+        return
+    first = lax.div(row, jnp.int32(PLACE.group)) * PLACE.group_pitch
+    first += lax.rem(row, jnp.int32(PLACE.group)) * PLACE.chunk
+    splat = plgpu.Layout.WG_SPLAT
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat, tokens_layout()))
+    def put(_, tile, first, x):
+        warp, lane = _warp_and_lane()
+        token = _sum(_times(warp, 2), _quotient(lane, 16))  # of 8
+        at = _sum(
+            first.registers[()],
+            _times(token, PLACE.chunk),
+            _times(_remainder(lane, 16), PLACE.chunk_pitch),
+        )
+        for eight, register in enumerate(x.registers.flat):
+            place = _sum(at, _constant(8 * eight * PLACE.chunk))
+            vector.store(register, tile, [_index(place)])
+
+    put(tile, first, x)
+
+
+def _taken(tile: Any, column: Any, width: int) -> Any:
+    """The transpose [width, 128] of columns of a tile, in the layout that `_turned` gives."""
+    if hopper.interpreted():
+        return tile[:, pl.ds(column, width)].T
+    each = width // 16  # a warp has width / 4 channels, a lane `each` of them
+    first = lax.div(column, jnp.int32(PLACE.chunk)) * PLACE.chunk_pitch
+    splat, shape = plgpu.Layout.WG_SPLAT, (width, 128)
+    turned = plgpu.Layout.TILED(*turned_tiling(width))
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), splat),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=turned),
+    )
+    def take(_, tile, first):
+        warp, lane = _warp_and_lane()
+        channel = _sum(_times(warp, width // 4), _times(_remainder(lane, 4), each))
+        at = _sum(
+            first.registers[()],
+            _times(_quotient(channel, PLACE.chunk), PLACE.chunk_pitch),
+            _remainder(channel, PLACE.chunk),
+            _times(_quotient(lane, 4), PLACE.group_pitch),
+        )
+        along_channels = ir.VectorType.get((each,), ir.BF16Type.get())
+        by_token = [
+            vector.load(along_channels, tile, [_index(_sum(at, _constant(t * PLACE.chunk)))])
+            for t in range(TOKENS_EACH)
+        ]
+        return turned_array(by_token, width)
+
+    return take(tile, first)
+
+
+def _warp_and_lane() -> tuple[Any, Any]:
+    thread = utils.thread_idx()
+    within = _remainder(thread, 128)
+    return _quotient(within, 32), _remainder(within, 32)
+
+
+def _constant(x: int) -> Any:
+    return utils.c(x, ir.IntegerType.get_signless(32))
+
+
+def _sum(*terms: Any) -> Any:
+    return functools.reduce(arith.addi, terms)
+
+
+def _times(x: Any, factor: int) -> Any:
+    return arith.muli(x, _constant(factor))
+
+
+def _quotient(x: Any, divisor: int) -> Any:
+    return arith.divui(x, _constant(divisor))
+
+
+def _remainder(x: Any, divisor: int) -> Any:
+    return arith.remui(x, _constant(divisor))
+
+
+def _index(x: Any) -> Any:
+    return arith.index_cast(ir.IndexType.get(), x)
