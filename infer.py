@@ -26,7 +26,7 @@ from dsv3_jax.config import (
     UserError,
     config_from_dict,
 )
-from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer
+from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.inference.expert_load import ExpertLoad
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.redundant_experts import measure_load, plan_places, replicate_experts
@@ -114,11 +114,15 @@ def write(options: InferOptions) -> int:
         fp8_cache=options.fp8_cache,
         expert_load=load,
     )
-    if len(prompts) == 1:
-        stream((int(ids[0]) for ids in tokens), options, tokenizer, config.model.eos_token_id, 0)
-    else:
-        for number, column in enumerate(zip(*(ids.tolist() for ids in tokens), strict=True)):
-            stream(iter(column), options, tokenizer, config.model.eos_token_id, number)
+    one = len(prompts) == 1  # shown as it comes
+    texts = [(int(ids[0]) for ids in tokens)] if one else zip(*(ids.tolist() for ids in tokens))
+    for number, text in enumerate(texts):
+        if tokenizer is None:
+            print_ids(text, config.model.eos_token_id)
+            continue
+        if not one:
+            print(f"--- {number}")
+        print_text(options.prompt[number], text, tokenizer, config.model.eos_token_id)
     if load is not None and options.save_expert_load and jax.process_index() == 0:
         load.write(options.save_expert_load)
     return 0
@@ -190,18 +194,6 @@ def parse_ids(text: str) -> list[int]:
         return [int(word) for word in text.split(",")]
     except ValueError:
         raise UserError(f"--token-ids {text!r} must be numbers with commas between") from None
-
-
-def stream(
-    tokens, options: InferOptions, tokenizer: Tokenizer | None, eos: int, number: int
-) -> None:
-    """Prints one prompt and its continuation, up to the end of the text."""
-    if tokenizer is None:
-        print_ids(tokens, eos)
-        return
-    if len(options.prompt) > 1:
-        print(f"--- {number}")
-    print_text(options.prompt[number], tokens, tokenizer, eos)
 
 
 if __name__ == "__main__":
