@@ -161,8 +161,7 @@ def load_run(options: InferOptions) -> tuple[Config, Layout | None, Variables]:
     step, meta = read_meta(folder, options.step)
     config = config_from_dict(meta["config"])
     layout = layout_for(options, config)
-    abstract = abstract_variables(config.model, layout)
-    variables, _ = restore(folder, step, abstract, partial=True)
+    variables, _ = restore(folder, step, abstract_variables(config.model, layout), partial=True)
     return config, layout, variables
 
 

@@ -178,9 +178,8 @@ def write_sample(config: Config, layout: Layout | None, corpus: Corpus, state: T
     if not config.train.sample_tokens:
         return
     prompt = corpus.val.slice(0, min(64, len(corpus.val), config.train.seq_len)).tolist()
-    variables = {"params": state.params, "router": state.router}
     tokens = generate(
-        variables,
+        {"params": state.params, "router": state.router},
         [prompt],
         config.model,
         max_new_tokens=config.train.sample_tokens,
