@@ -17,30 +17,23 @@ import argparse
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory, too
-
 import jax
 import jax.numpy as jnp
 
-from benchmarks.bench_gemm import (
-    FLUSH_BYTES,
-    REPEATS,
-    _kernel_microseconds,
-    machine,
-    microseconds,
-)
+from benchmarks.bars import plot
 from benchmarks.side_by_side import answer
 from benchmarks.side_by_side import rows as rows_of
+from benchmarks.timing import machine, microseconds, microseconds_in_torch
 from dsv3_jax.kernels.attention import api
 
 OWN, SHARED, VALUE = 128, 64, 128  # dims of a head's own key, of the shared key, of the value
 SCALE = (OWN + SHARED) ** -0.5
+PEERS = {"cuDNN": "cudnn_us", "XLA": "xla_us"}
 CHECKED_ROWS = 512  # the last ones, of two heads
 XLA_LOGITS = 8 << 30  # bytes of float32 logits up to which XLA is timed
 
@@ -146,7 +139,6 @@ def cudnn_microseconds(shape: Shape) -> float | None:
         for size in sizes
     )
     dout = torch.randn(1, shape.heads, shape.length, VALUE, **on_gpu)
-    buffer = torch.zeros(FLUSH_BYTES // 4, device="cuda")
 
     def attend():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -158,22 +150,14 @@ def cudnn_microseconds(shape: Shape) -> float | None:
         q.grad = k.grad = v.grad = None
         return attend().backward(dout)
 
-    def calls():
-        for _ in range(REPEATS):
-            buffer.add_(1)
-            run()
-        torch.cuda.synchronize()
-
     try:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            run()
-            torch.cuda.synchronize()
-            return _kernel_microseconds(calls)
+            return microseconds_in_torch(run)
     except RuntimeError as error:
         print(f"cuDNN, {shape.label}: {error}"[:300])
         return None
     finally:
-        del q, k, v, dout, buffer
+        del q, k, v, dout
         torch.cuda.empty_cache()
 
 
@@ -241,36 +225,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of TFLOP/s: ours, and each peer's where it was timed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 0.6 * len(rows) + 1))
-    bars = {
-        "ours": "us",
-        "cuDNN": "cudnn_us",
-        "XLA": "xla_us",
-    }
-    for offset, (name, key) in enumerate(bars.items()):
-        values = [row["tflops"] * row["us"] / row[key] if row[key] else 0 for row in rows]
-        axes.barh([i + 0.25 * offset for i in range(len(rows))], values, 0.24, label=name)
-    axes.set_yticks([i + 0.25 for i in range(len(rows))], [row["shape"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("TFLOP/s, causal half counted")
-    axes.legend()
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-
-
 def write(folder: Path, start: str, rows: Sequence[dict[str, Any]]) -> None:
     """The rows so far as JSON, as a table and as a plot."""
     folder.mkdir(parents=True, exist_ok=True)
     told = dict(before=start, after=machine(), rows=rows)
     (folder / "attention.json").write_text(json.dumps(told, indent=1))
     (folder / "attention.md").write_text(table(rows) + "\n")
-    plot(rows, folder / "attention.png")
+    labels = [row["shape"] for row in rows]
+    unit = "TFLOP/s, causal half counted"
+    plot(rows, labels, PEERS, folder / "attention.png", unit)
 
 
 def main() -> None:

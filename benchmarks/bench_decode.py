@@ -19,7 +19,7 @@ import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +28,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.bench_gemm import _kernel_microseconds, machine, microseconds
+from benchmarks.bars import plot
 from benchmarks.side_by_side import answer
 from benchmarks.side_by_side import rows as rows_of
+from benchmarks.timing import copy_rate, machine, microseconds, microseconds_in_torch
 from dsv3_jax.analysis.hardware import accelerator
 from dsv3_jax.kernels.mla_decode import pallas_gpu, reference
 from dsv3_jax.kernels.mla_decode.api import Pages, Rows
@@ -40,6 +41,7 @@ from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantiz
 
 LATENT, ROPE = 512, 64
 SCALE = 1 / math.sqrt(192)  # of V3's expanded heads, 128 + 64
+PEERS = {"XLA, contiguous": "xla_us", "torch (cuBLAS), contiguous": "torch_us"}
 
 
 @dataclass(frozen=True)
@@ -211,22 +213,13 @@ def torch_microseconds(shape: Shape) -> float | None:
     rows = shape.new * shape.heads
     q = torch.randn(shape.batch, rows, LATENT + ROPE, **on_gpu)
     keys = torch.randn(shape.batch, shape.length, LATENT + ROPE, **on_gpu)
-    buffer = torch.zeros(64 << 20, device="cuda")
 
     def attend():
         logits = torch.bmm(q, keys.mT)
         weights = torch.softmax(logits * SCALE, -1, dtype=torch.float32).to(torch.bfloat16)
         return torch.bmm(weights, keys[..., :LATENT])
 
-    def calls():
-        for _ in range(10):
-            buffer.add_(1)
-            attend()
-        torch.cuda.synchronize()
-
-    attend()
-    torch.cuda.synchronize()
-    return _kernel_microseconds(calls)
+    return microseconds_in_torch(attend)
 
 
 def measure(prepared: Prepared) -> dict[str, Any]:
@@ -277,11 +270,9 @@ def around() -> dict[str, float]:
 
 def yardsticks() -> dict[str, float]:
     """GB/s of a copy, and TFLOP/s of a bfloat16 product, 8192 x 8192 x 8192."""
-    x = jnp.zeros(1 << 28, jnp.float32)
-    copy = 2 * x.nbytes / microseconds(jax.jit(lambda x: x * 2), (x,)) / 1e3
     a = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
     product = 2 * 8192**3 / microseconds(jax.jit(lambda a: a @ a), (a,)) / 1e6
-    return {"copy GB/s": copy, "bf16 8192^3 TFLOP/s": product}
+    return {"copy GB/s": 1e3 * copy_rate(), "bf16 8192^3 TFLOP/s": product}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -298,25 +289,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['floor_percent']:.0f} % | {' | '.join(cells)} |"
         )
     return "\n".join(lines)
-
-
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of TFLOP/s: ours, and each peer's where it was timed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 0.5 * len(rows) + 1))
-    bars = {"ours": "us", "XLA, contiguous": "xla_us", "torch (cuBLAS), contiguous": "torch_us"}
-    for offset, (name, key) in enumerate(bars.items()):
-        values = [row["tflops"] * row["us"] / row[key] if row[key] else 0 for row in rows]
-        axes.barh([i + 0.27 * offset for i in range(len(rows))], values, 0.25, label=name)
-    axes.set_yticks([i + 0.27 for i in range(len(rows))], [row["shape"] for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("TFLOP/s")
-    axes.legend()
-    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def prepared_row(number: int) -> Callable[[], dict[str, Any]]:
@@ -352,7 +324,7 @@ def main() -> None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "decode.json").write_text(json.dumps(told, indent=1))
         (options.out / "decode.md").write_text(table(rows) + "\n")
-        plot(rows, options.out / "decode.png")
+        plot(rows, [row["shape"] for row in rows], PEERS, options.out / "decode.png")
 
 
 if __name__ == "__main__":

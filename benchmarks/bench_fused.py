@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.bench_gemm import machine, microseconds
+from benchmarks.timing import copy_rate, machine, microseconds
 from dsv3_jax.kernels.fused import pallas_gpu, reference
 from dsv3_jax.parallel.grouping import plan
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, quantize
@@ -103,9 +103,7 @@ def operations() -> list[Operation]:
 def main() -> None:
     """Prints the table."""
     print(machine())
-    large = normal(6, 1 << 29)
-    copied = 2 * large.nbytes / microseconds(jax.jit(jnp.negative), (large,)) / 1e6
-    del large
+    copied = copy_rate()
     print(f"a copy of 1 GB: {copied:.2f} TB/s\n")
     print("| operation | us | TB/s | of a copy | x XLA | numbers that differ from XLA's |")
     print("| --- | --- | --- | --- | --- | --- |")

@@ -13,81 +13,21 @@ for grouped rows XLA runs `ragged_dot` in bfloat16; torch's `scaled_mm` is cuBLA
 """
 
 import argparse
-import functools
 import json
-import os
-import statistics
-import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory, too
-
 import jax
-import jax.numpy as jnp
 
 from benchmarks import shapes
+from benchmarks.bars import plot
 from benchmarks.gemm_cases import Programs, compile_all
+from benchmarks.timing import copy_rate, machine, microseconds, microseconds_in_torch
 from dsv3_jax.analysis.hardware import accelerator
 
-REPEATS = 10
-FLUSH_BYTES = 256 << 20  # several times the L2 cache
-COPY_BYTES = 1 << 30
-
-
-@functools.cache
-def _flush() -> Callable[[], Any]:
-    """A call that fills the L2 cache with something else, as exactly one kernel."""
-    state = [jnp.zeros(FLUSH_BYTES // 4, jnp.float32)]
-    add = jax.jit(lambda x: x + 1, donate_argnums=0)
-
-    def flush():
-        state[0] = add(state[0])
-        return state[0]
-
-    return flush
-
-
-def microseconds(function: Callable[..., Any], operands: Sequence[Any]) -> float:
-    """Median time of the kernels that `function(*operands)` launches, with a cold L2 cache."""
-    jax.block_until_ready((function(*operands), _flush()()))
-
-    def calls():
-        for _ in range(REPEATS):
-            flushed = _flush()()
-            out = function(*operands)
-        jax.block_until_ready((flushed, out))
-
-    return _kernel_microseconds(calls)
-
-
-def _kernel_microseconds(calls: Callable[[], None]) -> float:
-    """Median over REPEATS calls of the sum of kernel times after the flush that begins each."""
-    from jax._src.lib import mosaic_gpu  # CUPTI has no public door in JAX
-
-    cupti = mosaic_gpu._mosaic_gpu_ext
-    cupti._cupti_init()
-    try:
-        calls()
-    finally:
-        timings = cupti._cupti_get_timings(True)
-    each, rest = divmod(len(timings), REPEATS)
-    if rest or not each:
-        raise RuntimeError(f"{len(timings)} kernels do not divide into {REPEATS} calls")
-    milliseconds = [
-        sum(time for _, time in timings[call * each + 1 : (call + 1) * each])
-        for call in range(REPEATS)
-    ]
-    return 1e3 * statistics.median(milliseconds)
-
-
-def copy_rate() -> float:
-    """TB/s of a copy of 1 GiB, counting what is read and what is written."""
-    x = jnp.zeros(COPY_BYTES // 4, jnp.int32)
-    negate = jax.jit(jnp.negative)  # a plain copy would be aliased away
-    return 2 * COPY_BYTES / microseconds(negate, (x,)) / 1e6
+PEERS = {"XLA": "xla_us", "torch": "torch_us"}
 
 
 def torch_microseconds(product: shapes.Product) -> float | None:
@@ -106,7 +46,6 @@ def torch_microseconds(product: shapes.Product) -> float | None:
     a_scales = torch.rand(k // 128, m, **on_gpu).add(0.5).t()
     columns = -(-k // 512) * 4  # cuBLASLt wants rows of scales padded to 16 bytes
     b_scales = torch.rand(-(-n // 128), columns, **on_gpu).add(0.5).t()
-    buffer = torch.zeros(FLUSH_BYTES // 4, **on_gpu)
 
     def multiply():
         return scaled_mm(
@@ -119,23 +58,7 @@ def torch_microseconds(product: shapes.Product) -> float | None:
             output_dtype=torch.bfloat16,
         )
 
-    def calls():
-        for _ in range(REPEATS):
-            buffer.add_(1)
-            multiply()
-        torch.cuda.synchronize()
-
-    multiply()
-    torch.cuda.synchronize()
-    return _kernel_microseconds(calls)
-
-
-def machine() -> str:
-    """The first GPU, its clocks, power and temperature now, and JAX's version."""
-    fields = "name,clocks.sm,clocks.mem,power.draw,temperature.gpu,driver_version"
-    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
-    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-    return f"{told[0]}, jax {jax.__version__}"
+    return microseconds_in_torch(multiply)
 
 
 def measure(programs: Programs) -> dict[str, Any]:
@@ -189,26 +112,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Bars of TFLOP/s: ours, and each peer's where it was timed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 0.4 * len(rows) + 1))
-    for offset, (name, key) in enumerate(
-        (("ours", "us"), ("XLA", "xla_us"), ("torch", "torch_us"))
-    ):
-        values = [row["tflops"] * row["us"] / row[key] if row[key] else 0 for row in rows]
-        axes.barh([i + 0.27 * offset for i in range(len(rows))], values, 0.25, label=name)
-    axes.set_yticks(range(len(rows)), [f"{row['kind']} {row['product']}" for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("TFLOP/s")
-    axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-
-
 def main() -> None:
     """Parses the command line, measures and writes."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -241,7 +144,8 @@ def main() -> None:
         told = dict(before=start, after=end, copy_tb_s=copied, rows=rows)
         (options.out / "gemm.json").write_text(json.dumps(told, indent=1))
         (options.out / "gemm.md").write_text(table(rows) + "\n")
-        plot(rows, options.out / "gemm.png")
+        labels = [f"{row['kind']} {row['product']}" for row in rows]
+        plot(rows, labels, PEERS, options.out / "gemm.png")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from benchmarks import bench_gemm, shapes
+from benchmarks import shapes, timing
 from benchmarks.gemm_cases import compile_all
 from dsv3_jax.kernels.gemm.hopper import Tile
 
@@ -97,7 +97,7 @@ def main() -> None:
     ]
     rows = []
     compiled = compile_all(chosen, candidates, peers=False)
-    print(bench_gemm.machine(), flush=True)
+    print(timing.machine(), flush=True)
     for programs in compiled:
         product, times = programs.case.product, []
         operands = programs.operands(jax.random.key(0))
@@ -106,7 +106,7 @@ def main() -> None:
                 print(f"{product.label}: {name}: {type(ours).__name__}: {str(ours)[:200]}")
                 continue
             error = float(programs.error(ours(*operands), *operands))
-            microseconds = bench_gemm.microseconds(ours, operands)
+            microseconds = timing.microseconds(ours, operands)
             times.append((microseconds, name, error))
             rows.append(dict(product=product.label, tile=name, us=microseconds, error=error))
         line = ", ".join(f"{name} {us:.1f} us ({error:.1e})" for us, name, error in sorted(times))
