@@ -19,8 +19,10 @@ DType = Literal["bfloat16", "float32"]
 
 
 def require_positive(found: list[str], group: Any, names: Sequence[str]) -> None:
+    """Adds to what was found each of these fields of the group that is not positive."""
     found += [f"{n}={getattr(group, n)} must be positive" for n in names if getattr(group, n) <= 0]
 
 
 def round_up(value: int, multiple: int) -> int:
+    """The least multiple that is not below the value."""
     return -(-value // multiple) * multiple

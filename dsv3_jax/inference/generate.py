@@ -21,10 +21,8 @@ from dsv3_jax.model.transformer import (
     Variables,
     counted_decode_step,
     counted_prefill,
-    decode_step,
     init_model_cache,
     logits_of,
-    prefill,
 )
 from dsv3_jax.parallel.sharding import Layout, constrain, serving_layouts
 
@@ -85,14 +83,12 @@ def generate(
     room = [min(n + max_new_tokens - 1, cache_length) for n in lengths.tolist()]
     room = room if paged else [cache_length] * len(room)
     cache = _empty_cache(config, room, paged, fp8_cache, decode_layout)
-    if expert_load is None:
-        hidden, cache = _prefill(variables, padded, cache, config, prefill_layout)
-    else:
-        real = np.arange(len(prompts)) < count  # not the copies
+    real = np.arange(len(prompts)) < count  # not the copies
+    counted = None
+    if expert_load is not None:
         counted = (np.arange(padded_length) < lengths[:, None]) & real[:, None]
-        hidden, cache, load = _counted_prefill(
-            variables, padded, counted, cache, config, prefill_layout
-        )
+    hidden, cache, load = _prefill(variables, padded, counted, cache, config, prefill_layout)
+    if expert_load is not None:
         expert_load.add(load)
     hidden = hidden[np.arange(len(prompts)), lengths - 1]
     ended = np.zeros(count, bool)
@@ -112,13 +108,10 @@ def generate(
             return
         fed = np.resize(ids, len(prompts))[:, None]  # the copies again
         start = lengths + step
-        if expert_load is None:
-            hidden, cache = _decode(variables, fed, start, cache, config, decode_layout)
-        else:
+        if expert_load is not None:
             counted = np.resize(~ended, len(prompts))[:, None] & real[:, None]
-            hidden, cache, load = _counted_decode(
-                variables, fed, counted, start, cache, config, decode_layout
-            )
+        hidden, cache, load = _decode(variables, fed, counted, start, cache, config, decode_layout)
+        if expert_load is not None:
             expert_load.add(load)
         hidden = hidden[:, 0]
 
@@ -172,24 +165,16 @@ def _empty_cache(
     return jax.jit(make, out_shardings=layout.sharding("batch"))(table)
 
 
-@partial(jax.jit, static_argnames=("config", "layout"), donate_argnums=2)
-def _prefill(variables, tokens, cache, config, layout):
-    return prefill(variables, tokens, cache, config, layout)
-
-
 @partial(jax.jit, static_argnames=("config", "layout"), donate_argnums=3)
-def _decode(variables, tokens, start, cache, config, layout):
-    return decode_step(variables, tokens, start, cache, config, layout)
-
-
-@partial(jax.jit, static_argnames=("config", "layout"), donate_argnums=3)
-def _counted_prefill(variables, tokens, counted, cache, config, layout):
-    return counted_prefill(variables, tokens, counted, cache, config, layout)
+def _prefill(variables, tokens, counted, cache, config, layout):
+    filled = counted_prefill(variables, tokens, counted, cache, config, layout)
+    return (*filled[:2], None if counted is None else filled[2])  # what nobody reads is not made
 
 
 @partial(jax.jit, static_argnames=("config", "layout"), donate_argnums=4)
-def _counted_decode(variables, tokens, counted, start, cache, config, layout):
-    return counted_decode_step(variables, tokens, counted, start, cache, config, layout)
+def _decode(variables, tokens, counted, start, cache, config, layout):
+    step = counted_decode_step(variables, tokens, counted, start, cache, config, layout)
+    return (*step[:2], None if counted is None else step[2])
 
 
 @partial(jax.jit, static_argnames="layout")

@@ -203,19 +203,21 @@ def prefill(
     Shorter prompts are padded at the end; their rows past the end are overwritten before any later
     token sees them. The expanded form of MLA.
     """
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return _cached(variables, tokens, positions, cache, config, layout, is_prefill=True)[:2]
+    return counted_prefill(variables, tokens, None, cache, config, layout)[:2]
 
 
 def counted_prefill(
     variables: Variables,
     tokens: Int[Array, "B T"],
-    counted: Bool[Array, "B T"],
+    counted: Bool[Array, "B T"] | None,
     cache: AnyCache,
     config: ModelConfig,
     layout: Layout | None = None,
 ) -> tuple[Float[Array, "B T D"], AnyCache, Int[Array, "L E"]]:
-    """`prefill`, and how many of the counted tokens' choices each expert of each MoE layer got."""
+    """`prefill`, and how many of the counted tokens' choices each expert of each MoE layer got.
+
+    Without `counted` all tokens count.
+    """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     return _cached(variables, tokens, positions, cache, config, layout, True, counted)
 
@@ -233,14 +235,13 @@ def decode_step(
     The absorbed form of MLA; T = 1 when decoding, a few when verifying drafts, more for a prompt
     that comes in chunks.
     """
-    positions = start[:, None] + jnp.arange(tokens.shape[1])
-    return _cached(variables, tokens, positions, cache, config, layout, is_prefill=False)[:2]
+    return counted_decode_step(variables, tokens, None, start, cache, config, layout)[:2]
 
 
 def counted_decode_step(
     variables: Variables,
     tokens: Int[Array, "B T"],
-    counted: Bool[Array, "B T"],
+    counted: Bool[Array, "B T"] | None,
     start: Int[Array, " B"],
     cache: AnyCache,
     config: ModelConfig,

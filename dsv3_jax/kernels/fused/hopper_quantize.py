@@ -178,6 +178,7 @@ def _channels_layouts(width: int) -> tuple[Any, Any]:
 
 
 def turned_tiling(width: int) -> tuple[Any, ...]:
+    """What a tiled layout of [width, 128] is made of whose threads hold those of [128, width]."""
     tiles = ((width, 128), (width // 4, 128), (width // 16, TOKENS_EACH))
     return plgpu.Tiling(tiles), (-6,), (-3, -4), -1
 
