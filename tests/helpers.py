@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,6 +58,18 @@ def _relative_error(got: Any, want: Any) -> float:
     if scale == 0.0:
         return 0.0 if worst == 0.0 else float("inf")
     return float(worst / scale)
+
+
+def write_small_run(folder: Path, config: str, **values: Any) -> Path:
+    """A config file of this text, its {corpus!r} and other fields filled in, and the corpus."""
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for number in range(12):
+        text = f"Document {number}. " + "The quick brown fox jumps over the lazy dog. " * 20
+        (corpus / f"{number}.txt").write_text(text)
+    path = folder / "small.py"
+    path.write_text(config.format(corpus=str(corpus), **values))
+    return path
 
 
 def tiny_model(**overrides: Any) -> ModelConfig:

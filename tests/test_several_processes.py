@@ -17,7 +17,7 @@ import pytest
 
 import infer
 import train
-from tests.helpers import TOLERANCE
+from tests.helpers import TOLERANCE, write_small_run
 
 ROOT = Path(__file__).parent.parent
 STEPS = 14
@@ -49,15 +49,7 @@ def get_config():
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("config")
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    for number in range(12):
-        text = f"Document {number}. " + "The quick brown fox jumps over the lazy dog. " * 20
-        (corpus / f"{number}.txt").write_text(text)
-    path = folder / "small.py"
-    path.write_text(CONFIG.format(corpus=str(corpus), steps=STEPS))
-    return path
+    return write_small_run(tmp_path_factory.mktemp("config"), CONFIG, steps=STEPS)
 
 
 class Pair:

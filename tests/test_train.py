@@ -18,6 +18,7 @@ from dsv3_jax.config import load_config
 from dsv3_jax.model.transformer import init_variables
 from dsv3_jax.training.manifest import steps_in
 from dsv3_jax.training.restore import restore, state_sha256
+from tests.helpers import write_small_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,15 +53,7 @@ def cache_of_its_own(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("config")
-    corpus = folder / "corpus"
-    corpus.mkdir()
-    for number in range(12):
-        text = f"Document {number}. " + "The quick brown fox jumps over the lazy dog. " * 20
-        (corpus / f"{number}.txt").write_text(text)
-    path = folder / "small.py"
-    path.write_text(CONFIG.format(corpus=str(corpus)))
-    return path
+    return write_small_run(tmp_path_factory.mktemp("config"), CONFIG)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import pytest
 import infer
 import train
 from dsv3_jax.training.manifest import steps_in
+from tests.helpers import write_small_run
 
 CONFIG = """
 from dsv3_jax.config import *
@@ -34,12 +35,7 @@ MESH = ["--mesh.node", "2", "--mesh.local", "2", "--mesh.tensor", "2"]
 
 @pytest.fixture(scope="module")
 def config_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("config")
-    for number in range(12):
-        text = f"Document {number}. " + "The quick brown fox jumps over the lazy dog. " * 20
-        (folder / f"{number}.txt").write_text(text)
-    path = folder / "small.py"
-    path.write_text(CONFIG.format(corpus=str(folder)))
+    path = write_small_run(tmp_path_factory.mktemp("config"), CONFIG)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield path
