@@ -11,9 +11,10 @@ from jaxtyping import Int
 
 from dsv3_jax.config import ModelConfig, UserError
 from dsv3_jax.inference.expert_load import ExpertLoad
-from dsv3_jax.inference.kv_cache import NO_PAGE, PAGE, pool_for
+from dsv3_jax.inference.kv_cache import NO_PAGE, pool_for
 from dsv3_jax.inference.sampling import sample
 from dsv3_jax.kernels.mla_decode.api import wants_pages
+from dsv3_jax.kernels.mla_decode.schedule import PAGE
 from dsv3_jax.model.cache import init_paged_cache
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import (

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-PAGE = 64  # tokens; what the GPU kernel reads at a time
+from dsv3_jax.kernels.mla_decode.schedule import PAGE
+
 NO_PAGE = -1
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.mla_decode.schedule import PAGE
 from dsv3_jax.parallel.collectives import Axes
 from dsv3_jax.parallel.sharding import Layout, constrain
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, quantize
@@ -75,7 +76,7 @@ def init_paged_cache(
     config: ModelConfig,
     block_table: Int[Array, "B S"],
     pages: int,
-    page: int = 64,
+    page: int = PAGE,
     fp8: bool = False,
 ) -> PagedCache:
     """An all-zero pool of so many pages for each of the model's layers, in the model's dtype.
