@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from dsv3_jax.kernels.gemm import hopper, tpu
 
@@ -36,6 +37,15 @@ def running(monkeypatch):
         return hopper.interpreting()
 
     return enter
+
+
+def lower_for_an_h200(function, *operands) -> None:
+    """Lowers the program to GPU code; what the interpreter lets pass may be refused here."""
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("x",), abstract_device=device)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
+    with jax.sharding.use_abstract_mesh(mesh):
+        jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
 
 
 def normal(rng, *shape):

@@ -11,6 +11,7 @@ from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, dequantize,
 from tests.kernels.conftest import (
     GEMM_IMPLEMENTATIONS,
     INTERPRETER_IS_NEWER,
+    lower_for_an_h200,
     normal,
     relative_error,
 )
@@ -62,6 +63,16 @@ def test_every_kind_of_tile(tile, rng, running):
     with running("pallas_gpu"):
         out = pallas_gpu.scaled_matmul(a, b, tile=tile)
     assert relative_error(out, exact(a, b)) < BF16_LIMIT
+
+
+@INTERPRETER_IS_NEWER
+@pytest.mark.parametrize("b_tile", [PER_BLOCK, PER_TOKEN], ids=["by weights", "float32"])
+@pytest.mark.parametrize("m, n", [(7, 72), (4097, 200)], ids=["few rows", "many rows"])
+def test_edges_that_cut_a_tile_lower_for_a_gpu(m, n, b_tile, rng):
+    from dsv3_jax.kernels.gemm import pallas_gpu
+
+    a, b = quantize(normal(rng, m, 128), PER_TOKEN), quantize(normal(rng, n, 128), b_tile)
+    lower_for_an_h200(pallas_gpu.scaled_matmul, a, b)
 
 
 @pytest.mark.parametrize(

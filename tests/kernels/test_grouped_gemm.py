@@ -1,5 +1,7 @@
 """Products grouped by expert: every implementation against float64, with empty groups."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,13 @@ import pytest
 
 from dsv3_jax.kernels.grouped_gemm import api
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, dequantize, quantize
-from tests.kernels.conftest import GEMM_IMPLEMENTATIONS, normal, relative_error
+from tests.kernels.conftest import (
+    GEMM_IMPLEMENTATIONS,
+    INTERPRETER_IS_NEWER,
+    lower_for_an_h200,
+    normal,
+    relative_error,
+)
 
 BF16_LIMIT = 2e-3
 F32_LIMIT = 1e-6
@@ -66,10 +74,18 @@ def test_gradients_are_those_of_the_groups(implementation, rng, running):
             assert relative_error(d_weights[expert], exact) < BF16_LIMIT
 
 
+@INTERPRETER_IS_NEWER
+def test_columns_that_cut_a_tile_lower_for_a_gpu(rng):
+    rows, weights = operands(rng, scaled=True, n=200)
+    product = functools.partial(api.grouped_matmul, implementation="pallas_gpu")
+    lower_for_an_h200(product, rows, weights, SIZES)
+
+
 @pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
-def test_masked_rows_of_each_expert(implementation, rng, running):
-    sizes = jnp.array([3, 0, 64], jnp.int32)
-    rows = quantize(normal(rng, 3, 64, 128), PER_TOKEN)
+@pytest.mark.parametrize("buffer", [64, 72])
+def test_masked_rows_of_each_expert(buffer, implementation, rng, running):
+    sizes = jnp.array([3, 0, buffer], jnp.int32)
+    rows = quantize(normal(rng, 3, buffer, 128), PER_TOKEN)
     weights = quantize(normal(rng, 3, 64, 128), PER_BLOCK)
     with running(implementation):
         out = api.masked_grouped_matmul(rows, weights, sizes, implementation=implementation)

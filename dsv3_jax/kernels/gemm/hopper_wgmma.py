@@ -29,9 +29,9 @@ def swizzled(dtype: Any, columns: int | None = None) -> tuple[Any, ...]:
     unless said otherwise."""
     size = jnp.dtype(dtype).itemsize
     row = columns * size if columns else SLAB_BYTES
-    if row < 32:
-        return ()  # the narrowest swizzle is 32 bytes; plain rows serve for stores
-    return (plgpu.TilingTransform((8, row // size)), plgpu.SwizzleTransform(row))
+    tiling = plgpu.TilingTransform((8, row // size))
+    # The narrowest swizzle is 32 bytes; plain tiles serve for stores.
+    return (tiling, plgpu.SwizzleTransform(row)) if row >= 32 else (tiling,)
 
 
 def zeros(columns: int) -> Any:

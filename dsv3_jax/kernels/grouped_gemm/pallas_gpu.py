@@ -115,10 +115,10 @@ def masked_grouped_matmul(
     tile: Tile | None = None,
 ) -> Float[Array, "E M N"]:
     """Each expert's rows times its weights; see `api.masked_grouped_matmul`."""
-    experts, m, k = rows.shape
+    experts, buffer, k = rows.shape
     _require(rows.dtype, 128, *weights.shape[1:])
-    if m % 64:
-        raise NotImplementedError(f"M={m} must be a multiple of the 64 rows of a wgmma")
+    m = buffer + -buffer % 64  # a tile begins at a multiple of a wgmma's rows
+    rows = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, m - buffer), (0, 0))), rows)
     tile = tile or (tiles.MASKED if m > 64 else tiles.MASKED_64)
     work = work_table(
         jnp.arange(experts, dtype=jnp.int32) * m,
@@ -140,7 +140,7 @@ def masked_grouped_matmul(
             b_scales=weights.scales,
             work=work,
         )
-    return out.reshape(experts, m, -1)
+    return out.reshape(experts, m, -1)[:, :buffer]
 
 
 def contiguous_work(group_sizes: Int[Array, " E"], rows: int, tile: Tile) -> WorkTable:
