@@ -9,15 +9,14 @@ from dsv3_jax.kernels.gemm.api import scaled_matmul
 from dsv3_jax.kernels.gemm.hopper import Tile
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, dequantize, quantize
 from tests.kernels.conftest import (
+    BF16_LIMIT,
+    F32_LIMIT,
     GEMM_IMPLEMENTATIONS,
     INTERPRETER_IS_NEWER,
     lower_for_an_h200,
     normal,
     relative_error,
 )
-
-BF16_LIMIT = 2e-3  # rounding the result to bfloat16 alone is 1.7e-3
-F32_LIMIT = 1e-6  # the reference and the interpreter add in float32; a GPU reaches 1e-3 only
 
 
 def exact(a, b):

@@ -10,6 +10,8 @@ import pytest
 from dsv3_jax.kernels.grouped_gemm import api
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, dequantize, quantize
 from tests.kernels.conftest import (
+    BF16_LIMIT,
+    F32_LIMIT,
     GEMM_IMPLEMENTATIONS,
     INTERPRETER_IS_NEWER,
     lower_for_an_h200,
@@ -17,8 +19,6 @@ from tests.kernels.conftest import (
     relative_error,
 )
 
-BF16_LIMIT = 2e-3
-F32_LIMIT = 1e-6
 SIZES = jnp.array([128, 0, 256], jnp.int32)
 ROWS = 448  # 64 rows belong to nobody
 
