@@ -20,7 +20,7 @@ import contextvars
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -287,10 +287,9 @@ def matmul(
                             target,
                             commit_group=False,
                         )
-                        if table is None:
-                            send()
-                        else:  # past `end` lie another group's rows, which another block stores
-                            pl.when(first < end)(send)
+                        if table is not None:  # past `end` another block stores its group's rows
+                            send = functools.partial(pl.when(first < end), send)
+                        store_inside(column + left, n, store, send)
                     plgpu.commit_smem_to_gmem_group()
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -333,6 +332,19 @@ def matmul(
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*operands)
     return manual.vary(out, a)
+
+
+def store_inside(first: Any, columns: int, piece: int, send: Callable[[], Any]) -> None:
+    """Calls `send`, which stores a piece of the result from column `first` on.
+
+    TMA itself leaves out what lies past the end. But of a result with a single piece Mosaic (jax
+    0.11.2, TileTransform and DropUnitDimsTransform) drops the index, too, and would store what lies
+    past the end over it: that is not sent.
+    """
+    if columns == piece:
+        pl.when(first < columns)(send)
+    else:
+        send()
 
 
 def _scaled_loop(tile, steps, slot_of, buffers, read_b_scales):

@@ -8,6 +8,7 @@ what is there by TMA's reducing store (DeepGEMM: sm90_fp8_gemm_1d1d.cuh, whose k
 rewrites TMA descriptors where here a tile starts at its group's first token).
 """
 
+import functools
 import math
 from typing import Any
 
@@ -125,11 +126,15 @@ def wgrad(
                         piece = pieces[wave * (tile.n // STORE) + left // STORE]
                         out_slots.at[thread, buffer][...] = piece
                         plgpu.commit_smem()
-                        plgpu.copy_smem_to_gmem(
+                        send = functools.partial(
+                            plgpu.copy_smem_to_gmem,
                             out_slots.at[thread, buffer],
                             out.at[expert, pl.ds(first, 64), pl.ds(column + left, STORE)],
                             reduction_op="add" if in_place else None,
+                            commit_group=False,
                         )
+                        hopper.store_inside(column + left, k, STORE, send)
+                        plgpu.commit_smem_to_gmem_group()
                         buffer = (buffer + 1) % tile.store_buffers
                 return carry + steps
 
