@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# A GPU or TPU run of the marked tests says so: JAX_PLATFORMS=cuda ./run test -m gpu
+# The kernels' tests run on a GPU with JAX_PLATFORMS=cuda,cpu ./run test tests/kernels
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # XLA spends most of a test run on compiling programs that run for milliseconds. Without its costly
@@ -45,10 +45,6 @@ def pytest_collection_modifyitems(config, items):
     skips = {}
     if not config.getoption("--slow"):
         skips["slow"] = "takes minutes: run with --slow"
-    if jax.default_backend() != "gpu":
-        skips["gpu"] = "needs a GPU: JAX_PLATFORMS=cuda ./run test -m gpu"
-    if jax.default_backend() != "tpu":
-        skips["tpu"] = "needs a TPU: JAX_PLATFORMS=tpu ./run test -m tpu"
     missing = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if missing:
         skips["oracle"] = f"needs {' and '.join(missing)}: pip install '.[oracle]'"
