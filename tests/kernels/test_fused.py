@@ -1,13 +1,21 @@
 """Fused quantisers: every implementation against the unfused computation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.kernels.fused import api, reference
-from dsv3_jax.quantization.block_scaled import PER_TOKEN, dequantize, quantize
-from tests.kernels.conftest import IMPLEMENTATIONS, normal, relative_error
+from dsv3_jax.kernels.fused import api, pallas_gpu, reference
+from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
+from tests.kernels.conftest import (
+    IMPLEMENTATIONS,
+    INTERPRETER_IS_NEWER,
+    lower_for_an_h200,
+    normal,
+    relative_error,
+)
 
 
 def assert_same(out, expected):
@@ -40,6 +48,8 @@ def test_one_read_gives_both_directions(implementation, rng, running):
 def test_numbers_kept_in_either_form_are_quantised_along_tokens(implementation, rng, running):
     as_bf16 = normal(rng, 128, 256).astype(jnp.bfloat16)
     kept = quantize(as_bf16, PER_TOKEN)
+    # Infinities, NaN of zeros among them: what is not finite has no part in a scale.
+    kept = BlockScaled(kept.values, kept.scales.at[20].set(jnp.inf), PER_TOKEN)
     with running(implementation):
         out = api.quantize_transposed(kept, implementation=implementation)
         plain = api.quantize_transposed(as_bf16, implementation=implementation)
@@ -143,6 +153,21 @@ def test_normalised_numbers_are_quantised_unrounded(
     np.testing.assert_allclose(out.scales, expected.scales, rtol=1e-6)
     # The sum's order may tip a rounding: 1/8 of a number, of one in ten thousand.
     assert relative_error(dequantize(out, jnp.float32), dequantize(expected, jnp.float32)) < 2e-3
+
+
+@INTERPRETER_IS_NEWER
+def test_what_threads_do_with_their_registers_lowers_for_a_gpu(rng):
+    # The interpreter sees plain JAX in its place.
+    x = normal(rng, 128, 1024).astype(jnp.bfloat16)
+    kept, gate = quantize(x, PER_TOKEN), normal(rng, 16, 64)
+    lower_for_an_h200(pallas_gpu.quantize_rows, x)
+    lower_for_an_h200(pallas_gpu.quantize_both_ways, x)
+    lower_for_an_h200(pallas_gpu.quantize_transposed, kept)
+    for source in (x, kept):
+        lower_for_an_h200(partial(pallas_gpu.swiglu_quantize, transposed=True), source)
+        lower_for_an_h200(pallas_gpu.swiglu_backward_quantize, source, x[:, :512])
+    choose = partial(pallas_gpu.route_top_k, top_k=8, n_group=8, topk_group=4, best_of_group=2)
+    lower_for_an_h200(choose, gate, gate[0])
 
 
 def test_a_tpu_runs_the_reference():

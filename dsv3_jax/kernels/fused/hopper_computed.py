@@ -1,8 +1,9 @@
 """Quantisers along tokens on Hopper whose numbers take some computing: each is computed once.
 
 `hopper_quantize.py` would compute a number once for each direction, in two layouts. Here it is
-computed by token, the next rows' operands being on their way meanwhile, and waits in shared memory
-until its channel's 128 tokens are there.
+computed by token, and waits in shared memory until its channel's 128 tokens are there. Operands
+come by TMA, a tile at once, where a multiprocessor has shared memory for several tiles; otherwise
+the next rows' are loaded into registers while some are computed.
 """
 
 import functools
@@ -20,14 +21,21 @@ from jaxlib.mlir.dialects import arith, gpu, vector
 from dsv3_jax.kernels import manual
 from dsv3_jax.kernels.fused.hopper_quantize import (
     COMPILER_PARAMS,
-    TOKENS_EACH,
+    Piece,
     Source,
     Split,
+    channel_results,
     in_turn,
+    load_parts,
+    quantize_channels,
     quantized,
+)
+from dsv3_jax.kernels.fused.hopper_registers import (
+    CHANNELS,
+    TOKENS_EACH,
     tokens_layout,
     turned_array,
-    turned_tiling,
+    turned_layout,
 )
 from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import plgpu
@@ -53,10 +61,10 @@ def quantize_computed(
     assert dim % 128 == 0 and tokens % 128 == 0 and PLACE.group % split.rows == 0
     operands = manual.vary(tuple(operands))
     column_tiles, width = dim // 128, parts * dim
+    by_tma, by_load = source.pieces[: split.staged], source.pieces[split.staged :]
 
     def kernel(*refs):
-        *refs, tile, met = refs
-        refs = list(refs)
+        *refs, tile, met, staged, arrived = refs
         sources = [refs.pop(0) for _ in operands]
         block = lax.axis_index("block")
         warpgroup = lax.axis_index("warpgroup")
@@ -67,40 +75,62 @@ def quantize_computed(
 
         turns = 128 // (split.rows * split.warpgroups)
 
+        columns = pl.ds(column, 128)
+
+        def within(turn):
+            return pl.ds((turn * split.warpgroups + warpgroup) * split.rows, split.rows)
+
         def loaded(turn):
-            start = row + (turn * split.warpgroups + warpgroup) * split.rows
-            rows = pl.ds(start, split.rows)
-            return source.load(sources, rows, pl.ds(column, 128), tokens_layout())
+            rows = pl.ds(row + within(turn).start, split.rows)
+            at_rows = [piece.at(sources, rows, columns) for piece in by_load]
+            return load_parts(by_load, at_rows, tokens_layout())
 
         def one_turn(turn, arrays):
             # On their way while these are computed; the last ones are loaded again, and dropped.
             following = loaded(lax.min(turn + 1, jnp.int32(turns - 1)))
-            within = (turn * split.warpgroups + warpgroup) * split.rows
-            rows = pl.ds(row + within, split.rows)
+            at_rows = [buffer.at[within(turn)] for buffer in staged]
+            arrays = [*load_parts(by_tma, at_rows, tokens_layout()), *arrays]
+            start = within(turn).start
+            rows = pl.ds(row + start, split.rows)
             for part, x in enumerate(source.compute(*arrays)):
-                _put(tile.at[part], within, x)
+                _put(tile.at[part], start, x)
                 if by_token:
                     at = part * dim + column
                     values[rows, pl.ds(at, 128)], per_token = quantized(x, scale_format)
                     scales[lax.div(at, jnp.int32(128)), rows] = per_token
             return following
 
-        lax.fori_loop(0, turns, one_turn, loaded(0))
+        if by_tma:
+
+            @pl.when(warpgroup == 0)
+            def _():
+                for piece, buffer in zip(by_tma, staged):
+                    tile_of_it = piece.at(sources, pl.ds(row, 128), columns)
+                    plgpu.copy_gmem_to_smem(tile_of_it, buffer, arrived)
+
+        first = loaded(jnp.int32(0))
+        if by_tma:
+            plgpu.barrier_wait(arrived)
+        lax.fori_loop(0, turns, one_turn, first)
         _meet(met)
         values, scales = refs
-        rows, pieces = pl.ds(row, 128), 128 // split.turned
+        rows, pieces, each = pl.ds(row, 128), 128 // split.turned, split.turned // CHANNELS
 
         @in_turn(parts * pieces // split.warpgroups)
         def _(turn):
             piece = turn * split.warpgroups + warpgroup
             part = lax.div(piece, jnp.int32(pieces))
             start = lax.rem(piece, jnp.int32(pieces)) * split.turned
-            x = _taken(tile.at[part], start, split.turned)
-            columns = pl.ds(part * dim + column + start, split.turned)
-            values[columns, rows], per_channel = quantized(x, scale_format)
-            scales[lax.div(row, jnp.int32(128)), columns] = per_channel
+            groups = pl.ds(lax.div(part * dim + column + start, jnp.int32(each)), CHANNELS)
+            quantize_channels(
+                _taken(tile.at[part], start, split.turned),
+                None,
+                values.at[groups, :, rows],
+                scales.at[lax.div(row, jnp.int32(128)), groups],
+                scale_format,
+            )
 
-    shapes = [((width, tokens), jnp.float8_e4m3fn), ((tokens // 128, width), jnp.float32)]
+    shapes = channel_results(width, tokens, split.turned)
     if by_token:
         by_tokens = [((tokens, width), jnp.float8_e4m3fn), ((width // 128, tokens), jnp.float32)]
         shapes = by_tokens + shapes
@@ -114,10 +144,13 @@ def quantize_computed(
         scratch_types=(
             plgpu.SMEM((parts, *_tile_shape()), jnp.bfloat16),
             plgpu.Barrier(num_arrivals=split.warpgroups),
+            [_buffer(piece, operands) for piece in by_tma],
+            plgpu.Barrier(num_arrivals=max(len(by_tma), 1)),
         ),
         compiler_params=COMPILER_PARAMS,
     )(*operands)
     out = manual.vary(out, operands)
+    out = [*out[:-2], out[-2].reshape(width, tokens), out[-1].reshape(-1, width)]
     return tuple(
         BlockScaled(values, scales.mT, PER_TOKEN) for values, scales in zip(out[::2], out[1::2])
     )
@@ -147,6 +180,11 @@ PLACE = Place()
 
 def _tile_shape() -> tuple[int, ...]:
     return (128, 128) if hopper.interpreted() else (PLACE.size,)
+
+
+def _buffer(piece: Piece, operands: Sequence[Any]) -> Any:
+    """Shared memory for a tile's part of a piece."""
+    return plgpu.SMEM((128,) if piece.scales else (128, 128), operands[piece.operand].dtype)
 
 
 def _meet(barrier: Any) -> None:
@@ -193,18 +231,15 @@ def _put(tile: Any, row: Any, x: Any) -> None:
 
 
 def _taken(tile: Any, column: Any, width: int) -> Any:
-    """The transpose [width, 128] of columns of a tile, in the layout that `_turned` gives."""
+    """The transpose [width, 128] of columns of a tile, in `turned_layout`."""
     if hopper.interpreted():
         return tile[:, pl.ds(column, width)].T
     each = width // 16  # a warp has width / 4 channels, a lane `each` of them
     first = lax.div(column, jnp.int32(PLACE.chunk)) * PLACE.chunk_pitch
     splat, shape = plgpu.Layout.WG_SPLAT, (width, 128)
-    turned = plgpu.Layout.TILED(*turned_tiling(width))
+    result = plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=turned_layout(width))
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), splat),
-        return_type=plgpu.ShapeDtypeStruct(shape, jnp.bfloat16, layout=turned),
-    )
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat), return_type=result)
     def take(_, tile, first):
         warp, lane = _warp_and_lane()
         channel = _sum(_times(warp, width // 4), _times(_remainder(lane, 4), each))

@@ -12,13 +12,15 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import fragmented_array
+from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import manual
+from dsv3_jax.kernels.fused.hopper_registers import array, elements, tree, vector_of
 from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import plgpu
 
-TOKENS = 8  # of a block: two for each warp, whose shuffles overlap
+TOKENS = 4  # of a block: one for each warp
 LOWEST = float("-inf")
 
 
@@ -40,10 +42,6 @@ def route_top_k(
     layout = _layout(n_group, experts // n_group)
     shape = (TOKENS, n_group, experts // n_group)
 
-    def over_token(reduce, x):
-        x = plgpu.layout_cast(reduce(x, 2), layout.reduce(2))
-        return plgpu.layout_cast(reduce(x, 1), layout.reduce((1, 2)))
-
     def kernel(logits_ref, bias_ref, chosen, weights, scores_ref):
         start = lax.min(lax.axis_index("block") * TOKENS, jnp.int32(tokens - TOKENS))
         rows = pl.ds(start, TOKENS)
@@ -57,20 +55,25 @@ def route_top_k(
         expert = group * shape[2] + plgpu.broadcasted_iota(jnp.int32, shape, 2, layout=layout)
         if topk_group < n_group:
             choice = _keep_best_groups(choice, expert, topk_group, best_of_group, layout)
+        # Integers in the same order, which a warp compares in one instruction.
+        bits = lax.bitcast_convert_type(choice, jnp.int32)
+        key = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
         for k in range(top_k):
-            largest = _spread(over_token(jnp.max, choice), shape, layout)
-            first = jnp.where(choice == largest, expert, experts - 1)
-            best = over_token(jnp.min, first)
+            largest = _spread(_over_token("max", key, layout), shape, layout)
+            first = jnp.where(key == largest, expert, experts - 1)
+            best = _over_token("min", first, layout)
             at_best = expert == _spread(best, shape, layout)
-            chosen[k, rows] = best
-            weights[k, rows] = over_token(jnp.sum, jnp.where(at_best, scores, 0.0))
-            choice = jnp.where(at_best, LOWEST, choice)
+            chosen[rows, k] = best
+            score = jnp.where(at_best, lax.bitcast_convert_type(scores, jnp.int32), 0)
+            score = _over_token("max", score, layout)
+            weights[rows, k] = lax.bitcast_convert_type(score, jnp.float32)
+            key = jnp.where(at_best, jnp.iinfo(jnp.int32).min, key)
 
     chosen, weights, scores = plgpu.kernel(
         kernel,
         out_type=[
-            manual.result((top_k, tokens), jnp.int32, logits),
-            manual.result((top_k, tokens), jnp.float32, logits),
+            manual.result((tokens, top_k), jnp.int32, logits),
+            manual.result((tokens, top_k), jnp.float32, logits),
             manual.result((tokens, *shape[1:]), jnp.float32, logits),
         ],
         grid=(pl.cdiv(tokens, TOKENS),),
@@ -80,7 +83,7 @@ def route_top_k(
         ),
     )(logits.reshape(tokens, *shape[1:]), bias.reshape(shape[1:]))
     chosen, weights, scores = manual.vary((chosen, weights, scores), logits)
-    return chosen.T[:rows], weights.T[:rows], scores.reshape(tokens, experts)[:rows]
+    return chosen[:rows], weights[:rows], scores.reshape(tokens, experts)[:rows]
 
 
 def _keep_best_groups(choice: Any, expert: Any, topk_group: int, best_of_group: int, layout: Any):
@@ -108,6 +111,25 @@ def _keep_best_groups(choice: Any, expert: Any, topk_group: int, best_of_group: 
         penalty = jnp.where(at_best, 0.0, penalty)
         group_scores = jnp.where(at_best, LOWEST, group_scores)
     return choice + _spread(penalty, shape, layout)
+
+
+def _over_token(what: str, x: Any, layout: Any) -> Any:
+    """The largest or smallest int32 of each token, "max" or "min" of x [T, G, E/G]."""
+    if hopper.interpreted():
+        return {"max": jnp.max, "min": jnp.min}[what](x, (1, 2))
+    by_token = layout.reduce((1, 2))
+    result = plgpu.ShapeDtypeStruct(x.shape[:1], x.dtype, layout=by_token)
+
+    @plgpu.inline_mgpu(arg_types=(layout,), return_type=result)
+    def reduce(_, x):
+        numbers = [number for register in x.registers.flat for number in elements(register)]
+        of_lane = tree({"max": arith.maxsi, "min": arith.minsi}[what], numbers)
+        text = f"redux.sync.{what}.s32 $0, $1, 0xffffffff;"
+        of_warp = llvm.inline_asm(of_lane.type, [of_lane], text, "=r,r", has_side_effects=True)
+        shape, layout = x.shape[:1], x.layout.reduce((1, 2))
+        return array([vector_of([of_warp])], shape, layout, is_signed=True)
+
+    return reduce(x)
 
 
 def _spread(x: Any, shape: tuple[int, ...], layout: Any) -> Any:

@@ -5,7 +5,8 @@ than one tile, has kernels of its own here, and so has the permutation of tokens
 are data.
 """
 
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -17,12 +18,13 @@ from dsv3_jax.kernels import manual
 from dsv3_jax.kernels.fused.hopper_computed import quantize_computed
 from dsv3_jax.kernels.fused.hopper_quantize import (
     COMPILER_PARAMS,
+    Piece,
     Source,
     Split,
     quantize_tiles,
     quantized,
-    tokens_layout,
 )
+from dsv3_jax.kernels.fused.hopper_registers import reciprocal, tokens_layout
 from dsv3_jax.kernels.fused.hopper_router import route_top_k as route_top_k
 from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import plgpu
@@ -30,10 +32,10 @@ from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleForm
 
 # The fastest of a sweep on one H100; what needs more registers a number takes fewer numbers.
 ALONG_CHANNELS = Split(rows=32)
-ALONG_TOKENS = Split(turned=64)
-BOTH_WAYS = Split(warpgroups=2, rows=32, turned=64)
-SWIGLU = Split(rows=16)
-SWIGLU_TRANSPOSED = Split(warpgroups=1, rows=16, turned=32)
+ALONG_TOKENS = Split(turned=128)
+BOTH_WAYS = Split(warpgroups=2, rows=64, turned=64)
+SWIGLU = Split(rows=8)
+SWIGLU_TRANSPOSED = Split(warpgroups=2, rows=16, turned=64, staged=4)
 SWIGLU_BACKWARD = Split(warpgroups=2, rows=16, turned=32)
 
 NORM_TOKENS = 8  # of a block, where one token's channels are few
@@ -86,7 +88,7 @@ def swiglu_quantize(
         gate, up = _gate_and_up(loaded)
         return ((gate * _sigmoid(gate) * up).astype(jnp.bfloat16),)
 
-    source = Source(partial(_load_both, width), activate)
+    source = Source(_gate_and_up_pieces(gate_up), activate)
     inputs = (source, operands, tokens, width, scale_format)
     if transposed:
         (out,) = quantize_computed(*inputs, SWIGLU_TRANSPOSED, by_token=False)
@@ -104,10 +106,6 @@ def swiglu_backward_quantize(
     tokens, width, operands = _halves_of(gate_up, True)
     _require(d_out, whole_tokens=True)
 
-    def load(refs, rows, columns, layout):
-        d_out = _load(refs[-1], rows, columns, layout)
-        return (*_load_both(width, refs[:-1], rows, columns, layout), d_out)
-
     def differentiate(*loaded):
         gate, up = _gate_and_up(loaded[:-1])
         sigmoid = _sigmoid(gate)
@@ -115,7 +113,8 @@ def swiglu_backward_quantize(
         d_gate = d_activated * up * (1 + (gate - gate * sigmoid))
         return d_gate.astype(jnp.bfloat16), (d_activated * gate).astype(jnp.bfloat16)
 
-    source = Source(load, differentiate)
+    pieces = (*_gate_and_up_pieces(gate_up), Piece(len(operands)))
+    source = Source(pieces, differentiate)
     inputs = (source, (*operands, d_out), tokens, width, scale_format)
     return quantize_computed(*inputs, SWIGLU_BACKWARD, parts=2)
 
@@ -266,34 +265,22 @@ def _load(ref: Any, rows: Any, columns: Any, layout: Any) -> Any:
     return plgpu.load(ref.at[rows, columns], layout=layout, optimized=False)
 
 
-def _load_plain(refs, rows, columns, layout):
-    return (_load(refs[0], rows, columns, layout),)
-
-
-def _load_kept(refs, rows, columns, layout):
-    """Values of a BlockScaled in 1x128 tiles, and the scale of each row, which `refs` are."""
-    values, scales = refs
-    tile = lax.div(columns.start, jnp.int32(128))
-    scale = plgpu.load(scales.at[tile, rows], layout=layout.reduce(1), optimized=False)
-    return _load(values, rows, columns, layout), scale
-
-
 def _dequantized(values: Any, scale: Any) -> Any:
     return values.astype(jnp.float32) * lax.broadcast_in_dim(scale, values.shape, [0])
 
 
-PLAIN = Source(_load_plain)
-KEPT = Source(_load_kept, lambda *kept: (_dequantized(*kept),))
+NUMBERS, VALUES_AND_SCALES = (Piece(0),), (Piece(0), Piece(1, scales=True))
+PLAIN = Source(NUMBERS)
+KEPT = Source(VALUES_AND_SCALES, lambda *kept: (_dequantized(*kept),))
 
 
-def _load_both(width: int, refs, rows, columns, layout):
-    """What `_gate_and_up` makes numbers of: up lies `width` channels behind gate."""
-    load = _load_plain if len(refs) == 1 else _load_kept
-    gate = load(refs, rows, columns, layout)
-    return (*gate, *load(refs, rows, pl.ds(columns.start + width, columns.size), layout))
+def _gate_and_up_pieces(gate_up: Any) -> tuple[Piece, ...]:
+    """What `_gate_and_up` makes numbers of: up lies behind gate."""
+    pieces = VALUES_AND_SCALES if isinstance(gate_up, BlockScaled) else NUMBERS
+    return (*pieces, *(replace(piece, first=gate_up.shape[1] // 2) for piece in pieces))
 
 
-def _gate_and_up(loaded: tuple[Any, ...]) -> list[Any]:
+def _gate_and_up(loaded: Sequence[Any]) -> list[Any]:
     """Gate and up in float32."""
     if len(loaded) == 2:
         return [x.astype(jnp.float32) for x in loaded]
@@ -315,8 +302,7 @@ def _leaves(x: BlockScaled) -> tuple[Any, Any]:
 
 
 def _sigmoid(x: Any) -> Any:
-    """The square of 1 / sqrt(1 + exp(-x)): two fast instructions, where a division takes ten."""
-    return jnp.square(lax.rsqrt(1 + jnp.exp(-x)))
+    return reciprocal(1 + jnp.exp(-x))
 
 
 def _require(x: Any, whole_tokens: bool = False, dtype: Any = jnp.bfloat16) -> tuple[int, int]:
