@@ -61,7 +61,7 @@ class InferOptions:
     fp8: bool = False
     """Hold the projections as FP8 (a byte a number, and scales) and multiply in FP8."""
     fp8_cache: bool = False
-    """Keep the latent cache as FP8 with scales: 57 % of the bytes of BF16, and a slower step."""
+    """Keep the latent cache as FP8 with scales: 57 % of the bytes of BF16."""
     redundant_experts: int = 0
     """Give busy experts this many more places in every MoE layer; the text stays the same."""
     expert_load: str = "logged"

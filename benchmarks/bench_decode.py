@@ -96,7 +96,10 @@ SHAPES = (
     Shape(32, 128, 4096),
     Shape(128, 128, 4096, ragged=True),
     Shape(128, 128, 4096, fp8=True),
+    Shape(128, 128, 4096, new=2, fp8=True),
     Shape(128, 64, 4096, fp8=True),
+    Shape(128, 16, 4096, fp8=True),
+    Shape(1, 128, 32768, fp8=True),
 )
 
 

@@ -23,7 +23,7 @@ from dsv3_jax.kernels.mla_decode.schedule import PAGE, make_schedule
 from dsv3_jax.model.cache import LatentCache
 from dsv3_jax.model.mla import mla_absorb_on_mesh
 from dsv3_jax.parallel.sharding import RULES, Layout
-from dsv3_jax.quantization.block_scaled import PER_TOKEN, dequantize, quantize
+from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
 from tests.kernels.conftest import IMPLEMENTATIONS, INTERPRETER_IS_NEWER, relative_error
 
 SCALE = 1 / math.sqrt(192)
@@ -31,11 +31,21 @@ SCALE = 1 / math.sqrt(192)
 # token too many or too few among 70 is 0.1.
 BF16_LIMIT = 4e-3
 
-EVERY = [*IMPLEMENTATIONS, pytest.param("pallas_tpu", marks=INTERPRETER_IS_NEWER)]
+TPU = pytest.param("pallas_tpu", marks=INTERPRETER_IS_NEWER)
+EVERY = [  # implementations, and what the cache holds; the TPU kernel reads no FP8
+    ("reference", "bf16"),
+    ("reference", "fp8"),
+    pytest.param("pallas_gpu", "bf16", marks=INTERPRETER_IS_NEWER),
+    pytest.param("pallas_gpu", "fp8", marks=INTERPRETER_IS_NEWER),
+    pytest.param("pallas_tpu", "bf16", marks=INTERPRETER_IS_NEWER),
+]
 
 
-def random_work(rng, new, heads, lengths, spare=1) -> Pages:
-    """Sequences whose pages lie in any order in a pool; tables have `spare` entries too many."""
+def random_work(rng, new, heads, lengths, spare=1, cache="bf16") -> Pages:
+    """Sequences whose pages lie in any order in a pool; tables have `spare` entries too many.
+
+    128 latents of a row, which share an FP8 scale, are as large as each other, and no others are.
+    """
     slots = max(math.ceil(n / PAGE) for n in lengths) + spare
     pool = len(lengths) * slots
 
@@ -43,10 +53,12 @@ def random_work(rng, new, heads, lengths, spare=1) -> Pages:
         return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
 
     table = rng.permutation(pool).reshape(len(lengths), slots)
+    sizes = jnp.asarray(np.exp2(rng.integers(-2, 2, (pool, PAGE, 4))), jnp.bfloat16)
+    latent = draw(pool, PAGE, 512) * jnp.repeat(sizes, 128, axis=-1)
     return Pages(
         draw(len(lengths), new, heads, 512),
         draw(len(lengths), new, heads, 64),
-        draw(pool, PAGE, 512),
+        quantize(latent, PER_TOKEN) if cache == "fp8" else latent,
         draw(pool, PAGE, 64),
         jnp.asarray(table, jnp.int32),
         jnp.asarray(lengths, jnp.int32),
@@ -55,6 +67,8 @@ def random_work(rng, new, heads, lengths, spare=1) -> Pages:
 
 def exact(work: Pages):
     """Results and log-sum-exp from one row of keys a sequence, in float64."""
+    if isinstance(work.latent, BlockScaled):
+        work = work._replace(latent=dequantize(work.latent))
     q_latent, q_rope, latent, k_rope = (np.asarray(x, np.float64) for x in work[:4])
     out, lse = np.zeros(q_latent.shape), np.full(q_latent.shape[:3], -np.inf)
     new = work.q_latent.shape[1]
@@ -83,14 +97,14 @@ def able(running):
     return enter
 
 
-@pytest.mark.parametrize("implementation", EVERY)
+@pytest.mark.parametrize("implementation, cache", EVERY)
 @pytest.mark.parametrize(
     "new, heads, lengths",
     [(1, 16, (130, 0)), (2, 64, (70,)), (4, 8, (2, 67))],
     ids=["ragged", "two rows of blocks", "verifying drafts"],
 )
-def test_new_tokens_see_what_came_before(implementation, new, heads, lengths, rng, able):
-    work = random_work(rng, new, heads, lengths)
+def test_new_tokens_see_what_came_before(implementation, cache, new, heads, lengths, rng, able):
+    work = random_work(rng, new, heads, lengths, cache=cache)
     with able(implementation):
         out, lse = mla_decode(work, scale=SCALE, implementation=implementation)
     assert out.dtype == jnp.bfloat16 and out.shape == work.q_latent.shape
@@ -103,10 +117,10 @@ def test_new_tokens_see_what_came_before(implementation, new, heads, lengths, rn
     assert np.abs(np.asarray(lse) - want_lse)[~unseen].max() < 1e-4
 
 
-@pytest.mark.parametrize("implementation", EVERY)
-def test_pieces_of_a_cache_are_put_together_by_their_log_sum_exp(implementation, rng, able):
+@pytest.mark.parametrize("implementation, cache", EVERY)
+def test_pieces_of_a_cache_are_put_together_by_their_log_sum_exp(implementation, cache, rng, able):
     """The late piece of two holds nothing of a sequence, or only what the last new token sees."""
-    work = random_work(rng, 2, 8, (40, 65, 100), spare=0)
+    work = random_work(rng, 2, 8, (40, 65, 100), spare=0, cache=cache)
     table, results = work.block_table, []
     with able(implementation):
         for piece in range(2):
@@ -121,9 +135,7 @@ def test_pieces_of_a_cache_are_put_together_by_their_log_sum_exp(implementation,
     assert np.abs(np.logaddexp(*lses) - want_lse).max() < 1e-4
 
 
-@pytest.mark.parametrize(
-    "implementation", ["reference", pytest.param("pallas_tpu", marks=INTERPRETER_IS_NEWER)]
-)
+@pytest.mark.parametrize("implementation", ["reference", TPU])
 def test_contiguous_rows_are_pages_in_order(implementation, rng, able):
     work = random_work(rng, 1, 8, (70, 3), spare=0)
     in_order = work._replace(block_table=jnp.arange(4, dtype=jnp.int32).reshape(2, 2))
@@ -137,13 +149,15 @@ def test_contiguous_rows_are_pages_in_order(implementation, rng, able):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_fp8_latents_are_those_they_stand_for(implementation, rng, running):
-    work = random_work(rng, 1, 4, (70, 3))
-    scaled = work._replace(latent=quantize(work.latent, PER_TOKEN))
+    """To the bit: they are rounded to bfloat16 once, as `dequantize` does."""
+    work = random_work(rng, 1, 4, (70, 3), cache="fp8")
     with running(implementation):
-        out, _ = mla_decode(scaled, scale=SCALE, implementation=implementation)
-    scaled = scaled.latent
-    assert relative_error(out, exact(work._replace(latent=dequantize(scaled)))[0]) < BF16_LIMIT
-    assert 1e-2 < relative_error(out, exact(work)[0]) < 5e-2  # E4M3 keeps 4 bits
+        results, wanted = (
+            mla_decode(work._replace(latent=latent), scale=SCALE, implementation=implementation)
+            for latent in (work.latent, dequantize(work.latent))
+        )
+    for out, want in zip(results, wanted):
+        np.testing.assert_array_equal(np.asarray(out), np.asarray(want))
 
 
 scheduled = jax.jit(make_schedule, static_argnums=1)

@@ -14,22 +14,24 @@ from jax import lax
 from dsv3_jax.kernels import manual
 from dsv3_jax.kernels.gemm import hopper
 from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu, swizzled
-from dsv3_jax.kernels.mla_decode import wgmma
+from dsv3_jax.kernels.mla_decode import fp8_pages, wgmma
 from dsv3_jax.kernels.mla_decode.api import Pages, Results, Rows
+from dsv3_jax.kernels.mla_decode.combine import LOWEST, combine
 from dsv3_jax.kernels.mla_decode.schedule import PAGE, Schedule, make_schedule
-from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
+from dsv3_jax.quantization.block_scaled import BlockScaled
 
 ROWS = 64  # of a block: heads x new tokens
 LATENT_TILES = 8
 TILES = 9  # of 64 columns each: latent, then rope
-ORDER = (8, *range(8))  # rope first, whose place is the first to be free
+ROPE_TILE = 8
+ORDER = (ROPE_TILE, *range(8))  # rope first, whose place is the first to be free
 GROUPS = (8, 0, 4)  # the first tile of each group that is handed back at once
 HALF = 4  # tiles of the output that a math warpgroup holds
 LOG2_E = math.log2(math.e)
-LOWEST = -1e30  # finite, so that a row that sees nothing yields zeros and not NaN
 LANES = WGMMA.reduce(1)
-# A thread starts with 168: asking for more than three times that in all would wait for ever.
-LOADER_REGISTERS, MATH_REGISTERS = 40, 232
+# Of a thread that loads, and of one that multiplies. A thread starts with 168: asking for more than
+# three times that in all would wait for ever.
+REGISTERS, FP8_REGISTERS = (40, 232), (104, 200)  # with 192 ptxas serialises the products
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,10 @@ def mla_decode(
         raise NotImplementedError(
             f"latent and rope widths {width} and {q_rope.shape[-1]} must be 512 and 64"
         )
-    if isinstance(latent, BlockScaled):
-        # By XLA, and only the pages of these sequences: the pool may hold all layers' pages.
-        numbers = jnp.clip(block_table, 0, rope.shape[0] - 1).reshape(-1)
-        latent = dequantize(jax.tree.map(lambda x: x[numbers], latent), q_latent.dtype)
-    if {x.dtype for x in (q_latent, q_rope, latent, rope)} != {jnp.dtype(jnp.bfloat16)}:
+    pool = (latent.values, latent.scales) if isinstance(latent, BlockScaled) else (latent,)
+    fp8 = len(pool) == 2
+    dtypes = {x.dtype for x in (q_latent, q_rope, rope, *(() if fp8 else pool))}
+    if dtypes != {jnp.dtype(jnp.bfloat16)}:
         raise NotImplementedError(f"{q_latent.dtype} by {latent.dtype} must be bfloat16 throughout")
     if manual.varies(pages):
         raise NotImplementedError("a shard_map around it must have check_vma=False")  # warp_map
@@ -85,12 +86,11 @@ def mla_decode(
         schedule = make_schedule(here, parts_of(rows))
     q_latent, q_rope = (q.reshape(batch, rows, -1) for q in (q_latent, q_rope))
     tuning = tuning or Tuning()
-    if _row_tiles(rows) % tuning.cluster:
+    if fp8 or _row_tiles(rows) % tuning.cluster:
         tuning = dataclasses.replace(tuning, cluster=1)
-    in_order = isinstance(pages.latent, BlockScaled)
-    operands = (q_latent, q_rope, latent, rope, block_table, lengths, schedule)
-    whole, partial = _attend(*operands, scale, new, in_order, tuning)
-    out, lse = (x[:, :rows] for x in _combine(*whole, *partial, schedule))
+    operands = (q_latent, q_rope, pool, rope, block_table, lengths, schedule)
+    whole, partial = _attend(*operands, scale, new, tuning)
+    out, lse = (x[:, :rows] for x in combine(*whole, *partial, schedule))
     return out.reshape(batch, new, heads, width), lse.reshape(batch, new, heads) / LOG2_E
 
 
@@ -105,12 +105,12 @@ def mla_decode_contiguous(rows: Rows, *, scale: float, schedule: Schedule | None
 
 
 def _attend(
-    q_latent, q_rope, latent, rope, block_table, lengths, schedule,
-    scale, new: int, in_order: bool, tuning: Tuning,
+    q_latent, q_rope, pool, rope, block_table, lengths, schedule,
+    scale, new: int, tuning: Tuning,
 ):  # fmt: skip
     """Results of sequences that one part reads alone, and partial results; both with log-sum-exp.
 
-    `in_order`: latents are not where the table says, but one table entry after the other.
+    `pool` holds the latents of all pages, or their FP8 values and scales.
 
     A part's partial result of a sequence that began in an earlier part is at [0, part], and of one
     that it begins and does not end at [1, part].
@@ -127,11 +127,14 @@ def _attend(
     interpreted = hopper._interpreting.get()
     cluster = tuning.cluster
     multicast = ("cluster",) if cluster > 1 else None
+    fp8 = len(pool) == 2
+    registers = FP8_REGISTERS if fp8 else REGISTERS
+    awaited = (ROPE_TILE, *range(0, 8, 2)) if fp8 else ORDER  # a unit of FP8 fills two
 
     def kernel(
-        q_latent, q_rope, latent, rope, table, lengths, starts, cuts, first, last,
+        q_latent, q_rope, pool, rope, table, lengths, starts, cuts, first, last,
         out, lse, partial, partial_lse,
-        q_s, k_s, p_s, own_s, row_s, q_full, q_empty, k_full, k_empty, p_ready,
+        q_s, k_s, p_s, own_s, row_s, q_full, q_empty, k_full, k_ready, k_empty, p_ready,
     ):  # fmt: skip
         warpgroup = lax.axis_index("warpgroup")
         part = lax.axis_index("part")
@@ -152,45 +155,111 @@ def _attend(
             some = (high > low).astype(jnp.int32)
             lax.fori_loop(first[part], first[part] + (last[part] - first[part]) * some, step, 0)
 
+        def copy_queries(sequence):
+            plgpu.barrier_wait(q_empty)
+            for t in range(TILES):
+                source = q_latent if t < LATENT_TILES else q_rope
+                columns = pl.ds(t * 64 if t < LATENT_TILES else 0, 64)
+                plgpu.copy_gmem_to_smem(
+                    source.at[sequence, pl.ds(row, ROWS), columns], q_s.at[t], q_full
+                )
+
+        def await_room(slot, group):
+            plgpu.barrier_wait(k_empty.at[slot * len(GROUPS) + GROUPS.index(group)])
+
+        def copy(source, slot, tile):
+            plgpu.copy_gmem_to_smem(
+                source,
+                k_s.at[slot, tile],
+                k_full.at[slot * TILES + tile],
+                collective_axes=multicast,
+            )
+
         def load():
+            """Brings bfloat16 pages."""
+            (latent,) = pool
+
             @for_each_piece
             def _(sequence, begin, end):
-                plgpu.barrier_wait(q_empty)
-                for t in range(TILES):
-                    source = q_latent if t < LATENT_TILES else q_rope
-                    columns = pl.ds(t * 64 if t < LATENT_TILES else 0, 64)
-                    plgpu.copy_gmem_to_smem(
-                        source.at[sequence, pl.ds(row, ROWS), columns], q_s.at[t], q_full
-                    )
+                copy_queries(sequence)
 
                 @pl.loop(0, pl.cdiv(end - begin, 2))
                 def _(pair):
                     for slot in range(2):
-                        place = lax.min(begin + 2 * pair + slot, end - 1)
-                        page = table[sequence, place]
-                        latent_page = sequence * table.shape[1] + place if in_order else page
+                        page = table[sequence, lax.min(begin + 2 * pair + slot, end - 1)]
                         for t in ORDER:
                             if t in GROUPS:
-                                plgpu.barrier_wait(k_empty.at[slot * len(GROUPS) + GROUPS.index(t)])
+                                await_room(slot, t)
                             if t < LATENT_TILES:
-                                source = latent.at[latent_page, :, pl.ds(t * 64, 64)]
+                                source = latent.at[page, :, pl.ds(t * 64, 64)]
                             else:
                                 source = rope.at[page]
-                            plgpu.copy_gmem_to_smem(
-                                source,
-                                k_s.at[slot, t],
-                                k_full.at[slot * TILES + t],
-                                collective_axes=multicast,
-                            )
+                            copy(source, slot, t)
 
+            await_the_end()
+
+        def load_and_convert():
+            """Brings FP8 pages; a half of one is converted while the next one is loaded."""
+
+            @for_each_piece
+            def _(sequence, begin, end):
+                def number(place):
+                    page = table[sequence, lax.min(place, end - 1)]
+                    # An empty sequence has none, and a load, unlike TMA, must not miss the pool.
+                    return lax.clamp(0, page, rope.shape[0] - 1)
+
+                def copy_rope(page, slot):
+                    await_room(slot, ROPE_TILE)
+                    copy(rope.at[page], slot, ROPE_TILE)
+
+                def convert(index, carry):
+                    page, following, next_but_one, low_half = carry
+                    slot = lax.rem(index, 2)
+
+                    def store(half, numbers):
+                        await_room(slot, HALF * half)
+                        for unit in (2 * half, 2 * half + 1):
+                            fp8_pages.store(k_s.at[slot], unit, numbers)
+                            plgpu.commit_smem()
+                            plgpu.barrier_arrive(k_ready.at[slot * TILES + 2 * unit])
+
+                    # Used two turns from now: by then the loads that it would wait for are done.
+                    coming = number(begin + index + 3)
+                    high_half = fp8_pages.fetch(pool, page, 1, low_half)
+                    fp8_pages.prefetch(pool, rope, next_but_one)
+                    store(0, low_half)
+                    low_half = fp8_pages.fetch(pool, following, 0, high_half)
+                    store(1, high_half)
+
+                    @pl.when(index + 1 < count)
+                    def _():
+                        copy_rope(following, 1 - slot)
+
+                    return following, next_but_one, coming, low_half
+
+                count = 2 * pl.cdiv(end - begin, 2)  # the last one twice, where it has no partner
+                numbers = [number(begin + i) for i in range(3)]
+                low_half = fp8_pages.fetch(pool, numbers[0], 0)
+                fp8_pages.prefetch(pool, rope, numbers[1])
+                copy_queries(sequence)
+                copy_rope(numbers[0], 0)
+                lax.fori_loop(0, count, convert, (*numbers, low_half))
+
+            await_the_end()
+
+        def await_the_end():
             plgpu.barrier_wait(q_empty)
-            for index in range(2 * len(GROUPS)):
-                plgpu.barrier_wait(k_empty.at[index])
+            for slot in range(2):
+                for group in GROUPS:
+                    await_room(slot, group)
 
         @pl.when(warpgroup == 2)
         def _load():
-            plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
-            plgpu.warp_map(lambda warp: pl.when(warp == 0)(load))
+            plgpu.set_max_registers(registers[0], action="decrease")
+            if fp8:
+                load_and_convert()
+            else:
+                plgpu.warp_map(lambda warp: pl.when(warp == 0)(load))
 
         def _math(me: int):
             """Warpgroup `me` scores the pages of its slot, and holds its half of the output."""
@@ -206,7 +275,9 @@ def _attend(
                 """
                 s = (_zeros(),)
                 for t in ORDER:
-                    plgpu.barrier_wait(k_full.at[me * TILES + t])
+                    if t in awaited:
+                        ready = k_ready if fp8 and t < LATENT_TILES else k_full
+                        plgpu.barrier_wait(ready.at[me * TILES + t])
                     s = wgmma.multiply(
                         s,
                         q_s.at[t],
@@ -215,7 +286,7 @@ def _attend(
                         clear=t == ORDER[0],
                     )
                 ((s,),) = wgmma.wait(0, s)
-                release(me, 8)
+                release(me, ROPE_TILE)
                 # To the last new token.
                 visible = lax.select(page < end, length - page * PAGE, 0)
 
@@ -308,7 +379,7 @@ def _attend(
                 return out, m_odd, total
 
             # What this warpgroup hands back, it owns at first.
-            release(me, 8)
+            release(me, ROPE_TILE)
             for slot in range(2):
                 release(slot, HALF * me)
             plgpu.barrier_arrive(q_empty)
@@ -357,12 +428,12 @@ def _attend(
 
         @pl.when(warpgroup == 0)
         def _even():
-            plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            plgpu.set_max_registers(registers[1], action="increase")
             _math(0)
 
         @pl.when(warpgroup == 1)
         def _odd():
-            plgpu.set_max_registers(MATH_REGISTERS, action="increase")
+            plgpu.set_max_registers(registers[1], action="increase")
             _math(1)
 
     # A barrier over a cluster is arrived at by one thread, one over a block by all 128.
@@ -394,6 +465,7 @@ def _attend(
             plgpu.Barrier(num_arrivals=TILES),
             signal(num_arrivals=2),
             plgpu.Barrier(num_barriers=2 * TILES),
+            signal(num_barriers=2 * TILES),
             released(num_barriers=2 * len(GROUPS)),
             signal(num_barriers=4),
         ),
@@ -405,7 +477,7 @@ def _attend(
             unsafe_no_auto_barriers=True,
         ),
     )(
-        q_latent, q_rope, latent, rope, block_table, lengths,
+        q_latent, q_rope, pool, rope, block_table, lengths,
         schedule.starts, schedule.cuts, schedule.first, schedule.last,
     )  # fmt: skip
     return (out, lse), (partial, partial_lse)
@@ -421,56 +493,3 @@ def _across(row):
 
 def _scaled(tiles, factor):
     return tuple(tile * _across(factor) for tile in tiles)
-
-
-def _combine(out, lse, partial, partial_lse, schedule: Schedule):
-    """`out` and `lse` with the sequences that several parts read filled in from partial results."""
-    batch, rows, width = out.shape
-    parts = schedule.parts
-    # Loads in flight hide their latency: of many pieces where few sequences share all parts, of
-    # many rows otherwise.
-    pieces = min(16, pl.next_power_of_2(pl.cdiv(parts, batch)))
-    row_count = 16 // pieces
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=4)
-
-    def kernel(partial, partial_lse, begins, ends, out, lse):
-        sequence, row = lax.axis_index("sequence"), lax.axis_index("rows") * row_count
-        begin, end = begins[sequence], ends[sequence]
-
-        @pl.when(end - begin > 1)
-        def _():
-            def chunk(index, carry):
-                first = begin + index * pieces
-                places = [lax.min(first + i, end - 1) for i in range(pieces)]
-                kinds = [(place == begin).astype(jnp.int32) for place in places]
-                real = [first + i < end for i in range(pieces)]
-                results = []
-                for r, (total, weight, top) in enumerate(carry):
-                    at = [(kind, place, row + r) for kind, place in zip(kinds, places)]
-                    values = [plgpu.load(partial.at[i], layout=layout) for i in at]
-                    logs = [lax.select(ok, partial_lse[i], LOWEST) for ok, i in zip(real, at)]
-                    new_top = functools.reduce(lax.max, logs, top)
-                    decay = jnp.exp2(top - new_top)
-                    total, weight = total * decay, weight * decay
-                    for value, log in zip(values, logs):
-                        share = jnp.exp2(log - new_top)
-                        total, weight = total + value * share, weight + share
-                    results.append((total, weight, new_top))
-                return tuple(results)
-
-            nothing = plgpu.layout_cast(jnp.zeros((width,), jnp.float32), layout)
-            init = ((nothing, jnp.float32(0), jnp.float32(2 * LOWEST)),) * row_count
-            results = lax.fori_loop(0, pl.cdiv(end - begin, pieces), chunk, init)
-            for r, (total, weight, top) in enumerate(results):
-                out[sequence, row + r] = (total / weight).astype(out.dtype)
-                lse[sequence, row + r] = top + jnp.log2(weight)
-
-    refs = jax.new_ref(out), jax.new_ref(lse)
-    plgpu.kernel(
-        kernel,
-        out_type=(),
-        grid=(batch, rows // row_count),
-        grid_names=("sequence", "rows"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(partial, partial_lse, schedule.begin, schedule.end, *refs)
-    return tuple(map(jax.freeze, refs))
