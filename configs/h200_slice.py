@@ -3,8 +3,8 @@
     python train.py --config configs/h200_slice.py
 
 Everything but the numbers of layers and experts is V3's, so that a layer's time means something.
-On an H200, with XLA's own attention: 7,665 tokens/s, 92.5 GiB at the peak. An H100 of 80 GB holds half
-the experts (--model.n-routed-experts 8 --model.n-group 4); with our kernels that is 14,870
+On an H200, with XLA's own attention: 7,665 tokens/s, 92.5 GiB at the peak. An H100 of 80 GB holds
+half the experts (--model.n-routed-experts 8 --model.n-group 4); with our kernels that is 14,870
 tokens/s, and 15,690 with --quant.preset fp8_paper, at 48.8 GiB (docs/log.md).
 """
 
