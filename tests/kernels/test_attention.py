@@ -10,9 +10,17 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.kernels.attention import api, pallas_tpu, schedule
+from dsv3_jax.kernels.attention import api, pallas_gpu, pallas_tpu, schedule
+from dsv3_jax.kernels.attention.hopper_kept import Kept
+from dsv3_jax.kernels.attention.hopper_parts import Columns, Offset
+from dsv3_jax.kernels.attention.hopper_ring import BackwardTile, Given
 from tests.kernels import conftest
-from tests.kernels.conftest import INTERPRETER_IS_NEWER, normal, relative_error
+from tests.kernels.conftest import (
+    INTERPRETER_IS_NEWER,
+    lower_for_an_h200,
+    normal,
+    relative_error,
+)
 
 # Rounding P, dS and the results to bfloat16 gives 1.7e-3 each; a wrong mask gives 0.1 and more.
 LIMIT = 5e-3
@@ -60,9 +68,18 @@ def in_mla_form(q, kv, shared, value_dim):
 
 
 @pytest.mark.parametrize("offset_type", [int, jnp.int32])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_mla_attention_of_a_chunk_of_packed_documents(implementation, offset_type, rng, running):
-    batch, queries, keys, heads, own, shared, value = 1, 136, 203, 2, 32, 16, 32
+@pytest.mark.parametrize(
+    "implementation, kept_heads",
+    [
+        *((implementation, None) for implementation in ("reference", "pallas_tpu")),
+        # All three at once, two and then one, none: dQ's kernel forms the logits again.
+        *(pytest.param("pallas_gpu", heads, marks=INTERPRETER_IS_NEWER) for heads in (None, 2, 0)),
+    ],
+)
+def test_mla_attention_of_a_chunk_of_packed_documents(
+    implementation, kept_heads, offset_type, rng, running
+):
+    batch, queries, keys, heads, own, shared, value = 1, 136, 203, 3, 32, 16, 32
     offset = keys - queries
     q, kv, k_shared, dout = (
         bf16(rng, *shape)
@@ -77,14 +94,22 @@ def test_mla_attention_of_a_chunk_of_packed_documents(implementation, offset_typ
     segments = np.repeat([3, 1, 4], [90, 30, 83])[None]  # 1 ends inside a tile of both kernels
 
     def attend(q, kv, k_shared):
-        return api.mla_attention(
-            q,
-            kv,
-            k_shared,
-            scale=0.2,
-            offset=offset_type(offset),
-            segments=jnp.asarray(segments),
-            implementation=implementation,
+        place = dict(scale=0.2, offset=offset_type(offset))
+        numbers = jnp.asarray(segments)
+        if kept_heads is None:
+            return api.mla_attention(
+                *(q, kv, k_shared), **place, segments=numbers, implementation=implementation
+            )
+        tiles = pallas_gpu.tiles_for(own + shared, value)
+        kept_bytes = kept_heads * 4 * 2 * 128**2  # the dS of a head is four tiles
+        keys = BackwardTile(step=32, stages=2)
+        tiles = tiles._replace(backward=tiles.backward._replace(kept_bytes=kept_bytes, keys=keys))
+        return pallas_gpu.attention(
+            *(q, (kv,), k_shared),
+            value_dim=value,
+            **place,
+            documents=api.documents_of(numbers, queries, place["offset"]),
+            tiles=tiles,
         )
 
     with running(implementation):
@@ -233,10 +258,51 @@ def test_kernels_lower_inside_shard_map_with_heads_and_tokens_cut(platform, kind
     assert "attention_key_gradients" in text
 
 
+@INTERPRETER_IS_NEWER
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
+@pytest.mark.parametrize("own, shared, value", [(32, 16, 32), (192, 64, 256)])
+def test_all_kernels_lower_for_other_widths(own, shared, value, kept_bytes):
+    tiles = pallas_gpu.tiles_for(own + shared, value)
+    tiles = tiles._replace(backward=tiles.backward._replace(kept_bytes=kept_bytes))
+
+    def gradients(q, kv, k_shared, dout):
+        def attend(q, kv, k_shared):
+            place = dict(value_dim=value, scale=1.0, offset=0, documents=None)
+            return pallas_gpu.attention(q, (kv,), k_shared, **place, tiles=tiles)[0]
+
+        return jax.vjp(attend, q, kv, k_shared)[1](dout)
+
+    rows = (1, 40)
+    lower_for_an_h200(
+        gradients,
+        jax.ShapeDtypeStruct((*rows, 2, own + shared), jnp.bfloat16),
+        jax.ShapeDtypeStruct((*rows, 2, own + value), jnp.bfloat16),
+        jax.ShapeDtypeStruct((*rows, shared), jnp.bfloat16),
+        jax.ShapeDtypeStruct((*rows, 2, value), jnp.bfloat16),
+    )
+
+
 def test_documents_are_runs_of_equal_numbers():
     documents = api.documents_of(jnp.array([[7, 7, 2, 2, 2, 7]]), 4, 2)
     np.testing.assert_array_equal(documents.first_key, [[2, 2, 2, 5]])
     np.testing.assert_array_equal(documents.end_query, [[0, 0, 3, 3, 3, 4]])
+
+
+@pytest.mark.parametrize("offset", [0, 100, 128, 700, None])
+def test_every_tile_of_ds_that_may_be_seen_has_a_place_of_its_own(offset):
+    queries, keys, heads = 500, 700, 3
+    q = jax.ShapeDtypeStruct((1, queries, heads, 32), jnp.bfloat16)
+    values = Columns(jax.ShapeDtypeStruct((1, keys, heads, 32), jnp.bfloat16), 0, 32)
+    given = Given(q, (values,), values, *(None,) * 3, Offset(offset, []), None, None, 1.0)
+    kept = Kept.within(1 << 30, given)
+    places = [
+        int(kept.tile(head, jnp.int32(key), query))
+        for head in range(heads)
+        for key in range(6)
+        for query in range(4)
+        if offset is None or key * 128 <= offset + query * 128 + 127
+    ]
+    assert kept.heads == heads and sorted(places) == list(range(kept.shape[0]))
 
 
 def test_every_tile_is_worked_on_once_and_blocks_end_together():

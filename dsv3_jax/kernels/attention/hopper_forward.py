@@ -11,7 +11,6 @@ Letters: B batch, T query rows, S key rows, N heads, P width of queries and keys
 """
 
 import functools
-import math
 from dataclasses import dataclass
 
 import jax
@@ -27,19 +26,22 @@ from dsv3_jax.kernels.attention.hopper_parts import (
     Columns,
     Lists,
     Offset,
-    Product,
     Refs,
-    Sum,
     arrive_at,
     beside,
     buffer,
     launch,
-    multiply,
-    opaque,
+    narrow_of,
     over_tiles,
     store,
     unique,
     wait_for,
+)
+from dsv3_jax.kernels.attention.hopper_products import (
+    Product,
+    Sum,
+    multiply,
+    opaque,
 )
 from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu
 
@@ -64,7 +66,7 @@ class ForwardTile:
 def shared_memory(tile: ForwardTile, key_dim: int, value_dim: int) -> int:
     """Bytes of shared memory that a block needs."""
     ring = tile.stages * tile.kv * (key_dim + value_dim)
-    staging = tile.q * math.gcd(value_dim, 64)
+    staging = tile.q * 64
     return 2 * (tile.q * key_dim + ring + staging) + 4 * tile.q + 2048
 
 
@@ -89,7 +91,7 @@ def attend(
     place_of_first = Offset.of(offset)
     guess = place_of_first.guess(length, key_length)
     steps = [pl.cdiv(min(guess + (i + 1) * tile.q, key_length), tile.kv) for i in range(q_tiles)]
-    lists = Lists.of(steps, batch * heads, 2 * key_length * (q.shape[-1] + value_dim))
+    lists = Lists.of(steps, (0, batch * heads), 2 * key_length * (q.shape[-1] + value_dim))
     arrays, place_of = unique((*keys, values))
     q_columns = beside(q, keys)
     if starts is not None:
@@ -166,7 +168,7 @@ def attend(
                 load_values(end - first - 1)
                 return end - first
 
-            over_tiles(table_ref, count_ref, one_tile)
+            over_tiles(table_ref, count_ref, 0, one_tile)
             # Every hand-back is waited for.
             for half in range(MATH_WARPGROUPS):
                 plgpu.barrier_wait(q_empty.at[half])
@@ -265,9 +267,9 @@ def attend(
                 o, m, total = pl.run_scoped(run, plgpu.ACC((64, value_dim), jnp.float32))
                 total = jnp.maximum(total, jnp.finfo(jnp.float32).tiny)
                 rows = pl.ds(my_first, 64)
+                o = o * lax.broadcast_in_dim(1.0 / total, o.shape, [0])
                 store(
-                    o * lax.broadcast_in_dim(1.0 / total, o.shape, [0]),
-                    lambda left, width: out_ref.at[index, rows, head, pl.ds(left, width)],
+                    [(o, lambda left, width: out_ref.at[index, rows, head, pl.ds(left, width)])],
                     out_slots.at[thread],
                 )
                 # The wait for the last store's buffer was for this one's, too.
@@ -276,13 +278,13 @@ def attend(
                 plgpu.copy_smem_to_gmem(lse_slots.at[thread], lse_ref.at[index, head, rows])
                 return count
 
-            over_tiles(table_ref, count_ref, one_tile)
+            over_tiles(table_ref, count_ref, 0, one_tile)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     operands = [q, *arrays, *lists, *place_of_first.operands]
     if starts is not None:
         operands.append(starts)
-    warpgroups = MATH_WARPGROUPS
+    warpgroups, narrow = MATH_WARPGROUPS, narrow_of((*keys, values))
     out, lse = plgpu.kernel(
         kernel,
         out_type=(
@@ -291,10 +293,10 @@ def attend(
             jax.ShapeDtypeStruct((batch, heads, q_tiles * tile.q), jnp.float32),
         ),
         scratch_types=(
-            *(buffer(tile.q, columns.width) for columns in keys),
-            *(buffer(tile.stages, tile.kv, columns.width) for columns in keys),
-            buffer(tile.stages, tile.kv, value_dim),
-            buffer(warpgroups, 1, 64, math.gcd(value_dim, 64)),
+            *(buffer(tile.q, columns.width, narrow=narrow) for columns in keys),
+            *(buffer(tile.stages, tile.kv, columns.width, narrow=narrow) for columns in keys),
+            buffer(tile.stages, tile.kv, value_dim, narrow=narrow),
+            buffer(warpgroups, 1, 64, narrow, narrow=narrow),
             plgpu.SMEM((warpgroups, 64), jnp.float32),
             plgpu.Barrier(num_arrivals=len(keys), num_barriers=warpgroups),
             plgpu.Barrier(num_arrivals=1, num_barriers=warpgroups),

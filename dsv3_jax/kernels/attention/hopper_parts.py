@@ -1,15 +1,14 @@
-"""What the forward and the backward kernels of causal attention on Hopper share."""
+"""What the forward and the backward kernels of causal attention on Hopper share, but products."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu import fragmented_array
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 from jaxtyping import Array
 
 from dsv3_jax.kernels.attention import schedule
@@ -77,30 +76,40 @@ class Offset(NamedTuple):
 
 
 class Lists(NamedTuple):
-    """Each block's list of tiles, and its length."""
+    """In each chunk of heads each block's list of tiles, head x tiles + tile, and its length."""
 
     table: Array
     counts: Array
 
     @classmethod
-    def of(cls, steps: Sequence[int], heads: int, bytes_per_head: int) -> "Lists":
-        """For `heads` times the tiles whose work is `steps`, longest first."""
-        blocks = min(hopper.multiprocessors(), heads * len(steps))
-        section = schedule.section_of(bytes_per_head, heads)
-        table = schedule.longest_first(tuple(steps), heads, section, blocks)
-        return cls(jnp.asarray(table), jnp.asarray((table >= 0).sum(axis=1), jnp.int32))
+    def of(cls, steps: Sequence[int], bounds: Sequence[int], bytes_per_head: int) -> "Lists":
+        """For tiles whose work is `steps`, longest first, of chunk after chunk of heads.
+
+        A chunk begins at each of `bounds` but the last, where they end.
+        """
+        tables = []
+        for first, end in itertools.pairwise(bounds):
+            heads = end - first
+            blocks = min(hopper.multiprocessors(), heads * len(steps))
+            section = schedule.section_of(bytes_per_head, heads)
+            table = schedule.longest_first(tuple(steps), heads, section, blocks)
+            tables.append(np.where(table < 0, -1, table + first * len(steps)))
+        shape = np.max([table.shape for table in tables], axis=0)
+        room = [[(0, n - m) for n, m in zip(shape, table.shape)] for table in tables]
+        padded = np.stack([np.pad(*one, constant_values=-1) for one in zip(tables, room)])
+        return cls(jnp.asarray(padded), jnp.asarray((padded >= 0).sum(-1), jnp.int32))
 
 
-def over_tiles(table: Any, count: Any, body: Callable[[Any, Any], Any]) -> None:
+def over_tiles(table: Any, count: Any, chunk: Any, body: Callable[[Any, Any], Any]) -> None:
     """Calls body(entry, done) for each of a block's tiles; `done` adds up what it returned."""
     block = lax.axis_index("block")
 
     def one(i, carry):
         entry, done = carry
-        following = table[block, i + 1]
+        following = table[chunk, block, i + 1]
         return following, done + body(entry, done)
 
-    lax.fori_loop(0, count[block], one, (table[block, 0], jnp.int32(0)))
+    lax.fori_loop(0, count[chunk, block], one, (table[chunk, block, 0], jnp.int32(0)))
 
 
 def arrive_at(barriers: Sequence[Any], count: int) -> None:
@@ -124,7 +133,7 @@ def wait_for(barriers: Sequence[Any], count: int) -> None:
 def launch(lists: Lists) -> dict[str, Any]:
     """How every kernel here is launched: a block for each list, one warpgroup more for memory."""
     return dict(
-        grid=(lists.table.shape[0],),
+        grid=(lists.table.shape[1],),
         grid_names=("block",),
         num_threads=MATH_WARPGROUPS + 1,
         thread_name="warpgroup",
@@ -132,14 +141,18 @@ def launch(lists: Lists) -> dict[str, Any]:
     )
 
 
-def swizzle_of(width: int) -> tuple[Any, ...]:
-    """The widest layout that both TMA and wgmma have for rows of `width` bfloat16 numbers."""
-    return swizzled(jnp.bfloat16, math.gcd(width, 64))
+def narrow_of(columns: Sequence[Columns], most: int = 64) -> int:
+    """The widest rows, in bfloat16 numbers, that all of `columns` and what lies beside them divide
+    into: in these TMA and wgmma read and write."""
+    return math.gcd(most, *(one.width for one in columns))
 
 
-def buffer(*shape: int) -> Any:
-    """Shared memory for bfloat16 tiles that TMA writes and wgmma reads."""
-    return plgpu.SMEM(shape, jnp.bfloat16, transforms=swizzle_of(shape[-1]))
+def buffer(*shape: int, narrow: int) -> Any:
+    """Shared memory for bfloat16 tiles in rows of `narrow`, which TMA writes and wgmma reads.
+
+    Operands of one wgmma are laid out alike.
+    """
+    return plgpu.SMEM(shape, jnp.bfloat16, transforms=swizzled(jnp.bfloat16, narrow))
 
 
 def unique(columns: Sequence[Columns]) -> tuple[list[Any], list[int]]:
@@ -158,116 +171,22 @@ def beside(array: Any, columns: Sequence[Columns]) -> list[Columns]:
     return [Columns(array, sum(widths[:i]), width) for i, width in enumerate(widths)]
 
 
-def opaque(number: Any) -> Any:
-    """The int32 `number`, of which the compiler may not assume that it is always the same.
+def store(pieces: Sequence[tuple[Any, Callable[[int, int], Any]]], buffers: Any) -> None:
+    """Sends a warpgroup's 64 rows by TMA in bfloat16, for each of `pieces` to out(left, width).
 
-    What does not change in a loop is computed before it, and the addresses of a tile that stays in
-    shared memory, 64 bits for each wgmma, then crowd the accumulators out of the registers.
+    The buffers are filled together, each with so many columns as it is wide.
     """
-    if hopper.interpreted():
-        return number
-    splat = plgpu.Layout.WG_SPLAT
-
-    @plgpu.inline_mgpu(
-        arg_types=(splat,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat)
-    )
-    def move(_, number):
-        value: Any = llvm.inline_asm(
-            ir.IntegerType.get_signless(32),
-            [number.registers[()]],
-            "mov.b32 $0, $1;",
-            "=r,r",
-            has_side_effects=True,
-        )
-        return fragmented_array.FragmentedArray.splat(value, (), is_signed=True)
-
-    return move(number)
-
-
-class Sum:
-    """A warpgroup's running sum of products: an accumulator, or a value for the interpreter.
-
-    Pallas's interpreter has neither a store to an accumulator nor a product whose left operand is
-    in registers; there the sum is a value that loops carry, `held`.
-    """
-
-    def __init__(self, ref: Any, held: Any) -> None:
-        self.ref, self.held = ref, held
-
-    @staticmethod
-    def nothing(like: Any, width: int) -> Any:
-        """What is carried before the first product; `like` holds one number a row."""
-        if not hopper.interpreted():
-            return ()
-        return lax.broadcast_in_dim(0.0 * like, (*like.shape, width), [0])
-
-    def add(self, a: Any, b: Any) -> int:
-        """Starts adding a @ b; returns how many products that puts in flight."""
-        if hopper.interpreted():
-            self.held = self.held + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-        else:
-            plgpu.wgmma(self.ref, a, b)
-        return 1
-
-    def value(self) -> Any:
-        """The sum, once every product is complete."""
-        return self.held if hopper.interpreted() else self.ref[...]
-
-    def set(self, value: Any) -> None:
-        """Replaces the sum."""
-        if hopper.interpreted():
-            self.held = value
-        else:
-            self.ref[...] = value
-
-
-class Product(NamedTuple):
-    """`start` (or zero) plus the sum of a @ b.T over `pairs` of blocks in shared memory."""
-
-    pairs: Sequence[tuple[Any, Any]]
-    start: Any = None
-
-
-def multiply(products: Sequence[Product], then: Callable[[], int] = lambda: 0) -> list[Any]:
-    """The products, complete; what `then` starts (so many more) is still in flight."""
-    if hopper.interpreted():
-        values = []
-        for product in products:
-            value = product.start
-            for a, b in product.pairs:
-                part = jnp.dot(a[...], b[...].T, preferred_element_type=jnp.float32)
-                value = part if value is None else value + part
-            values.append(value)
-        then()
-        return values
-
-    def run(*refs):
-        for ref, product in zip(refs, products):
-            if product.start is not None:
-                ref[...] = product.start
-        for ref, product in zip(refs, products):
-            for a, b in product.pairs:
-                plgpu.wgmma(ref, a, b.T)
-        in_flight = then()
-        return [plgpu.wgmma_accumulator_load(ref, wait_n=in_flight) for ref in refs]
-
-    shapes = [(product.pairs[0][0].shape[0], product.pairs[0][1].shape[0]) for product in products]
-    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
-
-
-def settle() -> None:
-    """Waits for every product in flight."""
-    if not hopper.interpreted():
-        plgpu.wgmma_wait(0)
-
-
-def store(values: Any, out: Any, buffers: Any) -> None:
-    """Sends a warpgroup's 64 rows to `out` by TMA, a buffer's width at a time, in bfloat16."""
     slots, _, width = buffers.shape
-    for number, left in enumerate(range(0, values.shape[1], width)):
-        buffer = buffers.at[number % slots]
-        # The last call's pieces need not end at the last buffer.
-        plgpu.wait_smem_to_gmem(slots - 1 if number else 0, wait_read_only=True)
-        buffer[...] = values[:, left : left + width].astype(jnp.bfloat16)
+    parts = [
+        (values[:, left : left + width], out(left, width))
+        for values, out in pieces
+        for left in range(0, values.shape[1], width)
+    ]
+    for group in range(0, len(parts), slots):
+        together = parts[group : group + slots]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        for slot, (values, _) in enumerate(together):
+            buffers.at[slot][...] = values.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(buffer, out(left, width))
+        for slot, (_, target) in enumerate(together):
+            plgpu.copy_smem_to_gmem(buffers.at[slot], target)

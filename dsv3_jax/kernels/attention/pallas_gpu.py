@@ -14,22 +14,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import manual
-from dsv3_jax.kernels.attention import hopper_backward, hopper_forward
+from dsv3_jax.kernels.attention import hopper_backward, hopper_forward, hopper_kept, hopper_ring
 from dsv3_jax.kernels.attention.api import Documents
-from dsv3_jax.kernels.attention.hopper_backward import BackwardTile
+from dsv3_jax.kernels.attention.hopper_backward import BackwardTiles
 from dsv3_jax.kernels.attention.hopper_forward import ForwardTile
-from dsv3_jax.kernels.attention.hopper_parts import Columns
+from dsv3_jax.kernels.attention.hopper_kept import ProductTile
+from dsv3_jax.kernels.attention.hopper_parts import Columns, Offset
+from dsv3_jax.kernels.attention.hopper_ring import BackwardTile, Given
 from dsv3_jax.kernels.gemm import hopper
 
 MAX_WIDTH = 256  # of a head: the widest result of one wgmma
 
 
 class Tiles(NamedTuple):
-    """The tiles of the three kernels."""
+    """The tiles of all kernels."""
 
     forward: ForwardTile
-    keys: BackwardTile
-    queries: BackwardTile
+    backward: BackwardTiles
 
 
 class _Call(NamedTuple):
@@ -94,13 +95,17 @@ def tiles_for(key_dim: int, value_dim: int) -> Tiles:
         [ForwardTile(kv=kv, stages=stages) for stages in (2, 1) for kv in (128, 64)],
         hopper_forward.shared_memory,
     )
-    keys = [BackwardTile(stages=stages, dp_parts=2) for stages in (2, 1)]
+    # A step's slot is still read when the next one's is waited for, so that two are the fewest.
+    keys = [BackwardTile(step, stages) for step, stages in ((64, 3), (64, 2), (32, 2))]
     queries = [BackwardTile(stages=stages) for stages in (3, 2, 1)]
-    return Tiles(
-        forward,
-        first(keys, hopper_backward.shared_memory),
-        first(queries, hopper_backward.shared_memory),
+    waves = 2 if key_dim <= 192 else 1  # sums that fit the registers
+    products = [ProductTile(waves, stages=stages) for stages in (3, 2)]
+    backward = BackwardTiles(
+        first(keys, hopper_ring.shared_memory),
+        first(queries, hopper_ring.shared_memory),
+        first(products, lambda tile, key_dim, _: hopper_kept.shared_memory(tile, key_dim)),
     )
+    return Tiles(forward, backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -129,27 +134,19 @@ def _backward(call: _Call, saved, gradients):
     keys, values = _columns(call, kv, k_shared)
     sums = jnp.einsum("BTNU,BTNU->BNT", dout, out, preferred_element_type=jnp.float32)
     rows = ((0, 0), (0, 0), (0, -q.shape[1] % 128))
-    operands = (
+    given = Given(
         q,
         keys,
         values,
         dout.astype(q.dtype),
         jnp.pad(lse * (-1 / call.scale), rows),
         jnp.pad(dlse - sums, rows),
-        call.offset_or(offset),
-    )
-    dkv = hopper_backward.key_gradients(
-        *operands,
+        Offset.of(call.offset_or(offset)),
+        None if documents is None else documents.first_key,
         None if documents is None else documents.end_query,
         call.scale,
-        call.tiles.keys,
     )
-    dq = hopper_backward.query_gradients(
-        *operands,
-        None if documents is None else documents.first_key,
-        call.scale,
-        call.tiles.queries,
-    )
+    dq, dkv = hopper_backward.gradients(given, call.tiles.backward)
     dq, dkv = manual.vary((dq, dkv), q)
     shared = None
     if k_shared is not None:
@@ -171,8 +168,12 @@ def _columns(call: _Call, kv, k_shared) -> tuple[tuple[Columns, ...], Columns]:
 
 
 def _pad_rows(x: Array, mode: Any = "constant") -> Array:
-    """`x` with rows (its second dim) up to a multiple of 8."""
-    extra = -x.shape[1] % 8
+    """`x` with rows (its second dim) up to a multiple of 8, and 16 at least.
+
+    Of an array of 8 rows, one tile of TMA's, Mosaic drops the dim and with it the index: what lies
+    past the end would be stored over it.
+    """
+    extra = max(-x.shape[1] % 8, 16 - x.shape[1])
     if not extra:
         return x
     return jnp.pad(x, ((0, 0), (0, extra), *((0, 0),) * (x.ndim - 2)), mode=mode)

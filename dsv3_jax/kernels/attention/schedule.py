@@ -28,10 +28,8 @@ def longest_first(
     order = sorted(range(len(steps)), key=lambda tile: -steps[tile])
     free = [(0.0, block) for block in range(blocks)]
     rows: list[list[int]] = [[] for _ in range(blocks)]
-    sections = -(-heads // section)
     # Even sections: a last one with few heads could not fill the blocks.
-    bounds = [heads * i // sections for i in range(sections + 1)]
-    for first, end in itertools.pairwise(bounds):
+    for first, end in itertools.pairwise(even_bounds(heads, section)):
         for tile in order:
             for head in range(first, end):
                 time, block = free[0]
@@ -39,6 +37,12 @@ def longest_first(
                 heapq.heapreplace(free, (time + steps[tile] + OVERHEAD, block))
     width = max(map(len, rows)) + 1  # one more: a block reads the entry after its last
     return np.array([row + [-1] * (width - len(row)) for row in rows], np.int32)
+
+
+def even_bounds(heads: int, most: int) -> list[int]:
+    """Where parts of up to `most` heads begin and the last one ends, as even as may be."""
+    parts = -(-heads // most)
+    return [heads * i // parts for i in range(parts + 1)]
 
 
 def section_of(bytes_per_head: int, heads: int) -> int:
