@@ -170,7 +170,7 @@ def _lane(fresh: bool = False):
 
     `fresh`: worked out here, and not kept in registers from one time to the next.
     """
-    thread = _thread()
+    thread: Any = _thread()
     if fresh:
         i32 = ir.IntegerType.get_signless(32)
         thread = llvm.inline_asm(
