@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from benchmarks.shapes import Product
 from dsv3_jax.kernels.gemm import pallas_gpu as dense
-from dsv3_jax.kernels.gemm.hopper import Tile
+from dsv3_jax.kernels.gemm.hopper_matmul import Tile
 from dsv3_jax.kernels.grouped_gemm import pallas_gpu as grouped
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled, quantize
 

@@ -15,7 +15,7 @@ import jax
 
 from benchmarks import shapes, timing
 from benchmarks.gemm_cases import compile_all
-from dsv3_jax.kernels.gemm.hopper import Tile
+from dsv3_jax.kernels.gemm.hopper_matmul import Tile
 
 LARGE = {
     "256x128": Tile(waves=2),

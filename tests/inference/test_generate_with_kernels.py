@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.inference.generate import generate
-from dsv3_jax.kernels import backend
-from dsv3_jax.kernels.gemm import hopper
+from dsv3_jax.kernels import backend, hopper
 from tests.helpers import random_tokens, random_variables, tiny_model
 from tests.kernels.conftest import INTERPRETER_IS_NEWER
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from dsv3_jax.kernels.gemm import hopper, tpu
+from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels.gemm import tpu
 
 OLD_JAX = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11)
 INTERPRETER_IS_NEWER = pytest.mark.skipif(

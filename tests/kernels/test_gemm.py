@@ -6,7 +6,7 @@ import pytest
 
 from dsv3_jax.kernels.gemm import tiles
 from dsv3_jax.kernels.gemm.api import scaled_matmul
-from dsv3_jax.kernels.gemm.hopper import Tile
+from dsv3_jax.kernels.gemm.hopper_matmul import Tile
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, dequantize, quantize
 from tests.kernels.conftest import (
     BF16_LIMIT,

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ExpertParallelConfig, ModelConfig, ParallelConfig, ShardingConfig
-from dsv3_jax.kernels import backend
-from dsv3_jax.kernels.gemm import hopper
+from dsv3_jax.kernels import backend, hopper
 from dsv3_jax.model.activation import swiglu
 from dsv3_jax.model.fused import gather_for, norm_for
 from dsv3_jax.model.linear import (

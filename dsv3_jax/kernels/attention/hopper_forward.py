@@ -43,7 +43,7 @@ from dsv3_jax.kernels.attention.hopper_products import (
     multiply,
     opaque,
 )
-from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu
+from dsv3_jax.kernels.hopper import WGMMA, plgpu
 
 LOWEST = -1e30  # finite: a row that has seen no key yet must not become NaN
 

@@ -33,7 +33,7 @@ from dsv3_jax.kernels.attention.hopper_products import (
     settle,
 )
 from dsv3_jax.kernels.attention.hopper_ring import Given, Place, Ring, rows_of
-from dsv3_jax.kernels.gemm.hopper import plgpu
+from dsv3_jax.kernels.hopper import plgpu
 
 SIDE = 128  # keys and queries of a tile of dS
 

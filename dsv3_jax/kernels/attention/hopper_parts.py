@@ -11,9 +11,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.attention import schedule
-from dsv3_jax.kernels.gemm import hopper
-from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu, swizzled
+from dsv3_jax.kernels.hopper import WGMMA, plgpu, swizzled
 
 LOG2_E = math.log2(math.e)
 ROWS = WGMMA.reduce(1)  # the layout of one number a row

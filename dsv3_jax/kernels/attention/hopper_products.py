@@ -15,8 +15,8 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from dsv3_jax.kernels.gemm import hopper
-from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu
+from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels.hopper import WGMMA, plgpu
 
 
 def opaque(number: Any) -> Any:

@@ -33,7 +33,7 @@ from dsv3_jax.kernels.attention.hopper_products import (
     settle,
 )
 from dsv3_jax.kernels.attention.hopper_ring import BackwardTile, Given, Place, Ring, rows_of
-from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu
+from dsv3_jax.kernels.hopper import WGMMA, plgpu
 
 
 def work(given: Given, bounds: Sequence[int], tile: BackwardTile) -> Lists:

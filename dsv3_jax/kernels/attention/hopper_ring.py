@@ -21,7 +21,7 @@ from dsv3_jax.kernels.attention.hopper_parts import (
     over_tiles,
     wait_for,
 )
-from dsv3_jax.kernels.gemm.hopper import plgpu
+from dsv3_jax.kernels.hopper import plgpu
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import manual
+from dsv3_jax.kernels import hopper, manual
 from dsv3_jax.kernels.attention import hopper_backward, hopper_forward, hopper_kept, hopper_ring
 from dsv3_jax.kernels.attention.api import Documents
 from dsv3_jax.kernels.attention.hopper_backward import BackwardTiles
@@ -21,7 +21,6 @@ from dsv3_jax.kernels.attention.hopper_forward import ForwardTile
 from dsv3_jax.kernels.attention.hopper_kept import ProductTile
 from dsv3_jax.kernels.attention.hopper_parts import Columns, Offset
 from dsv3_jax.kernels.attention.hopper_ring import BackwardTile, Given
-from dsv3_jax.kernels.gemm import hopper
 
 MAX_WIDTH = 256  # of a head: the widest result of one wgmma
 

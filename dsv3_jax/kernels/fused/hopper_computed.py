@@ -18,7 +18,7 @@ from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, gpu, vector
 
-from dsv3_jax.kernels import manual
+from dsv3_jax.kernels import hopper, manual
 from dsv3_jax.kernels.fused.hopper_quantize import (
     COMPILER_PARAMS,
     Piece,
@@ -37,8 +37,7 @@ from dsv3_jax.kernels.fused.hopper_registers import (
     turned_array,
     turned_layout,
 )
-from dsv3_jax.kernels.gemm import hopper
-from dsv3_jax.kernels.gemm.hopper import plgpu
+from dsv3_jax.kernels.hopper import plgpu
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat
 
 

@@ -30,7 +30,7 @@ from dsv3_jax.kernels.fused.hopper_registers import (
     turned,
     turned_layout,
 )
-from dsv3_jax.kernels.gemm.hopper import plgpu
+from dsv3_jax.kernels.hopper import plgpu
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat, scale_of_amax
 
 

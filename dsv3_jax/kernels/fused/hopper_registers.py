@@ -18,8 +18,8 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, scf, vector
 
-from dsv3_jax.kernels.gemm import hopper
-from dsv3_jax.kernels.gemm.hopper import plgpu
+from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels.hopper import plgpu
 
 TOKENS_EACH = 16  # consecutive tokens of a channel in one thread
 CHANNELS = 16  # of 128 tokens, that a warpgroup's threads have one each of

@@ -15,10 +15,9 @@ from jax.experimental.mosaic.gpu import fragmented_array
 from jaxlib.mlir.dialects import arith, llvm
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import manual
+from dsv3_jax.kernels import hopper, manual
 from dsv3_jax.kernels.fused.hopper_registers import array, elements, tree, vector_of
-from dsv3_jax.kernels.gemm import hopper
-from dsv3_jax.kernels.gemm.hopper import plgpu
+from dsv3_jax.kernels.hopper import plgpu
 
 TOKENS = 4  # of a block: one for each warp
 LOWEST = float("-inf")

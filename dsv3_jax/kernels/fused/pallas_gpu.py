@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import manual
+from dsv3_jax.kernels import hopper, manual
 from dsv3_jax.kernels.fused.hopper_computed import quantize_computed
 from dsv3_jax.kernels.fused.hopper_quantize import (
     COMPILER_PARAMS,
@@ -26,8 +26,7 @@ from dsv3_jax.kernels.fused.hopper_quantize import (
 )
 from dsv3_jax.kernels.fused.hopper_registers import reciprocal, tokens_layout
 from dsv3_jax.kernels.fused.hopper_router import route_top_k as route_top_k
-from dsv3_jax.kernels.gemm import hopper
-from dsv3_jax.kernels.gemm.hopper import plgpu
+from dsv3_jax.kernels.hopper import plgpu
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat, scale_of_amax
 
 # The fastest of a sweep on one H100; what needs more registers a number takes fewer numbers.

@@ -14,24 +14,12 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array, mma_utils, utils
-from jax.experimental.pallas import mosaic_gpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
-plgpu: Any = mosaic_gpu  # its names are re-exported without telling type checkers
+from dsv3_jax.kernels.hopper import WGMMA, plgpu, swizzled
 
 SLAB_BYTES = 128  # of K in a slot: one swizzle row, and the span of one FP8 scale
-WGMMA = plgpu.Layout.WGMMA
-
-
-def swizzled(dtype: Any, columns: int | None = None) -> tuple[Any, ...]:
-    """The layout in which wgmma and TMA read and write rows of `columns` numbers; 128 bytes each
-    unless said otherwise."""
-    size = jnp.dtype(dtype).itemsize
-    row = columns * size if columns else SLAB_BYTES
-    tiling = plgpu.TilingTransform((8, row // size))
-    # The narrowest swizzle is 32 bytes; plain tiles serve for stores.
-    return (tiling, plgpu.SwizzleTransform(row)) if row >= 32 else (tiling,)
 
 
 def zeros(columns: int) -> Any:

@@ -1,8 +1,8 @@
 """The loop of the weight gradients on Hopper: float32 sums over tokens, one for each expert.
 
-The ring of slots and the roles of the warpgroups are those of `hopper.py`. Three things differ.
-The contracted dimension is tokens, cut into groups, so that the number of steps of a tile is known
-on the device only. Both operands are scaled along it in 1x128 tiles, so that the promotion takes
+The ring of slots and the roles of the warpgroups are those of `hopper_matmul.py`. Three things
+differ. The contracted dimension is tokens, cut into groups, so that the number of steps of a tile
+is known on the device only. Both operands are scaled along it in 1x128 tiles, so that the promotion takes
 two multiplications for each product where weights need one. And the result is float32, added to
 what is there by TMA's reducing store (DeepGEMM: sm90_fp8_gemm_1d1d.cuh, whose k-grouped form
 rewrites TMA descriptors where here a tile starts at its group's first token).
@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import manual
-from dsv3_jax.kernels.gemm import hopper, hopper_wgmma
-from dsv3_jax.kernels.gemm.hopper import Tile
-from dsv3_jax.kernels.gemm.hopper_wgmma import SLAB_BYTES, WGMMA, plgpu, swizzled
+from dsv3_jax.kernels import hopper, manual
+from dsv3_jax.kernels.gemm import hopper_wgmma
+from dsv3_jax.kernels.gemm.hopper_matmul import Tile, store_inside
+from dsv3_jax.kernels.gemm.hopper_wgmma import SLAB_BYTES
+from dsv3_jax.kernels.hopper import WGMMA, plgpu, swizzled
 
 # Columns of B whose scales are in registers at one time.
 SCALE_COLUMNS = 32
@@ -133,7 +134,7 @@ def wgrad(
                             reduction_op="add" if in_place else None,
                             commit_group=False,
                         )
-                        hopper.store_inside(column + left, k, STORE, send)
+                        store_inside(column + left, k, STORE, send)
                         plgpu.commit_smem_to_gmem_group()
                         buffer = (buffer + 1) % tile.store_buffers
                 return carry + steps

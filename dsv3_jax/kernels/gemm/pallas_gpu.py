@@ -7,8 +7,9 @@ quantising kernels write them so and hand out the transpose; XLA drops the two t
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dsv3_jax.kernels.gemm import hopper, tiles
-from dsv3_jax.kernels.gemm.hopper import Tile
+from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels.gemm import tiles
+from dsv3_jax.kernels.gemm.hopper_matmul import Tile, matmul
 from dsv3_jax.kernels.gemm.hopper_wgrad import wgrad
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled
 
@@ -40,9 +41,7 @@ def scaled_matmul(
         )
         return out[0, :rows]
     tile = tile or tiles.dense(a.shape[0], b.shape[0], b.shape[1], hopper.multiprocessors())
-    out = hopper.matmul(
-        a.values, b.values[None], tile, a_scales=a.scales.mT, b_scales=b.scales[None]
-    )
+    out = matmul(a.values, b.values[None], tile, a_scales=a.scales.mT, b_scales=b.scales[None])
     return out[:rows]
 
 

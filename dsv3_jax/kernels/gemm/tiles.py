@@ -9,7 +9,7 @@ every tile and prints the table anew.
 
 from typing import NamedTuple
 
-from dsv3_jax.kernels.gemm.hopper import Tile
+from dsv3_jax.kernels.gemm.hopper_matmul import Tile
 
 
 class Cost(NamedTuple):

@@ -1,8 +1,8 @@
 """Products of rows grouped by expert on Hopper, in Pallas Mosaic GPU.
 
-The loop is the dense one's (`gemm/hopper.py`). What is added is a table of row tiles, made on the
-device from the group sizes: a tile never spans two experts, and the last tile of a group stores
-only its own rows.
+The loop is the dense one's (`gemm/hopper_matmul.py`). What is added is a table of row tiles, made
+on the device from the group sizes: a tile never spans two experts, and the last tile of a group
+stores only its own rows.
 """
 
 import functools
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels.gemm import hopper, tiles
-from dsv3_jax.kernels.gemm.hopper import Tile, WorkTable
+from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels.gemm import tiles
+from dsv3_jax.kernels.gemm.hopper_matmul import Tile, WorkTable, matmul
 from dsv3_jax.kernels.gemm.hopper_wgrad import wgrad
 from dsv3_jax.quantization.block_scaled import BlockScaled
 
@@ -35,7 +36,7 @@ def grouped_matmul(
         return _differentiable(rows, weights, group_sizes, tile or tiles.BF16)
     experts, n, k = weights.shape
     tile = tile or tiles.grouped(m, experts, n, k, hopper.multiprocessors())
-    return hopper.matmul(
+    return matmul(
         rows.values,
         weights.values,
         tile,
@@ -77,7 +78,7 @@ def grouped_wgrad(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _differentiable(rows, weights, group_sizes, tile):
     work = contiguous_work(group_sizes, rows.shape[0], tile)
-    return hopper.matmul(rows, weights, tile, work=work)
+    return matmul(rows, weights, tile, work=work)
 
 
 def _forward(rows, weights, group_sizes, tile):
@@ -87,7 +88,7 @@ def _forward(rows, weights, group_sizes, tile):
 def _backward(tile, residuals, d_out):
     rows, weights, group_sizes = residuals
     work = contiguous_work(group_sizes, rows.shape[0], tile)
-    d_rows = hopper.matmul(d_out, weights, tile, work=work, b_rows_first=True)
+    d_rows = matmul(d_out, weights, tile, work=work, b_rows_first=True)
     d_weights = grouped_wgrad(d_out.mT, rows.mT, group_sizes).astype(weights.dtype)
     return d_rows, d_weights, np.zeros(group_sizes.shape, jax.dtypes.float0)
 
@@ -129,10 +130,10 @@ def masked_grouped_matmul(
     )
     if not isinstance(rows, BlockScaled):
         assert not isinstance(weights, BlockScaled)
-        out = hopper.matmul(rows.reshape(experts * m, k), weights, tiles.BF16, work=work)
+        out = matmul(rows.reshape(experts * m, k), weights, tiles.BF16, work=work)
     else:
         assert isinstance(weights, BlockScaled)
-        out = hopper.matmul(
+        out = matmul(
             rows.values.reshape(experts * m, k),
             weights.values,
             tile,

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import backend
-from dsv3_jax.kernels.gemm import hopper
+from dsv3_jax.kernels import backend, hopper
 from dsv3_jax.kernels.mla_decode.schedule import Schedule, make_schedule
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from dsv3_jax.kernels.gemm.hopper import plgpu
+from dsv3_jax.kernels.hopper import plgpu
 from dsv3_jax.kernels.mla_decode.schedule import Schedule
 
 LOWEST = -1e30  # finite, so that a row that sees nothing yields zeros and not NaN

@@ -26,7 +26,7 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from dsv3_jax.kernels.gemm.hopper import _interpreting, plgpu
+from dsv3_jax.kernels.hopper import interpreted, plgpu
 from dsv3_jax.kernels.mla_decode.wgmma import REF, TILE_BYTES
 
 UNITS = 4  # of a page
@@ -37,7 +37,7 @@ WORDS = 4 * PIECES
 
 def prefetch(pool: Any, rope: Any, page: Any) -> None:
     """Begins to fetch a page of FP8 numbers, scales and rope into the L2 cache."""
-    if _interpreting.get():
+    if interpreted():
         return
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
@@ -62,7 +62,7 @@ def fetch(pool: Any, page: Any, half: int, after: Any = None) -> Any:
     there, so that whoever needs that one does not wait for this one.
     """
     values, scales = pool
-    if _interpreting.get():
+    if interpreted():
         columns, groups = pl.ds(256 * half, 256), pl.ds(2 * half, 2)
         return values[page, :, columns], scales[page, :, groups]
     types = (_bits(WORDS), _bits(WORDS), _bits(4))
@@ -118,7 +118,7 @@ def store(tiles: Any, unit: int, fetched: Any) -> None:
     `fetched` is the half that it belongs to. wgmma does not see it before the next `commit_smem`.
     """
     first = 2 * unit
-    if _interpreting.get():
+    if interpreted():
         values, scales = fetched
         side = unit % 2
         values = values[:, 128 * side : 128 * side + 128]

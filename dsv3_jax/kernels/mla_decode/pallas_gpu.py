@@ -11,9 +11,8 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from dsv3_jax.kernels import manual
-from dsv3_jax.kernels.gemm import hopper
-from dsv3_jax.kernels.gemm.hopper import WGMMA, plgpu, swizzled
+from dsv3_jax.kernels import hopper, manual
+from dsv3_jax.kernels.hopper import WGMMA, plgpu, swizzled
 from dsv3_jax.kernels.mla_decode import fp8_pages, wgmma
 from dsv3_jax.kernels.mla_decode.api import Pages, Results, Rows
 from dsv3_jax.kernels.mla_decode.combine import LOWEST, combine
@@ -119,12 +118,12 @@ def _attend(
     heads = rows // new
     tiles, parts = _row_tiles(rows), schedule.parts
     padded = tiles * ROWS
-    if hopper._interpreting.get():  # TMA reads zeros past the edge, and the interpreter nothing
+    if hopper.interpreted():  # TMA reads zeros past the edge, and the interpreter nothing
         q_latent, q_rope = (
             jnp.pad(q, ((0, 0), (0, padded - rows), (0, 0))) for q in (q_latent, q_rope)
         )
     log_scale = scale * LOG2_E
-    interpreted = hopper._interpreting.get()
+    interpreted = hopper.interpreted()
     cluster = tuning.cluster
     multicast = ("cluster",) if cluster > 1 else None
     fp8 = len(pool) == 2

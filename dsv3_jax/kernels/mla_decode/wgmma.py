@@ -21,7 +21,7 @@ from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from dsv3_jax.kernels.gemm.hopper import WGMMA, _interpreting, plgpu, swizzled
+from dsv3_jax.kernels.hopper import WGMMA, interpreted, plgpu, swizzled
 
 TILE_BYTES = 64 * 64 * 2
 REF = plgpu.RefType(swizzled(jnp.bfloat16))
@@ -36,7 +36,7 @@ def multiply(accumulator, a, b, *, b_rows_first: bool, clear: bool = False, regi
     along the result's columns, as keys do. `clear` starts from zero, not from the accumulator.
     """
     count = len(accumulator)
-    if _interpreting.get():
+    if interpreted():
         return _interpreted(accumulator, a, b, b_rows_first, clear)
 
     @plgpu.inline_mgpu(
@@ -51,7 +51,7 @@ def multiply(accumulator, a, b, *, b_rows_first: bool, clear: bool = False, regi
 
 def wait(pending: int, *accumulators):
     """The accumulators, when all but the last `pending` calls of `multiply` are complete."""
-    if _interpreting.get():
+    if interpreted():
         return accumulators
     counts = [len(accumulator) for accumulator in accumulators]
     flat = tuple(itertools.chain(*accumulators))
@@ -72,7 +72,7 @@ def scale_rows(accumulator, factor):
 
     Each warp looks at its own 16 rows. `factor` is a row vector, `WGMMA.reduce(1)`.
     """
-    if _interpreting.get():
+    if interpreted():
         return tuple(tile * lax.broadcast_in_dim(factor, (64, 64), [0]) for tile in accumulator)
     count = len(accumulator)
 
@@ -96,7 +96,7 @@ def scale_rows(accumulator, factor):
 
 def synchronize():
     """Waits for the four warps of this warpgroup."""
-    if not _interpreting.get():
+    if not interpreted():
         plgpu.inline_mgpu()(lambda _: utils.warpgroup_barrier())()
 
 

@@ -15,35 +15,22 @@ product to the next is latency, not arithmetic; there a slot holds several slabs
 products are in flight together.
 """
 
-import contextlib
-import contextvars
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import manual
+from dsv3_jax.kernels import hopper, manual
 from dsv3_jax.kernels.gemm import hopper_wgmma
-from dsv3_jax.kernels.gemm.hopper_wgmma import (
-    SLAB_BYTES,
-    WGMMA,
-    multiply,
-    plgpu,
-    swizzled,
-)
-
-MAX_SMEM = 232448  # bytes that one block may use
-HOPPER_MULTIPROCESSORS = 132
-
-_interpreting = contextvars.ContextVar("interpreting", default=False)
+from dsv3_jax.kernels.gemm.hopper_wgmma import SLAB_BYTES, multiply
+from dsv3_jax.kernels.hopper import WGMMA, interpreted, plgpu, swizzled
 
 
 @dataclass(frozen=True)
@@ -96,54 +83,6 @@ class WorkTable(NamedTuple):
     used: Int[Array, "1"]  # rows from here on belong to nobody, and are stored as zeros
 
 
-@contextlib.contextmanager
-def interpreting(**params: Any) -> Iterator[None]:
-    """Inside, kernels are traced for Pallas's GPU interpreter, on any machine.
-
-    It cannot run the hand-written wgmma of hopper_wgmma.py; the plain one stands in for it.
-    """
-    token = _interpreting.set(True)
-    try:
-        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**params)):
-            yield
-    finally:
-        _interpreting.reset(token)
-
-
-def interpreted() -> bool:
-    """Whether the kernel being traced is for Pallas's interpreter."""
-    return _interpreting.get()
-
-
-def require() -> None:
-    """Raises NotImplementedError, saying why, unless these kernels can be compiled and run."""
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        raise NotImplementedError(f"needs jax 0.11 or newer, and this is {jax.__version__}")
-    if _interpreting.get() or _describes_a_gpu():
-        return
-    if jax.default_backend() != "gpu":
-        raise NotImplementedError(f"needs a GPU, and JAX sees {jax.default_backend()!r} only")
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    if capability != "9.0":
-        raise NotImplementedError(
-            f"needs compute capability 9.0 (Hopper), and this is {capability}"
-        )
-
-
-def _describes_a_gpu() -> bool:
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return device is not None and device.platform in ("gpu", "cuda")
-
-
-def multiprocessors() -> int:
-    """Multiprocessors of the GPU that is compiled for."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None and device.num_cores:
-        return device.num_cores
-    device = jax.devices()[0]
-    return getattr(device, "core_count", None) or HOPPER_MULTIPROCESSORS
-
-
 def matmul(
     a: Float[Array, "M K"],
     b: Float[Array, "E N K"],
@@ -172,7 +111,7 @@ def matmul(
     if work is not None and down > 1:
         raise ValueError("neighbouring row tiles of a grouped product may have different weights")
     m_tiles = pl.cdiv(pl.cdiv(m, tile.m), down) if work is None else work.row.shape[0]
-    blocks = min(multiprocessors() // tile.cluster, m_tiles * n_tiles)
+    blocks = min(hopper.multiprocessors() // tile.cluster, m_tiles * n_tiles)
     copies = 3 if scaled else 2
     piece = math.gcd(tile.columns, 128)  # columns under one scale, wherever a tile starts
     store = math.gcd(piece, 64)

@@ -1,0 +1,78 @@
+"""What all kernels for Hopper share: whether they can run here, the interpreter, and the layouts
+that TMA and wgmma read."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu
+
+plgpu: Any = mosaic_gpu  # its names are re-exported without telling type checkers
+
+MAX_SMEM = 232448  # bytes that one block may use
+MULTIPROCESSORS = 132
+SWIZZLE_BYTES = 128  # of a row, in the widest swizzle
+WGMMA = plgpu.Layout.WGMMA
+
+_interpreting = contextvars.ContextVar("interpreting", default=False)
+
+
+@contextlib.contextmanager
+def interpreting(**params: Any) -> Iterator[None]:
+    """Inside, kernels are traced for Pallas's GPU interpreter, on any machine.
+
+    It cannot run instructions written by hand; where there are any, plain ones stand in for them.
+    """
+    token = _interpreting.set(True)
+    try:
+        with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**params)):
+            yield
+    finally:
+        _interpreting.reset(token)
+
+
+def interpreted() -> bool:
+    """Whether the kernel being traced is for Pallas's interpreter."""
+    return _interpreting.get()
+
+
+def require() -> None:
+    """Raises NotImplementedError, saying why, unless these kernels can be compiled and run."""
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        raise NotImplementedError(f"needs jax 0.11 or newer, and this is {jax.__version__}")
+    if _interpreting.get() or _describes_a_gpu():
+        return
+    if jax.default_backend() != "gpu":
+        raise NotImplementedError(f"needs a GPU, and JAX sees {jax.default_backend()!r} only")
+    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
+    if capability != "9.0":
+        raise NotImplementedError(
+            f"needs compute capability 9.0 (Hopper), and this is {capability}"
+        )
+
+
+def _describes_a_gpu() -> bool:
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return device is not None and device.platform in ("gpu", "cuda")
+
+
+def multiprocessors() -> int:
+    """Multiprocessors of the GPU that is compiled for."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None and device.num_cores:
+        return device.num_cores
+    device = jax.devices()[0]
+    return getattr(device, "core_count", None) or MULTIPROCESSORS
+
+
+def swizzled(dtype: Any, columns: int | None = None) -> tuple[Any, ...]:
+    """The layout in which wgmma and TMA read and write rows of `columns` numbers; 128 bytes each
+    unless said otherwise."""
+    size = jnp.dtype(dtype).itemsize
+    row = columns * size if columns else SWIZZLE_BYTES
+    tiling = plgpu.TilingTransform((8, row // size))
+    # The narrowest swizzle is 32 bytes; plain tiles serve for stores.
+    return (tiling, plgpu.SwizzleTransform(row)) if row >= 32 else (tiling,)
