@@ -2,9 +2,9 @@
 
 The ring of slots and the roles of the warpgroups are those of `hopper_matmul.py`. Three things
 differ. The contracted dimension is tokens, cut into groups, so that the number of steps of a tile
-is known on the device only. Both operands are scaled along it in 1x128 tiles, so that the promotion takes
-two multiplications for each product where weights need one. And the result is float32, added to
-what is there by TMA's reducing store (DeepGEMM: sm90_fp8_gemm_1d1d.cuh, whose k-grouped form
+is known on the device only. Both operands are scaled along it in 1x128 tiles, so that the promotion
+takes two multiplications for each product where weights need one. And the result is float32, added
+to what is there by TMA's reducing store (DeepGEMM: sm90_fp8_gemm_1d1d.cuh, whose k-grouped form
 rewrites TMA descriptors where here a tile starts at its group's first token).
 """
 
