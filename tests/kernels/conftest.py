@@ -51,7 +51,8 @@ def lower_for_an_h200(function, *operands) -> None:
     mesh = AbstractMesh((1,), ("x",), abstract_device=device)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), operands)
     with jax.sharding.use_abstract_mesh(mesh):
-        jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+        text = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text, "no kernel, but plain JAX"
 
 
 def normal(rng, *shape):
