@@ -6,7 +6,6 @@ come by TMA, a tile at once, where a multiprocessor has shared memory for severa
 the next rows' are loaded into registers while some are computed.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +37,7 @@ from dsv3_jax.kernels.fused.hopper_registers import (
     turned_layout,
 )
 from dsv3_jax.kernels.hopper import plgpu
+from dsv3_jax.kernels.hopper_integers import constant, plus, quotient, remainder, times
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat
 
 
@@ -216,14 +216,14 @@ def _put(tile: Any, row: Any, x: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat, tokens_layout()))
     def put(_, tile, first, x):
         warp, lane = _warp_and_lane()
-        token = _sum(_times(warp, 2), _quotient(lane, 16))  # of 8
-        at = _sum(
+        token = plus(times(warp, 2), quotient(lane, 16))  # of 8
+        at = plus(
             first.registers[()],
-            _times(token, PLACE.chunk),
-            _times(_remainder(lane, 16), PLACE.chunk_pitch),
+            times(token, PLACE.chunk),
+            times(remainder(lane, 16), PLACE.chunk_pitch),
         )
         for eight, register in enumerate(x.registers.flat):
-            place = _sum(at, _constant(8 * eight * PLACE.chunk))
+            place = plus(at, constant(8 * eight * PLACE.chunk))
             vector.store(register, tile, [_index(place)])
 
     put(tile, first, x)
@@ -241,16 +241,16 @@ def _taken(tile: Any, column: Any, width: int) -> Any:
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), splat), return_type=result)
     def take(_, tile, first):
         warp, lane = _warp_and_lane()
-        channel = _sum(_times(warp, width // 4), _times(_remainder(lane, 4), each))
-        at = _sum(
+        channel = plus(times(warp, width // 4), times(remainder(lane, 4), each))
+        at = plus(
             first.registers[()],
-            _times(_quotient(channel, PLACE.chunk), PLACE.chunk_pitch),
-            _remainder(channel, PLACE.chunk),
-            _times(_quotient(lane, 4), PLACE.group_pitch),
+            times(quotient(channel, PLACE.chunk), PLACE.chunk_pitch),
+            remainder(channel, PLACE.chunk),
+            times(quotient(lane, 4), PLACE.group_pitch),
         )
         along_channels = ir.VectorType.get((each,), ir.BF16Type.get())
         by_token = [
-            vector.load(along_channels, tile, [_index(_sum(at, _constant(t * PLACE.chunk)))])
+            vector.load(along_channels, tile, [_index(plus(at, constant(t * PLACE.chunk)))])
             for t in range(TOKENS_EACH)
         ]
         return turned_array(by_token, width)
@@ -260,28 +260,8 @@ def _taken(tile: Any, column: Any, width: int) -> Any:
 
 def _warp_and_lane() -> tuple[Any, Any]:
     thread = utils.thread_idx()
-    within = _remainder(thread, 128)
-    return _quotient(within, 32), _remainder(within, 32)
-
-
-def _constant(x: int) -> Any:
-    return utils.c(x, ir.IntegerType.get_signless(32))
-
-
-def _sum(*terms: Any) -> Any:
-    return functools.reduce(arith.addi, terms)
-
-
-def _times(x: Any, factor: int) -> Any:
-    return arith.muli(x, _constant(factor))
-
-
-def _quotient(x: Any, divisor: int) -> Any:
-    return arith.divui(x, _constant(divisor))
-
-
-def _remainder(x: Any, divisor: int) -> Any:
-    return arith.remui(x, _constant(divisor))
+    within = remainder(thread, 128)
+    return quotient(within, 32), remainder(within, 32)
 
 
 def _index(x: Any) -> Any:

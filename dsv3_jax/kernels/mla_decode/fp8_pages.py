@@ -27,6 +27,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from dsv3_jax.kernels.hopper import interpreted, plgpu
+from dsv3_jax.kernels.hopper_integers import constant, plus, times
 from dsv3_jax.kernels.mla_decode.wgmma import REF, TILE_BYTES
 
 UNITS = 4  # of a page
@@ -73,12 +74,12 @@ def fetch(pool: Any, page: Any, half: int, after: Any = None) -> Any:
     )
     def fetch(_, values, scales, *after):
         warp, row, chunk = _lane(fresh=True)
-        row = _sum(_times(warp, 16), row)
+        row = plus(times(warp, 16), row)
         i32 = ir.IntegerType.get_signless(32)
         # Two registers of each of its loads will do.
         arrived = [llvm.bitcast(i32, x) for array in after for x in list(array.registers.flat)[::2]]
-        zero = _zero_after(arrived) if arrived else _constant(0)
-        first = _address(values, _sum(_times(row, 512), _times(chunk, 16), zero))
+        zero = _zero_after(arrived) if arrived else constant(0)
+        first = _address(values, plus(times(row, 512), times(chunk, 16), zero))
         out = []
         for unit in range(2):
             lines = []
@@ -91,7 +92,7 @@ def fetch(pool: Any, page: Any, half: int, after: Any = None) -> Any:
             f"ld.global.v2.b32 {{${2 * j}, ${2 * j + 1}}}, [$4+{128 * j + 8 * half}];"
             for j in range(2)
         ]
-        out.append(_registers(4, lines, _address(scales, _sum(_times(row, 4 * UNITS), zero))))
+        out.append(_registers(4, lines, _address(scales, plus(times(row, 4 * UNITS), zero))))
         return tuple(out)
 
     return fetch(values.at[page], scales.at[page], *(after or ()))
@@ -135,7 +136,7 @@ def store(tiles: Any, unit: int, fetched: Any) -> None:
             [llvm.bitcast(i32, x) for x in array.registers.flat] for array in (numbers, scales)
         )
         _, row, chunk = _lane()
-        twice = _times(chunk, 2)
+        twice = times(chunk, 2)
         low = _in_tile(tiles, arith.xori(twice, row))
         for piece in range(PIECES):
             j, half = divmod(piece, 2)
@@ -176,18 +177,18 @@ def _lane(fresh: bool = False):
         thread = llvm.inline_asm(
             i32, [], "mov.u32 $0, %tid.x;", "=r", asm_dialect=0, has_side_effects=True
         )
-        thread = arith.andi(thread, _constant(THREADS - 1))
-    lane = arith.andi(thread, _constant(31))
-    odd = arith.andi(arith.shrui(lane, _constant(2)), _constant(1))
-    row = arith.xori(arith.shrui(lane, _constant(3)), _times(odd, 5))
-    return arith.shrui(thread, _constant(5)), row, arith.andi(lane, _constant(3))
+        thread = arith.andi(thread, constant(THREADS - 1))
+    lane = arith.andi(thread, constant(31))
+    odd = arith.andi(arith.shrui(lane, constant(2)), constant(1))
+    row = arith.xori(arith.shrui(lane, constant(3)), times(odd, 5))
+    return arith.shrui(thread, constant(5)), row, arith.andi(lane, constant(3))
 
 
 def _in_tile(tiles, chunk):
     """The address of 16 bytes, by number as they lie, of a thread's row of the first tile."""
     warp, row, _ = _lane()
     base = llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(tiles))
-    return _sum(base, _times(warp, 16 * 128), _times(row, 128), _times(chunk, 16))
+    return plus(base, times(warp, 16 * 128), times(row, 128), times(chunk, 16))
 
 
 def _bits(words: int) -> Any:
@@ -219,7 +220,7 @@ def _run(text: str, operands, constraints: str) -> None:
 
 def _thread():
     """This thread's number in its warpgroup."""
-    return arith.andi(utils.thread_idx(), _constant(THREADS - 1))
+    return arith.andi(utils.thread_idx(), constant(THREADS - 1))
 
 
 def _registers(words: int, lines, address) -> Any:
@@ -240,17 +241,3 @@ def _registers(words: int, lines, address) -> Any:
         _layout=_bits(words).layout.to_mgpu(),
         _is_signed=True,
     )
-
-
-def _constant(number: int):
-    return arith.constant(ir.IntegerType.get_signless(32), number)
-
-
-def _times(x, number: int):
-    return arith.muli(x, _constant(number))
-
-
-def _sum(first, *rest):
-    for x in rest:
-        first = arith.addi(first, x)
-    return first
