@@ -30,6 +30,7 @@ from dsv3_jax.kernels.attention.hopper_parts import (
     arrive_at,
     beside,
     buffer,
+    in_whole_tiles,
     launch,
     narrow_of,
     over_tiles,
@@ -89,13 +90,11 @@ def attend(
     value_dim = values.width
     q_tiles = pl.cdiv(length, tile.q)
     place_of_first = Offset.of(offset)
-    guess = place_of_first.guess(length, key_length)
-    steps = [pl.cdiv(min(guess + (i + 1) * tile.q, key_length), tile.kv) for i in range(q_tiles)]
+    steps = place_of_first.steps(length, key_length, tile.q, tile.kv)
     lists = Lists.of(steps, (0, batch * heads), 2 * key_length * (q.shape[-1] + value_dim))
     arrays, place_of = unique((*keys, values))
     q_columns = beside(q, keys)
-    if starts is not None:
-        starts = jnp.pad(starts, ((0, 0), (0, q_tiles * tile.q - length)), mode="edge")
+    starts = in_whole_tiles(starts, tile.q)
     scale_log2 = scale * LOG2_E
     static = place_of_first.static
     masks_ahead = static is None or tile.kv != tile.q or static % tile.kv != 0

@@ -23,16 +23,19 @@ from dsv3_jax.kernels.attention.hopper_parts import (
     Refs,
     beside,
     buffer,
+    in_whole_tiles,
     launch,
     narrow_of,
     store,
     unique,
 )
-from dsv3_jax.kernels.attention.hopper_products import (
-    Sum,
-    settle,
+from dsv3_jax.kernels.attention.hopper_products import Sum, settle
+from dsv3_jax.kernels.attention.hopper_ring import (
+    Given,
+    Place,
+    Ring,
+    rows_of,
 )
-from dsv3_jax.kernels.attention.hopper_ring import Given, Place, Ring, rows_of
 from dsv3_jax.kernels.hopper import plgpu
 
 SIDE = 128  # keys and queries of a tile of dS
@@ -126,14 +129,8 @@ def shared_memory(tile: ProductTile, key_dim: int) -> int:
 
 def work(given: Given, bounds: Sequence[int], tile: ProductTile) -> Lists:
     """The lists of query tiles, for chunk after chunk of heads."""
-    return Lists.of(
-        [
-            pl.cdiv(min(given.guess + row + tile.rows, given.key_length), tile.step)
-            for row in range(0, given.length, tile.rows)
-        ],
-        bounds,
-        2 * given.key_length * given.q.shape[-1],
-    )
+    steps = given.offset.steps(given.length, given.key_length, tile.rows, tile.step)
+    return Lists.of(steps, bounds, 2 * given.key_length * given.q.shape[-1])
 
 
 def query_gradients(
@@ -146,13 +143,11 @@ def query_gradients(
     chunk: Any,
 ) -> None:
     """Writes dQ = scale dS K to the ref `into`, for the heads whose `ds` is there."""
-    keys, heads, starts = given.keys, given.q.shape[2], given.starts
-    key_length = given.key_length
+    keys, heads, key_length = given.keys, given.q.shape[2], given.key_length
     q_tiles = pl.cdiv(given.length, tile.rows)
     arrays, numbers = unique(keys)
     q_columns = beside(given.q, keys)
-    if starts is not None:
-        starts = jnp.pad(starts, ((0, 0), (0, q_tiles * tile.rows - given.length)), mode="edge")
+    starts = in_whole_tiles(given.starts, tile.rows)
 
     def kernel(*refs):
         refs = Refs(refs)

@@ -25,6 +25,7 @@ from dsv3_jax.kernels.attention.hopper_parts import (
     Refs,
     beside,
     buffer,
+    in_whole_tiles,
     launch,
     narrow_of,
     store,
@@ -39,7 +40,13 @@ from dsv3_jax.kernels.attention.hopper_products import (
     settle,
     widened,
 )
-from dsv3_jax.kernels.attention.hopper_ring import BackwardTile, Given, Place, Ring, rows_of
+from dsv3_jax.kernels.attention.hopper_ring import (
+    BackwardTile,
+    Given,
+    Place,
+    Ring,
+    rows_of,
+)
 from dsv3_jax.kernels.hopper import WGMMA, plgpu
 
 
@@ -77,9 +84,7 @@ def key_gradients(
     key_tiles, q_steps = pl.cdiv(given.key_length, tile.stay), pl.cdiv(given.length, tile.step)
     arrays, numbers = unique((*keys, values))
     q_columns = beside(q, keys)
-    ends = given.ends
-    if ends is not None:
-        ends = jnp.pad(ends, ((0, 0), (0, key_tiles * tile.stay - given.key_length)), mode="edge")
+    ends = in_whole_tiles(given.ends, tile.stay)
     narrow = narrow_of((*keys, values), tile.step)
     together = 1 if kept is None else kept.steps_of(tile.step)
 

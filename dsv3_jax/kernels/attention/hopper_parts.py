@@ -74,6 +74,11 @@ class Offset(NamedTuple):
         """What work is shared out by: the number, or that of queries that are the last tokens."""
         return keys - queries if self.static is None else self.static
 
+    def steps(self, queries: int, keys: int, rows: int, step: int) -> list[int]:
+        """For each tile of so many rows of queries the steps of keys that it sees, by the guess."""
+        guess = self.guess(queries, keys)
+        return [pl.cdiv(min(guess + row + rows, keys), step) for row in range(0, queries, rows)]
+
 
 class Lists(NamedTuple):
     """In each chunk of heads each block's list of tiles, head x tiles + tile, and its length."""
@@ -153,6 +158,13 @@ def buffer(*shape: int, narrow: int) -> Any:
     Operands of one wgmma are laid out alike.
     """
     return plgpu.SMEM(shape, jnp.bfloat16, transforms=swizzled(jnp.bfloat16, narrow))
+
+
+def in_whole_tiles(numbers: Array | None, rows: int) -> Array | None:
+    """The documents' numbers [B, rows] up to a multiple of a tile's rows, the last one repeated."""
+    if numbers is None:
+        return None
+    return jnp.pad(numbers, ((0, 0), (0, -numbers.shape[1] % rows)), mode="edge")
 
 
 def unique(columns: Sequence[Columns]) -> tuple[list[Any], list[int]]:

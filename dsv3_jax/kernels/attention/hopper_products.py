@@ -91,11 +91,8 @@ def widened(numbers: Any) -> Any:
 
 
 class Sum:
-    """A warpgroup's running sum of products: an accumulator, or a value for the interpreter.
-
-    Pallas's interpreter has neither a store to an accumulator nor a product whose left operand is
-    in registers; there the sum is a value that loops carry, `held`.
-    """
+    """A warpgroup's running sum of products: an accumulator, or, in the interpreter, a value that
+    loops carry, `held`."""
 
     def __init__(self, ref: Any, held: Any) -> None:
         self.ref, self.held = ref, held

@@ -20,32 +20,27 @@ from dsv3_jax.kernels.attention.hopper_parts import (
     Refs,
     beside,
     buffer,
+    in_whole_tiles,
     launch,
     narrow_of,
     store,
     unique,
 )
-from dsv3_jax.kernels.attention.hopper_products import (
-    Product,
-    Sum,
-    multiply,
-    opaque,
-    settle,
+from dsv3_jax.kernels.attention.hopper_products import Product, Sum, multiply, opaque, settle
+from dsv3_jax.kernels.attention.hopper_ring import (
+    BackwardTile,
+    Given,
+    Place,
+    Ring,
+    rows_of,
 )
-from dsv3_jax.kernels.attention.hopper_ring import BackwardTile, Given, Place, Ring, rows_of
 from dsv3_jax.kernels.hopper import WGMMA, plgpu
 
 
 def work(given: Given, bounds: Sequence[int], tile: BackwardTile) -> Lists:
     """The lists of query tiles, for chunk after chunk of heads."""
-    return Lists.of(
-        [
-            pl.cdiv(min(given.guess + row + tile.stay, given.key_length), tile.step)
-            for row in range(0, given.length, tile.stay)
-        ],
-        bounds,
-        2 * given.key_length * (given.q.shape[-1] + given.values.width),
-    )
+    steps = given.offset.steps(given.length, given.key_length, tile.stay, tile.step)
+    return Lists.of(steps, bounds, 2 * given.key_length * (given.q.shape[-1] + given.values.width))
 
 
 def query_gradients(into: Any, given: Given, lists: Lists, tile: BackwardTile) -> None:
@@ -55,9 +50,7 @@ def query_gradients(into: Any, given: Given, lists: Lists, tile: BackwardTile) -
     q_tiles = pl.cdiv(given.length, tile.stay)
     arrays, numbers = unique((*keys, values))
     q_columns = beside(q, keys)
-    starts = given.starts
-    if starts is not None:
-        starts = jnp.pad(starts, ((0, 0), (0, q_tiles * tile.stay - given.length)), mode="edge")
+    starts = in_whole_tiles(given.starts, tile.stay)
 
     def kernel(*refs):
         refs = Refs(refs)

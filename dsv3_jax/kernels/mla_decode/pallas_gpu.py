@@ -118,12 +118,12 @@ def _attend(
     heads = rows // new
     tiles, parts = _row_tiles(rows), schedule.parts
     padded = tiles * ROWS
-    if hopper.interpreted():  # TMA reads zeros past the edge, and the interpreter nothing
+    interpreted = hopper.interpreted()
+    if interpreted:  # TMA reads zeros past the edge, and the interpreter nothing
         q_latent, q_rope = (
             jnp.pad(q, ((0, 0), (0, padded - rows), (0, 0))) for q in (q_latent, q_rope)
         )
     log_scale = scale * LOG2_E
-    interpreted = hopper.interpreted()
     cluster = tuning.cluster
     multicast = ("cluster",) if cluster > 1 else None
     fp8 = len(pool) == 2
