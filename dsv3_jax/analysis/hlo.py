@@ -1,0 +1,229 @@
+"""The text of a compiled program (`compiled.as_text()`), read: what runs, how often, and on what.
+
+HLO is a list of computations; a `while`, a fusion or a call names others. A loop's body runs as
+often as its trip count says: XLA writes the counts it knows, and the caller gives the others.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+ITEM_BYTES = {
+    **dict.fromkeys(("s64", "u64", "f64", "c64"), 8),
+    **dict.fromkeys(("s32", "u32", "f32"), 4),
+    **dict.fromkeys(("s16", "u16", "bf16", "f16"), 2),
+    **dict.fromkeys(("pred", "s8", "u8", "s4", "u4"), 1),
+    **dict.fromkeys(("f8e4m3fn", "f8e4m3", "f8e5m2", "f8e8m0fnu", "f8e4m3b11fnuz"), 1),
+}
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+_LAYOUT = re.compile(r"\{[^{}]*\}")
+_HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{\s*$")
+_INSTRUCTION = re.compile(
+    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>.*?) (?P<op>[a-z][\w\-]*)\((?P<rest>.*)$"
+)
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+_CALLS = re.compile(r"\b(?:calls|to_apply)=%?([\w.\-]+)|called_computations=\{([^}]*)\}")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction of a computation.
+
+    Fields:
+        name, op: as HLO calls them ("all-gather-start", "fusion", ...).
+        type: its result's type; a tuple's in parentheses.
+        operands: names of the instructions it reads.
+        attributes: what stands behind the operands.
+    """
+
+    name: str
+    op: str
+    type: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    @property
+    def source(self) -> str:
+        """The JAX operation it comes from, as in "jit(train_step)/while/..."; "" if unknown."""
+        found = _OP_NAME.search(self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """Computations that it runs: a fusion's, a call's; of a `while`, condition and body."""
+        if self.op == "while":
+            return tuple(re.findall(r"(?:condition|body)=%?([\w.\-]+)", self.attributes))
+        if self.op == "conditional":
+            found = _BRANCHES.findall(self.attributes)
+        else:
+            found = _CALLS.findall(self.attributes)
+        names = [name for pair in found for part in pair for name in part.split(",")]
+        return tuple(name.strip().lstrip("%") for name in names if name.strip())
+
+    @property
+    def trip_count(self) -> int | None:
+        """How often XLA knows that a `while` loops; None where it does not."""
+        found = _TRIPS.search(self.attributes)
+        return int(found[1]) if found else None
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled program: its computations, each a list in the order they are scheduled in."""
+
+    computations: dict[str, list[Instruction]]
+    entry: str
+    is_scheduled: bool
+
+    def types(self, computation: str) -> dict[str, str]:
+        """The type of every instruction of a computation, by its name."""
+        return {each.name: each.type for each in self.computations[computation]}
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A `while` of the program.
+
+    Fields:
+        source: the JAX operation it comes from.
+        body: the computation.
+        trips: how often it is counted.
+        known: whether XLA wrote that count; else it is the caller's, or 1.
+        runs: how often the loop itself is entered.
+    """
+
+    source: str
+    body: str
+    trips: int
+    known: bool
+    runs: int
+
+
+def parse(text: str) -> Program:
+    """The program of a compiled module's text; ValueError for text without an entry computation."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = None, None
+    for line in text.splitlines():
+        if not line.startswith(" "):
+            head = _HEAD.match(line)
+            current = None
+            if head is not None:
+                current = computations.setdefault(head["name"], [])
+                entry = head["name"] if head["entry"] else entry
+            continue
+        found = None if current is None else _INSTRUCTION.match(line)
+        if current is not None and found is not None:
+            operands, attributes = _split(found["rest"])
+            names = tuple(_OPERAND.findall(operands))
+            current.append(
+                Instruction(found["name"], found["op"], found["type"], names, attributes)
+            )
+    if entry is None:
+        raise ValueError("no ENTRY computation: this is not the text of a compiled program")
+    return Program(computations, entry, "is_scheduled=true" in text[:4000])
+
+
+def executions(
+    program: Program, trips: Mapping[str, int] | None = None
+) -> tuple[Counter[str], list[Loop]]:
+    """How often each computation runs in one run of the program, and its loops, outermost first.
+
+    `trips` gives the count of loops whose trip count is data, by a part of their `source`; of
+    several that match, the longest. A loop that nothing tells about counts once. Both branches of
+    a conditional count.
+    """
+    counts: Counter[str] = Counter()
+    loops: list[Loop] = []
+
+    def told(source: str) -> int:
+        matching = [part for part in trips or {} if part in source]
+        return (trips or {})[max(matching, key=len)] if matching else 1
+
+    def run(name: str, times: int) -> None:
+        counts[name] += times
+        for each in program.computations.get(name, ()):
+            if each.op == "while":
+                known = each.trip_count
+                count = told(each.source) if known is None else known
+                loops.append(Loop(each.source, each.called[-1], count, known is not None, times))
+                for called in each.called:
+                    run(called, times * count)
+            else:
+                for called in each.called:
+                    run(called, times)
+
+    run(program.entry, 1)
+    return counts, loops
+
+
+def num_bytes(type_: str) -> int:
+    """Bytes of all arrays in a type; layouts and tuples are understood, tokens take none."""
+    return sum(ITEM_BYTES.get(kind, 0) * size for kind, size in arrays(type_))
+
+
+def arrays(type_: str) -> Iterator[tuple[str, int]]:
+    """(dtype, number of elements) of every array in a type."""
+    for kind, dims in _ARRAY.findall(_LAYOUT.sub("", type_)):
+        yield kind, math.prod(int(size) for size in dims.split(",") if size)
+
+
+def shape(type_: str) -> tuple[int, ...]:
+    """The dims of a type's first array; () for none."""
+    found = _ARRAY.search(type_)
+    return tuple(int(size) for size in found[2].split(",") if size) if found else ()
+
+
+def product_flops(instruction: Instruction, types: Mapping[str, str]) -> float:
+    """FLOPs of a matrix product (a multiply-add is two): dot, convolution or cuBLAS call; else 0.
+
+    A convolution is counted as the product that XLA:TPU makes it of: output times contracted
+    features, batch dims being spatial labels that all three share.
+    """
+    if instruction.op == "dot" or "__cublas" in instruction.attributes:
+        pattern = r'lhs_contracting_dim(?:ension)?s"?[=:]\s*[\[{]([\d",\s]*)[\]}]'
+        contracted = re.search(pattern, instruction.attributes)
+        if contracted is None or not instruction.operands:
+            return 0.0
+        lhs = shape(types.get(instruction.operands[0], ""))
+        dims = [int(dim) for dim in re.findall(r"\d+", contracted[1])]
+        if any(dim >= len(lhs) for dim in dims):
+            return 0.0
+        return 2.0 * math.prod(shape(instruction.type)) * math.prod(lhs[dim] for dim in dims)
+    if instruction.op == "convolution":
+        return _convolution_flops(instruction, types)
+    return 0.0
+
+
+def _convolution_flops(instruction: Instruction, types: Mapping[str, str]) -> float:
+    labels = re.search(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)", instruction.attributes)
+    if labels is None or len(instruction.operands) < 2:
+        return 0.0
+    lhs, rhs = (shape(types.get(name, "")) for name in instruction.operands[:2])
+    out = shape(instruction.type)
+    if not lhs or not rhs:
+        return 0.0
+    batch = 1
+    for letter in set(labels[2]) - set("io"):
+        places = [part.find(letter) for part in labels.groups()]
+        if min(places) < 0:
+            continue
+        sizes = {dims[place] for dims, place in zip((lhs, rhs, out), places)}
+        batch *= sizes.pop() if len(sizes) == 1 else 1
+    return 2.0 * math.sqrt(math.prod(lhs) * math.prod(rhs) * math.prod(out) / batch)
+
+
+def _split(rest: str) -> tuple[str, str]:
+    """Operands and attributes of what stands behind an instruction's opening parenthesis."""
+    depth = 1
+    for place, character in enumerate(rest):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return rest[:place], rest[place + 1 :]
+    return rest, ""
