@@ -84,11 +84,13 @@ def operations() -> list[Operation]:
     chosen = jax.lax.top_k(normal(5, TOKENS, EXPERTS).astype(jnp.float32), EACH)[1]
     handle = jax.jit(partial(plan, num_experts=EXPERTS, alignment=128))(chosen)[0]
     bias = jnp.zeros(256)
+    weights = normal(6, EXPERTS // 2, 2 * WIDTH, DIM).astype(jnp.float32)
     calls = [
         ("rows", "quantize_rows", (x,), {}),
         ("both ways", "quantize_both_ways", (x,), {}),
         ("transposed", "quantize_transposed", (x,), {}),
         ("transposed, of FP8", "quantize_transposed", (kept,), {}),
+        ("weights, both orientations", "quantize_blocks", (weights,), {}),
         ("RMSNorm", "rms_norm_quantize", (x, weight), dict(eps=1e-6)),
         ("SwiGLU", "swiglu_quantize", (gate_up,), {}),
         ("SwiGLU transposed, of FP8", "swiglu_quantize", (kept_gate_up,), dict(transposed=True)),

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from dsv3_jax.kernels.fused import api, pallas_gpu, reference
-from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
+from dsv3_jax.quantization.block_scaled import (
+    PER_BLOCK,
+    PER_TOKEN,
+    BlockScaled,
+    dequantize,
+    quantize,
+)
 from tests.kernels.conftest import (
     IMPLEMENTATIONS,
     INTERPRETER_IS_NEWER,
@@ -42,6 +48,24 @@ def test_one_read_gives_both_directions(implementation, rng, running):
     with running(implementation):
         out = api.quantize_both_ways(x, implementation=implementation)
     assert_same(out, (quantize(x, PER_TOKEN), quantize(x.mT, PER_TOKEN)))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+    "shape, dtype, scale_format",
+    [((256, 128), "float32", "f32"), ((2, 128, 256), "bfloat16", "ue8m0")],
+    ids=["dense", "experts"],
+)
+def test_a_weight_and_its_transpose_share_scales(
+    implementation, shape, dtype, scale_format, rng, running
+):
+    x = normal(rng, *shape).astype(dtype)
+    x = x.at[..., 3, 5].set(jnp.nan).at[..., 4, 7].set(-jnp.inf).at[..., :128, 128:].set(0)
+    with running(implementation):
+        numbers, transposed = api.quantize_blocks(x, scale_format, implementation=implementation)
+    assert_same(numbers, quantize(x, PER_BLOCK, scale_format))
+    assert_same(transposed, quantize(x.mT, PER_BLOCK, scale_format))
+    assert transposed.tile == PER_BLOCK and transposed.shape == (*shape[:-2], shape[-1], shape[-2])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -166,6 +190,8 @@ def test_what_threads_do_with_their_registers_lowers_for_a_gpu(rng):
     for source in (x, kept):
         lower_for_an_h200(partial(pallas_gpu.swiglu_quantize, transposed=True), source)
         lower_for_an_h200(pallas_gpu.swiglu_backward_quantize, source, x[:, :512])
+    lower_for_an_h200(pallas_gpu.quantize_blocks, x[None])
+    lower_for_an_h200(pallas_gpu.quantize_blocks, x.astype(jnp.float32))
     choose = partial(pallas_gpu.route_top_k, top_k=8, n_group=8, topk_group=4, best_of_group=2)
     lower_for_an_h200(choose, gate, gate[0])
 

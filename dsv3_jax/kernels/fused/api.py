@@ -51,6 +51,26 @@ def quantize_both_ways(
     )
 
 
+def quantize_blocks(
+    x: Float[Array, "*E N K"],
+    scale_format: ScaleFormat = "f32",
+    *,
+    implementation: str | None = None,
+) -> tuple[BlockScaled, BlockScaled]:
+    """A weight in tiles of 128 x 128, and the same numbers transposed [*E, K, N], from one read.
+
+    The first is what forward products read, the second what the input gradient's does: FP8 tensor
+    cores find the contracted dim last in memory. Leading dims are free: layers, experts.
+    """
+    cut = None
+    if x.ndim == 2:
+        numbers, scales = ("n", "k"), ("n/128", "k/128")
+        cut = Cut((numbers,), (numbers, scales, numbers[::-1], scales[::-1]), {"n": 128, "k": 128})
+    return _run(
+        "quantize_blocks", x, implementation=implementation, cut=cut, scale_format=scale_format
+    )
+
+
 def quantize_transposed(
     x: Float[Array, "T D"] | BlockScaled,
     scale_format: ScaleFormat = "f32",

@@ -26,6 +26,7 @@ from dsv3_jax.kernels.fused.hopper_quantize import (
 )
 from dsv3_jax.kernels.fused.hopper_registers import reciprocal, tokens_layout
 from dsv3_jax.kernels.fused.hopper_router import route_top_k as route_top_k
+from dsv3_jax.kernels.fused.hopper_weights import quantize_blocks as quantize_blocks
 from dsv3_jax.kernels.hopper import plgpu
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat, scale_of_amax
 

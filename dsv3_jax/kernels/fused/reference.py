@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.quantization.block_scaled import (
+    PER_BLOCK,
     PER_TOKEN,
     BlockScaled,
     ScaleFormat,
@@ -25,6 +26,14 @@ def quantize_both_ways(
 ) -> tuple[BlockScaled, BlockScaled]:
     """x quantised per token, and x.T quantised along tokens."""
     return quantize(x, PER_TOKEN, scale_format), quantize(x.mT, PER_TOKEN, scale_format)
+
+
+def quantize_blocks(
+    x: Float[Array, "*E N K"], scale_format: ScaleFormat = "f32"
+) -> tuple[BlockScaled, BlockScaled]:
+    """x in tiles of 128 x 128, and the same numbers transposed."""
+    numbers = quantize(x, PER_BLOCK, scale_format)
+    return numbers, numbers.mT
 
 
 def quantize_transposed(
