@@ -33,7 +33,7 @@ from benchmarks.side_by_side import answer
 from benchmarks.side_by_side import rows as rows_of
 from benchmarks.timing import copy_rate, machine, microseconds, microseconds_in_torch
 from dsv3_jax.analysis.hardware import accelerator
-from dsv3_jax.kernels.mla_decode import pallas_gpu, reference
+from dsv3_jax.kernels.mla_decode import hopper_block, pallas_gpu, reference
 from dsv3_jax.kernels.mla_decode.api import Pages, Rows
 from dsv3_jax.kernels.mla_decode.schedule import PAGE, make_schedule
 from dsv3_jax.model.cache import PagedCache, append_paged
@@ -140,7 +140,7 @@ class Prepared(NamedTuple):
         drawn = jax.eval_shape(functools.partial(_draw, shape), key)
         table, lengths = (_shape_of(x) for x in (_table(shape), shape.lengths))
         work = Pages(*drawn, table, lengths)
-        parts = pallas_gpu.parts_of(shape.new * shape.heads)
+        parts = hopper_block.parts_of(shape.new * shape.heads)
         plan = jax.jit(functools.partial(make_schedule, parts=parts)).lower(lengths)
 
         def ours(schedule, work):

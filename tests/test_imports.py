@@ -76,6 +76,30 @@ def room_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def cycle_in(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, the first one again at the end; [] if none do."""
+    done: set[str] = set()
+    path: list[str] = []
+
+    def visit(module):
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        path.append(module)
+        found = next(filter(None, map(visit, sorted(imports[module]))), [])
+        path.pop()
+        done.add(module)
+        return found
+
+    return next(filter(None, map(visit, sorted(imports))), [])
+
+
 ALL_FILES = [p for p in files_of("") if p != ROOT / "__init__.py"]
 
 
@@ -95,6 +119,25 @@ def test_a_room_sees_only_the_rows_above(path):
             room == "analysis" and ".".join(parts[:2]) in ANALYSIS_MAY_SEE
         )
         assert allowed, f"{room} (row {ROW[room]}) must not import {name}"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Also not by an import inside a function, which hides a circle from Python alone."""
+    names = {module_of(path): path for path in files_of("")}
+    imports = {
+        name: {
+            target if target in names else target.rpartition(".")[0] for target in imports_of(path)
+        }
+        & names.keys() - {name}
+        for name, path in names.items()
+    }
+    assert len(imports) > 100
+    assert cycle_in(imports) == []
+
+
+def test_a_circle_is_found():
+    assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert cycle_in({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize("path", files_of("model"), ids=lambda p: p.name)

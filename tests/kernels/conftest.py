@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from dsv3_jax.kernels import hopper
-from dsv3_jax.kernels.gemm import tpu
+from dsv3_jax.kernels import hopper, tpu
 
 OLD_JAX = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11)
 INTERPRETER_IS_NEWER = pytest.mark.skipif(
@@ -34,7 +33,7 @@ def running(monkeypatch):
     """A context in which an implementation runs on this machine, interpreted if need be."""
 
     def enter(implementation: str):
-        if implementation == "pallas_tpu":
+        if implementation == "pallas_tpu" and jax.default_backend() != "tpu":
             return tpu.interpreting()
         if implementation != "pallas_gpu" or jax.default_backend() == "gpu":
             return contextlib.nullcontext()

@@ -10,6 +10,7 @@ from jax import lax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from dsv3_jax.kernels import tpu
 from dsv3_jax.kernels.attention import api, pallas_gpu, pallas_tpu, schedule
 from dsv3_jax.kernels.attention.hopper_kept import Kept
 from dsv3_jax.kernels.attention.hopper_parts import Columns, Offset
@@ -26,12 +27,6 @@ from tests.kernels.conftest import (
 LIMIT = 5e-3
 
 IMPLEMENTATIONS = [*conftest.IMPLEMENTATIONS, "pallas_tpu"]
-
-
-@pytest.fixture
-def running(running):
-    """A context in which an implementation runs on this machine, interpreted if need be."""
-    return lambda name: pallas_tpu.interpreting() if name == "pallas_tpu" else running(name)
 
 
 def exact(q, k, v, scale, offset, segments, dout, dlse):
@@ -209,7 +204,7 @@ def test_tpu_kernels_add_up_over_blocks(rng):
             block=128,
         )[0]
 
-    with pallas_tpu.interpreting():
+    with tpu.interpreting():
         out, vjp = jax.vjp(attend, q, k, v)
         gradients = vjp(dout)
     segments = np.asarray(first) // 140

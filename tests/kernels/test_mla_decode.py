@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from dsv3_jax.kernels import backend
+from dsv3_jax.kernels import backend, tpu
 from dsv3_jax.kernels.mla_decode import pallas_tpu
 from dsv3_jax.kernels.mla_decode.api import (
     Pages,
@@ -87,25 +87,15 @@ def exact(work: Pages):
     return out, lse
 
 
-@pytest.fixture
-def able(running):
-    def enter(implementation):
-        if implementation == "pallas_tpu" and jax.default_backend() != "tpu":
-            return pallas_tpu.interpreting()
-        return running(implementation)
-
-    return enter
-
-
 @pytest.mark.parametrize("implementation, cache", EVERY)
 @pytest.mark.parametrize(
     "new, heads, lengths",
     [(1, 16, (130, 0)), (2, 64, (70,)), (4, 8, (2, 67))],
     ids=["ragged", "two rows of blocks", "verifying drafts"],
 )
-def test_new_tokens_see_what_came_before(implementation, cache, new, heads, lengths, rng, able):
+def test_new_tokens_see_what_came_before(implementation, cache, new, heads, lengths, rng, running):
     work = random_work(rng, new, heads, lengths, cache=cache)
-    with able(implementation):
+    with running(implementation):
         out, lse = mla_decode(work, scale=SCALE, implementation=implementation)
     assert out.dtype == jnp.bfloat16 and out.shape == work.q_latent.shape
     want, want_lse = exact(work)
@@ -118,11 +108,13 @@ def test_new_tokens_see_what_came_before(implementation, cache, new, heads, leng
 
 
 @pytest.mark.parametrize("implementation, cache", EVERY)
-def test_pieces_of_a_cache_are_put_together_by_their_log_sum_exp(implementation, cache, rng, able):
+def test_pieces_of_a_cache_are_put_together_by_their_log_sum_exp(
+    implementation, cache, rng, running
+):
     """The late piece of two holds nothing of a sequence, or only what the last new token sees."""
     work = random_work(rng, 2, 8, (40, 65, 100), spare=0, cache=cache)
     table, results = work.block_table, []
-    with able(implementation):
+    with running(implementation):
         for piece in range(2):
             part = work._replace(
                 block_table=table[:, piece : piece + 1], lengths=work.lengths - piece * PAGE
@@ -136,11 +128,11 @@ def test_pieces_of_a_cache_are_put_together_by_their_log_sum_exp(implementation,
 
 
 @pytest.mark.parametrize("implementation", ["reference", TPU])
-def test_contiguous_rows_are_pages_in_order(implementation, rng, able):
+def test_contiguous_rows_are_pages_in_order(implementation, rng, running):
     work = random_work(rng, 1, 8, (70, 3), spare=0)
     in_order = work._replace(block_table=jnp.arange(4, dtype=jnp.int32).reshape(2, 2))
     rows = tuple(x.reshape(2, 128, -1) for x in work[2:4])
-    with able(implementation):
+    with running(implementation):
         out, _ = mla_decode_contiguous(
             Rows(*work[:2], *rows, work.lengths), scale=SCALE, implementation=implementation
         )
@@ -257,6 +249,6 @@ def test_refuses_what_does_not_fit(change, message, rng):
 
 def test_the_other_context_is_none():
     """Nothing here leaves an interpreter switched on."""
-    with contextlib.suppress(ValueError), pallas_tpu.interpreting():
+    with contextlib.suppress(ValueError), tpu.interpreting():
         raise ValueError
-    assert not pallas_tpu._interpreting.get()
+    assert not tpu.interpreted()

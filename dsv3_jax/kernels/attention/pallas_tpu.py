@@ -9,25 +9,18 @@ dO x O have a lane dimension of their own, as TPU memory wants of a column.
 Letters: B batch, T query rows, S key rows, N heads, P and U widths, R of the shared part of keys.
 """
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import backend, manual
+from dsv3_jax.kernels import manual, tpu
 from dsv3_jax.kernels.attention.api import Documents
-
-_interpreting = contextvars.ContextVar("interpreting", default=False)
-
-LOWEST = -1e30  # finite: a row that has seen no key yet must not become NaN
+from dsv3_jax.kernels.tpu import LOWEST, pltpu
 
 
 class _Call(NamedTuple):
@@ -37,7 +30,6 @@ class _Call(NamedTuple):
     scale: float
     block: int  # rows of queries and of keys in a step
     keys: int  # without those that fill the last block
-    interpret: bool
 
 
 def attention(
@@ -52,11 +44,10 @@ def attention(
     block: int = 512,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B N T"]]:
     """Output and log-sum-exp; see `api.attention`."""
-    if not _interpreting.get() and backend.platform() != "tpu":
-        raise NotImplementedError(f"needs a TPU, and this is for {backend.platform()!r}")
+    tpu.require()
     length = q.shape[1]
     block = min(block, -(-length // 128) * 128)
-    call = _Call(value_dim, scale, block, kv[0].shape[1], _interpreting.get())
+    call = _Call(value_dim, scale, block, kv[0].shape[1])
     # Heads before rows: a block is rows by width. No real query sees a row that is added.
     q, kv = jax.tree.map(lambda x: _pad(jnp.swapaxes(x, 1, 2), block, 2), (q, kv))
     shared = None if k_shared is None else _pad(k_shared, block, 1)
@@ -67,16 +58,6 @@ def attention(
     results: Any = _attention(call, *manual.vary((q, kv, shared, offset, first)))
     out, lse = results
     return jnp.swapaxes(out[:, :, :length], 1, 2), lse[:, :, :length, 0]
-
-
-@contextlib.contextmanager
-def interpreting() -> Iterator[None]:
-    """Inside, the kernels are traced for Pallas's interpreter, on any machine."""
-    token = _interpreting.set(True)
-    try:
-        yield
-    finally:
-        _interpreting.reset(token)
 
 
 def _pad(x: Array, multiple: int, axis: int) -> Array:
@@ -104,7 +85,6 @@ def _forward(call: _Call, q, kv, shared, offset, first):
             manual.result((*q.shape[:3], 1), jnp.float32, q),
         ],
         compiler_params=_PARAMS,
-        interpret=call.interpret,
         name="attention_forward",
     )(offset, *grid.operands)
     return (out, lse), (q, kv, shared, offset, first, out, lse)
@@ -131,7 +111,6 @@ def _backward(call: _Call, saved, gradients):
         ),
         out_shape=shapes,
         compiler_params=_PARAMS,
-        interpret=call.interpret,
         name="attention_key_gradients",
     )(offset, *grid.operands)
     dkv = tuple(gradients[: len(kv)])
@@ -147,7 +126,6 @@ def _backward(call: _Call, saved, gradients):
         ),
         out_shape=[manual.result(q.shape, q.dtype, q)],
         compiler_params=_PARAMS,
-        interpret=call.interpret,
         name="attention_query_gradients",
     )(offset, *grid.operands)[0]
     return dq, dkv, dshared, None, None

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels.gemm import tpu
+from dsv3_jax.kernels.gemm import tpu_matmul
 from dsv3_jax.quantization.block_scaled import BlockScaled
 
 ROWS = 128  # of a tile, which never spans two groups
@@ -22,8 +22,8 @@ def grouped_matmul(
     _require(alignment, rows, weights)
     if isinstance(rows, BlockScaled):
         assert isinstance(weights, BlockScaled)
-        work = tpu.expert_of_tile(group_sizes, -(-rows.shape[0] // ROWS), ROWS)
-        return tpu.matmul(
+        work = tpu_matmul.expert_of_tile(group_sizes, -(-rows.shape[0] // ROWS), ROWS)
+        return tpu_matmul.matmul(
             rows.values,
             weights.values,
             *work,
@@ -52,7 +52,7 @@ def masked_grouped_matmul(
     work = tile_expert, jnp.full(1, experts * tiles, jnp.int32), height
     if isinstance(rows, BlockScaled):
         assert isinstance(weights, BlockScaled)
-        out = tpu.matmul(
+        out = tpu_matmul.matmul(
             rows.values.reshape(experts * m, k),
             weights.values,
             *work,
@@ -61,7 +61,7 @@ def masked_grouped_matmul(
         )
     else:
         assert not isinstance(weights, BlockScaled)
-        out = tpu.matmul(rows.reshape(experts * m, k), weights, *work)
+        out = tpu_matmul.matmul(rows.reshape(experts * m, k), weights, *work)
     return out.reshape(experts, m, -1)
 
 
@@ -78,21 +78,23 @@ def grouped_wgrad(
     tokens = a.shape[1]
     if tokens % ROWS:
         raise NotImplementedError(f"M={tokens} must be a multiple of {ROWS}")
-    work = tpu.expert_of_tile(group_sizes, tokens // ROWS, ROWS)
+    work = tpu_matmul.expert_of_tile(group_sizes, tokens // ROWS, ROWS)
     start = accumulate
     if start is None:
         start = jnp.zeros((group_sizes.shape[0], a.shape[0], b.shape[0]), jnp.float32)
     if isinstance(a, BlockScaled):
         assert isinstance(b, BlockScaled)
-        return tpu.wgrad(a.values, b.values, *work, start, a_scales=a.scales, b_scales=b.scales.mT)
+        return tpu_matmul.wgrad(
+            a.values, b.values, *work, start, a_scales=a.scales, b_scales=b.scales.mT
+        )
     assert not isinstance(b, BlockScaled)
-    return tpu.wgrad(a, b, *work, start)
+    return tpu_matmul.wgrad(a, b, *work, start)
 
 
 @jax.custom_vjp
 def _differentiable(rows, weights, group_sizes):
-    work = tpu.expert_of_tile(group_sizes, -(-rows.shape[0] // ROWS), ROWS)
-    return tpu.matmul(rows, weights, *work, ROWS)
+    work = tpu_matmul.expert_of_tile(group_sizes, -(-rows.shape[0] // ROWS), ROWS)
+    return tpu_matmul.matmul(rows, weights, *work, ROWS)
 
 
 def _forward(rows, weights, group_sizes):
@@ -101,8 +103,8 @@ def _forward(rows, weights, group_sizes):
 
 def _backward(residuals, d_out):
     rows, weights, group_sizes = residuals
-    work = tpu.expert_of_tile(group_sizes, -(-rows.shape[0] // ROWS), ROWS)
-    d_rows = tpu.matmul(d_out, weights, *work, ROWS, b_rows_first=True)
+    work = tpu_matmul.expert_of_tile(group_sizes, -(-rows.shape[0] // ROWS), ROWS)
+    d_rows = tpu_matmul.matmul(d_out, weights, *work, ROWS, b_rows_first=True)
     extra = -rows.shape[0] % ROWS
     d_out, rows = (jnp.pad(x, ((0, extra), (0, 0))) for x in (d_out, rows))
     d_weights = grouped_wgrad(d_out.mT, rows.mT, group_sizes).astype(weights.dtype)
@@ -114,6 +116,6 @@ _differentiable.defvjp(_forward, _backward)
 
 def _require(alignment: int, *operands: Array | BlockScaled) -> None:
     """Raises NotImplementedError for what these kernels cannot multiply."""
-    tpu.require(*(x.dtype for x in operands))
+    tpu_matmul.require(*(x.dtype for x in operands))
     if alignment % ROWS:
         raise NotImplementedError(f"{alignment=} must be a multiple of {ROWS}")

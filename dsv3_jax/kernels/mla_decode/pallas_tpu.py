@@ -6,44 +6,27 @@ nothing is fetched, and do nothing. Compiled ahead of time and run in Pallas's T
 it has not been timed on a TPU.
 """
 
-import contextlib
-import contextvars
 import functools
 import math
-from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from dsv3_jax.kernels.mla_decode.api import Pages, Results, Rows
+from dsv3_jax.kernels import tpu
+from dsv3_jax.kernels.mla_decode.operands import Pages, Results, Rows
+from dsv3_jax.kernels.tpu import LOWEST, pltpu
 from dsv3_jax.quantization.block_scaled import BlockScaled
 
-LOWEST = -1e30  # finite, so that a row that sees nothing yields zeros and not NaN
 LANES = 128
 MAX_PAGE = 256  # rows of a contiguous cache that are read in one step
-
-_interpreting = contextvars.ContextVar("interpreting_tpu", default=False)
-
-
-@contextlib.contextmanager
-def interpreting() -> Iterator[None]:
-    """Inside, kernels of this file run in Pallas's TPU interpreter, on any machine."""
-    token = _interpreting.set(True)
-    try:
-        with pltpu.force_tpu_interpret_mode():
-            yield
-    finally:
-        _interpreting.reset(token)
 
 
 def mla_decode(pages: Pages, *, scale: float, schedule: object = None) -> Results:
     """Softmax-weighted latents and log-sum-exp; see `api.mla_decode`."""
     q_latent, q_rope, latent, k_rope, block_table, lengths = pages
     del schedule  # a TPU core walks all sequences
-    if not _interpreting.get() and not _for_tpu():
-        raise NotImplementedError(f"needs a TPU, and JAX sees {jax.default_backend()!r} only")
+    tpu.require()
     if isinstance(latent, BlockScaled):
         raise NotImplementedError("an FP8 cache has no TPU kernel")
     batch, new, heads, width = q_latent.shape
@@ -102,11 +85,6 @@ def mla_decode_contiguous(rows: Rows, *, scale: float, schedule: object = None) 
     """The same for contiguous rows, which are pages in order."""
     page = math.gcd(rows.latent.shape[1], MAX_PAGE)
     return mla_decode(rows.in_pages(page), scale=scale, schedule=schedule)
-
-
-def _for_tpu() -> bool:
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return (device.platform if device is not None else jax.default_backend()) == "tpu"
 
 
 def _step(

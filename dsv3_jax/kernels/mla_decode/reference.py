@@ -7,7 +7,7 @@ contiguous cache is one large page a sequence.
 import jax
 import jax.numpy as jnp
 
-from dsv3_jax.kernels.mla_decode.api import Pages, Results, Rows
+from dsv3_jax.kernels.mla_decode.operands import Pages, Results, Rows
 from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 
 

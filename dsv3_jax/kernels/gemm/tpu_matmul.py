@@ -10,10 +10,6 @@ Scales multiply each 128 of K of the float32 sum, as on the GPU. The one for a s
 a small block by a mask, because a TPU cannot index lanes at run time.
 """
 
-import contextlib
-import contextvars
-import importlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -21,35 +17,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import backend, manual
-
-pltpu: Any = importlib.import_module("jax.experimental.pallas.tpu")
+from dsv3_jax.kernels import manual, tpu
+from dsv3_jax.kernels.tpu import pltpu
 
 SLAB = 128  # of K under one scale
 # Two buffers of a weight block; a kernel may use 16 MiB of VMEM unless it asks for more.
 WEIGHT_BYTES = 4 << 20
 
-_interpreting = contextvars.ContextVar("interpreting", default=False)
-
 
 def require(*dtypes: Any) -> None:
-    """Raises NotImplementedError, saying why, unless these kernels can be compiled and run."""
-    if backend.platform() != "tpu" and not _interpreting.get():
-        raise NotImplementedError(f"needs a TPU, and JAX sees {backend.platform()!r} only")
+    """Raises NotImplementedError, saying why, unless these operands can be multiplied here."""
+    tpu.require()
     for dtype in dtypes:
         if dtype not in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn):
             raise NotImplementedError(f"operands must be bfloat16, float32 or E4M3, not {dtype}")
-
-
-@contextlib.contextmanager
-def interpreting(**params: Any) -> Iterator[None]:
-    """Inside, these kernels are traced for Pallas's TPU interpreter, on any machine."""
-    token = _interpreting.set(True)
-    try:
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(**params)):
-            yield
-    finally:
-        _interpreting.reset(token)
 
 
 def matmul(
