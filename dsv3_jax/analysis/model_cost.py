@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.weights import Part, weights
 
 
 @dataclass(frozen=True)
@@ -83,40 +84,32 @@ def attention_parameters(model: Architecture) -> int:
     if isinstance(model, DenseConfig):
         heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
         return model.hidden_size * heads * model.head_dim
-    D, N = model.hidden_size, model.num_attention_heads
-    Q, C, R = model.q_lora_rank, model.kv_lora_rank, model.qk_rope_head_dim
-    queries = N * model.qk_head_dim * (D if Q is None else Q) + (0 if Q is None else D * Q + Q)
-    up = C * N * (model.qk_nope_head_dim + model.v_head_dim)
-    return queries + D * (C + R) + C + up + N * model.v_head_dim * D
+    return _of_part(model, "attention")
 
 
 def expert_parameters(model: ModelConfig) -> int:
     """Weights of one routed expert: gate, up and down."""
-    return 3 * model.hidden_size * model.moe_intermediate_size
+    return _of_part(model, "routed_experts") // model.n_routed_experts
+
+
+def _of_part(model: ModelConfig, part: Part) -> int:
+    """Numbers of one layer's weights of a part."""
+    return sum(row.size(model) for row in weights(model) if row.part == part)
 
 
 def parameters(model: Architecture) -> Parameters:
     """Parameter counts of `model` by part; V3's main model has 671,026,419,200."""
     D, V, L = model.hidden_size, model.vocab_size, model.num_hidden_layers
-    ffn = 3 * D * model.intermediate_size
     if isinstance(model, DenseConfig):
+        ffn = 3 * D * model.intermediate_size
         attention = L * attention_parameters(model)
         return Parameters(V * D, V * D, attention, L * ffn, 0, 0, 0, (2 * L + 1) * D, 0)
-    expert, moe_layers = expert_parameters(model), model.num_moe_layers
-    gate = model.n_routed_experts * (D + model.has_router_bias)
-    moe = model.n_routed_experts * expert + model.n_shared_experts * expert + gate
-    block = attention_parameters(model) + moe + 2 * D
-    return Parameters(
-        embedding=V * D,
-        head=V * D,
-        attention=L * attention_parameters(model),
-        dense_ffn=model.num_dense_layers * ffn,
-        routed_experts=moe_layers * model.n_routed_experts * expert,
-        shared_experts=moe_layers * model.n_shared_experts * expert,
-        router=moe_layers * gate,
-        norms=(2 * L + 1) * D,
-        mtp=model.num_nextn_predict_layers * (block + 2 * D * D + 3 * D),
-    )
+    counts = dict.fromkeys(get_args(Part), 0)
+    for row in weights(model):
+        main, mtp = row.count(model)
+        counts[row.part] += main * row.size(model)
+        counts["mtp"] += mtp * row.size(model)
+    return Parameters(**counts)
 
 
 def activated_parameters(model: Architecture) -> int:
@@ -134,17 +127,18 @@ def matmul_parameters(model: Architecture, mtp: bool = False) -> int:
     Leaves the embedding (a look-up), norms and router bias out. `mtp` adds the MTP modules, each
     with its pass through the shared head.
     """
-    D, V, L = model.hidden_size, model.vocab_size, model.num_hidden_layers
-    attention = attention_parameters(model)
     if isinstance(model, DenseConfig):
-        return L * (attention + 3 * D * model.intermediate_size) + V * D
-    attention -= model.kv_lora_rank + (model.q_lora_rank or 0)  # the latent norms
-    active = model.num_experts_per_tok + model.n_shared_experts
-    moe = active * expert_parameters(model) + model.n_routed_experts * D
-    dense = 3 * D * model.intermediate_size
-    main = L * attention + model.num_dense_layers * dense + model.num_moe_layers * moe + V * D
-    depth = model.num_nextn_predict_layers if mtp else 0
-    return main + depth * (attention + moe + 2 * D * D + V * D)
+        D, V, L = model.hidden_size, model.vocab_size, model.num_hidden_layers
+        return L * (attention_parameters(model) + 3 * D * model.intermediate_size) + V * D
+    found = 0
+    for row in weights(model, copies=True):  # MTP modules have the head as a copy
+        if row.is_matrix and row.part != "embedding":
+            of_main, of_mtp = row.count(model)
+            size = row.size(model)
+            if row.of_expert:
+                size = size // model.n_routed_experts * model.num_experts_per_tok
+            found += (of_main + of_mtp * mtp) * size
+    return found
 
 
 def attention_core_flops(model: Architecture, length: float, causal: bool = True) -> float:

@@ -21,6 +21,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.weights import Weight, find_weight
 from dsv3_jax.kernels.gemm.api import scaled_matmul
 from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul
 from dsv3_jax.parallel.sharding import Layout
@@ -32,18 +33,6 @@ from dsv3_jax.quantization.block_scaled import (
     quantize,
 )
 from dsv3_jax.quantization.recipe import LinearRecipe
-
-# The dims of one published matrix at the end of each leaf, as (rows, columns).
-_MATRIX_DIMS: dict[str, tuple[int, int]] = {
-    "q_proj": (2, 1),
-    "q_a_proj": (1, 1),
-    "q_b_proj": (2, 1),
-    "kv_a_proj_with_mqa": (1, 1),
-    "kv_b_proj": (2, 1),
-    "o_proj": (1, 2),
-    "gate_up_proj": (1, 1),
-    "down_proj": (1, 1),
-}
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["numbers"], meta_fields=["shape"])
@@ -128,27 +117,24 @@ def hold_in_fp8(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any
     """
 
     def hold(path, leaf):
-        if isinstance(leaf, BlockScaled):
+        weight = find_weight([entry.key for entry in path])
+        if isinstance(leaf, BlockScaled) or weight is None:
             return leaf
-        name = path[-1].key
-        if name in _MATRIX_DIMS and path[0].key == "params":
-            return _hold_matrix(leaf, *_MATRIX_DIMS[name])
-        return leaf.astype(config.dtype) if name in ("embed_tokens", "lm_head", "eh_proj") else leaf
+        if weight.fp8:
+            return _hold_matrix(leaf, *map(len, weight.matrix))
+        # The router's scores are computed in f32.
+        widened = not weight.is_matrix or weight.part == "router"
+        return leaf if widened else leaf.astype(config.dtype)
 
     return jax.tree_util.tree_map_with_path(
         hold, variables, is_leaf=lambda node: isinstance(node, BlockScaled)
     )
 
 
-def matrix_dims(name: str, dims: Sequence[str | None]) -> tuple[str | None, ...]:
-    """The logical dims of a leaf's numbers, from those of the parameter held so."""
-    rows, columns = _MATRIX_DIMS[name]
-    return (*dims[: len(dims) - rows - columns], dims[-rows - columns], dims[-columns])
-
-
-def parameter_ndim(name: str, numbers: BlockScaled) -> int:
-    """How many dims the parameter has of which these are the numbers."""
-    return numbers.ndim + sum(_MATRIX_DIMS[name]) - 2
+def matrix_dims(weight: Weight) -> tuple[str | None, ...]:
+    """The logical dims of a weight's numbers where it is held so: lead, rows and columns."""
+    rows, columns = map(len, weight.matrix)
+    return (*weight.dims[: len(weight.lead)], weight.dims[-rows - columns], weight.dims[-columns])
 
 
 def cut_dims(

@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Int
 
 from dsv3_jax.config import OptimizerConfig
+from dsv3_jax.config.weights import find_weight
 
 
 class AdamState(NamedTuple):
@@ -83,7 +84,16 @@ def scale_by_adam(
 
 
 def decayed(params: Any) -> Any:
-    """True for every leaf that weight decay applies to: all but the norms' weights."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not str(path[-1].key).endswith("norm"), params
-    )
+    """True for every leaf that weight decay applies to, as the table of weights says.
+
+    ValueError for a leaf that the table does not have.
+    """
+
+    def applies(path, _):
+        weight = find_weight([str(entry.key) for entry in path])
+        if weight is None:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"{name} has no row in config/weights.py, which says what decays")
+        return weight.decayed
+
+    return jax.tree_util.tree_map_with_path(applies, params)

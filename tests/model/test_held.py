@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.weights import WEIGHTS
 from dsv3_jax.inference.generate import generate
-from dsv3_jax.interop.name_map import NAME_MAP
 from dsv3_jax.model.fp8 import fp8_linear
 from dsv3_jax.model.held import (
     FP8Weight,
@@ -127,7 +127,7 @@ def test_what_is_held_is_what_v3_published_in_fp8(held):
         return {path[-1].key for path, leaf in found if keep(leaf)}
 
     fp8 = names(held, lambda leaf: isinstance(leaf, BlockScaled))
-    published = {row.ours.split("/")[-1] for row in NAME_MAP if row.fp8}
+    published = {row.name for row in WEIGHTS if row.fp8}
     assert fp8 == published - {"q_proj"}  # this model compresses queries
     assert not fp8 & names(held, lambda leaf: not isinstance(leaf, BlockScaled))
 
