@@ -143,7 +143,7 @@ def check(options: InferOptions) -> None:
         )
 
 
-def load_run(options: InferOptions) -> tuple[Config, Layout | None, Variables]:
+def load_run(options: InferOptions) -> tuple[Config, Layout, Variables]:
     """Config and parameters of a run, without the optimizer's state, or of a weights folder.
 
     And the layout of the mesh asked for, on which a run's parameters are read where they belong.
@@ -165,16 +165,17 @@ def load_run(options: InferOptions) -> tuple[Config, Layout | None, Variables]:
     return config, layout, variables
 
 
-def layout_for(options: InferOptions, config: Config) -> Layout | None:
+def layout_for(options: InferOptions, config: Config) -> Layout:
     """The layout of the mesh asked for; UserError when it does not fit the model."""
     options.mesh.check_model(config.model)
-    if options.mesh.num_devices == jax.process_count() == 1:
-        return None  # one device was asked for: no word of the others
-    return make_layout(make_mesh(options.mesh), options.sharding, options.expert_parallel)
+    # Where one device is asked for there is no word of the others.
+    alone = options.mesh.num_devices == jax.process_count() == 1
+    mesh = make_mesh(options.mesh, jax.devices()[:1] if alone else None)
+    return make_layout(mesh, options.sharding, options.expert_parallel)
 
 
 def with_redundant_experts(
-    options: InferOptions, config: Config, layout: Layout | None, variables: Variables, prompts
+    options: InferOptions, config: Config, layout: Layout, variables: Variables, prompts
 ) -> Variables:
     """The variables with more than one place for busy experts."""
     model = config.model

@@ -50,13 +50,13 @@ def main(argv: Sequence[str]) -> int:
         hosts.start(config.distributed)
         config = fill_mesh(config)
         mesh = make_mesh(config.mesh)
-        layout = make_layout(mesh, config.sharding, config.expert_parallel)  # None on one device
+        layout = make_layout(mesh, config.sharding, config.expert_parallel)
         if config.dry_run:
-            print(dry_run_report(config, mesh, layout))
+            print(dry_run_report(config, layout))
             return 0
         run_dir = Path(config.run_dir)
         set_up_logging(run_dir, process=jax.process_index())
-        abstract = abstract_state(config, mesh, layout)
+        abstract = abstract_state(config, layout)
         for line in banner(config, abstract):
             log.info(line)
         with clock("data"):
@@ -109,7 +109,7 @@ def banner(config: Config, abstract: TrainState) -> list[str]:
 
 def train(
     config: Config,
-    layout: Layout | None,
+    layout: Layout,
     corpus: Corpus,
     state: TrainState,
     start: int,
@@ -173,7 +173,7 @@ def train(
     return state
 
 
-def write_sample(config: Config, layout: Layout | None, corpus: Corpus, state: TrainState) -> None:
+def write_sample(config: Config, layout: Layout, corpus: Corpus, state: TrainState) -> None:
     """Lets the model continue the validation text's first lines; shown, and kept in sample.txt."""
     if not config.train.sample_tokens:
         return

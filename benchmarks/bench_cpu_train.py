@@ -54,7 +54,7 @@ def ours(config: Config, rows: np.ndarray) -> Contestant:
     config = fill_mesh(config)
     mesh = make_mesh(config.mesh)
     layout = make_layout(mesh, config.sharding, config.expert_parallel)
-    abstract = abstract_state(config, mesh, layout)
+    abstract = abstract_state(config, layout)
     settings = Schedule(config).settings(0)
     compiled = jit_train_step(config, layout, abstract)
     batch = jax.device_put(rows[None], batch_sharding(mesh, batch_dim=1))

@@ -36,7 +36,7 @@ from dsv3_jax.analysis.hardware import accelerator
 from dsv3_jax.kernels.mla_decode import hopper_block, pallas_gpu, reference
 from dsv3_jax.kernels.mla_decode.api import Pages, Rows
 from dsv3_jax.kernels.mla_decode.schedule import PAGE, make_schedule
-from dsv3_jax.model.cache import PagedCache, append_paged
+from dsv3_jax.model.cache import PagedCache, append
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
 
 LATENT, ROPE = 512, 64
@@ -255,11 +255,11 @@ def around() -> dict[str, float]:
     w_uk = jax.random.normal(jax.random.key(2), (128, 128, LATENT), jnp.bfloat16)
     new = (q_latent[:, :, 0], rope[:128, :1])
     start = jnp.asarray(shape.lengths) - 1
-    append = jax.jit(append_paged, donate_argnums=0)
+    append_token = jax.jit(append, donate_argnums=0)
     state = [PagedCache(latent, rope, jnp.asarray(_table(shape)))]
 
     def step():
-        state[0] = append(state[0], *new, start)
+        state[0] = append_token(state[0], *new, start)
         return state[0]
 
     absorb = jax.jit(lambda q, w: jnp.einsum("BTNH,NHC->BTNC", q, w))

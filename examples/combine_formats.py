@@ -20,6 +20,7 @@ from jaxtyping import Array
 from dsv3_jax.config import Config, ModelConfig, config_from_dict, load_config
 from dsv3_jax.data.corpus import open_corpus
 from dsv3_jax.model.block import Block
+from dsv3_jax.model.forward_pass import Pass, Tokens
 from dsv3_jax.model.moe import Experts
 from dsv3_jax.model.transformer import Variables, init_variables
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, dequantize, quantize
@@ -59,20 +60,20 @@ FORMATS: dict[str, tuple[Callable[[Array], Array], int]] = {
 def expert_outputs(variables: Variables, tokens: Array, config: ModelConfig) -> list[Array]:
     """The routed experts' output [B T, D] in f32, per MoE layer, for whole rows of tokens."""
     x = jnp.take(variables["params"]["embed_tokens"], tokens, axis=0).astype(config.dtype)
-    positions = jnp.arange(tokens.shape[1])[None]
+    of_tokens = Tokens(jnp.arange(tokens.shape[1])[None])
     outputs = []
     for name, dense, layers in (
         ("dense_layers", True, config.num_dense_layers),
         ("moe_layers", False, config.num_moe_layers),
     ):
-        block = Block(config, dense)
+        block = Block(Pass(config), dense)
 
         @jax.jit
         def run(layer, x, block=block):
             return block.apply(
                 layer,
                 x,
-                positions,
+                of_tokens,
                 mutable=["intermediates"],
                 capture_intermediates=lambda module, _: isinstance(module, Experts),
             )

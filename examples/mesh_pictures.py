@@ -20,10 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig
-from dsv3_jax.parallel.context import zigzag
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.picture import ranges
-from dsv3_jax.parallel.sharding import Layout, make_layout
+from dsv3_jax.parallel.sharding import Layout, make_layout, zigzag
 
 COLORS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
 
@@ -31,9 +30,7 @@ COLORS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
 def layout_of(**sizes: int) -> Layout:
     """The training layout of a mesh."""
     mesh = make_mesh(ParallelConfig(**sizes))
-    layout = make_layout(mesh, ShardingConfig(), ExpertParallelConfig())
-    assert layout is not None
-    return layout
+    return make_layout(mesh, ShardingConfig(), ExpertParallelConfig())
 
 
 def panel(ax: Axes, title: str, sharding: NamedSharding, shape: tuple[int, int]) -> None:

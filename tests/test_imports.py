@@ -23,11 +23,12 @@ MODEL_ROWS = [
     {"activation"},
     {"fp8", "held"},
     {"norm", "rope", "linear", "cache", "router", "placement"},
-    {"mlp", "fused"},
+    {"forward_pass", "quantized_inputs"},
+    {"mlp", "ends"},
     {"mla", "moe"},
     {"block"},
-    {"mtp"},
-    {"transformer"},
+    {"stack", "mtp"},
+    {"decode", "transformer"},
 ]
 MODEL_ROW = {name: row for row, names in enumerate(MODEL_ROWS) for name in names}
 

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -15,17 +14,13 @@ from dsv3_jax.inference.kv_cache import NO_PAGE, pool_for
 from dsv3_jax.inference.sampling import sample
 from dsv3_jax.kernels.mla_decode.api import wants_pages
 from dsv3_jax.kernels.mla_decode.schedule import PAGE
-from dsv3_jax.model.cache import init_paged_cache
+from dsv3_jax.model.cache import AnyCache, init_model_cache, init_paged_cache
+from dsv3_jax.model.decode import decode_step, prefill
+from dsv3_jax.model.ends import logits_of
+from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.placement import shardings
-from dsv3_jax.model.transformer import (
-    AnyCache,
-    Variables,
-    counted_decode_step,
-    counted_prefill,
-    init_model_cache,
-    logits_of,
-)
-from dsv3_jax.parallel.sharding import Layout, constrain, serving_layouts
+from dsv3_jax.model.transformer import Variables
+from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout, serving_layouts
 
 # Prompts are padded to a multiple, so that prompts of similar lengths share one compilation.
 PROMPT_MULTIPLE = 32
@@ -41,7 +36,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    layout: Layout | None = None,
+    layout: Layout = ONE_DEVICE,
     paged: bool | None = None,
     fp8_cache: bool = False,
     expert_load: ExpertLoad | None = None,
@@ -61,7 +56,7 @@ def generate(
     cache_length = _checked_cache_length(prompts, lengths, config, max_new_tokens, cache_length)
     count, multiple = len(prompts), PROMPT_MULTIPLE
     prefill_layout, decode_layout = serving_layouts(layout)
-    if prefill_layout is not None:
+    if not layout.one_device:
         variables = jax.device_put(variables, shardings(variables, prefill_layout))
         multiple = math.lcm(multiple, 2 * prefill_layout.size("seq"))
         # Whole pages on every device, which kernels read.
@@ -78,7 +73,7 @@ def generate(
     key = jax.random.key(seed)
     if paged is None:
         widths = (config.kv_lora_rank, config.qk_rope_head_dim)
-        paged = fp8_cache or (layout is None and wants_pages(*widths, config.dtype))
+        paged = fp8_cache or (layout.one_device and wants_pages(*widths, config.dtype))
     if fp8_cache and not paged:
         raise UserError("an FP8 cache lies in pages: leave paged=False out")
     room = [min(n + max_new_tokens - 1, cache_length) for n in lengths.tolist()]
@@ -88,10 +83,12 @@ def generate(
     counted = None
     if expert_load is not None:
         counted = (np.arange(padded_length) < lengths[:, None]) & real[:, None]
-    hidden, cache, load = _prefill(variables, padded, counted, cache, config, prefill_layout)
+    how = Pass(config, layout=prefill_layout)
+    hidden, cache, load = _prefill(variables, padded, counted, cache, how)
     if expert_load is not None:
         expert_load.add(load)
     hidden = hidden[np.arange(len(prompts)), lengths - 1]
+    how = Pass(config, layout=decode_layout)
     ended = np.zeros(count, bool)
     for step in range(max_new_tokens):
         tokens = _next_token(
@@ -111,7 +108,7 @@ def generate(
         start = lengths + step
         if expert_load is not None:
             counted = np.resize(~ended, len(prompts))[:, None] & real[:, None]
-        hidden, cache, load = _decode(variables, fed, counted, start, cache, config, decode_layout)
+        hidden, cache, load = _decode(variables, fed, counted, start, cache, how)
         if expert_load is not None:
             expert_load.add(load)
         hidden = hidden[:, 0]
@@ -141,16 +138,14 @@ def _checked_cache_length(prompts, lengths, config: ModelConfig, max_new_tokens,
 
 
 def _empty_cache(
-    config: ModelConfig, room: list[int], paged: bool, fp8: bool, layout: Layout | None
+    config: ModelConfig, room: list[int], paged: bool, fp8: bool, layout: Layout
 ) -> AnyCache:
     """A cache with room for so many tokens of each sequence, where the layout wants it."""
     if not paged:
         make = partial(init_model_cache, config, len(room), room[0])
-        if layout is None:
-            return make()
-        return jax.jit(make, out_shardings=layout.sharding(None, "batch", "cache"))()
+        return layout.make(make, None, "batch", "cache")
     # Every device has a pool for its own sequences, all of one size.
-    devices = 1 if layout is None else layout.size("batch")
+    devices = layout.size("batch")
     pools = [pool_for(part.tolist(), PAGE) for part in np.split(np.array(room), devices)]
     pages = max(int(pool.table.max()) + 1 for pool in pools)
     width = max(pool.table.shape[1] for pool in pools)
@@ -160,26 +155,24 @@ def _empty_cache(
             for p in pools
         ]
     )
-    if layout is None:
-        return init_paged_cache(config, jnp.asarray(table), pages, PAGE, fp8)
-    make = partial(init_paged_cache, config, pages=pages * devices, page=PAGE, fp8=fp8)
-    return jax.jit(make, out_shardings=layout.sharding("batch"))(table)
+    make = partial(init_paged_cache, config, table, pages * devices, PAGE, fp8)
+    return layout.make(make, "batch")
 
 
-@partial(jax.jit, static_argnames=("config", "layout"), donate_argnums=3)
-def _prefill(variables, tokens, counted, cache, config, layout):
-    filled = counted_prefill(variables, tokens, counted, cache, config, layout)
-    return (*filled[:2], None if counted is None else filled[2])  # what nobody reads is not made
+@partial(jax.jit, static_argnames="how", donate_argnums=3)
+def _prefill(variables, tokens, counted, cache, how: Pass):
+    filled = prefill(variables, tokens, cache, how, counted)
+    return (*filled[:2], None if counted is None else filled.load)  # what nobody reads is not made
 
 
-@partial(jax.jit, static_argnames=("config", "layout"), donate_argnums=4)
-def _decode(variables, tokens, counted, start, cache, config, layout):
-    step = counted_decode_step(variables, tokens, counted, start, cache, config, layout)
-    return (*step[:2], None if counted is None else step[2])
+@partial(jax.jit, static_argnames="how", donate_argnums=4)
+def _decode(variables, tokens, counted, start, cache, how: Pass):
+    step = decode_step(variables, tokens, start, cache, how, counted)
+    return (*step[:2], None if counted is None else step.load)
 
 
 @partial(jax.jit, static_argnames="layout")
 def _next_token(params, hidden, key, temperature, top_p, layout):
     # Whole on every device, and so for every host to read.
-    logits = logits_of(params, constrain(hidden, layout))
-    return constrain(sample(logits, key, temperature, top_p), layout)
+    logits = logits_of(params, layout.constrain(hidden))
+    return layout.constrain(sample(logits, key, temperature, top_p))

@@ -20,20 +20,20 @@ from dsv3_jax.inference.generate import generate
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import Variables
 from dsv3_jax.parallel.load_balancer import Placement, balance
-from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 
 
 def plan_places(
     load_LE: Num[np.ndarray, "L E"],
     num_redundant: int,
     config: ModelConfig,
-    layout: Layout | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> Placement:
     """The plan with `num_redundant` more places than experts, for the devices of the layout.
 
     Raises UserError for a number that does not divide over them.
     """
-    sizes = [layout.mesh.shape[axis] for axis in layout.rules.expert] if layout else [1]
+    sizes = [layout.mesh.shape[axis] for axis in layout.rules.expert]
     return balance(
         load_LE,
         config.n_routed_experts + num_redundant,
@@ -47,11 +47,11 @@ def replicate_experts(
     variables: Variables,
     placement: Placement,
     config: ModelConfig,
-    layout: Layout | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> Variables:
     """The variables with the experts of every layer in the places that the plan gives them.
 
-    With a layout each device gets the experts of its own places. The plan's layers are the main
+    On a mesh each device gets the experts of its own places. The plan's layers are the main
     model's MoE layers and then, if it has more, MTP modules; those that it leaves out keep one
     place an expert. Raises UserError for a plan of another model.
     """
@@ -78,7 +78,7 @@ def replicate_experts(
     return {**variables, "params": params, "placement": placed}
 
 
-def _placed(layer, placement: Placement, layout: Layout | None):
+def _placed(layer, placement: Placement, layout: Layout):
     """(the layer with its experts gathered, its entry of the `placement` collection)."""
     places = jax.tree.map(jnp.asarray, placement)
 
@@ -88,7 +88,9 @@ def _placed(layer, placement: Placement, layout: Layout | None):
         return {"experts": jax.tree.map(lambda w: of_all(w, expert_LP), experts)}
 
     operands = (layer["mlp"]["experts"], places.expert_LP)
-    where = layout and shardings(jax.eval_shape(gather, *operands), layout)
+    where = None
+    if not layout.one_device:
+        where = shardings(jax.eval_shape(gather, *operands), layout)
     experts = jax.jit(gather, out_shardings=where)(*operands)
     names = {"expert": places.expert_LP, "place": places.place_LEC, "count": places.count_LE}
     return {**layer, "mlp": {**layer["mlp"], **experts}}, {"mlp": names}
@@ -98,7 +100,7 @@ def measure_load(
     variables: Variables,
     prompts: Sequence[Sequence[int]],
     config: ModelConfig,
-    layout: Layout | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> Int[np.ndarray, "L E"]:
     """How many of the prompts' (token, choice) pairs each expert of each MoE layer receives."""
     load = ExpertLoad(config)

@@ -1,7 +1,7 @@
 """The model run layer by layer with everything worth comparing kept, for number-by-number checks.
 
-`forward` scans its layers and returns what training needs; this loop applies the same blocks one
-after another, so that another runtime's first wrong layer can be found.
+`forward` runs all layers at once and returns what training needs; here they run one after another,
+so that another runtime's first wrong layer can be found.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from dsv3_jax.config import ModelConfig, UserError
-from dsv3_jax.model.block import Block
+from dsv3_jax.model.ends import embed_tokens, final_norm, head
+from dsv3_jax.model.forward_pass import Pass, Tokens, of_part
 from dsv3_jax.model.moe import MoEStats
-from dsv3_jax.model.mtp import MTPModule
-from dsv3_jax.model.norm import rms_norm
-from dsv3_jax.model.transformer import Variables, logits_of
+from dsv3_jax.model.mtp import run_mtp
+from dsv3_jax.model.stack import DENSE, MOE, run_layers
+from dsv3_jax.model.transformer import Variables
 
 
 def trace(
@@ -33,28 +34,26 @@ def trace(
     after the final norm; experts [Lm, B, T, K] int32 with weights f32 of the MoE layers, and
     mtp_hidden_0, mtp_experts_0, mtp_weights_0 ... of the MTP modules.
     """
-    positions = jnp.arange(tokens.shape[1])[None]
-    embedded = _embed(variables["params"], tokens, config)
+    how, params = Pass(config), variables["params"]
+    of_tokens = Tokens(jnp.arange(tokens.shape[1])[None])
+    embedded = _embed(params, tokens, how)
     hidden, choices = [embedded], []
-    for name, dense, count in (
-        ("dense_layers", True, config.num_dense_layers),
-        ("moe_layers", False, config.num_moe_layers),
-    ):
-        stack = _with_key(variables, name)
-        for layer in range(count):
-            x, stats = _apply_block(stack, layer, hidden[-1], positions, config, dense)
+    for name, count in ((DENSE, config.num_dense_layers), (MOE, config.num_moe_layers)):
+        layers = of_part(variables, name)
+        for number in range(count):
+            x, stats = _run_layer(layers, number, hidden[-1], of_tokens, name, how)
             hidden.append(x)
             if stats is not None:
-                choices.append((stats.experts, stats.weights))
-    logits, previous = _head(variables["params"], hidden[-1], config)
+                choices.append((stats.experts[0], stats.weights[0]))
+    logits, previous = _end(params, hidden[-1], how)
     found: dict[str, Any] = {"logits": logits, "hidden": hidden, "final_hidden": previous}
     if choices:
         found["experts"], found["weights"] = zip(*choices)
     for depth in range(config.num_nextn_predict_layers):
-        module = _with_key(variables, f"mtp_{depth}")
-        previous, stats = _apply_mtp(module, previous, embedded, depth, positions, config)
+        ahead = jnp.roll(embedded, -(depth + 1), axis=1)
+        previous, stats = _run_mtp(variables, depth, previous, ahead, of_tokens, how)
         found |= {
-            f"mtp_logits_{depth}": logits_of(variables["params"], previous),
+            f"mtp_logits_{depth}": head(params, previous, how),
             f"mtp_hidden_{depth}": previous,
             f"mtp_experts_{depth}": stats.experts,
             f"mtp_weights_{depth}": stats.weights,
@@ -87,37 +86,33 @@ def read_tokens(path: str | Path, config: ModelConfig) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def _with_key(variables: Variables, name: str) -> Variables:
-    return {kind: tree[name] for kind, tree in variables.items() if name in tree}
+@functools.partial(jax.jit, static_argnames="how")
+def _embed(params: Variables, tokens: Array, how: Pass) -> Array:
+    return embed_tokens(params, tokens, how)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _embed(params: Variables, tokens: Array, config: ModelConfig) -> Array:
-    return jnp.take(params["embed_tokens"], tokens, axis=0).astype(config.dtype)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "dense"))
-def _apply_block(
-    stack: Variables, layer: int, x: Array, positions: Array, config: ModelConfig, dense: bool
+@functools.partial(jax.jit, static_argnames=("name", "how"))
+def _run_layer(
+    layers: Variables, number: int, x: Array, of_tokens: Tokens, name: str, how: Pass
 ) -> tuple[Array, MoEStats | None]:
-    """The output and statistics of one layer of a stack; compiled once for all its layers."""
-    one = jax.tree.map(lambda leaf: leaf[layer], stack)
-    x, _, stats = Block(config, dense).apply(one, x, positions)  # type: ignore[misc]
+    """The output and statistics of one layer of a kind; compiled once for all its layers."""
+    one = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, number, 1), layers)
+    variables = {kind: {name: tree} for kind, tree in one.items()}
+    x, _, stats = run_layers(variables, x, of_tokens, how)
     return x, stats
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _head(params: Variables, x: Array, config: ModelConfig) -> tuple[Array, Array]:
-    final = rms_norm(x, params["norm"], config.rms_norm_eps)
-    return logits_of(params, final), final
+@functools.partial(jax.jit, static_argnames="how")
+def _end(params: Variables, x: Array, how: Pass) -> tuple[Array, Array]:
+    final = final_norm(params, x, how)
+    return head(params, final, how), final
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _apply_mtp(
-    module: Variables, x: Array, embedded: Array, depth: int, positions: Array, config: ModelConfig
+@functools.partial(jax.jit, static_argnames=("depth", "how"))
+def _run_mtp(
+    variables: Variables, depth: int, x: Array, ahead: Array, of_tokens: Tokens, how: Pass
 ) -> tuple[Array, MoEStats]:
-    embedding = jnp.roll(embedded, -(depth + 1), axis=1)
-    x, _, stats = MTPModule(config).apply(module, x, embedding, positions)  # type: ignore[misc]
+    x, _, stats = run_mtp(variables, depth, x, ahead, of_tokens, how)
     return x, stats
 
 

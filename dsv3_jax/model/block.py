@@ -1,56 +1,41 @@
 """One transformer layer: x += MLA(norm(x)); x += feed-forward(norm(x))."""
 
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.mla_decode.schedule import Schedule
 from dsv3_jax.model.cache import LatentCache, PagedCache
-from dsv3_jax.model.fused import norm_for
+from dsv3_jax.model.forward_pass import Pass, Tokens
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.moe import MoE, MoEStats
 from dsv3_jax.model.norm import rms_norm
-from dsv3_jax.parallel.sharding import Layout, constrain
-from dsv3_jax.quantization.recipe import BF16, Recipe
+from dsv3_jax.model.quantized_inputs import norm_for
 
 
 class Block(nn.Module):
     """A pre-norm layer whose feed-forward is dense or a mixture of experts."""
 
-    config: ModelConfig
+    how: Pass
     dense: bool
-    recipe: Recipe = BF16
-    layout: Layout | None = None
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        positions: Int[Array, "#B T"],
-        *,
-        segments: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
+        tokens: Tokens,
         cache: LatentCache | PagedCache | None = None,
-        prefill: bool = False,
-        schedule: Schedule | None = None,
     ) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache | None, MoEStats | None]:
-        """The layer's output, its updated cache, and a MoE layer's statistics.
-
-        segments, cache, prefill and schedule as in `MLA`; mask as in `MoE`.
-        """
-        config, ones = self.config, nn.initializers.ones
-        dim, eps = config.hidden_size, config.rms_norm_eps
+        """The layer's output, its updated cache, and a MoE layer's statistics."""
+        how, ones = self.how, nn.initializers.ones
+        dim, eps = how.config.hidden_size, how.config.rms_norm_eps
         norm = self.param("input_layernorm", ones, (dim,))
-        normed = norm_for(x, norm, eps, self.recipe.attention, self.layout)
-        attention = MLA(config, self.recipe, self.layout, name="self_attn")
-        attended, cache = attention(normed, positions, segments, cache, prefill, schedule)
-        x = x + constrain(attended, self.layout, "batch", "residual")
+        normed = norm_for(x, norm, eps, how.recipe.attention, how.layout)
+        attended, cache = MLA(how, name="self_attn")(normed, tokens, cache)
+        x = x + how.layout.constrain(attended, "batch", "residual")
         norm = self.param("post_attention_layernorm", ones, (dim,))
         if self.dense:
-            mlp = MLP(config, config.intermediate_size, self.recipe, self.layout, name="mlp")
-            normed = norm_for(x, norm, eps, self.recipe.gate_up_proj, self.layout)
-            return x + mlp(normed), cache, None
+            mlp = MLP(how, how.config.intermediate_size, name="mlp")
+            return x + mlp(norm_for(x, norm, eps, how.recipe.gate_up_proj, how.layout)), cache, None
         normed = rms_norm(x, norm, eps)  # the router reads it, too
-        y, stats = MoE(config, self.recipe, self.layout, name="mlp")(normed, mask)
+        y, stats = MoE(how, name="mlp")(normed, tokens.counted)
         return x + y, cache, stats

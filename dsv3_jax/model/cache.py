@@ -5,17 +5,20 @@ MLA caches the normed kv latent (kv_lora_rank) and the rotated shared key (qk_ro
 rows live in (paging) is policy and belongs to `inference`.
 """
 
+import dataclasses
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.mla_decode.schedule import PAGE
 from dsv3_jax.parallel.collectives import Axes
-from dsv3_jax.parallel.sharding import Layout, constrain
+from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, quantize
 
 
@@ -35,27 +38,29 @@ def init_cache(config: ModelConfig, batch: int, length: int, layers: int) -> Lat
     )
 
 
-def append(
-    cache: LatentCache,
-    latent: Float[Array, "B T C"],
-    k_rope: Float[Array, "B T R"],
-    start: Int[Array, " B"],
-) -> LatentCache:
-    """The cache of one layer with T new rows written from row start[b] on in each sequence.
+class ModelCache(NamedTuple):
+    """The latent caches of all layers, stacked per kind; None where there are no such layers."""
 
-    Rows past the sequence's own end (padding of a ragged batch) are overwritten by later tokens
-    before any query can see them. The caller keeps start + T within the cache.
-    """
+    dense: LatentCache | None
+    moe: LatentCache | None
 
-    def write(rows, new, at):
-        return jax.lax.dynamic_update_slice(rows, new.astype(rows.dtype), (at, 0))
 
-    return LatentCache(
-        jax.vmap(write)(cache.latent, latent, start), jax.vmap(write)(cache.k_rope, k_rope, start)
+def init_model_cache(config: ModelConfig, batch: int, length: int) -> ModelCache:
+    """Empty caches for `batch` sequences of up to `length` tokens."""
+    dense, moe = config.num_dense_layers, config.num_moe_layers
+    return ModelCache(
+        init_cache(config, batch, length, dense) if dense else None,
+        init_cache(config, batch, length, moe) if moe else None,
     )
 
 
-class PagedCache(NamedTuple):
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["latent", "k_rope", "block_table"],
+    meta_fields=["layers"],
+)
+@dataclass(frozen=True)
+class PagedCache:
     """Pages of rows, which sequences hold by number; all layers' pages lie in one pool.
 
     Row i of sequence b is row i % page of page block_table[b, i // page], in each layer: layer l
@@ -70,45 +75,102 @@ class PagedCache(NamedTuple):
     latent: Float[Array, "LP page C"] | BlockScaled
     k_rope: Float[Array, "LP page R"]
     block_table: Int[Array, "B S"]
+    layers: int = 1  # L, static
+
+    def with_table(self, block_table: Int[Array, "B S"]) -> "PagedCache":
+        """The same pool, and other pages of it."""
+        return dataclasses.replace(self, block_table=block_table)
+
+
+AnyCache = ModelCache | PagedCache
 
 
 def init_paged_cache(
     config: ModelConfig,
-    block_table: Int[Array, "B S"],
+    block_table: Int[Array | np.ndarray, "B S"],
     pages: int,
     page: int = PAGE,
     fp8: bool = False,
+    layers: int | None = None,
 ) -> PagedCache:
-    """An all-zero pool of so many pages for each of the model's layers, in the model's dtype.
+    """An all-zero pool of so many pages for each layer, in the model's dtype.
 
     With `fp8` the latents are E4M3, a scale for 128 of them; the rotated key stays as it is, 656
-    bytes a token and layer of V3 where 1152 are.
+    bytes a token and layer of V3 where 1152 are. Without `layers` it has the main model's.
     """
-    shape = (config.num_hidden_layers * pages, page)
+    layers = config.num_hidden_layers if layers is None else layers
+    shape = (layers * pages, page)
     latent = jnp.zeros((*shape, config.kv_lora_rank), config.dtype)
     return PagedCache(
-        quantize(latent, PER_TOKEN) if fp8 else latent,
-        jnp.zeros((*shape, config.qk_rope_head_dim), config.dtype),
-        jnp.asarray(block_table, jnp.int32),
+        latent=quantize(latent, PER_TOKEN) if fp8 else latent,
+        k_rope=jnp.zeros((*shape, config.qk_rope_head_dim), config.dtype),
+        block_table=jnp.asarray(block_table, jnp.int32),
+        layers=layers,
     )
 
 
-def of_layer(
-    cache: PagedCache, layer: Int[Array, ""], layers: int, layout: Layout | None = None
-) -> PagedCache:
-    """The cache as one of `layers` layers sees it: the same pool, and a table of its own pages."""
-    pages = cache.latent.shape[0] // (layers * (1 if layout is None else layout.size("batch")))
+def of_layer(cache: PagedCache, layer: Int[Array, ""], layout: Layout = ONE_DEVICE) -> PagedCache:
+    """The cache as one of its layers sees it: the same pool, and a table of its own pages."""
+    pages = cache.latent.shape[0] // (cache.layers * layout.size("batch"))
     table = cache.block_table
-    return cache._replace(block_table=jnp.where(table < 0, -1, table + layer * pages))
+    return cache.with_table(jnp.where(table < 0, -1, table + layer * pages))
 
 
-def append_paged(
-    cache: PagedCache,
+def append(
+    cache: LatentCache | PagedCache,
     latent: Float[Array, "B T C"],
     k_rope: Float[Array, "B T R"],
     start: Int[Array, " B"],
-) -> PagedCache:
-    """`append` for pages, quantised where they are; `cache` is what `of_layer` returned."""
+    layout: Layout = ONE_DEVICE,
+    *,
+    whole_prompt: bool = False,
+) -> LatentCache | PagedCache:
+    """The cache of one layer with T new rows written from row start[b] on in each sequence.
+
+    Rows past the sequence's own end (padding of a ragged batch) are overwritten by later tokens
+    before any query can see them. The caller keeps start + T within a contiguous cache; pages are
+    as `of_layer` returned them, and quantise what they are given where they hold FP8.
+
+    On a mesh each device writes the rows that it holds: those of its sequences, and of a contiguous
+    cache its share of "cache". A whole prompt's rows lie over "seq" and go where the cache wants
+    them.
+    """
+    tokens, of_cache = layout.spec("batch"), layout.spec("batch", "cache")
+    write: Any = _append_rows
+    if isinstance(cache, PagedCache):
+        write, of_cache = _append_to_pages, tokens
+    elif whole_prompt:
+        return layout.constrain(_append_rows(cache, latent, k_rope, start), "batch", "cache")
+    elif pieces := layout.axes("cache"):
+        write = partial(_append_to_piece, axes=pieces)
+    inputs = (of_cache, tokens, tokens, tokens)
+    return layout.shard_map(write, inputs, of_cache)(cache, latent, k_rope, start)
+
+
+def _append_rows(cache: LatentCache, latent, k_rope, start) -> LatentCache:
+    def write(rows, new, at):
+        return jax.lax.dynamic_update_slice(rows, new.astype(rows.dtype), (at, 0))
+
+    return LatentCache(
+        jax.vmap(write)(cache.latent, latent, start), jax.vmap(write)(cache.k_rope, k_rope, start)
+    )
+
+
+def _append_to_piece(cache: LatentCache, latent, k_rope, start, axes: Axes) -> LatentCache:
+    """`_append_rows` where each device along `axes` has a part of a sequence's rows, in order."""
+    held = cache.latent.shape[1]
+    rows = start[:, None] + jnp.arange(latent.shape[1], dtype=start.dtype)
+    rows -= jax.lax.axis_index(axes) * held
+    rows = jnp.where(rows < 0, held, rows)  # a negative index would count from the end
+    sequence = jnp.arange(len(start))[:, None]
+
+    def write(rows_held, new):
+        return rows_held.at[sequence, rows].set(new.astype(rows_held.dtype), mode="drop")
+
+    return LatentCache(write(cache.latent, latent), write(cache.k_rope, k_rope))
+
+
+def _append_to_pages(cache: PagedCache, latent, k_rope, start) -> PagedCache:
     page, slots = cache.latent.shape[1], cache.block_table.shape[1]
     rows = start[:, None] + jnp.arange(latent.shape[1], dtype=start.dtype)
     slot = jnp.minimum(rows // page, slots - 1)
@@ -120,47 +182,8 @@ def append_paged(
         return pool.at[number, rows % page].set(new.astype(pool.dtype), mode="drop")
 
     new: Any = quantize(latent, PER_TOKEN) if isinstance(cache.latent, BlockScaled) else latent
-    return cache._replace(
-        latent=jax.tree.map(write, cache.latent, new), k_rope=write(cache.k_rope, k_rope)
+    return dataclasses.replace(
+        cache,
+        latent=jax.tree.map(write, cache.latent, new),
+        k_rope=write(cache.k_rope, k_rope),
     )
-
-
-def append_on_mesh(
-    cache: LatentCache | PagedCache,
-    latent: Float[Array, "B T C"],
-    k_rope: Float[Array, "B T R"],
-    start: Int[Array, " B"],
-    layout: Layout,
-    prefill: bool,
-) -> LatentCache | PagedCache:
-    """`append` and `append_paged` on a mesh: each device writes the rows that it holds.
-
-    Rows are spread over "batch" and those of a contiguous cache over "cache", too. A prompt's rows,
-    which lie over "seq", go where the cache wants them.
-    """
-    tokens, of_cache = layout.spec("batch"), layout.spec("batch", "cache")
-    write: Any = append_paged
-    if isinstance(cache, PagedCache):
-        of_cache = tokens
-    elif prefill:
-        cache = append(cache, latent, k_rope, start)
-        return LatentCache(*(constrain(rows, layout, "batch", "cache") for rows in cache))
-    else:
-        write = partial(_append_part, axes=layout.axes("cache"))
-    places = jax.tree.map(lambda _: of_cache, cache)
-    inputs = (places, tokens, tokens, tokens)
-    return layout.shard_map(write, inputs, places)(cache, latent, k_rope, start)
-
-
-def _append_part(cache: LatentCache, latent, k_rope, start, axes: Axes) -> LatentCache:
-    """`append` where each device along `axes` has a part of every sequence's rows, in order."""
-    held = cache.latent.shape[1]
-    rows = start[:, None] + jnp.arange(latent.shape[1], dtype=start.dtype)
-    rows -= jax.lax.axis_index(axes) * held
-    rows = jnp.where(rows < 0, held, rows)  # a negative index would count from the end
-    sequence = jnp.arange(len(start))[:, None]
-
-    def write(rows_held, new):
-        return rows_held.at[sequence, rows].set(new.astype(rows_held.dtype), mode="drop")
-
-    return LatentCache(write(cache.latent, latent), write(cache.k_rope, k_rope))

@@ -18,17 +18,23 @@ from dsv3_jax.model.fp8 import (
     fp8_linear,
 )
 from dsv3_jax.model.held import FP8Weight, cut_dims, held_grouped_linear, held_linear
-from dsv3_jax.parallel.sharding import Layout, constrain
+from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.block_scaled import StraightThrough
 from dsv3_jax.quantization.recipe import LinearRecipe
 
 
-class Spread(NamedTuple):
-    """How an operation lies on a mesh, for products that XLA cannot cut by itself: kernels."""
+class ProductLayout(NamedTuple):
+    """How a product lies on a mesh, by logical dims: XLA cannot cut kernels by itself.
 
-    layout: Layout | None
+    `kernels.partition.Cut` cuts a kernel where nobody says how, by the shardings that arrive.
+    """
+
+    layout: Layout
     rows: tuple[str | None, ...]  # the dims of x but its last
     weight: tuple[str | None, ...]  # the last is contracted, and so also x's last
+
+
+WHOLE = ProductLayout(ONE_DEVICE, (), (None,))
 
 
 def linear(
@@ -36,26 +42,26 @@ def linear(
     weight: Float[Array, "*N K"] | FP8Weight,
     recipe: LinearRecipe | None = None,
     activation: Callable[[Array], Array] | None = None,
-    spread: Spread | None = None,
+    where: ProductLayout = WHOLE,
 ) -> Float[Array, "..."]:
     """x times the transposed weight, in x's dtype: [*B, K] by [*N, K] gives [*B, *N].
 
     The weight keeps its leading dims, so a [N, H, D] projection yields heads without a reshape.
-    A recipe says how the products are quantised, none that they are not. An activation is applied
+    A recipe says how the products are quantised; without one they are not. An activation is applied
     to x first (`fp8_linear` saves x rather than what it makes of it). An FP8Weight is multiplied in
-    FP8 with or without a recipe, and has no gradient. With a layout in `spread`, a product in FP8
-    is each device's own; a contracted dim that is cut leaves y laid out as the residual. An x that
+    FP8 with or without a recipe, and has no gradient. On a mesh a product in FP8 is each device's
+    own, as `where` says; a contracted dim that is cut leaves y laid out as the residual. An x that
     is quantised already needs a recipe, or such a weight.
     """
-    layout = None if spread is None else spread.layout
+    layout = where.layout
     if isinstance(weight, FP8Weight):
 
         def multiply_held(x, weight):
             return held_linear(x if activation is None else activation(x), weight, recipe)
 
-        if spread is None or layout is None:
+        if layout.one_device:
             return multiply_held(x, weight)
-        numbers, names = weight.numbers, spread.weight
+        numbers, names = weight.numbers, where.weight
         dims = cut_dims(numbers, (*names[: numbers.ndim - 1], names[-1]), layout)
         inner = [None] * (len(weight.shape) - numbers.ndim)
         return _on_mesh(
@@ -63,14 +69,11 @@ def linear(
             x,
             numbers,
             layout.spec(*dims),
-            Spread(layout, spread.rows, (*dims[:-1], *inner, dims[-1])),
-            layout,
+            where._replace(weight=(*dims[:-1], *inner, dims[-1])),
         )
     if recipe is not None:
         multiply = partial(fp8_linear, recipe=recipe, activation=activation)
-        if spread is None or layout is None:
-            return multiply(x, weight)
-        return _on_mesh(multiply, x, weight, layout.spec(*spread.weight), spread, layout)
+        return _on_mesh(multiply, x, weight, layout.spec(*where.weight), where)
     assert not isinstance(x, StraightThrough)
     if activation is not None:
         x = activation(x)
@@ -78,16 +81,16 @@ def linear(
     return jax.lax.dot_general(x, weight.astype(x.dtype), contract)
 
 
-def _on_mesh(multiply, x, weight, of_weight: PartitionSpec, spread: Spread, layout: Layout):
-    *out_dims, contracted = spread.weight
-    inner = (None,) * (len(x.shape) - len(spread.rows) - 1)  # SwiGLU's pair
-    rows = spread.rows if contracted is None else (spread.rows[0], "residual")
+def _on_mesh(multiply, x, weight, of_weight: PartitionSpec, where: ProductLayout):
+    layout, (*out_dims, contracted) = where.layout, where.weight
+    inner = (None,) * (len(x.shape) - len(where.rows) - 1)  # SwiGLU's pair
+    rows = where.rows if contracted is None else (where.rows[0], "residual")
 
     def of_device(x, weight):
         y = multiply(x, weight)
         return y if contracted is None else _added_up(y, layout, contracted)
 
-    of_x = layout.spec(*spread.rows, *inner, contracted)
+    of_x = layout.spec(*where.rows, *inner, contracted)
     return layout.shard_map(of_device, (of_x, of_weight), layout.spec(*rows, *out_dims))(x, weight)
 
 
@@ -109,22 +112,21 @@ def feed_forward(
     gate_up: Float[Array, "2 F D"] | FP8Weight,
     down: Float[Array, "D F"] | FP8Weight,
     recipes: Recipes,
-    layout: Layout | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> Float[Array, "B T D"]:
-    """down(swiglu(gate_up(x))), with F cut over `tensor` where there is a layout.
+    """down(swiglu(gate_up(x))), with F cut over `tensor`.
 
     x lies as ("batch", "seq"), and the result as the residual.
     """
     rows, inner = ("batch", "seq"), (None, "mlp", None)
-    if not _fused(x, gate_up, down, recipes, layout):
-        widen, narrow = Spread(layout, rows, inner), Spread(layout, rows, (None, "mlp"))
-        hidden = linear(x, gate_up, recipes[0], spread=widen)
-        hidden = constrain(hidden, layout, *rows, None, "mlp")
+    if not _is_one_operation(x, gate_up, down, recipes, layout):
+        widen = ProductLayout(layout, rows, inner)
+        hidden = linear(x, gate_up, recipes[0], where=widen)
+        hidden = layout.constrain(hidden, *rows, None, "mlp")
+        narrow = ProductLayout(layout, rows, (None, "mlp"))
         return linear(hidden, down, recipes[1], swiglu, narrow)
     both: Any = fp8_feed_forward
     multiply = partial(both, recipes=recipes)
-    if layout is None:
-        return multiply(x, gate_up, down)
     inputs = layout.spec(*rows), layout.spec(*inner), layout.spec(None, "mlp")
     return layout.shard_map(
         lambda *operands: _added_up(multiply(*operands), layout, "mlp"),
@@ -142,18 +144,18 @@ def grouped_feed_forward(
     recipes: Recipes,
 ) -> Float[Array, "M D"]:
     """`feed_forward` of each row with the weights of its group, as `grouped_linear`."""
-    if _fused(rows, gate_up, down, recipes, None):
-        fused: Any = fp8_grouped_feed_forward
-        return fused(rows, gate_up, down, group_sizes, recipes)
+    if _is_one_operation(rows, gate_up, down, recipes, ONE_DEVICE):
+        both: Any = fp8_grouped_feed_forward
+        return both(rows, gate_up, down, group_sizes, recipes)
     hidden = grouped_linear(rows, gate_up, group_sizes, alignment, recipes[0])
     return grouped_linear(hidden, down, group_sizes, alignment, recipes[1], swiglu)
 
 
-def _fused(x, gate_up, down, recipes: Recipes, layout: Layout | None) -> bool:
+def _is_one_operation(x, gate_up, down, recipes: Recipes, layout: Layout) -> bool:
     """Whether both products are one FP8 operation, with SwiGLU's gradient quantised inside."""
     if isinstance(gate_up, FP8Weight) or isinstance(down, FP8Weight):
         return False
-    width = down.shape[-1] // (1 if layout is None else layout.size("mlp"))
+    width = down.shape[-1] // layout.size("mlp")
     return can_fuse(x.dtype, (width, down.shape[-2]), *recipes)
 
 

@@ -1,7 +1,7 @@
-"""DeepSeekMoE: routed experts, on one device or spread over a mesh, and shared experts.
+"""DeepSeekMoE: routed experts, spread over the devices of a mesh, and shared experts.
 
-V3 report, section 2.1.2. No token is ever dropped. This is where arrays of the batch become arrays
-of a device (`sharded_experts`): what travels between devices is `parallel/expert.py`'s.
+V3 report, section 2.1.2. No token is ever dropped. Here arrays of the batch become arrays of a
+device (`routed_experts`); what travels between devices is `parallel/expert.py`'s.
 """
 
 import math
@@ -16,16 +16,17 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.fused import gather_for
+from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.held import FP8Weight, parameter
 from dsv3_jax.model.linear import group_alignment, grouped_feed_forward
 from dsv3_jax.model.mlp import MLP
+from dsv3_jax.model.quantized_inputs import gather_for
 from dsv3_jax.model.router import Routing, balance_loss, route
 from dsv3_jax.parallel.collectives import total, vary
 from dsv3_jax.parallel.expert import Exchange, combine, dispatch, make_exchange, may_overflow
 from dsv3_jax.parallel.hops import NOBODY
 from dsv3_jax.parallel.rounds import fits_or_nan, in_rounds
-from dsv3_jax.parallel.sharding import Layout, constrain
+from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import PER_TOKEN
 from dsv3_jax.quantization.recipe import BF16, Recipe, TileFormat
 
@@ -155,109 +156,84 @@ class MoEWeights(NamedTuple):
 def routed_experts(
     x: Float[Array, "B T D"],
     weights: MoEWeights,
-    mask: Bool[Array, "B T"] | None,
-    config: ModelConfig,
-    recipe: Recipe = BF16,
+    counted: Bool[Array, "B T"] | None,
+    how: Pass,
 ) -> tuple[Float[Array, "B T D"], MoEStats]:
-    """The routed experts' share of a MoE layer's output, and its statistics, on one device."""
-    x_TD = x.reshape(-1, x.shape[-1])
-    routing = route(x_TD, weights.gate, weights.bias, config)
-    placed = routing
-    if weights.places is not None:  # statistics stay those of experts
-        placed = routing._replace(experts_TK=choose_places(routing.experts_TK, *weights.places))
-    y = expert_ffn(x_TD, placed, weights.gate_up, weights.down, recipe)
-    by_token = (*x.shape[:2], -1)
-    stats = MoEStats(
-        _load(routing.experts_TK, config.n_routed_experts, mask),
-        balance_loss(routing.scores_TE.reshape(by_token), config.num_experts_per_tok, mask),
-        routing.experts_TK.reshape(by_token),
-        routing.weights_TK.reshape(by_token),
-        jnp.ones((), jnp.int32),
-    )
-    return y.reshape(x.shape), stats
+    """The routed experts' share of a MoE layer's output, and its statistics.
 
-
-def sharded_experts(
-    x: Float[Array, "B T D"],
-    weights: MoEWeights,
-    mask: Bool[Array, "B T"] | None,
-    config: ModelConfig,
-    recipe: Recipe,
-    layout: Layout,
-) -> tuple[Float[Array, "B T D"], MoEStats]:
-    """`routed_experts` over a mesh: the boundary between arrays of the batch and those of a device.
-
-    Tokens lie on the axes of "batch" and "residual", experts on those of "expert". Where B or T do
-    not divide, tokens that nobody handles fill them up.
+    The boundary between arrays of the batch and those of a device. Tokens lie on the axes of
+    "batch" and "residual", experts on those of "expert". Where B or T do not divide, tokens that
+    nobody handles fill them up.
     """
-    batch, length = x.shape[:2]
+    layout, (batch, length) = how.layout, x.shape[:2]
     fill = [(0, -batch % layout.size("batch")), (0, -length % layout.size("residual"))]
-    real = jnp.ones((batch, length), bool)
+    real = None
     if fill != [(0, 0), (0, 0)]:
-        x, real = jnp.pad(x, [*fill, (0, 0)]), jnp.pad(real, fill)
-        mask = None if mask is None else jnp.pad(mask, fill)
+        real = jnp.pad(jnp.ones((batch, length), bool), fill)
+        x, counted = (
+            jnp.pad(x, [*fill, (0, 0)]),
+            real if counted is None else jnp.pad(counted, fill),
+        )
     exchange = exchange_of(
-        config,
-        recipe,
+        how.config,
+        how.recipe,
         layout,
         tokens=x.shape[0] * x.shape[1] // (layout.size("batch") * layout.size("residual")),
         num_places=len(weights.down),
         held_in_fp8=isinstance(weights.gate_up, FP8Weight),
     )
-    per_device = partial(_experts_of_device, batch, config, recipe, layout, exchange)
     tokens: Any = layout.spec("batch", "residual")
     held: Any = layout.spec("expert")
     everywhere: Any = PartitionSpec()
     y, stats = layout.shard_map(
-        per_device,
+        partial(_experts_of_device, batch, how, exchange),
         in_specs=(tokens, MoEWeights(everywhere, everywhere, held, held, everywhere), tokens),
         out_specs=(tokens, MoEStats(everywhere, everywhere, tokens, tokens, everywhere)),
-    )(x, weights, (real, real if mask is None else mask))
+    )(x, weights, (real, counted))
+    if real is None:
+        return y, stats
     return y[:batch, :length], stats._replace(
         experts=stats.experts[:batch, :length], weights=stats.weights[:batch, :length]
     )
 
 
 def _experts_of_device(
-    batch: int,
-    config: ModelConfig,
-    recipe: Recipe,
-    layout: Layout,
-    exchange: Exchange,
-    x,
-    weights,
-    masks,
+    batch: int, how: Pass, exchange: Exchange, x, weights: MoEWeights, masks
 ) -> tuple[Float[Array, "B T D"], MoEStats]:
+    layout, config = how.layout, how.config
     batch_axes, sequence_axes = layout.axes("batch"), layout.axes("residual")
     axes = (*batch_axes, *sequence_axes)
     # The gradients of all weights are summed over the devices here.
-    x, weights, (real, mask) = vary((x, weights, masks), axes)
+    x, weights, (real, counted) = vary((x, weights, masks), axes)
     x_TD = x.reshape(-1, x.shape[-1])
     routing = route(x_TD, weights.gate, weights.bias, config)
     experts_TK = routing.experts_TK
-    if weights.places is not None:
-        node, *within = layout.axes("expert")
+    if weights.places is not None:  # statistics stay those of experts
+        expert_axes = layout.axes("expert")
+        node, within = expert_axes[:1], expert_axes[1:]
         devices_per_node = math.prod(layout.mesh.shape[axis] for axis in within)
         experts_TK = choose_places(
             experts_TK,
             *weights.places,
             # Every device begins with another replica: when decoding, each has few tokens.
             first_turn=lax.axis_index(axes),
-            num_nodes=layout.mesh.shape[node],
+            num_nodes=math.prod(layout.mesh.shape[axis] for axis in node),
             places_per_node=exchange.experts * devices_per_node,
             own_node=lax.axis_index(node),
         )
-    if exchange.hops:
+    if exchange.hops and real is not None:
         experts_TK = jnp.where(real.reshape(-1, 1), experts_TK, NOBODY)
     placed = routing._replace(experts_TK=experts_TK)
-    y, rounds = exchanged_expert_ffn(x_TD, placed, weights.gate_up, weights.down, recipe, exchange)
-    mask, by_token = mask & real, (*x.shape[:2], -1)
+    y, rounds = exchanged_expert_ffn(
+        x_TD, placed, weights.gate_up, weights.down, how.recipe, exchange
+    )
+    by_token = (*x.shape[:2], -1)
     stats = MoEStats(
-        total(_load(routing.experts_TK, config.n_routed_experts, mask), axes),
+        total(_load(routing.experts_TK, config.n_routed_experts, counted), axes),
         balance_loss(
             routing.scores_TE.reshape(by_token),
             config.num_experts_per_tok,
-            mask,
+            counted,
             batch=batch,
             batch_axes=batch_axes,
             token_axes=sequence_axes,
@@ -310,48 +286,42 @@ def exchange_of(
 class Experts(nn.Module):
     """The routed experts, their weights stacked: one place each, or replicas besides."""
 
-    config: ModelConfig
-    recipe: Recipe = BF16
-    layout: Layout | None = None
+    how: Pass
     num_places: int | None = None  # None: n_routed_experts
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mask: Bool[Array, "B T"] | None,
+        counted: Bool[Array, "B T"] | None,
         gate: Float[Array, "E D"],
         bias: Float[Array, " E"] | None,
         places: tuple[Int[Array, "E C"], Int[Array, " E"]] | None,
     ) -> tuple[Float[Array, "B T D"], MoEStats]:
-        config = self.config
+        config = self.how.config
         init = nn.initializers.normal(config.initializer_range)
         num_places = self.num_places or config.n_routed_experts
         width, dim = config.moe_intermediate_size, x.shape[-1]
         gate_up_proj = parameter(self, "gate_up_proj", init, (num_places, 2, width, dim))
         down_proj = parameter(self, "down_proj", init, (num_places, dim, width))
         weights = MoEWeights(gate, bias, gate_up_proj, down_proj, places)
-        if self.layout is None or self.layout.mesh.size == 1:
-            return routed_experts(x, weights, mask, config, self.recipe)
-        return sharded_experts(x, weights, mask, config, self.recipe, self.layout)
+        return routed_experts(x, weights, counted, self.how)
 
 
 class MoE(nn.Module):
     """Routed experts plus shared experts (one MLP of n_shared_experts times the width)."""
 
-    config: ModelConfig
-    recipe: Recipe = BF16
-    layout: Layout | None = None
+    how: Pass
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], mask: Bool[Array, "B T"] | None = None
+        self, x: Float[Array, "B T D"], counted: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], MoEStats]:
         """The layer's output and its load, balance loss and choices.
 
-        Tokens outside the mask are computed but count neither for the load nor for the loss.
+        Tokens that are not counted are computed, but are neither in the load nor in the loss.
         """
-        config = self.config
+        config = self.how.config
         gate = self.param(
             "gate",
             nn.initializers.normal(config.initializer_range),
@@ -371,18 +341,18 @@ class MoE(nn.Module):
         if self.has_variable("placement", "expert"):
             places = tuple(self.get_variable("placement", name) for name in ("place", "count"))
             num_places = len(self.get_variable("placement", "expert"))
-        experts = Experts(config, self.recipe, self.layout, num_places, name="experts")
-        y, stats = experts(x, mask, gate, bias, places)
+        experts = Experts(self.how, num_places, name="experts")
+        y, stats = experts(x, counted, gate, bias, places)
         if config.n_shared_experts:
             width = config.n_shared_experts * config.moe_intermediate_size
-            y = y + MLP(config, width, self.recipe, self.layout, name="shared_experts")(x)
-        return constrain(y, self.layout, "batch", "residual"), stats
+            y = y + MLP(self.how, width, name="shared_experts")(x)
+        return self.how.layout.constrain(y, "batch", "residual"), stats
 
 
 def _load(
-    experts_TK: Int[Array, "T K"], num_experts: int, mask: Bool[Array, "B T"] | None
+    experts_TK: Int[Array, "T K"], num_experts: int, counted: Bool[Array, "B T"] | None
 ) -> Int[Array, " E"]:
-    counted = jnp.ones(experts_TK.shape, jnp.int32)
-    if mask is not None:
-        counted = counted * mask.reshape(-1, 1).astype(jnp.int32)
-    return jnp.zeros(num_experts, jnp.int32).at[experts_TK].add(counted)
+    ones = jnp.ones(experts_TK.shape, jnp.int32)
+    if counted is not None:
+        ones = ones * counted.reshape(-1, 1).astype(jnp.int32)
+    return jnp.zeros(num_experts, jnp.int32).at[experts_TK].add(ones)

@@ -5,18 +5,18 @@ i + k into h^k_i, from which the shared head predicts token i + k + 1. Embedding
 the main model.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import LatentCache, PagedCache
+from dsv3_jax.model.forward_pass import Pass, Tokens, of_part
 from dsv3_jax.model.linear import linear
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.norm import rms_norm
-from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.quantization.recipe import BF16, Recipe
 
 
 class MTPModule(nn.Module):
@@ -26,36 +26,48 @@ class MTPModule(nn.Module):
     transformers agree) and the opposite of how eq. 21 prints it.
     """
 
-    config: ModelConfig
-    recipe: Recipe = BF16
-    layout: Layout | None = None
+    how: Pass
 
     @nn.compact
     def __call__(
         self,
         hidden: Float[Array, "B T D"],
         embedding: Float[Array, "B T D"],
-        positions: Int[Array, "#B T"],
-        *,
-        segments: Int[Array, "B T"] | None = None,
-        mask: Bool[Array, "B T"] | None = None,
+        tokens: Tokens,
         cache: LatentCache | PagedCache | None = None,
-        prefill: bool = False,
     ) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache | None, MoEStats]:
-        """h^k after its final norm: what the head and the next module read.
-
-        hidden is h^{k-1} after its final norm (the paper does not say; the runtimes that load the
-        published weights agree on it). embedding holds that of token i + k.
-        """
-        config, ones, dim = self.config, nn.initializers.ones, self.config.hidden_size
-        eps = config.rms_norm_eps
+        """As `run_mtp`."""
+        config, ones = self.how.config, nn.initializers.ones
+        dim, eps = config.hidden_size, config.rms_norm_eps
         embedding = rms_norm(embedding, self.param("enorm", ones, (dim,)), eps)
         hidden = rms_norm(hidden, self.param("hnorm", ones, (dim,)), eps)
         init = nn.initializers.normal(config.initializer_range)
         eh_proj = self.param("eh_proj", init, (dim, 2 * dim))
-        x = linear(jnp.concatenate([embedding, hidden], axis=-1), eh_proj, self.recipe.eh_proj)
-        x, cache, stats = Block(config, False, self.recipe, self.layout, name="block")(
-            x, positions, segments=segments, mask=mask, cache=cache, prefill=prefill
-        )
+        x = jnp.concatenate([embedding, hidden], axis=-1)
+        x = linear(x, eh_proj, self.how.recipe.eh_proj)
+        x, cache, stats = Block(self.how, False, name="block")(x, tokens, cache)
         assert stats is not None
         return rms_norm(x, self.param("norm", ones, (dim,)), eps), cache, stats
+
+
+def run_mtp(
+    variables: dict[str, Any],
+    depth: int,
+    hidden: Float[Array, "B T D"],
+    embedding: Float[Array, "B T D"],
+    tokens: Tokens,
+    how: Pass,
+    cache: LatentCache | PagedCache | None = None,
+) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache | None, MoEStats]:
+    """h^k of module k = depth + 1 after its final norm, which head and next module read.
+
+    hidden is h^{k-1} after its final norm (the paper does not say; the runtimes that load the
+    published weights agree on it). Row i of embedding is that of token i + k; tokens are those of
+    row i, not of that token. The cache, where there is one, is the module's own: a single layer's.
+    """
+
+    def apply(module, *inputs):
+        return MTPModule(how).apply(how.gathered(module), *inputs)
+
+    module = of_part(variables, f"mtp_{depth}")
+    return how.saving(apply)(module, hidden, embedding, tokens, cache)

@@ -1,19 +1,21 @@
-"""Context parallelism: the order of a sequence's tokens over devices, attention as a ring or a sum.
+"""Attention on a mesh: heads over `tensor`, tokens or rows of the cache over `context`.
 
-What travels is MLA's latent and shared key, 576 values a token in V3 where keys and values of all
-heads would be 40,960; each device expands what passes by. The softmax is put together from pieces
-(Milakov and Gimelshein 2018; Ring Attention, Liu et al. 2023), in f32.
+`self_attention` is that of whole sequences, gathered or around a ring, `attention_to_cache` that of
+new tokens; what a device does with its own part is a function that they are given. What travels is
+MLA's latent and shared key, 576 values a token in V3 where keys and values of all heads would be
+40,960; each device expands what passes by. The softmax is put together from pieces (Milakov and
+Gimelshein 2018; Ring Attention, Liu et al. 2023), in f32.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.parallel.collectives import Axes
+from dsv3_jax.parallel.sharding import Layout
 
 Tree = TypeVar("Tree")
 
@@ -29,18 +31,91 @@ class Partial(NamedTuple):
     values: Float[Array, "B N T U"]  # weighted by the same
 
 
-def zigzag(length: int, devices: int) -> Int[np.ndarray, " T"]:
-    """The position at each place of a sequence spread over devices for equal causal work.
+def self_attention(
+    attend: Callable[..., tuple[Array, Array]],
+    queries: Any,
+    keys: Any,
+    weight: Float[Array, "N HU C"],
+    documents: Int[Array, "B T"] | None,
+    layout: Layout,
+) -> Float[Array, "B T N U"]:
+    """Causal attention of sequences to themselves, tokens in the layout's order.
 
-    Cut into 2 n pieces, device i has pieces i and 2n - 1 - i: the work of a query grows with its
-    position (Brandon et al. 2023; the Llama 3 report, section 3.3.2). length must be a multiple of
-    2 n.
+    queries is a tree of [B, T, N, ...] and keys one of [B, T, ...], which go from device to device:
+    gathered whole, or around a ring, as layout.config.context says. weight is cut by heads, as the
+    queries are. attend(queries, keys, weight, offset, documents) returns a device's output,
+    [B, T, N, U], and the logarithm of its softmax's sum, [B, N, T] f32: its query t is the token of
+    row offset + t of the keys. documents are those of the keys; in a ring a pair, of the queries
+    and of the keys.
     """
-    if length % (2 * devices):
-        raise ValueError(f"{length=} must be a multiple of 2 x {devices=}")
-    pieces = np.arange(length).reshape(2 * devices, -1)
-    order = [piece for i in range(devices) for piece in (i, 2 * devices - 1 - i)]
-    return pieces[order].reshape(-1)
+    axes, length = layout.axes("seq"), jax.tree.leaves(queries)[0].shape[1]
+    in_ring = layout.order(length) is not None
+
+    def around_ring(queries, keys, weight, documents):
+        def partly(queries, keys):
+            (queries, of_queries), (keys, of_keys) = queries, keys
+            num_queries, num_keys = (jax.tree.leaves(x)[0].shape[1] for x in (queries, keys))
+            # Only a device's own keys are as many as the queries, and in their order. Of others it
+            # sees all.
+            offset = 0 if num_queries == num_keys else num_keys
+            pair = None if of_keys is None else (of_queries, of_keys)
+            out_BTNU, lse_BNT = attend(queries, keys, weight, offset, pair)
+            values = out_BTNU.astype(jnp.float32).swapaxes(1, 2)
+            return Partial(lse_BNT, jnp.ones_like(lse_BNT), values)
+
+        out_BNTU = ring_attention(partly, (queries, documents), (keys, documents), *axes)
+        return out_BNTU.astype(jax.tree.leaves(queries)[0].dtype).swapaxes(1, 2)
+
+    def gathered(queries, keys, weight, documents):
+        offset = 0
+        if axes:
+            offset = jax.lax.axis_index(axes) * jax.tree.leaves(queries)[0].shape[1]
+            keys, documents = jax.tree.map(
+                lambda x: jax.lax.all_gather(x, axes, axis=1, tiled=True), (keys, documents)
+            )
+        return attend(queries, keys, weight, offset, documents)[0]
+
+    of_queries, tokens = layout.spec("batch", "seq", "heads"), layout.spec("batch", "seq")
+    inputs = (of_queries, tokens, layout.spec("heads"), tokens)
+    of_device = around_ring if in_ring else gathered
+    return layout.shard_map(of_device, inputs, of_queries)(queries, keys, weight, documents)
+
+
+def attention_to_cache(
+    attend: Callable[..., tuple[Array, Array]],
+    queries: Any,
+    cache: Any,
+    lengths: Int[Array, " B"],
+    weight: Float[Array, "N HU C"],
+    layout: Layout,
+    *,
+    in_pieces: bool,
+) -> Float[Array, "B T N U"]:
+    """Attention of each sequence's last tokens to the lengths[b] that the cache holds of it.
+
+    Sequences lie over the batch axes and heads over `tensor`. in_pieces: the cache's rows, dim 1,
+    lie over `context`; each device attends to its own, and the partial softmaxes are put together.
+    attend(queries, cache, lengths, weight) returns a device's output, [B, T, N, U], and the
+    logarithm of its softmax's sum, [B, T, N].
+    """
+    pieces = layout.axes("cache") if in_pieces else ()
+
+    def of_device(queries, cache, lengths, weight):
+        if pieces:
+            lengths -= jax.lax.axis_index(pieces) * jax.tree.leaves(cache)[0].shape[1]
+        out_BTNU, lse_BTN = attend(queries, cache, lengths, weight)
+        if not pieces:
+            return out_BTNU
+        lse, values = lse_BTN.swapaxes(1, 2), out_BTNU.astype(jnp.float32).swapaxes(1, 2)
+        values = sum_attention(Partial(lse, jnp.ones_like(lse), values), pieces)
+        return values.swapaxes(1, 2).astype(out_BTNU.dtype)
+
+    q, batch = layout.spec("batch", None, "heads"), layout.spec("batch")
+    of_cache = layout.spec("batch", "cache") if in_pieces else batch
+    inputs = (q, of_cache, batch, layout.spec("heads"))
+    # Unchecked: Hopper's kernel cannot say along which devices its results differ.
+    of_devices = layout.shard_map(of_device, inputs, q, check_vma=False)
+    return of_devices(queries, cache, lengths, weight)
 
 
 def ring_attention(

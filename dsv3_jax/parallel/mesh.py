@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config, ParallelConfig, UserError
 from dsv3_jax.parallel.hosts import host_of_each_process
@@ -20,17 +20,19 @@ AXES = tuple(f.name for f in dataclasses.fields(ParallelConfig))
 TOKEN_AXES = ("data", "node", "local")
 
 
-def make_mesh(config: ParallelConfig) -> Mesh:
+def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of the first devices with all six named axes, any of size 1.
 
-    Devices of one host come one after the other. Raises UserError, with the numbers, when the axes
-    need more devices than there are, when a process would have no device in it, when a `local`
-    group would lie on several hosts, and for a pipeline.
+    Devices are JAX's, those of one host one after the other; or those given, in their order, which
+    may be ones that programs are only compiled for (jax.experimental.topologies). Raises UserError,
+    with the numbers, when the axes need more devices than there are, and for a pipeline; of JAX's
+    devices also when a process would have none in the mesh, or a `local` group several hosts.
     """
-    sizes = dataclasses.asdict(config)
-    hosts = host_of_each_process()
-    # Processes may have been dealt out to the hosts in turn.
-    devices = sorted(jax.devices(), key=lambda device: hosts.index(hosts[device.process_index]))
+    sizes, given = dataclasses.asdict(config), devices is not None
+    hosts = [] if given else host_of_each_process()
+    if devices is None:
+        # Processes may have been dealt out to the hosts in turn.
+        devices = sorted(jax.devices(), key=lambda device: hosts.index(hosts[device.process_index]))
     if config.pipe > 1:
         raise UserError(
             f"mesh.pipe={config.pipe}: there is no pipeline over devices yet (its schedules can be "
@@ -44,14 +46,15 @@ def make_mesh(config: ParallelConfig) -> Mesh:
             f"{len(devices)} ({devices[0].device_kind}): make an axis smaller, or use --devices "
             f"{config.num_devices} for virtual CPU devices"
         )
-    if config.num_devices < len(devices):
+    if config.num_devices < len(devices) and not given:
         log.warning(
             "the mesh uses %d of %d devices: raise mesh.data to use more",
             config.num_devices,
             len(devices),
         )
     grid = np.array(devices[: config.num_devices]).reshape(tuple(sizes.values()))
-    check_hosts(grid, hosts)
+    if not given:
+        check_hosts(grid, hosts)
     # make_mesh's default would be Explicit axes.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
@@ -96,7 +99,7 @@ def check_hosts(grid: np.ndarray, host_of: Sequence[str]) -> None:
         )
 
 
-def batch_sharding(mesh: Mesh, batch_dim: int) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh, batch_dim: int) -> NamedSharding:
     """Dim `batch_dim` spread over the token axes, the rest on every device."""
     return NamedSharding(mesh, PartitionSpec(*[None] * batch_dim, TOKEN_AXES))
 

@@ -2,23 +2,26 @@
 
 Code names the dims of an array ("batch", "heads", None for a dim that no axis splits); the table of
 a preset says which mesh axes each name is spread over. A `Layout` is the mesh with its table, and
-hashable, so that it may be a static argument or a module's field; None is a single device.
+hashable, so that it may be a static argument or a module's field. One device is a mesh of one,
+`ONE_DEVICE` where nobody says which: there what `constrain`, `gather` and `shard_map` are given
+stays as it is.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from dsv3_jax.config import ExpertParallelConfig, ShardingConfig
-from dsv3_jax.parallel.context import zigzag
+from dsv3_jax.parallel.mesh import AXES
 
 Axes = tuple[str, ...]
 
@@ -39,7 +42,6 @@ class Rules(NamedTuple):
 
 
 # When decoding, the few new tokens of a sequence are on every device that has the sequence.
-DEFAULT = ShardingConfig()
 RULES = {
     "train": Rules(),
     "prefill": Rules(residual=("context",)),
@@ -47,14 +49,42 @@ RULES = {
 }
 
 
+# Names no device, so that importing this starts no backend.
+ONE = AbstractMesh((1,) * len(AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+ANY_EXCHANGE, ANY_STATE = ExpertParallelConfig(), ShardingConfig()
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one program is spread over the devices of a mesh."""
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh = ONE
     rules: Rules = RULES["train"]
-    expert: Any = None
-    config: ShardingConfig = DEFAULT
+    expert: ExpertParallelConfig = ANY_EXCHANGE
+    config: ShardingConfig = ANY_STATE
+
+    @property
+    def one_device(self) -> bool:
+        """Whether no array is cut: one device, or one for each rank of a pipeline."""
+        return all(size == 1 for axis, size in self.mesh.shape.items() if axis != "pipe")
+
+    @property
+    def has_devices(self) -> bool:
+        """Whether the mesh says which devices, so that arrays can be placed on them."""
+        return isinstance(self.mesh, Mesh)
+
+    @property
+    def platform(self) -> str | None:
+        """What the program is compiled for ("cpu", "gpu", "tpu"); None where nobody says."""
+        if isinstance(self.mesh, Mesh):
+            return self.mesh.devices.flat[0].platform
+        device = getattr(self.mesh, "abstract_device", None)
+        return None if device is None else device.platform
+
+    @property
+    def gathers_each_layer(self) -> bool:
+        """Whether every layer gathers its own weights when it runs (FSDP)."""
+        return self.config.state == "fsdp" and not self.one_device
 
     def axes(self, name: str) -> Axes:
         """The mesh axes of a logical dim; ValueError for a name that the table does not have.
@@ -67,7 +97,7 @@ class Layout:
 
     def size(self, name: str) -> int:
         """How many shards a logical dim is cut into."""
-        return prod(self.mesh.shape[axis] for axis in self.axes(name))
+        return math.prod(self.mesh.shape[axis] for axis in self.axes(name))
 
     def spec(self, *dims: str | None) -> PartitionSpec:
         """The PartitionSpec of an array with these dims; ValueError when two share an axis."""
@@ -81,9 +111,20 @@ class Layout:
         """`spec` on this mesh."""
         return NamedSharding(self.mesh, self.spec(*dims))
 
-    def constrain(self, x: jax.Array, *dims: str | None) -> jax.Array:
-        """x, laid out as its dims say (trailing None may be left out), when inside jit."""
-        return jax.lax.with_sharding_constraint(x, self.sharding(*dims))
+    def constrain(self, x: Any, *dims: str | None) -> Any:
+        """x, an array or a tree of them, laid out as its dims say, when inside jit.
+
+        Trailing None may be left out.
+        """
+        if self.one_device:
+            return x
+        where = self._bound(self.spec(*dims))
+        return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, where), x)
+
+    def _bound(self, spec: PartitionSpec) -> NamedSharding:
+        """The sharding to constrain an array to: inside an outer shard_map, over its mesh."""
+        context = jax.sharding.get_abstract_mesh()
+        return NamedSharding(context if context.manual_axes else self.mesh, spec)
 
     def order(self, length: int) -> np.ndarray | None:
         """The position at each place of a sequence of this length; None for 0, 1, 2, ..."""
@@ -91,17 +132,33 @@ class Layout:
         ring = self.config.context == "ring" and devices > 1
         return zigzag(length, devices) if ring else None
 
+    def in_order(self, x: jax.Array) -> jax.Array:
+        """x, [B, T, ...], with its tokens at the places that `order` gives them."""
+        order = self.order(x.shape[1])
+        return x if order is None else x[:, order]
+
+    def in_natural_order(self, x: jax.Array) -> jax.Array:
+        """Undoes `in_order`."""
+        order = self.order(x.shape[1])
+        return x if order is None else x[:, np.argsort(order)]
+
     def shard_map(
         self, function: Callable, in_specs: Any, out_specs: Any, check_vma: bool = True
     ) -> Callable:
         """`function` on each device's shards, every mesh axis manual; replication is checked.
 
         Specs are those of `spec`. Inside, shapes are local, collectives take axis names, and a
-        kernel sees one device's arrays.
+        kernel sees one device's arrays. Inside an outer shard_map, as that of a pipeline over
+        `pipe`, the axes that it leaves become manual. On one device it is `function` itself, and
+        collectives over `axes`, which are none, are not to be called.
         """
-        return jax.shard_map(
-            function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
-        )
+        if self.one_device:
+            return function
+        specs = {"in_specs": in_specs, "out_specs": out_specs, "check_vma": check_vma}
+        if outer := jax.sharding.get_abstract_mesh().manual_axes:
+            left = set(self.mesh.axis_names) - set(outer)
+            return jax.shard_map(function, axis_names=left, **specs)
+        return jax.shard_map(function, mesh=self.mesh, **specs)
 
     def stored_spec(
         self, spec: PartitionSpec, shape: tuple[int, ...], skip_dims: int = 0
@@ -122,7 +179,7 @@ class Layout:
 
         def place(axes: Axes) -> bool:
             def shards(dim: int) -> int:
-                return prod(self.mesh.shape[axis] for axis in cut[dim] + axes)
+                return math.prod(self.mesh.shape[axis] for axis in cut[dim] + axes)
 
             fitting = [d for d in range(skip_dims, len(shape)) if shape[d] % shards(d) == 0]
             if not axes or not fitting:
@@ -141,7 +198,25 @@ class Layout:
 
         Named GATHERED for rematerialisation: a gathered weight need not be kept.
         """
-        return checkpoint_name(_gather(x, used, stored), GATHERED)
+        if self.one_device:
+            return x
+        return checkpoint_name(
+            _gather(x, self._bound(used.spec), self._bound(stored.spec)), GATHERED
+        )
+
+    def constrain_tree(self, tree: Any, shardings: Any) -> Any:
+        """The tree's arrays laid out as a tree of NamedShardings says, when inside jit."""
+        if self.one_device:
+            return tree
+        return jax.tree.map(
+            lambda x, to: jax.lax.with_sharding_constraint(x, self._bound(to.spec)), tree, shardings
+        )
+
+    def make(self, function: Callable[[], Any], *dims: str | None) -> Any:
+        """function(), with every array of it made where its dims say."""
+        if self.one_device:
+            return function()
+        return jax.jit(function, out_shardings=self.sharding(*dims))()
 
     def residual_axes(self) -> Axes:
         """The axes that cut tokens between blocks further than inside them."""
@@ -170,34 +245,30 @@ def _as_axes(entry: Any) -> Axes:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def make_layout(
-    mesh: Mesh, sharding: ShardingConfig, expert: ExpertParallelConfig
-) -> Layout | None:
-    """The layout for training on a mesh; None for a mesh of one device, which needs none."""
-    return None if mesh.size == 1 else Layout(mesh, RULES["train"], expert, sharding)
+ONE_DEVICE = Layout()
 
 
-def in_layout_order(x: jax.Array, layout: Layout | None) -> jax.Array:
-    """x, [B, T, ...], with its tokens at the places that `Layout.order` gives them."""
-    order = None if layout is None else layout.order(x.shape[1])
-    return x if order is None else x[:, order]
+def make_layout(mesh: Mesh, sharding: ShardingConfig, expert: ExpertParallelConfig) -> Layout:
+    """The layout for training on a mesh."""
+    return Layout(mesh, RULES["train"], expert, sharding)
 
 
-def in_natural_order(x: jax.Array, layout: Layout | None) -> jax.Array:
-    """Undoes `in_layout_order`."""
-    order = None if layout is None else layout.order(x.shape[1])
-    return x if order is None else x[:, np.argsort(order)]
-
-
-def serving_layouts(layout: Layout | None) -> tuple[Layout | None, Layout | None]:
+def serving_layouts(layout: Layout) -> tuple[Layout, Layout]:
     """The layouts for a prompt and for the tokens after it; no weight is cut only to be stored."""
-    if layout is None:
-        return None, None
     config = dataclasses.replace(layout.config, state="replicated")
     prefill = dataclasses.replace(layout, rules=RULES["prefill"], config=config)
     return prefill, dataclasses.replace(prefill, rules=RULES["decode"])
 
 
-def constrain(x: Any, layout: Layout | None, *dims: str | None) -> Any:
-    """`Layout.constrain` of x, or of each array of it; x itself on a single device."""
-    return x if layout is None else jax.tree.map(lambda a: layout.constrain(a, *dims), x)
+def zigzag(length: int, devices: int) -> Int[np.ndarray, " T"]:
+    """The position at each place of a sequence spread over devices for equal causal work.
+
+    Cut into 2 n pieces, device i has pieces i and 2n - 1 - i: the work of a query grows with its
+    position (Brandon et al. 2023; the Llama 3 report, section 3.3.2). length must be a multiple of
+    2 n.
+    """
+    if length % (2 * devices):
+        raise ValueError(f"{length=} must be a multiple of 2 x {devices=}")
+    pieces = np.arange(length).reshape(2 * devices, -1)
+    order = [piece for i in range(devices) for piece in (i, 2 * devices - 1 - i)]
+    return pieces[order].reshape(-1)

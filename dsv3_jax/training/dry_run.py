@@ -7,11 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.placement import shardings
-from dsv3_jax.parallel.mesh import batch_sharding, replicated
+from dsv3_jax.parallel.mesh import batch_sharding
 from dsv3_jax.parallel.picture import draw
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.training.schedule import Schedule
@@ -21,13 +20,10 @@ from dsv3_jax.training.step import TrainState, init_state, jit_train_step
 DRAWN = ("lm_head", "moe_layers/self_attn/o_proj", "moe_layers/mlp/experts/down_proj")
 
 
-def abstract_state(config: Config, mesh: Mesh, layout: Layout | None = None) -> TrainState:
+def abstract_state(config: Config, layout: Layout) -> TrainState:
     """The TrainState as shapes, dtypes and shardings; allocates nothing."""
     shapes = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
-    if layout is None:
-        places = jax.tree.map(lambda _: replicated(mesh), shapes)
-    else:
-        places = shardings(shapes, layout, stored=True)
+    places = shardings(shapes, layout, stored=True)
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
     )
@@ -47,20 +43,20 @@ def parameter_counts(state: TrainState) -> tuple[int, int]:
     return count_parameters(trees) - mtp, mtp
 
 
-def dry_run_report(config: Config, mesh: Mesh, layout: Layout | None = None) -> str:
+def dry_run_report(config: Config, layout: Layout) -> str:
     """A text: every parameter's shape, the counts, and memory per device by XLA's own analysis."""
-    state = abstract_state(config, mesh, layout)
+    state = abstract_state(config, layout)
     lines = ["parameters"]
     for tree in (state.params, state.router):
         for name, leaf in _by_name(tree).items():
             line = f"  {name:<52} {leaf.dtype!s:>8} {list(leaf.shape)!s:<24}"
-            if layout is not None:
+            if not layout.one_device:
                 line += f" {list(leaf.sharding.shard_shape(leaf.shape))} on a device"
             lines.append(line.rstrip())
     main, mtp = parameter_counts(state)
     lines.append(f"  {main:,} in the main model, {mtp:,} more in MTP")
 
-    memory = _compiled(config, mesh, layout, state).memory_analysis()
+    memory = _compiled(config, layout, state).memory_analysis()
     gib = 2.0**30
     rows = {
         "master weights, f32": _bytes((state.params, state.router)) / gib,
@@ -68,7 +64,7 @@ def dry_run_report(config: Config, mesh: Mesh, layout: Layout | None = None) -> 
         "gradients, activations and scratch": memory.temp_size_in_bytes / gib,
         "peak of one training step": _peak(memory) / gib,
     }
-    lines.append(f"memory per device, GiB (XLA's analysis of the step for {jax.default_backend()})")
+    lines.append(f"memory per device, GiB (XLA's analysis of the step for {layout.platform})")
     lines += [f"  {name:<40} {value:10.3f}" for name, value in rows.items()]
     axes = ", ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items())
     schedule = Schedule(config)
@@ -78,7 +74,7 @@ def dry_run_report(config: Config, mesh: Mesh, layout: Layout | None = None) -> 
         f"{schedule.max_micro_batches} micro-batches (full batch); "
         f"the run, {schedule.tokens(config.train.steps):,} tokens in {config.train.steps:,} steps",
     ]
-    if layout is not None:
+    if not layout.one_device:
         lines += ["", "which devices hold which part", *_pictures(config, layout, state)]
     return "\n".join(lines)
 
@@ -105,10 +101,10 @@ def _by_name(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _compiled(config: Config, mesh: Mesh, layout: Layout | None, state: TrainState) -> Any:
+def _compiled(config: Config, layout: Layout, state: TrainState) -> Any:
     schedule = Schedule(config)
     shape = (schedule.max_micro_batches, schedule.micro_batch_size, config.train.seq_len + 1)
-    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, 1))
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(layout.mesh, 1))
     step = jit_train_step(config, layout, state)
     return step.lower(state, rows, schedule.settings(0)).compile()
 

@@ -18,7 +18,7 @@ from dsv3_jax.training.stopping import StopRequest
 class Evaluation:
     """The same rows at every call, spread evenly over the validation split."""
 
-    def __init__(self, config: Config, mesh: Mesh, layout: Layout | None, corpus: Corpus):
+    def __init__(self, config: Config, mesh: Mesh, layout: Layout, corpus: Corpus):
         plan = config.train
         self._batches = val_batches(
             corpus.val,

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config
+from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.transformer import Outputs, Variables, forward
-from dsv3_jax.parallel.sharding import Layout, in_layout_order
+from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import RECIPES
 
 
@@ -23,12 +24,17 @@ class LossTerms(NamedTuple):
     rounds: Float[Array, ""]  # of exchanges with the experts, in the layer that took most; see moe
 
 
+def training_pass(config: Config, layout: Layout = ONE_DEVICE) -> Pass:
+    """What a run's config says of its passes."""
+    return Pass(config.model, RECIPES[config.quant.preset], layout, config.train.remat)
+
+
 def training_loss(
     variables: Variables,
     rows: Int[Array, "B T1"],
     mtp_loss_weight: Float[Array, ""],
     config: Config,
-    layout: Layout | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[Float[Array, ""], LossTerms]:
     """ce + lambda * mtp + alpha * balance, and its terms, of rows of T + 1 tokens.
 
@@ -37,15 +43,7 @@ def training_loss(
     """
     tokens, targets = rows[:, :-1], rows[:, 1:]
     segments = document_numbers(tokens, config) if config.data.mask_documents else None
-    out = forward(
-        variables,
-        tokens,
-        config.model,
-        segments=segments,
-        remat=config.train.remat,
-        recipe=RECIPES[config.quant.preset],
-        layout=layout,
-    )
+    out = forward(variables, tokens, training_pass(config, layout), segments=segments)
     ce = cross_entropy(out.logits, targets, layout=layout)
     mtp = jnp.zeros(())
     for depth, logits in enumerate(out.mtp_logits, start=1):
@@ -66,22 +64,22 @@ def cross_entropy(
     logits: Float[Array, "B T V"],
     targets: Int[Array, "B T"],
     valid: Bool[Array, "B T"] | None = None,
-    layout: Layout | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> Float[Array, ""]:
     """Nats a token, in f32: the sum over valid positions, divided by all B * T of them.
 
-    With a layout the logits are as `forward` returns them under it, targets and valid in order.
+    Logits are as `forward` returns them under the layout, targets and valid in order.
     """
-    targets = in_layout_order(targets, layout)
+    targets = layout.in_order(targets)
     log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    if layout is None:
+    if layout.one_device:
         target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     else:  # a sum over the vocabulary, as it may be cut
         is_target = targets[..., None] == jnp.arange(logits.shape[-1])
         target_logits = jnp.where(is_target, logits, 0.0).sum(-1)
     nats = log_normalizer - target_logits
     if valid is not None:
-        nats = jnp.where(in_layout_order(valid, layout), nats, 0.0)
+        nats = jnp.where(layout.in_order(valid), nats, 0.0)
     return nats.mean()
 
 

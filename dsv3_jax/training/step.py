@@ -1,5 +1,6 @@
 """One optimizer step: gradients over micro-batches, AdamW, the router bias, a guard against NaN."""
 
+import dataclasses
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,9 +13,15 @@ from dsv3_jax.config import Config, RunError
 from dsv3_jax.model.placement import gathered, shardings
 from dsv3_jax.model.router import update_router_bias
 from dsv3_jax.model.transformer import forward, init_variables
-from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.quantization.recipe import RECIPES
-from dsv3_jax.training.loss import LossTerms, cross_entropy, document_numbers, training_loss
+from dsv3_jax.parallel.mesh import mesh_of
+from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
+from dsv3_jax.training.loss import (
+    LossTerms,
+    cross_entropy,
+    document_numbers,
+    training_loss,
+    training_pass,
+)
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepSettings
 
@@ -74,21 +81,20 @@ def create_state(config: Config, abstract: TrainState) -> TrainState:
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     lowered = jax.jit(partial(init_state, config=config), out_shardings=places).lower(key)
     # XLA:CPU spends 1.2 s on optimising each leaf's random numbers, which are drawn once.
-    options: Any = None
-    if jax.default_backend() == "cpu":
-        options = {"xla_backend_optimization_level": 0}
+    on_cpu = mesh_of(abstract.step).devices.flat[0].platform == "cpu"
+    options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
     return lowered.compile(compiler_options=options)(key)
 
 
-def jit_train_step(config: Config, layout: Layout | None, state: TrainState) -> Any:
+def jit_train_step(config: Config, layout: Layout, state: TrainState) -> Any:
     """`train_step` of this config, compiled on its first call; it takes over the state's memory.
 
     The new state lies as this one, which may be abstract; metrics are whole on every device. Were
     that not pinned, the second call, on the first one's output, would compile anew.
     """
     options: Any = None
-    if jax.default_backend() == "cpu":
-        options = ONE_CPU_OPTIONS if layout is None else CPU_OPTIONS
+    if layout.platform == "cpu":
+        options = ONE_CPU_OPTIONS if layout.mesh.size == 1 else CPU_OPTIONS
     return jax.jit(
         partial(train_step, config=config, layout=layout),
         donate_argnums=0,
@@ -102,7 +108,7 @@ def train_step(
     rows: Int[Array, "A B T1"],
     settings: StepSettings,
     config: Config,
-    layout: Layout | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[TrainState, StepMetrics]:
     """The state after one step on the first num_micro_batches of A micro-batches, and its metrics.
 
@@ -158,32 +164,28 @@ def eval_step(
     router: Any,
     rows: Int[Array, "B T1"],
     config: Config,
-    layout: Layout | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the main model, nats a token, of rows of T + 1 tokens."""
     tokens = rows[:, :-1]
     segments = document_numbers(tokens, config) if config.data.mask_documents else None
     variables = {"params": _gathered_once(params, layout), "router": router}
-    recipe = RECIPES[config.quant.preset]
-    out = forward(variables, tokens, config.model, segments=segments, recipe=recipe, layout=layout)
+    how = dataclasses.replace(training_pass(config, layout), remat="none")
+    out = forward(variables, tokens, how, segments=segments)
     return cross_entropy(out.logits, rows[:, 1:], layout=layout)
 
 
-def _gathered_once(params: Any, layout: Layout | None) -> Any:
+def _gathered_once(params: Any, layout: Layout) -> Any:
     """The weights of a whole step; FSDP's are gathered layer by layer instead."""
-    return params if layout is None or layout.config.state == "fsdp" else gathered(params, layout)
+    return params if layout.gathers_each_layer else gathered(params, layout)
 
 
-def _as_stored(grads: Any, layout: Layout | None) -> Any:
+def _as_stored(grads: Any, layout: Layout) -> Any:
     """Gradients where each device has the slice of them that it will apply."""
-    if layout is None:
-        return grads
-    return jax.lax.with_sharding_constraint(grads, shardings(grads, layout, stored=True))
+    return layout.constrain_tree(grads, shardings(grads, layout, stored=True))
 
 
-def _mean_over_micro_batches(
-    state, rows, settings: StepSettings, config: Config, layout: Layout | None
-):
+def _mean_over_micro_batches(state, rows, settings: StepSettings, config: Config, layout: Layout):
     """(loss, terms, gradients): means over the step's micro-batches, and sums of the loads."""
 
     # The backward pass is that of the loss summed over tokens, or of the next lower power of two,

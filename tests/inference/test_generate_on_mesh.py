@@ -10,11 +10,14 @@ import pytest
 
 from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig
 from dsv3_jax.inference.generate import generate
+from dsv3_jax.model.cache import init_model_cache
+from dsv3_jax.model.decode import decode_step, prefill
+from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.held import hold_in_fp8
 from dsv3_jax.model.placement import shardings
-from dsv3_jax.model.transformer import abstract_variables, decode_step, init_model_cache, prefill
+from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.sharding import make_layout, serving_layouts
+from dsv3_jax.parallel.sharding import ONE_DEVICE, make_layout, serving_layouts
 from tests.helpers import TOLERANCE, random_tokens, random_variables, relative_error, tiny_model
 
 MODEL = tiny_model(
@@ -51,7 +54,7 @@ def tokens_of(layout, **options):
 def test_a_mesh_writes_the_tokens_of_one_device(temperature):
     """Three prompts on four devices' batches: copies fill them up, and are not seen."""
     layout = layout_of("ring", node=2, context=2, tensor=2)
-    want = tokens_of(None, temperature=temperature)
+    want = tokens_of(ONE_DEVICE, temperature=temperature)
     np.testing.assert_array_equal(tokens_of(layout, temperature=temperature), want)
 
 
@@ -60,7 +63,7 @@ def test_weights_held_as_fp8_write_the_tokens_of_one_device():
     layout = layout_of(node=2, local=2, tensor=2)
     want, got = (
         np.stack(list(generate(held, PROMPTS, MODEL, max_new_tokens=4, layout=where)), 1)
-        for where in (None, layout)
+        for where in (ONE_DEVICE, layout)
     )
     np.testing.assert_array_equal(got, want)
 
@@ -95,13 +98,12 @@ def test_prefill_and_decoding_equal_one_device():
 
     def run(layouts):
         cache = init_model_cache(MODEL, 2, 16)
-        prompt, cache = jax.jit(prefill, static_argnums=(3, 4))(
-            VARIABLES, tokens, cache, MODEL, layouts[0]
-        )
-        decode = jax.jit(decode_step, static_argnums=(4, 5))
-        return prompt, *decode(VARIABLES, new, start, cache, MODEL, layouts[1])
+        prompt, decoding = (Pass(MODEL, layout=layout) for layout in layouts)
+        filled = jax.jit(prefill, static_argnums=3)(VARIABLES, tokens, cache, prompt)
+        decode = jax.jit(decode_step, static_argnums=4)
+        return filled.hidden, *decode(VARIABLES, new, start, filled.cache, decoding)[:2]
 
-    got, want = run(layouts), run((None, None))
+    got, want = run(layouts), run((ONE_DEVICE, ONE_DEVICE))
     assert relative_error(got, want) < TOLERANCE["f32_model"]
     cache = got[2].moe.latent
     assert cache.sharding.shard_shape(cache.shape) == (1, 1, 8, 12), "its rows of its sequences"
@@ -113,10 +115,10 @@ def test_pages_on_a_mesh_hold_each_device_s_own_sequences(fp8):
     layout, long = layout_of(local=2, context=2, tensor=2), random_tokens(MODEL, 1, 70)[0].tolist()
     prompts = [*PROMPTS, long, *PROMPTS[1:]]
     model = dataclasses.replace(MODEL, max_position_embeddings=128)
-    options = {"max_new_tokens": 4, "temperature": 0.0}
+    options = {"max_new_tokens": 4, "temperature": 0.0, "fp8_cache": fp8}
     want, got = (
-        np.stack(list(generate(VARIABLES, prompts, model, layout=where, **how, **options)), 1)
-        for where, how in ((None, {"fp8_cache": fp8}), (layout, {"paged": True, "fp8_cache": fp8}))
+        np.stack(list(generate(VARIABLES, prompts, model, layout=where, paged=paged, **options)), 1)
+        for where, paged in ((ONE_DEVICE, None), (layout, True))
     )
     np.testing.assert_array_equal(got, want)
 
@@ -129,8 +131,8 @@ def test_decoding_moves_no_cache_between_devices():
     rows = layout.sharding(None, "batch", "cache")
     cache = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), cache)
     tokens, start = np.zeros((batch, 1), np.int32), np.full(batch, 300, np.int32)
-    step = jax.jit(decode_step, static_argnums=(4, 5), donate_argnums=3)
-    lowered = step.lower(abstract_variables(MODEL, layout), tokens, start, cache, MODEL, layout)
+    step, how = jax.jit(decode_step, static_argnums=4, donate_argnums=3), Pass(MODEL, layout=layout)
+    lowered = step.lower(abstract_variables(MODEL, layout), tokens, start, cache, how)
     program = lowered.compile().as_text()
     moved = re.findall(
         r"= \(?\w+\[([\d,]*)\].* (?:all-gather|all-reduce|all-to-all|collective-permute)\(", program

@@ -11,6 +11,7 @@ from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, UserError
 from dsv3_jax.inference.expert_load import ExpertLoad
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.redundant_experts import measure_load, replicate_experts
+from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.moe import choose_places
 from dsv3_jax.model.transformer import forward
 from dsv3_jax.parallel.load_balancer import balance, logged_load, placement_of
@@ -32,7 +33,7 @@ LAYERS = CONFIG.num_moe_layers + CONFIG.num_nextn_predict_layers
 
 @pytest.fixture(scope="module")
 def run():
-    return jax.jit(forward, static_argnames=("config", "layout"))
+    return jax.jit(forward, static_argnames="config")
 
 
 def skewed_plan(layers: int):
@@ -78,7 +79,7 @@ def test_replicas_on_a_mesh_give_the_logits_of_one_device(run, transport):
     down = served["params"]["moe_layers"]["mlp"]["experts"]["down_proj"]
     assert (down.shape[1], down.sharding.shard_shape(down.shape)[1]) == (12, 3)
     tokens = random_tokens(CONFIG, 4, 9)
-    got = run(served, tokens, config=CONFIG, layout=layout)
+    got = run(served, tokens, config=Pass(CONFIG, layout=layout))
     want = run(VARIABLES, tokens, config=CONFIG)
     assert relative_error(got.logits, want.logits) < TOLERANCE["f32_model"]
     np.testing.assert_array_equal(got.stats.load_E, want.stats.load_E)
@@ -133,11 +134,11 @@ def test_measured_load_counts_what_the_router_chose(run):
     assert measure_load(VARIABLES, prompts, CONFIG).tolist() == want
 
 
-@pytest.mark.parametrize("sizes", [None, {"node": 2, "local": 2}], ids=["one device", "mesh"])
+@pytest.mark.parametrize("sizes", [{}, {"node": 2, "local": 2}], ids=["one device", "mesh"])
 def test_generation_counts_what_a_pass_over_its_tokens_counts(run, sizes, tmp_path):
     """Not the copies that fill a mesh, not padding, and not the last tokens, which are not fed."""
     prompts = [TOKENS[0, :5].tolist(), TOKENS[1, :3].tolist()]
-    layout = sizes and Layout(make_mesh(ParallelConfig(**sizes)), expert=ExpertParallelConfig())
+    layout = Layout(make_mesh(ParallelConfig(**sizes)), expert=ExpertParallelConfig())
     load = ExpertLoad(CONFIG)
     written = np.stack(
         list(

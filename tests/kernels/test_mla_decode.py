@@ -21,7 +21,7 @@ from dsv3_jax.kernels.mla_decode.api import (
 )
 from dsv3_jax.kernels.mla_decode.schedule import PAGE, make_schedule
 from dsv3_jax.model.cache import LatentCache
-from dsv3_jax.model.mla import mla_absorb_on_mesh
+from dsv3_jax.model.mla import mla_absorb
 from dsv3_jax.parallel.sharding import RULES, Layout
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
 from tests.kernels.conftest import IMPLEMENTATIONS, INTERPRETER_IS_NEWER, relative_error
@@ -207,7 +207,7 @@ def test_the_gpu_kernel_lowers_with_sequences_heads_and_rows_cut_over_a_mesh():
 
     def attend(q_nope, q_rope, latent, k_rope, lengths, weight):
         cache = LatentCache(latent, k_rope)
-        return mla_absorb_on_mesh(q_nope, q_rope, cache, lengths, weight, SCALE, layout)
+        return mla_absorb(q_nope, q_rope, cache, lengths, weight, SCALE, layout=layout)
 
     shapes = ((4, 1, 32, 128), (4, 1, 32, 64), (4, 256, 512), (4, 256, 64), (4,), (32, 256, 512))
     operands = [

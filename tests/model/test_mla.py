@@ -12,12 +12,11 @@ from dsv3_jax.config import ModelConfig, ParallelConfig
 from dsv3_jax.model.cache import (
     LatentCache,
     append,
-    append_paged,
     init_cache,
     init_paged_cache,
     of_layer,
 )
-from dsv3_jax.model.mla import mla_absorb, mla_absorb_on_mesh, mla_expand
+from dsv3_jax.model.mla import mla_absorb, mla_expand
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import RULES, Layout
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, dequantize, quantize
@@ -73,7 +72,7 @@ def test_absorbed_on_a_mesh_equals_one_device(axes):
     q_nope, q_rope, latent, k_rope, kv_b_proj = inputs("float32", keys=8)
     layout = Layout(make_mesh(ParallelConfig(**axes)), RULES["decode"])
     attend_to = (q_nope, q_rope, LatentCache(latent, k_rope), jnp.array([8, 6]), kv_b_proj, 0.2)
-    got = jax.jit(partial(mla_absorb_on_mesh, scale=0.2, layout=layout))(*attend_to[:5])
+    got = jax.jit(partial(mla_absorb, scale=0.2, layout=layout))(*attend_to[:5])
     assert relative_error(got, mla_absorb(*attend_to)) < TOLERANCE["f32_op"]
 
 
@@ -99,7 +98,7 @@ def test_append_writes_into_the_pages_a_sequence_holds():
     config = tiny_model(num_hidden_layers=2)
     pool = init_paged_cache(config, jnp.array([[2, 0], [1, -1]]), pages=3, page=2)
     latent, rope = jnp.ones((2, 2, config.kv_lora_rank)), 2 * jnp.ones((2, 2, 4))
-    cache = append_paged(of_layer(pool, jnp.int32(1), 2), latent, rope, jnp.array([2, 1]))
+    cache = append(of_layer(pool, jnp.int32(1)), latent, rope, jnp.array([2, 1]))
     filled = np.zeros((6, 2))
     filled[3 + 0] = filled[3 + 1, 1] = 1
     np.testing.assert_array_equal(cache.latent, np.repeat(filled[..., None], 12, -1))
@@ -111,7 +110,7 @@ def test_an_fp8_pool_holds_what_was_appended_rounded_once():
     rng = np.random.default_rng(0)
     latent, rope = (jnp.asarray(rng.normal(size=(2, 3, n)), "float32") for n in (12, 4))
     plain, fp8 = (
-        append_paged(
+        append(
             init_paged_cache(config, table, pages=3, page=2, fp8=fp8),
             latent,
             rope,

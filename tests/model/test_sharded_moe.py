@@ -9,11 +9,11 @@ import pytest
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from dsv3_jax.config import ExpertParallelConfig
-from dsv3_jax.model.moe import MoE, MoEWeights, routed_experts, sharded_experts
+from dsv3_jax.model.forward_pass import Pass
+from dsv3_jax.model.moe import MoE, MoEWeights, routed_experts
 from dsv3_jax.model.router import route, update_router_bias
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.quantization.recipe import BF16
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 
 MODEL = tiny_model()
@@ -61,13 +61,13 @@ def run(layer):
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    return run(partial(routed_experts, config=MODEL))
+    return run(partial(routed_experts, how=Pass(MODEL)))
 
 
 @pytest.mark.parametrize("sizes", MESHES.values(), ids=MESHES)
 def test_a_layer_over_a_mesh_equals_the_layer_on_one_device(sizes, on_one_device):
     layout = layout_of(**sizes)
-    y, stats, gradients = run(partial(sharded_experts, config=MODEL, recipe=BF16, layout=layout))
+    y, stats, gradients = run(partial(routed_experts, how=Pass(MODEL, layout=layout)))
     want, want_stats, want_gradients = on_one_device
     assert relative_error(y, want) < TOLERANCE["f32_op"]
     assert relative_error(gradients, want_gradients) < TOLERANCE["f32_reordered"]
@@ -109,10 +109,10 @@ def test_a_bias_moved_by_each_device_s_own_load_is_refused():
 def test_a_mesh_of_one_device_is_no_mesh():
     """The experts' program is that of a single device."""
     x = inputs()[0]
-    variables = jax.eval_shape(MoE(MODEL).init, jax.random.key(0), x)
-    apply = jax.jit(MoE(MODEL, layout=layout_of()).apply)
+    variables = jax.eval_shape(MoE(Pass(MODEL)).init, jax.random.key(0), x)
+    apply = jax.jit(MoE(Pass(MODEL, layout=layout_of())).apply)
     assert "manual_computation" not in apply.lower(variables, x).as_text()
-    apply = jax.jit(MoE(MODEL, layout=layout_of(local=2)).apply)
+    apply = jax.jit(MoE(Pass(MODEL, layout=layout_of(local=2))).apply)
     assert "manual_computation" in apply.lower(variables, x).as_text()
 
 
@@ -121,4 +121,4 @@ def test_experts_spread_over_devices_need_a_transport():
     layout = Layout(layout.mesh, expert=ExpertParallelConfig(transport="local"))
     x, weights = inputs()
     with pytest.raises(ValueError, match="'local' moves nothing"):
-        sharded_experts(x, weights, None, MODEL, BF16, layout)
+        routed_experts(x, weights, None, Pass(MODEL, layout=layout))

@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.transformer import (
-    REMAT_POLICIES,
-    decode_step,
-    forward,
-    init_model_cache,
-    init_variables,
-    logits_of,
-    prefill,
-)
+from dsv3_jax.model.cache import init_model_cache
+from dsv3_jax.model.decode import decode_step, prefill
+from dsv3_jax.model.ends import logits_of
+from dsv3_jax.model.forward_pass import REMAT_POLICIES, Pass
+from dsv3_jax.model.transformer import forward, init_variables
 from tests import oracle
 from tests.helpers import TOLERANCE, random_tokens, random_variables, relative_error, tiny_model
 
@@ -46,7 +42,7 @@ V2 = tiny_model(
 FAMILY = {"v3": V3, "v2_lite": V2_LITE, "v2": V2}
 LENGTH = 11
 
-run = jax.jit(forward, static_argnames=("config", "remat"))
+run = jax.jit(forward, static_argnames="config")
 run_prefill = jax.jit(prefill, static_argnames="config")
 run_decode = jax.jit(decode_step, static_argnames="config")
 
@@ -120,7 +116,7 @@ def test_prefill_and_decode_equal_forward(name, chunk):
     # Padding holds other tokens than the sequence: they must leave no trace.
     padded = np.where(np.arange(8) < lengths[:, None], tokens[:, :8], 5).astype(np.int32)
     cache = init_model_cache(config, 3, total + 4)
-    hidden, cache = run_prefill(variables, padded, cache, config=config)
+    hidden, cache, _ = run_prefill(variables, padded, cache, config=config)
     got = logits_of(variables["params"], hidden)
     for b, length in enumerate(lengths):
         assert relative_error(got[b, :length], want[b, :length]) < TOLERANCE["f32_model"]
@@ -131,7 +127,7 @@ def test_prefill_and_decode_equal_forward(name, chunk):
         at = np.minimum(start, total)
         rows = np.minimum(at[:, None] + np.arange(chunk), total - 1)
         new = np.take_along_axis(tokens, rows, axis=1)
-        hidden, cache = run_decode(variables, new, at.astype(np.int32), cache, config=config)
+        hidden, cache, _ = run_decode(variables, new, at.astype(np.int32), cache, config=config)
         got = logits_of(variables["params"], hidden)
         for b in range(3):
             if start[b] + chunk <= total:
@@ -176,7 +172,7 @@ def gradient_of(remat: str):
     variables, tokens = random_variables(config), random_tokens(config, 2, LENGTH)
 
     def loss(params):
-        out = forward({**variables, "params": params}, tokens, config, remat=remat)
+        out = forward({**variables, "params": params}, tokens, Pass(config, remat=remat))
         return sum(jnp.square(x).mean() for x in (out.logits, *out.mtp_logits))
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(variables["params"])

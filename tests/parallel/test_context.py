@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ParallelConfig
-from dsv3_jax.parallel.context import LOWEST, Partial, ring_attention, zigzag
+from dsv3_jax.parallel.context import LOWEST, Partial, ring_attention
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.parallel.sharding import Layout, zigzag
 from tests.helpers import TOLERANCE, relative_error
 
 T, DEVICES = 32, 4

@@ -7,9 +7,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import ParallelConfig
+from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.transformer import forward
 from dsv3_jax.parallel.mesh import AXES, make_mesh
-from dsv3_jax.parallel.sharding import RULES, Layout, constrain
+from dsv3_jax.parallel.sharding import RULES, Layout
 from tests.helpers import TOLERANCE, random_tokens, random_variables, relative_error, tiny_model
 
 
@@ -35,7 +36,7 @@ def test_unknown_names_and_axes_used_twice_are_errors(layout):
 def test_equal_layouts_share_one_compilation(layout):
     twin = Layout(make_mesh(ParallelConfig(data=4, tensor=2)))
     assert twin == layout and hash(twin) == hash(layout)
-    double = jax.jit(lambda x, layout: constrain(2 * x, layout, "batch"), static_argnums=1)
+    double = jax.jit(lambda x, layout: layout.constrain(2 * x, "batch"), static_argnums=1)
     for each in (layout, twin):
         assert double(jnp.ones((8, 3)), each).sharding.shard_shape((8, 3)) == (2, 3)
     assert double._cache_size() == 1
@@ -55,7 +56,7 @@ def test_the_model_on_a_mesh_equals_the_model_on_one_device():
     model = tiny_model(num_hidden_layers=2)
     variables, tokens = random_variables(model), random_tokens(model, 4, 9)
     layout = Layout(make_mesh(ParallelConfig(data=4)))
-    run = jax.jit(forward, static_argnames=("config", "layout"))
-    want, got = run(variables, tokens, model), run(variables, tokens, model, layout=layout)
+    run = jax.jit(forward, static_argnames="config")
+    want, got = run(variables, tokens, model), run(variables, tokens, Pass(model, layout=layout))
     assert got.logits.sharding.shard_shape(got.logits.shape)[0] == 1
     assert relative_error(got, want) < TOLERANCE["f32_model"]

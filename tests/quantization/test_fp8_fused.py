@@ -11,7 +11,7 @@ import pytest
 from dsv3_jax.config import ExpertParallelConfig, ModelConfig, ParallelConfig, ShardingConfig
 from dsv3_jax.kernels import backend, hopper
 from dsv3_jax.model.activation import swiglu
-from dsv3_jax.model.fused import gather_for, norm_for
+from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.linear import (
     feed_forward,
     grouped_feed_forward,
@@ -19,11 +19,12 @@ from dsv3_jax.model.linear import (
     linear,
 )
 from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.model.quantized_inputs import gather_for, norm_for
 from dsv3_jax.model.router import route
 from dsv3_jax.model.transformer import forward, init_variables
 from dsv3_jax.parallel.grouping import gather_rows, plan
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.sharding import make_layout
+from dsv3_jax.parallel.sharding import ONE_DEVICE, make_layout
 from dsv3_jax.quantization.recipe import RECIPES
 from tests.kernels.conftest import INTERPRETER_IS_NEWER
 
@@ -136,14 +137,13 @@ def test_on_a_mesh_each_device_has_its_part(weights):
 
     def loss(x, gain, gate_up, down, layout):
         normed = norm_for(x, gain, 1e-6, DENSE[0], layout)
-        if layout is not None:
-            normed = jax.tree.map(lambda a: layout.constrain(a, "batch", "seq"), normed)
+        normed = layout.constrain(normed, "batch", "seq")
         y = feed_forward(normed, gate_up, down, DENSE, layout).astype(jnp.float32)
         return (y * jnp.cos(jnp.arange(y.size)).reshape(y.shape)).sum(), y
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True), static_argnums=4)
     operands = x, gain, gate_up, down
-    assert worst(run(*operands, layout), run(*operands, None)) < BY_BF16
+    assert worst(run(*operands, layout), run(*operands, ONE_DEVICE)) < BY_BF16
 
 
 @INTERPRETER_IS_NEWER
@@ -223,7 +223,7 @@ def test_a_gpus_step_is_made_of_these_kernels(monkeypatch):
     tokens = jnp.zeros((1, 128), jnp.int32)
 
     def loss(params, rest):
-        out = forward({**rest, "params": params}, tokens, config, recipe=RECIPE)
+        out = forward({**rest, "params": params}, tokens, Pass(config, RECIPE))
         return out.logits.astype(jnp.float32).sum()
 
     rest = {name: value for name, value in variables.items() if name != "params"}

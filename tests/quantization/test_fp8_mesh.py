@@ -5,7 +5,7 @@ import numpy as np
 
 from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig
 from dsv3_jax.model.held import FP8Weight
-from dsv3_jax.model.linear import Spread, linear
+from dsv3_jax.model.linear import WHOLE, ProductLayout, linear
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, quantize
@@ -27,22 +27,22 @@ ROWS = ("batch", "seq")
 def both(x, weight, dims):
     """Value and gradients on one device and on the mesh."""
 
-    def loss(x, weight, spread):
-        y = linear(x, weight, RECIPE, spread=spread)
+    def loss(x, weight, where):
+        y = linear(x, weight, RECIPE, where=where)
         return (y * np.cos(np.arange(y.size)).reshape(y.shape)).sum(), y
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
-    return run(x, weight, None), run(x, weight, Spread(LAYOUT, ROWS, dims))
+    return run(x, weight, WHOLE), run(x, weight, ProductLayout(LAYOUT, ROWS, dims))
 
 
 def both_held(x, weight, dims):
     """Value on one device and on the mesh, of a weight held as FP8."""
     weight = FP8Weight(quantize(weight.reshape(-1, weight.shape[-1]), PER_BLOCK), weight.shape)
     run = jax.jit(
-        lambda x, numbers, spread: linear(x, weight.part(numbers), spread=spread), static_argnums=2
+        lambda x, numbers, where: linear(x, weight.part(numbers), where=where), static_argnums=2
     )
-    spreads = None, Spread(LAYOUT, ROWS, dims)
-    return [run(x, weight.numbers, spread) for spread in spreads]
+    places = WHOLE, ProductLayout(LAYOUT, ROWS, dims)
+    return [run(x, weight.numbers, where) for where in places]
 
 
 def norm_error(got, want):

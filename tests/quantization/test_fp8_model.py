@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig, QuantConfig
+from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.transformer import forward, init_variables
 from dsv3_jax.quantization.recipe import BF16, RECIPES, LinearRecipe, Recipe
@@ -49,7 +50,7 @@ def test_every_operation_of_a_recipe_reaches_the_model(operation):
     variables = jax.eval_shape(lambda key: init_variables(key, MODEL), jax.random.key(0))
 
     def casts_to_fp8(recipe):
-        jaxpr = jax.make_jaxpr(lambda v: forward(v, TOKENS, MODEL, recipe=recipe))(variables)
+        jaxpr = jax.make_jaxpr(lambda v: forward(v, TOKENS, Pass(MODEL, recipe)))(variables)
         return str(jaxpr).count("new_dtype=float8_e4m3fn")
 
     assert casts_to_fp8(BF16) == 0
@@ -59,7 +60,7 @@ def test_every_operation_of_a_recipe_reaches_the_model(operation):
 def test_fp8_logits_are_near_those_of_bf16_and_not_the_same():
     variables = jax.jit(lambda key: init_variables(key, MODEL))(jax.random.key(1))
     run = jax.jit(
-        lambda v, recipe: forward(v, TOKENS, MODEL, recipe=recipe).logits, static_argnums=1
+        lambda v, recipe: forward(v, TOKENS, Pass(MODEL, recipe)).logits, static_argnums=1
     )
     plain, fp8 = (np.asarray(run(variables, RECIPES[name])) for name in ("bf16", "fp8_paper"))
     error = np.linalg.norm(fp8 - plain) / np.linalg.norm(plain)
@@ -82,7 +83,7 @@ def test_a_moe_layer_saves_at_most_60_percent_of_bf16s_bytes():
     x = jax.ShapeDtypeStruct((1, 4096, config.hidden_size), jnp.bfloat16)
 
     def saved_bytes(recipe):
-        layer = MoE(config, recipe)
+        layer = MoE(Pass(config, recipe))
         variables = jax.eval_shape(layer.init, jax.random.key(0), x)
 
         def residuals(params, router, x):

@@ -11,7 +11,7 @@ from configs.deepseek_v3 import get_config
 from dsv3_jax.config import ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.picture import draw, ranges
-from dsv3_jax.parallel.sharding import make_layout
+from dsv3_jax.parallel.sharding import Layout, make_layout
 from dsv3_jax.training.dry_run import abstract_state, dry_run_report, parameter_counts
 from tests.helpers import random_variables, tiny_config, tiny_model
 
@@ -20,7 +20,7 @@ MODEL = tiny_model(num_hidden_layers=2)
 
 @pytest.fixture(scope="module")
 def one_device():
-    return make_mesh(ParallelConfig())
+    return Layout(make_mesh(ParallelConfig()))
 
 
 def test_the_paper_s_run_is_counted_without_allocating_it(one_device):
@@ -66,9 +66,9 @@ def test_on_a_mesh_the_report_says_what_a_device_holds():
     config = dataclasses.replace(tiny_config(model, seq_len=8), mesh=sizes)
     mesh = make_mesh(sizes)
     layout = make_layout(mesh, config.sharding, config.expert_parallel)
-    report = dry_run_report(config, mesh, layout)
+    report = dry_run_report(config, layout)
     whole = dry_run_report(
-        dataclasses.replace(config, mesh=ParallelConfig()), make_mesh(ParallelConfig())
+        dataclasses.replace(config, mesh=ParallelConfig()), Layout(make_mesh(ParallelConfig()))
     )
 
     def gib(text, label):

@@ -48,7 +48,7 @@ class Run:
         ).validate()
         self.mesh = make_mesh(self.config.mesh)
         self.layout = make_layout(self.mesh, self.config.sharding, self.config.expert_parallel)
-        self.abstract = abstract_state(self.config, self.mesh, self.layout)
+        self.abstract = abstract_state(self.config, self.layout)
         self._step = jit_train_step(self.config, self.layout, self.abstract)
         self._micro_batches = micro_batches
         values = np.float32(3e-3), np.float32(1e-3), np.float32(0.3), np.int32(micro_batches)

@@ -1,4 +1,4 @@
-"""RMSNorm and the gathering of tokens, whose results only FP8 products read: quantised at once.
+"""Inputs of FP8 products, quantised where they are made: by RMSNorm and by gathering tokens.
 
 The normalised or gathered numbers are never an array in the model's dtype. What comes out is
 `StraightThrough`: the FP8 numbers, and a carrier that the gradient comes back through. On a mesh
@@ -16,7 +16,7 @@ from dsv3_jax.kernels.fused.api import permute_quantize, rms_norm_quantize
 from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.parallel.grouping import Groups, gather_rows
-from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.block_scaled import (
     PER_TOKEN,
     BlockScaled,
@@ -31,7 +31,7 @@ def norm_for(
     weight: Float[Array, " D"],
     eps: float,
     recipe: LinearRecipe | None,
-    layout: Layout | None = None,
+    layout: Layout = ONE_DEVICE,
 ) -> Float[Array, "B T D"] | StraightThrough:
     """`rms_norm` for products by this recipe alone: its numbers as they read them, if they do.
 
@@ -41,8 +41,6 @@ def norm_for(
         return rms_norm(x, weight, eps)
     assert recipe is not None
     of_device: Any = partial(_quantized_norm, eps=eps, scale_format=recipe.input.scale_format)
-    if layout is None:
-        return of_device(x, weight)
     rows = layout.spec("batch", "residual")
     return layout.shard_map(of_device, (rows, layout.spec()), rows)(x, weight)
 

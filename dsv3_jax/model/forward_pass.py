@@ -1,0 +1,81 @@
+"""What one pass over tokens is told: `Pass`, what is static, and `Tokens`, what is traced.
+
+Both go whole to every act and module of the model, so that a new option is a field here and no
+parameter on the way. What is scanned or returned (hidden states, caches, statistics) is neither.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Int
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels.mla_decode.schedule import Schedule
+from dsv3_jax.model.placement import gathered
+from dsv3_jax.parallel.sharding import GATHERED, ONE_DEVICE, Layout
+from dsv3_jax.quantization.recipe import BF16, Recipe
+
+# What the backward pass finds saved in each layer; the rest of it is computed again.
+REMAT_POLICIES = {
+    "none": None,  # everything is saved
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of projections
+    "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input only
+}
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What is static: hashable, an argument of jit and a module's field.
+
+    Fields:
+        config: the architecture.
+        recipe: what is computed in FP8; by default nothing is.
+        layout: how the program is spread over a mesh; by default it is that of one device.
+        remat: what each layer saves for its backward pass, a key of REMAT_POLICIES.
+        prefill: a cache that comes along is empty: the tokens attend to each other alone, in the
+            expanded form of MLA, and not to the cache in the absorbed form.
+    """
+
+    config: ModelConfig
+    recipe: Recipe = BF16
+    layout: Layout = ONE_DEVICE
+    remat: str = "none"
+    prefill: bool = False
+
+    def saving(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A layer's function that saves for its backward pass what `remat` says."""
+        policy = REMAT_POLICIES[self.remat]
+        if policy is None and self.layout.gathers_each_layer:
+            policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+        return function if policy is None else jax.checkpoint(function, policy=policy)
+
+    def gathered(self, variables: Any) -> Any:
+        """Variables as computing needs them, where each layer gathers its own; else they are that.
+
+        A tree of paths as in docs/architecture.md, or one layer's slice of it.
+        """
+        return gathered(variables, self.layout) if self.layout.gathers_each_layer else variables
+
+
+class Tokens(NamedTuple):
+    """What is traced: what the layers know of each token besides its hidden state.
+
+    Tokens come in the layout's order (`Layout.in_order`).
+    """
+
+    positions: Int[Array, "#B T"]
+    segments: Int[Array, "B T"] | None = None  # documents that attention must not cross
+    counted: Bool[Array, "B T"] | None = None  # for load and balance loss; None: all are
+    decode_schedule: Schedule | None = None  # of the lengths that a cache then has
+
+
+def as_pass(config: ModelConfig | Pass) -> Pass:
+    """A Pass itself, or that of a config in which nothing is special."""
+    return config if isinstance(config, Pass) else Pass(config)
+
+
+def of_part(variables: dict[str, Any], name: str) -> dict[str, Any]:
+    """The variables of one part of the model, such as "moe_layers", by collection."""
+    return {kind: tree[name] for kind, tree in variables.items() if name in tree}

@@ -1,0 +1,78 @@
+"""Any run of layers: all of a model, those of a pipeline stage, or one.
+
+Layers of one kind are stacked on a leading dim and scanned, so that a deeper model compiles to the
+same program. How many there are is what the variables hold.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.model.block import Block
+from dsv3_jax.model.cache import AnyCache, ModelCache, PagedCache, of_layer
+from dsv3_jax.model.forward_pass import Pass, Tokens, of_part
+from dsv3_jax.model.moe import MoEStats
+
+DENSE, MOE = "dense_layers", "moe_layers"
+
+
+def run_layers(
+    variables: dict[str, Any],
+    x: Float[Array, "B T D"],
+    tokens: Tokens,
+    how: Pass,
+    cache: AnyCache | None = None,
+    first_layer: int | Int[Array, ""] = 0,
+) -> tuple[Float[Array, "B T D"], AnyCache | None, MoEStats | None]:
+    """x after the layers that `variables` holds, dense ones first; their cache; MoE statistics.
+
+    Of each collection only "dense_layers" and "moe_layers" are read, where they are; each may be a
+    share of the model's, cut along the layer dim. x comes and goes laid out as the residual,
+    without a final norm. The cache holds these layers alone (a ModelCache), or first_layer is the
+    first one's number in it (a PagedCache). Statistics are stacked; None without a MoE layer.
+    """
+    paged = cache if isinstance(cache, PagedCache) else None
+    stacked = cache if isinstance(cache, ModelCache) else ModelCache(None, None)
+    new_caches, stats = {DENSE: None, MOE: None}, None
+    for name, layer_caches in ((DENSE, stacked.dense), (MOE, stacked.moe)):
+        layers = of_part(variables, name)
+        if not layers.get("params"):
+            continue
+        carry, (new_caches[name], of_kind) = _scan(
+            layers, x, tokens, how, name == DENSE, paged, layer_caches, first_layer
+        )
+        x, paged = carry
+        first_layer += _num_layers(layers)
+        stats = stats if of_kind is None else of_kind
+    if isinstance(cache, ModelCache):
+        return x, ModelCache(new_caches[DENSE], new_caches[MOE]), stats
+    return x, paged, stats
+
+
+def _scan(layers, x, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches, first_layer):
+    """((x, paged), (layer_caches, stats)) after the layers of one kind."""
+    block = Block(how, dense)
+
+    def body(carry, scanned):
+        x, paged = carry
+        layer, layer_cache, number = scanned
+        if paged is not None:
+            layer_cache = of_layer(paged, number, how.layout)
+        apply = how.saving(lambda v, x, c: block.apply(how.gathered(v), x, tokens, c))
+        x, layer_cache, stats = apply(layer, x, layer_cache)
+        x = how.layout.constrain(x, "batch", "residual")
+        if paged is not None:
+            paged, layer_cache = layer_cache.with_table(paged.block_table), None
+        return (x, paged), (layer_cache, stats)
+
+    # XLA:CPU copies what a step takes from the stack and leaves in it: two layers a step halve
+    # that, 10 % of a training step of the default model.
+    unroll = 2 if how.layout.platform == "cpu" else 1
+    numbers = first_layer + jnp.arange(_num_layers(layers), dtype=jnp.int32)
+    return jax.lax.scan(body, (x, paged), (layers, layer_caches, numbers), unroll=unroll)
+
+
+def _num_layers(layers: dict[str, Any]) -> int:
+    return jax.tree.leaves(layers)[0].shape[0]
