@@ -7,6 +7,7 @@
 Text is streamed as it comes; several prompts are decoded together and printed one after the other.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,11 +28,12 @@ from dsv3_jax.config import (
     config_from_dict,
 )
 from dsv3_jax.data.tokenizer import load_tokenizer
+from dsv3_jax.data.tokens import Tokenizer
 from dsv3_jax.inference.expert_load import ExpertLoad
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.redundant_experts import measure_load, plan_places, replicate_experts
 from dsv3_jax.inference.streaming import print_ids, print_text
-from dsv3_jax.interop.checkpoint import is_weights_folder
+from dsv3_jax.interop.checkpoint import is_weights_folder, open_checkpoint
 from dsv3_jax.interop.load import load_hf, stores_fp8
 from dsv3_jax.model.held import describe_weights, hold_in_fp8
 from dsv3_jax.model.transformer import Variables, abstract_variables
@@ -88,16 +90,15 @@ def main(argv: Sequence[str]) -> int:
 
 def write(options: InferOptions) -> int:
     """Loads the model and prints what it writes; returns the exit code."""
+    tokenizer = find_tokenizer(options)
     config, layout, variables = load_run(options)
     if options.fp8:
         variables = hold_in_fp8(variables, config.model)
         print(describe_weights(variables), file=sys.stderr)
-    if options.token_ids:
-        tokenizer, prompts = None, [parse_ids(text) for text in options.token_ids]
+    if tokenizer is None:
+        prompts = [parse_ids(text) for text in options.token_ids]
     else:
-        saved = options.checkpoint / "tokenizer.json"
-        tokenizer = load_tokenizer(options.tokenizer or (saved if saved.exists() else "byte"))
-        prompts = [[tokenizer.bos_token_id, *tokenizer.encode(p).tolist()] for p in options.prompt]
+        prompts = [[*tokenizer.prompt_prefix, *tokenizer.encode(p)] for p in options.prompt]
     if options.redundant_experts:
         variables = with_redundant_experts(options, config, layout, variables, prompts)
     load = ExpertLoad(config.model) if options.save_expert_load else None
@@ -118,11 +119,11 @@ def write(options: InferOptions) -> int:
     texts = [(int(ids[0]) for ids in tokens)] if one else zip(*(ids.tolist() for ids in tokens))
     for number, text in enumerate(texts):
         if tokenizer is None:
-            print_ids(text, config.model.eos_token_id)
+            print_ids(text, config.model.eos_token_ids)
             continue
         if not one:
             print(f"--- {number}")
-        print_text(options.prompt[number], text, tokenizer, config.model.eos_token_id)
+        print_text(options.prompt[number], text, tokenizer, config.model.eos_token_ids)
     if load is not None and options.save_expert_load and jax.process_index() == 0:
         load.write(options.save_expert_load)
     return 0
@@ -141,6 +142,42 @@ def check(options: InferOptions) -> None:
             f"--temperature {options.temperature} must not be negative and --top-p {options.top_p} "
             "must lie in (0, 1]"
         )
+
+
+def find_tokenizer(options: InferOptions) -> Tokenizer | None:
+    """The tokenizer asked for or the checkpoint's own; None where ids are given.
+
+    Raises UserError, with the ways out, for a folder of weights without one that can be read: to
+    take another in its place would feed the model other ids. A run without a file of its own was
+    trained on bytes, as its config.json says.
+    """
+    if options.token_ids:
+        return None
+    if options.tokenizer:
+        return load_tokenizer(options.tokenizer)
+    folder = options.checkpoint
+    if (folder / "tokenizer.json").exists():
+        return load_tokenizer(folder)
+    if not is_weights_folder(folder) and trained_on_bytes(folder):
+        return load_tokenizer("byte")
+    try:
+        return load_tokenizer(folder)
+    except UserError as error:
+        if is_weights_folder(folder):
+            open_checkpoint(folder)  # what is wrong with the weights comes first
+        raise UserError(
+            f"{folder} has no tokenizer.json: {error}\nConvert its tokenizer to that form, or give "
+            "--tokenizer (the path of one, or 'byte'), or --token-ids 1,2,3"
+        ) from error
+
+
+def trained_on_bytes(run_dir: Path) -> bool:
+    """Whether a run's config.json names the byte tokenizer, or is not there to say."""
+    try:
+        values = json.loads((run_dir / "config.json").read_text())
+        return values["data"]["tokenizer"] == "byte"
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def load_run(options: InferOptions) -> tuple[Config, Layout, Variables]:
