@@ -7,7 +7,6 @@
 Text is streamed as it comes; several prompts are decoded together and printed one after the other.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,29 +18,19 @@ import tyro
 
 from dsv3_jax import cli
 from dsv3_jax.config import (
-    Config,
     DistributedConfig,
     ExpertParallelConfig,
     ParallelConfig,
     ShardingConfig,
     UserError,
-    config_from_dict,
 )
 from dsv3_jax.data.tokenizer import load_tokenizer
-from dsv3_jax.data.tokens import Tokenizer
 from dsv3_jax.inference.expert_load import ExpertLoad
 from dsv3_jax.inference.generate import generate
-from dsv3_jax.inference.redundant_experts import measure_load, plan_places, replicate_experts
 from dsv3_jax.inference.streaming import print_ids, print_text
-from dsv3_jax.interop.checkpoint import is_weights_folder, open_checkpoint
-from dsv3_jax.interop.load import load_hf, stores_fp8
-from dsv3_jax.model.held import describe_weights, hold_in_fp8
-from dsv3_jax.model.transformer import Variables, abstract_variables
+from dsv3_jax.loading import load, with_redundant_experts
+from dsv3_jax.model.held import describe_weights
 from dsv3_jax.parallel import hosts
-from dsv3_jax.parallel.load_balancer import logged_load
-from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.sharding import Layout, make_layout
-from dsv3_jax.training.restore import read_meta, restore
 
 
 @dataclass(frozen=True)
@@ -90,42 +79,52 @@ def main(argv: Sequence[str]) -> int:
 
 def write(options: InferOptions) -> int:
     """Loads the model and prints what it writes; returns the exit code."""
-    tokenizer = find_tokenizer(options)
-    config, layout, variables = load_run(options)
+    model = load(
+        options.checkpoint,
+        mesh=options.mesh,
+        sharding=options.sharding,
+        expert_parallel=options.expert_parallel,
+        step=options.step,
+        fp8=options.fp8,
+    )
     if options.fp8:
-        variables = hold_in_fp8(variables, config.model)
-        print(describe_weights(variables), file=sys.stderr)
-    if tokenizer is None:
-        prompts = [parse_ids(text) for text in options.token_ids]
+        print(describe_weights(model.variables), file=sys.stderr)
+    if options.token_ids:
+        tokenizer, prompts = None, [parse_ids(text) for text in options.token_ids]
     else:
-        prompts = [[*tokenizer.prompt_prefix, *tokenizer.encode(p)] for p in options.prompt]
+        saved = options.checkpoint / "tokenizer.json"
+        tokenizer = load_tokenizer(options.tokenizer or (saved if saved.exists() else "byte"))
+        prompts = [[tokenizer.bos_token_id, *tokenizer.encode(p).tolist()] for p in options.prompt]
     if options.redundant_experts:
-        variables = with_redundant_experts(options, config, layout, variables, prompts)
-    load = ExpertLoad(config.model) if options.save_expert_load else None
+        logged = options.checkpoint / "metrics.jsonl"
+        load_from = logged if options.expert_load == "logged" else options.expert_load
+        model = with_redundant_experts(model, options.redundant_experts, load_from, prompts)
+    config = model.config.model
+    expert_load = ExpertLoad(config) if options.save_expert_load else None
     tokens = generate(
-        variables,
+        model.variables,
         prompts,
-        config.model,
+        config,
         max_new_tokens=options.max_new_tokens,
         cache_length=options.cache_length,
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
-        layout=layout,
+        layout=model.layout,
         fp8_cache=options.fp8_cache,
-        expert_load=load,
+        expert_load=expert_load,
     )
     one = len(prompts) == 1  # shown as it comes
     texts = [(int(ids[0]) for ids in tokens)] if one else zip(*(ids.tolist() for ids in tokens))
     for number, text in enumerate(texts):
         if tokenizer is None:
-            print_ids(text, config.model.eos_token_ids)
+            print_ids(text, config.eos_token_id)
             continue
         if not one:
             print(f"--- {number}")
-        print_text(options.prompt[number], text, tokenizer, config.model.eos_token_ids)
-    if load is not None and options.save_expert_load and jax.process_index() == 0:
-        load.write(options.save_expert_load)
+        print_text(options.prompt[number], text, tokenizer, config.eos_token_id)
+    if expert_load is not None and options.save_expert_load and jax.process_index() == 0:
+        expert_load.write(options.save_expert_load)
     return 0
 
 
@@ -142,87 +141,6 @@ def check(options: InferOptions) -> None:
             f"--temperature {options.temperature} must not be negative and --top-p {options.top_p} "
             "must lie in (0, 1]"
         )
-
-
-def find_tokenizer(options: InferOptions) -> Tokenizer | None:
-    """The tokenizer asked for or the checkpoint's own; None where ids are given.
-
-    Raises UserError, with the ways out, for a folder of weights without one that can be read: to
-    take another in its place would feed the model other ids. A run without a file of its own was
-    trained on bytes, as its config.json says.
-    """
-    if options.token_ids:
-        return None
-    if options.tokenizer:
-        return load_tokenizer(options.tokenizer)
-    folder = options.checkpoint
-    if (folder / "tokenizer.json").exists():
-        return load_tokenizer(folder)
-    if not is_weights_folder(folder) and trained_on_bytes(folder):
-        return load_tokenizer("byte")
-    try:
-        return load_tokenizer(folder)
-    except UserError as error:
-        if is_weights_folder(folder):
-            open_checkpoint(folder)  # what is wrong with the weights comes first
-        raise UserError(
-            f"{folder} has no tokenizer.json: {error}\nConvert its tokenizer to that form, or give "
-            "--tokenizer (the path of one, or 'byte'), or --token-ids 1,2,3"
-        ) from error
-
-
-def trained_on_bytes(run_dir: Path) -> bool:
-    """Whether a run's config.json names the byte tokenizer, or is not there to say."""
-    try:
-        values = json.loads((run_dir / "config.json").read_text())
-        return values["data"]["tokenizer"] == "byte"
-    except (OSError, ValueError, KeyError, TypeError):
-        return True
-
-
-def load_run(options: InferOptions) -> tuple[Config, Layout, Variables]:
-    """Config and parameters of a run, without the optimizer's state, or of a weights folder.
-
-    And the layout of the mesh asked for, on which a run's parameters are read where they belong.
-    """
-    if not options.checkpoint.is_dir():
-        raise UserError(f"--checkpoint {options.checkpoint}: no such folder")
-    if is_weights_folder(options.checkpoint):
-        dtype = "stored" if options.fp8 and stores_fp8(options.checkpoint) else "bf16"
-        model, variables = load_hf(options.checkpoint, dtype=dtype)
-        config = Config(model=model)
-        return config, layout_for(options, config), variables
-    if options.step != "auto" and not options.step.isdigit():
-        raise UserError(f"--step {options.step} must be auto or a step number")
-    folder = options.checkpoint / "checkpoints"
-    step, meta = read_meta(folder, options.step)
-    config = config_from_dict(meta["config"])
-    layout = layout_for(options, config)
-    variables, _ = restore(folder, step, abstract_variables(config.model, layout), partial=True)
-    return config, layout, variables
-
-
-def layout_for(options: InferOptions, config: Config) -> Layout:
-    """The layout of the mesh asked for; UserError when it does not fit the model."""
-    options.mesh.check_model(config.model)
-    # Where one device is asked for there is no word of the others.
-    alone = options.mesh.num_devices == jax.process_count() == 1
-    mesh = make_mesh(options.mesh, jax.devices()[:1] if alone else None)
-    return make_layout(mesh, options.sharding, options.expert_parallel)
-
-
-def with_redundant_experts(
-    options: InferOptions, config: Config, layout: Layout, variables: Variables, prompts
-) -> Variables:
-    """The variables with more than one place for busy experts."""
-    model = config.model
-    if options.expert_load == "prompts":
-        load = measure_load(variables, prompts, model, layout)
-    else:
-        logged = options.checkpoint / "metrics.jsonl"
-        load = logged_load(logged if options.expert_load == "logged" else options.expert_load)
-    plan = plan_places(load, options.redundant_experts, model, layout)
-    return replicate_experts(variables, plan, model, layout)
 
 
 def parse_ids(text: str) -> list[int]:

@@ -11,6 +11,7 @@ from dsv3_jax.config import (
     DataConfig,
     ExpertParallelConfig,
     OptimizerConfig,
+    QuantConfig,
     TrainConfig,
 )
 
@@ -35,5 +36,6 @@ def get_config() -> Config:
             sample_tokens=0,
         ),
         optimizer=OptimizerConfig(moment_dtype="bfloat16"),
+        quant=QuantConfig(preset="fp8_paper"),  # section 3.3
         run_dir="runs/deepseek_v3",
     )

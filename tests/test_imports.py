@@ -13,7 +13,7 @@ ROWS = [
     {"kernels", "parallel", "data"},
     {"model", "analysis"},
     {"training", "inference", "interop"},
-    {"cli"},
+    {"cli", "loading"},
     {"__main__"},
 ]
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
@@ -40,7 +40,6 @@ ONLY_HOME = {
     "tyro": {"cli"},
     "safetensors": {"interop"},
     "tokenizers": {"data"},
-    "tiktoken": {"data"},
     "pyarrow": {"data"},
 }
 # `analysis` may plan with these, which know no JAX.

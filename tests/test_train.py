@@ -13,7 +13,7 @@ import pytest
 
 import infer
 import train
-from dsv3_jax import cli
+from dsv3_jax import cli, loading
 from dsv3_jax.config import load_config
 from dsv3_jax.model.transformer import init_variables
 from dsv3_jax.training.manifest import steps_in
@@ -313,8 +313,7 @@ def test_bad_inference_options_get_one_message(case, finished_run, monkeypatch, 
 def test_infer_reads_no_optimizer_state(finished_run):
     config = load_config_of(finished_run)
     abstract = jax.eval_shape(lambda key: init_variables(key, config.model), jax.random.key(0))
-    options = infer.InferOptions(checkpoint=finished_run, prompt=["x"])
-    _, _, variables = infer.load_run(options)
+    variables = loading.load(finished_run).variables
     assert jax.tree.structure(variables) == jax.tree.structure(abstract)
 
 

@@ -20,14 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dsv3_jax.config import ModelConfig, UserError, config_from_dict
-from dsv3_jax.config.files import refuse_lfs_pointer
-from dsv3_jax.interop.folder import describes_a_model, no_weights
-from dsv3_jax.interop.hf_config import (
-    EosTokenId,
-    eos_of_generation_config,
-    model_config_from_hf,
-    scale_format_of_hf,
-)
+from dsv3_jax.interop.hf_config import model_config_from_hf, scale_format_of_hf
 from dsv3_jax.interop.name_map import (
     IGNORED,
     Place,
@@ -51,7 +44,6 @@ log = logging.getLogger(__name__)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MANIFEST = "dsv3_jax_weights.json"
-GENERATION = "generation_config.json"
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 1 << 20, 64 << 20
 FP8 = "F8_E4M3"
 _SHOWN = 8  # problems listed before "and N more"
@@ -96,18 +88,6 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     folder: Path | None = None  # where its other files, such as the tokenizer's, are
     scale_fmt: str | None = None  # "ue8m0" when all FP8 scales are powers of two, as in V3.1
-    ends_with: EosTokenId | None = None  # of generation_config.json, where it says so
-
-    @property
-    def config_to_generate(self) -> ModelConfig:
-        """The config with the ids that end a text, which generation_config.json may say anew.
-
-        As in transformers the ids of generation_config.json count instead of config.json's; unlike
-        there, a generation_config.json without the key leaves config.json's.
-        """
-        if self.ends_with is None:
-            return self.config
-        return dataclasses.replace(self.config, eos_token_id=self.ends_with)
 
     @functools.cached_property
     def places(self) -> dict[str, Place]:
@@ -127,14 +107,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def is_weights_folder(folder: str | Path) -> bool:
-    """Whether `open_checkpoint` is what opens this folder (a run directory is not one).
-
-    It is for a folder that describes a model but has no weights to read, too: it says why.
-    """
-    folder = Path(folder)
-    if any((folder / name).exists() for name in (MANIFEST, INDEX, SINGLE)):
-        return True
-    return folder.is_dir() and not (folder / "checkpoints").is_dir() and describes_a_model(folder)
+    """Whether `open_checkpoint` is what opens this folder (a run directory is not one)."""
+    return any((Path(folder) / name).exists() for name in (MANIFEST, INDEX, SINGLE))
 
 
 def open_hf(folder: str | Path) -> Checkpoint:
@@ -147,8 +121,7 @@ def open_hf(folder: str | Path) -> Checkpoint:
         raise UserError(f"{folder}: {error}") from error
     tensors = _hf_tensors(folder)
     config, tensors = _checked(folder, config, tensors)
-    scale_fmt, ends_with = scale_format_of_hf(values), _ends_with(folder, config)
-    return Checkpoint(config, tensors, folder, scale_fmt, ends_with)
+    return Checkpoint(config, tensors, folder, scale_format_of_hf(values))
 
 
 def open_imported(folder: str | Path) -> Checkpoint:
@@ -175,8 +148,7 @@ def open_imported(folder: str | Path) -> Checkpoint:
         if "scales" in stacked[place.path]:
             scales = stacked[place.path]["scales"]
             tensors[scale_name(name)] = scales.at(position, scale_shape(place.shape))
-    ends_with = _ends_with(folder, config)
-    return Checkpoint(config, tensors, folder, manifest.get("scale_fmt"), ends_with)
+    return Checkpoint(config, tensors, folder, manifest.get("scale_fmt"))
 
 
 def from_variables(
@@ -269,27 +241,12 @@ def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
     path = file_inside(folder, name)
     if (size := path.stat().st_size) > max_bytes:
         raise UserError(f"{path}: {size} bytes exceed the {max_bytes} allowed")
-    raw = path.read_bytes()
-    refuse_lfs_pointer(raw, path)
-    return parse_json(raw, path)
-
-
-def _ends_with(folder: Path, config: ModelConfig) -> EosTokenId | None:
-    """What generation_config.json, where there is one, says that texts end with."""
-    if not (folder / GENERATION).exists():
-        return None
-    values = read_json(folder, GENERATION, MAX_CONFIG_BYTES)
-    try:
-        return eos_of_generation_config(values, config.vocab_size)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
+    return parse_json(path.read_bytes(), path)
 
 
 def _hf_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder's safetensors files, where the index says it is."""
     if not (folder / INDEX).exists():
-        if not (folder / SINGLE).exists():
-            raise no_weights(folder, INDEX, SINGLE)
         return read_header(file_inside(folder, SINGLE))[0]
     if (folder / SINGLE).exists():
         raise UserError(f"{folder}: has both {SINGLE} and {INDEX}: remove the one not meant")
@@ -341,13 +298,11 @@ def _checked(
     if (count := num_places(config)) > MAX_TENSORS:
         raise UserError(f"{folder}: config.json describes {count} tensors, over {MAX_TENSORS}")
     expected = places(config)
-    main = dataclasses.replace(config, num_nextn_predict_layers=0)
-    if (
-        config.num_nextn_predict_layers
-        and not (expected.keys() - places(main).keys()) & tensors.keys()
-    ):
+    of_mtp = [n for n, p in expected.items() if p.copy or p.path[1].startswith("mtp_")]
+    if of_mtp and not any(name in tensors for name in of_mtp):
         log.warning("%s holds none of its %d MTP layers", folder, config.num_nextn_predict_layers)
-        config, expected = main, places(main)
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+        expected = places(config)
     found = [
         f"{name} is missing"
         for name, place in expected.items()

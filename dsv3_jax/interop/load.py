@@ -37,16 +37,33 @@ def load_hf(
     With "stored", FP8 weights are BlockScaled with tile (128, 128) and the published matrices'
     shapes (tiles cross heads, so heads are not apart: [L, N*(H+R), Q] rather than [L, N, H+R, Q]);
     with "bf16" or "f32" everything but the router biases (f32) has that dtype and the shapes of
-    `init_variables`. The config's eos_token_id is what generation is to stop at. Raises UserError
-    as `open_checkpoint` does.
+    `init_variables`. Raises UserError as `open_checkpoint` does.
     """
     checkpoint = open_checkpoint(folder)
-    return checkpoint.config_to_generate, load(checkpoint, dtype=dtype, shardings=shardings)
+    return checkpoint.config, load(checkpoint, dtype=dtype, shardings=shardings)
 
 
-def stores_fp8(folder: str | Path) -> bool:
-    """Whether a Hugging Face folder or an import holds FP8 weights."""
-    return any(tensor.dtype == FP8 for tensor in open_checkpoint(folder).tensors.values())
+def stores_fp8(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint holds FP8 weights."""
+    return any(tensor.dtype == FP8 for tensor in checkpoint.tensors.values())
+
+
+def abstract_leaves(checkpoint: Checkpoint, dtype: LoadDType = "stored") -> dict[str, Any]:
+    """What `load` returns, as shapes and dtypes: what its `shardings` are made for.
+
+    Raises UserError as `load` does, but for copies that differ.
+    """
+    targets = _targets(checkpoint, dtype)
+
+    def abstract(leaf: Leaf, target: str) -> Any:
+        if target != FP8:
+            return jax.ShapeDtypeStruct(leaf.lead + leaf.dims, DTYPES[target])
+        values = jax.ShapeDtypeStruct(leaf.lead + leaf.shape, DTYPES[FP8])
+        scales = jax.ShapeDtypeStruct(leaf.lead + scale_shape(leaf.shape), np.float32)
+        return BlockScaled(values, scales, PER_BLOCK)
+
+    found = leaves(checkpoint.config).items()
+    return _tree({path: abstract(leaf, targets[path]) for path, leaf in found})
 
 
 def load(
@@ -61,33 +78,22 @@ def load(
     if name := copies_differ(checkpoint):
         raise UserError(f"{name} differs from the main model's; MTP modules share its numbers here")
     originals = {n: p for n, p in checkpoint.places.items() if not p.copy}
-    targets = {n: _target(checkpoint, n, p, dtype) for n, p in originals.items()}
+    targets = _targets(checkpoint, dtype)
     arrays: dict[tuple[str, ...], dict[str, _Growing]] = {}
-    first: dict[tuple[str, ...], str] = {}
-    for name, place in originals.items():
-        other = first.setdefault(place.path, name)
-        if targets[name] != targets[other]:
-            raise UserError(
-                f"{name} is {targets[name]} but {other} is {targets[other]}; they are stacked in "
-                "one array, which has one dtype: load as bf16"
-            )
     for path, leaf in leaves(checkpoint.config).items():
-        arrays[path] = _growing(leaf, targets[first[path]], _at(shardings, path))
+        arrays[path] = _growing(leaf, targets[path], _at(shardings, path))
     for name in in_file_order((n, checkpoint.tensors[n]) for n in originals):
-        place, target = originals[name], targets[name]
+        place, target = originals[name], targets[originals[name].path]
         for kind, array in arrays[place.path].items():
             tensor = name if kind == "values" else scale_name(name)
             shape = checkpoint.tensors[tensor].shape
             read = functools.partial(_rows, checkpoint, tensor, target)
             array.put(place.index, shape[0] // array.dims[0], read)
-    variables: dict[str, Any] = {"params": {}, "router": {}}
+    found = {}
     for path, parts in arrays.items():
-        node = variables
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
         whole = {kind: array.finish() for kind, array in parts.items()}
-        node[path[-1]] = BlockScaled(**whole, tile=PER_BLOCK) if len(whole) > 1 else whole["values"]
-    return variables
+        found[path] = BlockScaled(**whole, tile=PER_BLOCK) if len(whole) > 1 else whole["values"]
+    return _tree(found)
 
 
 class _Growing:
@@ -164,6 +170,33 @@ def _growing(leaf: Leaf, target: str, sharding: Any) -> dict[str, _Growing]:
         "values": _Growing(leaf.lead, leaf.shape, FP8, sharding.values),
         "scales": _Growing(leaf.lead, scale_shape(leaf.shape), "F32", sharding.scales),
     }
+
+
+def _targets(checkpoint: Checkpoint, dtype: LoadDType) -> dict[tuple[str, ...], str]:
+    """The dtype that each leaf is loaded in; UserError where its matrices have several."""
+    first: dict[tuple[str, ...], tuple[str, str]] = {}
+    for name, place in checkpoint.places.items():
+        if place.copy:
+            continue
+        target = _target(checkpoint, name, place, dtype)
+        other, others = first.setdefault(place.path, (name, target))
+        if target != others:
+            raise UserError(
+                f"{name} is {target} but {other} is {others}; they are stacked in one array, "
+                "which has one dtype: load as bf16"
+            )
+    return {path: target for path, (_, target) in first.items()}
+
+
+def _tree(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Variables from leaves by their paths."""
+    variables: dict[str, Any] = {"params": {}, "router": {}}
+    for path, leaf in leaves.items():
+        node = variables
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return variables
 
 
 def _target(checkpoint: Checkpoint, name: str, place: Place, dtype: LoadDType) -> str:

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 import infer
+from dsv3_jax import loading
 from dsv3_jax.interop.checkpoint import open_hf
 from dsv3_jax.interop.exporting import export_hf
 from dsv3_jax.interop.load import load_hf, stores_fp8
@@ -36,9 +37,8 @@ def test_weights_held_here_are_those_of_an_fp8_export(make_hf, tmp_path):
 
 def test_infer_keeps_a_published_fp8_checkpoint_in_fp8(make_hf, capsys):
     folder, _, tensors = make_hf("fp8")
-    assert stores_fp8(folder)
-    options = infer.InferOptions(checkpoint=folder, token_ids=["1,2"], fp8=True)
-    blocks = blocks_of(infer.load_run(options)[-1])
+    assert stores_fp8(open_hf(folder))
+    blocks = blocks_of(loading.load(folder, fp8=True).variables)
     values = blocks["['params']['moe_layers']['self_attn']['o_proj']"].values
     np.testing.assert_array_equal(values[1], tensors["model.layers.2.self_attn.o_proj.weight"])
 
@@ -51,7 +51,6 @@ def test_infer_keeps_a_published_fp8_checkpoint_in_fp8(make_hf, capsys):
 
 def test_a_bf16_folder_is_quantised_when_held(make_hf):
     folder, _, _ = make_hf("bf16")
-    assert not stores_fp8(folder)
-    options = infer.InferOptions(checkpoint=folder, token_ids=["1,2"], fp8=True)
-    config, _, variables = infer.load_run(options)
-    assert not blocks_of(variables) and blocks_of(hold_in_fp8(variables, config.model))
+    assert not stores_fp8(open_hf(folder))
+    assert not blocks_of(loading.load(folder).variables)
+    assert blocks_of(loading.load(folder, fp8=True).variables)

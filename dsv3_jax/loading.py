@@ -1,0 +1,123 @@
+"""A model loaded for inference, wherever it lies: a run, an import, or a Hugging Face folder.
+
+    model = load("runs/tiny")
+    tokens = generate(model.variables, [[256, 105]], model.config.model, max_new_tokens=20)
+
+It joins rooms that do not see each other: `training` reads a run's checkpoints, `interop` published
+weights, and `inference` places redundant experts.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from dsv3_jax.config import (
+    Config,
+    ExpertParallelConfig,
+    ModelConfig,
+    ParallelConfig,
+    ShardingConfig,
+    UserError,
+    config_from_dict,
+)
+from dsv3_jax.inference.redundant_experts import measure_load, plan_places, replicate_experts
+from dsv3_jax.interop.checkpoint import is_weights_folder, open_checkpoint
+from dsv3_jax.interop.load import LoadDType, abstract_leaves, stores_fp8
+from dsv3_jax.interop.load import load as load_checkpoint
+from dsv3_jax.model.held import hold_in_fp8
+from dsv3_jax.model.placement import shardings
+from dsv3_jax.model.transformer import Variables, abstract_variables
+from dsv3_jax.parallel.load_balancer import logged_load
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.sharding import Layout, make_layout
+from dsv3_jax.training.restore import read_meta, restore
+
+
+class Model(NamedTuple):
+    """What `generate` and `forward` need."""
+
+    config: Config
+    layout: Layout
+    variables: Variables
+
+
+def load(
+    folder: str | Path,
+    *,
+    mesh: ParallelConfig | None = None,
+    sharding: ShardingConfig | None = None,
+    expert_parallel: ExpertParallelConfig | None = None,
+    step: str = "auto",
+    fp8: bool = False,
+) -> Model:
+    """The model in a run directory, an import, or a Hugging Face folder, on the devices of a mesh.
+
+    Each device is given its own part only. A run's weights are f32, without the optimizer's state,
+    of its newest valid checkpoint or of the `step` asked for; published ones become BF16. With fp8
+    projections are held as FP8, a published FP8 checkpoint's as they are stored. Raises UserError
+    for a folder that is none of these or is damaged, and for a mesh that does not fit the model.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    how = (mesh or ParallelConfig(), sharding or ShardingConfig(), expert_parallel)
+    make = _published if is_weights_folder(folder) else _of_run
+    model = make(folder, how, step, fp8)
+    if not fp8:
+        return model
+    held = hold_in_fp8(model.variables, model.config.model)
+    # Whole tiles on every device.
+    return model._replace(variables=jax.device_put(held, shardings(held, model.layout)))
+
+
+def _published(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
+    checkpoint = open_checkpoint(folder)
+    config = Config(model=checkpoint.config)
+    layout = layout_for(config.model, *how)
+    dtype: LoadDType = "stored" if fp8 and stores_fp8(checkpoint) else "bf16"
+    places = shardings(abstract_leaves(checkpoint, dtype), layout)
+    return Model(config, layout, load_checkpoint(checkpoint, dtype=dtype, shardings=places))
+
+
+def _of_run(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
+    if step != "auto" and not step.isdigit():
+        raise UserError(f"step {step} must be auto or a step number")
+    number, meta = read_meta(folder / "checkpoints", step)
+    config = config_from_dict(meta["config"])
+    layout = layout_for(config.model, *how)
+    abstract = abstract_variables(config.model, layout)
+    variables, _ = restore(folder / "checkpoints", number, abstract, partial=True)
+    return Model(config, layout, variables)
+
+
+def layout_for(
+    model: ModelConfig,
+    mesh: ParallelConfig,
+    sharding: ShardingConfig,
+    expert_parallel: ExpertParallelConfig | None,
+) -> Layout:
+    """The layout of the mesh asked for; UserError when it does not fit the model."""
+    mesh.check_model(model)
+    # Where one device is asked for there is no word of the others.
+    alone = mesh.num_devices == jax.process_count() == 1
+    devices = make_mesh(mesh, jax.devices()[:1] if alone else None)
+    return make_layout(devices, sharding, expert_parallel or ExpertParallelConfig())
+
+
+def with_redundant_experts(
+    model: Model, number: int, load_LE: str | Path, prompts: Sequence[Sequence[int]] = ()
+) -> Model:
+    """The model with `number` more places for busy experts in every MoE layer.
+
+    Busy by a metrics.jsonl, or as counted on the "prompts". Raises UserError for a number that does
+    not divide over the devices, and for a file that does not say.
+    """
+    config, layout = model.config.model, model.layout
+    if load_LE == "prompts":
+        load = measure_load(model.variables, prompts, config, layout)
+    else:
+        load = logged_load(load_LE)
+    plan = plan_places(load, number, config, layout)
+    return model._replace(variables=replicate_experts(model.variables, plan, config, layout))
