@@ -24,11 +24,10 @@ from dsv3_jax.config import (
     ShardingConfig,
     UserError,
 )
-from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.inference.expert_load import ExpertLoad
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.streaming import print_ids, print_text
-from dsv3_jax.loading import load, with_redundant_experts
+from dsv3_jax.loading import find_tokenizer, load, with_redundant_experts
 from dsv3_jax.model.held import describe_weights
 from dsv3_jax.parallel import hosts
 
@@ -79,6 +78,9 @@ def main(argv: Sequence[str]) -> int:
 
 def write(options: InferOptions) -> int:
     """Loads the model and prints what it writes; returns the exit code."""
+    tokenizer = None
+    if not options.token_ids:
+        tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)
     model = load(
         options.checkpoint,
         mesh=options.mesh,
@@ -89,12 +91,10 @@ def write(options: InferOptions) -> int:
     )
     if options.fp8:
         print(describe_weights(model.variables), file=sys.stderr)
-    if options.token_ids:
-        tokenizer, prompts = None, [parse_ids(text) for text in options.token_ids]
+    if tokenizer is None:
+        prompts = [parse_ids(text) for text in options.token_ids]
     else:
-        saved = options.checkpoint / "tokenizer.json"
-        tokenizer = load_tokenizer(options.tokenizer or (saved if saved.exists() else "byte"))
-        prompts = [[tokenizer.bos_token_id, *tokenizer.encode(p).tolist()] for p in options.prompt]
+        prompts = [[*tokenizer.prompt_prefix, *tokenizer.encode(p)] for p in options.prompt]
     if options.redundant_experts:
         logged = options.checkpoint / "metrics.jsonl"
         load_from = logged if options.expert_load == "logged" else options.expert_load
@@ -118,11 +118,11 @@ def write(options: InferOptions) -> int:
     texts = [(int(ids[0]) for ids in tokens)] if one else zip(*(ids.tolist() for ids in tokens))
     for number, text in enumerate(texts):
         if tokenizer is None:
-            print_ids(text, config.eos_token_id)
+            print_ids(text, config.eos_token_ids)
             continue
         if not one:
             print(f"--- {number}")
-        print_text(options.prompt[number], text, tokenizer, config.eos_token_id)
+        print_text(options.prompt[number], text, tokenizer, config.eos_token_ids)
     if expert_load is not None and options.save_expert_load and jax.process_index() == 0:
         expert_load.write(options.save_expert_load)
     return 0

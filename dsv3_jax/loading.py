@@ -7,6 +7,7 @@ It joins rooms that do not see each other: `training` reads a run's checkpoints,
 weights, and `inference` places redundant experts.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,8 @@ from dsv3_jax.config import (
     UserError,
     config_from_dict,
 )
+from dsv3_jax.data.tokenizer import load_tokenizer
+from dsv3_jax.data.tokens import Tokenizer
 from dsv3_jax.inference.redundant_experts import measure_load, plan_places, replicate_experts
 from dsv3_jax.interop.checkpoint import is_weights_folder, open_checkpoint
 from dsv3_jax.interop.load import LoadDType, abstract_leaves, stores_fp8
@@ -74,7 +77,7 @@ def load(
 
 def _published(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
     checkpoint = open_checkpoint(folder)
-    config = Config(model=checkpoint.config)
+    config = Config(model=checkpoint.config_to_generate)
     layout = layout_for(config.model, *how)
     dtype: LoadDType = "stored" if fp8 and stores_fp8(checkpoint) else "bf16"
     places = shardings(abstract_leaves(checkpoint, dtype), layout)
@@ -104,6 +107,39 @@ def layout_for(
     alone = mesh.num_devices == jax.process_count() == 1
     devices = make_mesh(mesh, jax.devices()[:1] if alone else None)
     return make_layout(devices, sharding, expert_parallel or ExpertParallelConfig())
+
+
+def find_tokenizer(folder: Path, asked_for: str | None = None) -> Tokenizer:
+    """The tokenizer asked for (a path, or "byte"), or that of a run or of published weights.
+
+    Raises UserError, with the ways out, for a folder of weights without one that can be read: to
+    take another in its place would feed the model other ids. A run without a file of its own was
+    trained on bytes, as its config.json says.
+    """
+    if asked_for:
+        return load_tokenizer(asked_for)
+    if (folder / "tokenizer.json").exists():
+        return load_tokenizer(folder)
+    if not is_weights_folder(folder) and _trained_on_bytes(folder):
+        return load_tokenizer("byte")
+    try:
+        return load_tokenizer(folder)
+    except UserError as error:
+        if is_weights_folder(folder):
+            open_checkpoint(folder)  # what is wrong with the weights comes first
+        raise UserError(
+            f"{folder} has no tokenizer.json: {error}\nConvert its tokenizer to that form, or give "
+            "--tokenizer (the path of one, or 'byte'), or --token-ids 1,2,3"
+        ) from error
+
+
+def _trained_on_bytes(run_dir: Path) -> bool:
+    """Whether a run's config.json names the byte tokenizer, or is not there to say."""
+    try:
+        values = json.loads((run_dir / "config.json").read_text())
+        return values["data"]["tokenizer"] == "byte"
+    except (OSError, ValueError, KeyError, TypeError):
+        return True
 
 
 def with_redundant_experts(

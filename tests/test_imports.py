@@ -40,6 +40,7 @@ ONLY_HOME = {
     "tyro": {"cli"},
     "safetensors": {"interop"},
     "tokenizers": {"data"},
+    "tiktoken": {"data"},
     "pyarrow": {"data"},
 }
 # `analysis` may plan with these, which know no JAX.

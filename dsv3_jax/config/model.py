@@ -31,7 +31,7 @@ class ModelConfig:
     num_hidden_layers: int = 61
     max_position_embeddings: int = 163840
     bos_token_id: int = 0
-    eos_token_id: int = 1
+    eos_token_id: int | tuple[int, ...] = 1  # what ends a text; any of several, or none: ()
 
     # MLA
     num_attention_heads: int = 128
@@ -65,6 +65,11 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.006  # V3 report, section 4.2; the published config.json says 0.02
     dtype: DType = "bfloat16"  # of activations and matmuls; parameters are held in f32 to train
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text, the first of which fills up what has ended; may be empty."""
+        return (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
 
     @property
     def qk_head_dim(self) -> int:
@@ -157,8 +162,11 @@ class ModelConfig:
                     f"groups are scored by their 2 best experts, but n_group={self.n_group} leaves "
                     f"{group_size} a group: use n_group={max(experts // 2, 1)} or fewer"
                 )
-        for name in ("bos_token_id", "eos_token_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
+        for name, ids in (
+            ("bos_token_id", (self.bos_token_id,)),
+            ("eos_token_id", self.eos_token_ids),
+        ):
+            if not all(0 <= token < self.vocab_size for token in ids):
                 found.append(
                     f"{name}={getattr(self, name)} is outside vocab_size={self.vocab_size}"
                 )

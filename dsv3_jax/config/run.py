@@ -161,6 +161,8 @@ def _group_from_dict(kind: type, values: dict[str, Any], prefix: str) -> Any:
         values["rope_scaling"] = _group_from_dict(
             RopeScaling, values["rope_scaling"], "rope_scaling"
         )
+    if isinstance(values.get("eos_token_id"), list):  # JSON has no tuples
+        values["eos_token_id"] = tuple(values["eos_token_id"])
     return kind(**values)
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Int32, UInt64
 
 from dsv3_jax.config import UserError
 from dsv3_jax.data.shards import TokenShards
-from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.tokens import Tokenizer
 
 log = logging.getLogger(__name__)
 Item = TypeVar("Item")

@@ -35,7 +35,8 @@ from dsv3_jax.data.shards import (
     atomic_folder,
     check_vocab,
 )
-from dsv3_jax.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from dsv3_jax.data.tokens import Tokenizer
 
 RECIPE_FILE = "recipe.json"
 # Part of every cache key: raise it when the same texts would give other tokens.
@@ -175,11 +176,15 @@ def check_model(model: ModelConfig, corpus: Corpus) -> None:
     """Raises UserError unless the model can read the corpus: vocabulary, bos and eos ids agree."""
     for split in (corpus.train, corpus.val):
         check_vocab(split.index, model.vocab_size)
-    for role in ("bos_token_id", "eos_token_id"):
-        ours, theirs = getattr(model, role), getattr(corpus.tokenizer, role)
-        if ours != theirs:
+    for role, ids in (
+        ("bos_token_id", (model.bos_token_id,)),
+        ("eos_token_id", model.eos_token_ids),
+    ):
+        theirs = getattr(corpus.tokenizer, role)
+        if theirs not in ids:
             raise UserError(
-                f"model.{role}={ours}, but the tokenizer {corpus.tokenizer.name} has {theirs}: "
+                f"model.{role}={getattr(model, role)}, but the tokenizer "
+                f"{corpus.tokenizer.name} has {theirs}: "
                 f"use --model.{role.replace('_', '-')} {theirs}"
             )
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from dsv3_jax.config import UserError
-from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.tokens import Tokenizer
 
 Split = Literal["train", "val"]
 

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from dsv3_jax.config import UserError
-from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.tokens import Tokenizer
 
 INDEX_FILE = "index.json"
 FORMAT = 1

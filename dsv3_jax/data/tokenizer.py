@@ -1,21 +1,16 @@
 """Tokenizers: bytes without any dependency, and every lossless tokenizer.json.
 
-The one idea: a token *is* a string of bytes (empty for special tokens). Decoding, streaming and
-the count of bytes for bits per byte all follow from that one table. Tokenizers that lose text, such
-as WordPiece, have no such table and are refused. Special tokens written out in a text are text:
-only this package puts real ones in.
+Tokenizers that lose text, such as WordPiece, are refused. Special tokens written out in a text are
+text: only this package puts real ones in.
 """
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import os
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +18,21 @@ import numpy as np
 from jaxtyping import Int32
 
 from dsv3_jax.config import UserError
+from dsv3_jax.data.tiktoken_model import TiktokenTokenizer
+from dsv3_jax.data.tokens import SpecialTokens, Tokenizer, read_capped
 
-# The largest published tokenizer.json files are near 40 MB; more is a mistake or an attack.
-MAX_FILE_BYTES = 128 * 2**20
+TOKENIZER_FILE, TIKTOKEN_FILE = "tokenizer.json", "tiktoken.model"
+# Of tokenizers that are not read: sentencepiece, Mistral's, and what tokenizer.json was made from.
+OTHER_FILES = (
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "spiece.model",
+    "tekken.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "tokenizer_config.json",
+)
 
 # What published tokenizers call each role, ours (DeepSeek's) first.
 SPECIAL_NAMES = {
@@ -42,93 +49,6 @@ SPECIAL_NAMES = {
     "fim_hole": ("<｜fim▁hole｜>", "<fim_hole>", "<fim_suffix>", "<|fim_suffix|>"),
     "fim_end": ("<｜fim▁end｜>", "<fim_end>", "<fim_middle>", "<|fim_middle|>"),
 }
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """The ids of the special tokens this package places; the FIM ones are None where absent."""
-
-    bos: int
-    eos: int
-    fim_begin: int | None = None
-    fim_hole: int | None = None
-    fim_end: int | None = None
-
-
-class Tokenizer(ABC):
-    """Text to int32 ids and back. `pieces[i]` holds the bytes of id i, empty for special tokens."""
-
-    def __init__(
-        self,
-        name: str,
-        fingerprint: str,
-        pieces: list[bytes],
-        special: SpecialTokens,
-        *,
-        path: Path | None = None,
-        adds_space: bool = False,
-    ):
-        self.name = name
-        self.fingerprint = fingerprint  # sha256 of what defines it
-        self.path = path  # its file, where it has one
-        self.vocab_size = len(pieces)  # the highest id + 1
-        self.bos_token_id = special.bos
-        self.eos_token_id = special.eos
-        self.fim_begin_id = special.fim_begin
-        self.fim_hole_id = special.fim_hole
-        self.fim_end_id = special.fim_end
-        self.adds_space = adds_space  # encoding puts a space before the text; decoding removes it
-        self._pieces = pieces
-        self._piece_bytes = np.array([len(piece) for piece in pieces], np.int64)
-
-    @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
-        """The ids of each text, no special token added."""
-
-    def encode(self, text: str) -> Int32[np.ndarray, " T"]:
-        """The ids of a text, no special token added."""
-        return self.encode_batch([text])[0]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        decoder = StreamDecoder(self)
-        return "".join([decoder.push(i) for i in ids]) + decoder.flush()
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one id; none for special tokens and ids beyond the vocabulary.
-
-        A model's vocabulary may be padded past the tokenizer's (V3: 129,280 rows for 128,815 ids).
-        """
-        return self._pieces[token_id] if 0 <= token_id < self.vocab_size else b""
-
-    def count_bytes(self, ids: np.ndarray | Sequence[int]) -> int:
-        """How many bytes of text the ids stand for; special tokens count zero."""
-        ids = np.asarray(ids, np.int64).ravel()
-        return int(self._piece_bytes[ids[ids < self.vocab_size]].sum())
-
-
-class StreamDecoder:
-    """Text as ids come in: what `push` returns never splits a character.
-
-    All pushes and the flush, joined, equal `decode` of the whole. When the ids continue a prompt,
-    `continues=True` keeps the first token's leading space.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, continues: bool = False):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._drop_space = tokenizer.adds_space and not continues
-
-    def push(self, token_id: int) -> str:
-        """The characters that this id completes."""
-        piece = self._tokenizer.token_bytes(int(token_id))
-        if self._drop_space and piece:
-            piece, self._drop_space = piece.removeprefix(b" "), False
-        return self._utf8.decode(piece)
-
-    def flush(self) -> str:
-        """What is left at the end: U+FFFD for a character that was never completed."""
-        return self._utf8.decode(b"", final=True)
 
 
 class ByteTokenizer(Tokenizer):
@@ -159,7 +79,7 @@ class HFTokenizer(Tokenizer):
     def __init__(self, path: str | Path):
         path = Path(path)
         library = _tokenizers_library()
-        raw = _read_capped(path)
+        raw = read_capped(path)
         try:
             spec = json.loads(raw)
             special_ids = _mark_special(spec, path)
@@ -182,6 +102,7 @@ class HFTokenizer(Tokenizer):
             special=special_ids,
             path=path,
             adds_space=adds_space,
+            prompt_prefix=_prompt_prefix(self._tokenizer, path, special_ids.bos),
         )
 
     def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " T"]]:
@@ -191,18 +112,35 @@ class HFTokenizer(Tokenizer):
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names: "byte", or the path of a tokenizer.json.
+    """The tokenizer that `data.tokenizer` names: "byte", or the path of a tokenizer's file.
 
-    A folder stands for the tokenizer.json within it.
+    A folder stands for the tokenizer.json within it, or else the tiktoken.model. Raises UserError,
+    naming what is there, for a folder with neither.
     """
     if spec == "byte":
         return ByteTokenizer()
     path = Path(spec)
     if path.is_dir():
-        path = path / "tokenizer.json"
+        path = _file_in(path)
     if not path.is_file():
         raise UserError(f"tokenizer {str(spec)!r}: no such file (or say 'byte')")
+    if path.suffix == ".model" and path.name != TIKTOKEN_FILE:
+        raise UserError(f"{path}: only {TOKENIZER_FILE} and {TIKTOKEN_FILE} are read: convert it")
+    if path.name == TIKTOKEN_FILE:
+        return TiktokenTokenizer(path)
     return HFTokenizer(path)
+
+
+def _file_in(folder: Path) -> Path:
+    """The tokenizer's file in a folder; UserError naming the files that are no use."""
+    for name in (TOKENIZER_FILE, TIKTOKEN_FILE):
+        if (folder / name).exists():
+            return folder / name
+    others = [name for name in OTHER_FILES if (folder / name).exists()]
+    raise UserError(
+        f"{folder}: {TOKENIZER_FILE} and {TIKTOKEN_FILE} are read, found "
+        + (", ".join(others) or "no tokenizer's file")
+    )
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, out_path: str | Path) -> HFTokenizer:
@@ -252,17 +190,6 @@ def _tokenizers_library() -> Any:
     return tokenizers
 
 
-def _read_capped(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    if len(raw) > MAX_FILE_BYTES:
-        raise UserError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes, so no tokenizer.json")
-    return raw
-
-
 def _mark_special(spec: Any, path: Path) -> SpecialTokens:
     """The role ids of a parsed tokenizer.json, whose tokens are marked special in place.
 
@@ -280,6 +207,27 @@ def _mark_special(spec: Any, path: Path) -> SpecialTokens:
             + " ".join(SPECIAL_NAMES["eos"])
         )
     return SpecialTokens(**{"bos": ids["eos"], **ids})
+
+
+def _prompt_prefix(tokenizer: Any, path: Path, bos: int) -> tuple[int, ...] | None:
+    """What transformers' AutoTokenizer puts before a text, by the files; None: nothing is said.
+
+    That is what the post-processor of tokenizer.json puts there, or else bos if add_bos_token of
+    tokenizer_config.json says so, which versions before 5 ask for.
+    """
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    whole = tokenizer.encode("a", add_special_tokens=True).ids
+    count = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    if count:
+        return tuple(whole[:count])
+    beside = path.with_name("tokenizer_config.json")
+    if not beside.is_file():
+        return None
+    try:
+        config = json.loads(read_capped(beside))
+        return (bos,) if config.get("add_bos_token") else ()
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise UserError(f"{beside}: {error}") from error
 
 
 def _piece_reader(decoder: Any, path: Path) -> tuple[Any, bool]:

@@ -43,11 +43,11 @@ def generate(
 ) -> Iterator[Int[np.ndarray, " B"]]:
     """Yields the next token of every prompt, int32 [B], up to max_new_tokens times.
 
-    A sequence that has ended (eos_token_id) yields eos again; iteration ends when all have. The
-    cache holds cache_length tokens a sequence, by default what the longest needs; paged, it holds
-    the pages that each needs, by default where the kernel that reads pages runs. With fp8_cache
-    they hold latents as FP8. Raises UserError for an empty prompt, a token outside the vocabulary,
-    or prompts longer than the cache.
+    A sequence that has ended (with any of eos_token_id) goes on with the first of these; iteration
+    ends when all have. Where there are none, none ends. The cache holds cache_length tokens a
+    sequence, by default what the longest needs; paged, it holds the pages that each needs, by
+    default where the kernel that reads pages runs. With fp8_cache they hold latents as FP8. Raises
+    UserError for an empty prompt, a token outside the vocabulary, or prompts longer than the cache.
     The layout says how to spread the work over a mesh; the tokens are those of one device, but for
     rounding. To an expert_load are added the choices of all tokens fed: the prompts', and those of
     new tokens until their sequence ends.
@@ -66,7 +66,7 @@ def generate(
         copies = np.arange(count + -count % prefill_layout.size("batch")) % count
         prompts, lengths = [prompts[int(i)] for i in copies], lengths[copies]
     padded_length = min(-(-lengths.max() // multiple) * multiple, cache_length)
-    padded = np.full((len(prompts), padded_length), config.eos_token_id, np.int32)
+    padded = np.zeros((len(prompts), padded_length), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
 
@@ -89,6 +89,7 @@ def generate(
         expert_load.add(load)
     hidden = hidden[np.arange(len(prompts)), lengths - 1]
     how = Pass(config, layout=decode_layout)
+    ends = config.eos_token_ids
     ended = np.zeros(count, bool)
     for step in range(max_new_tokens):
         tokens = _next_token(
@@ -99,9 +100,9 @@ def generate(
             top_p,
             decode_layout,
         )
-        ids = np.where(ended, config.eos_token_id, np.asarray(tokens))
+        ids = np.where(ended, ends[0] if ends else 0, np.asarray(tokens))
         yield ids
-        ended |= ids == config.eos_token_id
+        ended |= np.isin(ids, ends)
         if ended.all() or step + 1 == max_new_tokens:
             return
         fed = np.resize(ids, len(prompts))[:, None]  # the copies again

@@ -20,7 +20,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from dsv3_jax.config import ModelConfig, UserError, config_from_dict
-from dsv3_jax.interop.hf_config import model_config_from_hf, scale_format_of_hf
+from dsv3_jax.config.files import refuse_lfs_pointer
+from dsv3_jax.interop.folder import describes_a_model, no_weights
+from dsv3_jax.interop.hf_config import (
+    EosTokenId,
+    eos_of_generation_config,
+    model_config_from_hf,
+    scale_format_of_hf,
+)
 from dsv3_jax.interop.name_map import (
     IGNORED,
     Place,
@@ -44,6 +51,7 @@ log = logging.getLogger(__name__)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MANIFEST = "dsv3_jax_weights.json"
+GENERATION = "generation_config.json"
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 1 << 20, 64 << 20
 FP8 = "F8_E4M3"
 _SHOWN = 8  # problems listed before "and N more"
@@ -88,6 +96,18 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     folder: Path | None = None  # where its other files, such as the tokenizer's, are
     scale_fmt: str | None = None  # "ue8m0" when all FP8 scales are powers of two, as in V3.1
+    ends_with: EosTokenId | None = None  # of generation_config.json, where it says so
+
+    @property
+    def config_to_generate(self) -> ModelConfig:
+        """The config with the ids that end a text, which generation_config.json may say anew.
+
+        As in transformers the ids of generation_config.json count instead of config.json's; unlike
+        there, a generation_config.json without the key leaves config.json's.
+        """
+        if self.ends_with is None:
+            return self.config
+        return dataclasses.replace(self.config, eos_token_id=self.ends_with)
 
     @functools.cached_property
     def places(self) -> dict[str, Place]:
@@ -107,8 +127,14 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 
 
 def is_weights_folder(folder: str | Path) -> bool:
-    """Whether `open_checkpoint` is what opens this folder (a run directory is not one)."""
-    return any((Path(folder) / name).exists() for name in (MANIFEST, INDEX, SINGLE))
+    """Whether `open_checkpoint` is what opens this folder (a run directory is not one).
+
+    It is for a folder that describes a model but has no weights to read, too: it says why.
+    """
+    folder = Path(folder)
+    if any((folder / name).exists() for name in (MANIFEST, INDEX, SINGLE)):
+        return True
+    return folder.is_dir() and not (folder / "checkpoints").is_dir() and describes_a_model(folder)
 
 
 def open_hf(folder: str | Path) -> Checkpoint:
@@ -121,7 +147,8 @@ def open_hf(folder: str | Path) -> Checkpoint:
         raise UserError(f"{folder}: {error}") from error
     tensors = _hf_tensors(folder)
     config, tensors = _checked(folder, config, tensors)
-    return Checkpoint(config, tensors, folder, scale_format_of_hf(values))
+    scale_fmt, ends_with = scale_format_of_hf(values), _ends_with(folder, config)
+    return Checkpoint(config, tensors, folder, scale_fmt, ends_with)
 
 
 def open_imported(folder: str | Path) -> Checkpoint:
@@ -148,7 +175,8 @@ def open_imported(folder: str | Path) -> Checkpoint:
         if "scales" in stacked[place.path]:
             scales = stacked[place.path]["scales"]
             tensors[scale_name(name)] = scales.at(position, scale_shape(place.shape))
-    return Checkpoint(config, tensors, folder, manifest.get("scale_fmt"))
+    ends_with = _ends_with(folder, config)
+    return Checkpoint(config, tensors, folder, manifest.get("scale_fmt"), ends_with)
 
 
 def from_variables(
@@ -241,12 +269,27 @@ def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
     path = file_inside(folder, name)
     if (size := path.stat().st_size) > max_bytes:
         raise UserError(f"{path}: {size} bytes exceed the {max_bytes} allowed")
-    return parse_json(path.read_bytes(), path)
+    raw = path.read_bytes()
+    refuse_lfs_pointer(raw, path)
+    return parse_json(raw, path)
+
+
+def _ends_with(folder: Path, config: ModelConfig) -> EosTokenId | None:
+    """What generation_config.json, where there is one, says that texts end with."""
+    if not (folder / GENERATION).exists():
+        return None
+    values = read_json(folder, GENERATION, MAX_CONFIG_BYTES)
+    try:
+        return eos_of_generation_config(values, config.vocab_size)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
 
 
 def _hf_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Every tensor of the folder's safetensors files, where the index says it is."""
     if not (folder / INDEX).exists():
+        if not (folder / SINGLE).exists():
+            raise no_weights(folder, INDEX, SINGLE)
         return read_header(file_inside(folder, SINGLE))[0]
     if (folder / SINGLE).exists():
         raise UserError(f"{folder}: has both {SINGLE} and {INDEX}: remove the one not meant")

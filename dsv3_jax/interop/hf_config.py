@@ -8,26 +8,14 @@ cannot compute is refused by name, and `auto_map`, which names code, is not look
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
 from dsv3_jax.config import ModelConfig, RopeScaling, UserError
+from dsv3_jax.interop.hf_keys import DEFAULTS, features_switched_on, unknown
 
-# What a file may leave out, because the modelling code of its `model_type` fixes it: transformers 5
-# writes neither scoring_func nor topk_method.
-_V3_DEFAULTS = {
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "num_nextn_predict_layers": 1,
-}
-_V2_DEFAULTS = {
-    "scoring_func": "softmax",
-    "topk_method": "greedy",
-    "norm_topk_prob": False,
-    "num_nextn_predict_layers": 0,
-}
-DEFAULTS = {"deepseek_v3": _V3_DEFAULTS, "kimi_k2": _V3_DEFAULTS, "deepseek_v2": _V2_DEFAULTS}
+log = logging.getLogger(__name__)
 
 # The largest each count may be: several times what any published model of the family has, and small
 # enough that a table of all expected tensors can be made.
@@ -58,6 +46,13 @@ _FIXED = {
     "rope_interleave": True,
 }
 FP8_BLOCK = 128
+EosTokenId = int | tuple[int, ...]
+# Other names of the same number: attribute_map of transformers 5.
+_ALIASES = {
+    "num_mtp_layers": "num_nextn_predict_layers",
+    "num_local_experts": "n_routed_experts",
+    "num_experts": "n_routed_experts",
+}
 
 # Written as they are, besides the bounded counts.
 _COPIED = (
@@ -82,6 +77,11 @@ _ROPE_FIELDS = (
     "mscale",
     "mscale_all_dim",
 )
+_READ = frozenset(
+    (*_BOUNDS, *_BOUNDS_FROM_ZERO, *_FIXED, *_COPIED, *_ALIASES)
+    + ("num_key_value_heads", "qk_head_dim", "mlp_layer_types", "layer_types")
+    + ("rope_theta", "rope_scaling", "rope_parameters", "quantization_config")
+)
 
 
 def model_config_from_hf(values: dict[str, Any]) -> ModelConfig:
@@ -90,46 +90,80 @@ def model_config_from_hf(values: dict[str, Any]) -> ModelConfig:
     Raises UserError with every problem: a field that is missing, of the wrong type or out of
     bounds, an unknown `model_type`, a feature the model lacks, or fields that do not fit together.
     """
+    values = _plain(values)
     read = _Reader(values)
     kind = read.choice("model_type", tuple(DEFAULTS), None)
-    defaults: dict[str, Any] = DEFAULTS.get(kind, _V3_DEFAULTS)
+    defaults = DEFAULTS.get(kind, DEFAULTS["deepseek_v3"])
+    read.found += [f"{told} is not supported" for told in features_switched_on(values)]
     fields: dict[str, Any] = {name: read.integer(name, 1, top) for name, top in _BOUNDS.items()}
     for name, top in _BOUNDS_FROM_ZERO.items():
-        fields[name] = read.integer(name, 0, top)
+        fields[name] = read.integer(name, 0, top, defaults.get(name))
     # 0 is how some runtimes spell "no query compression" (interop with llama.cpp needs it).
     fields["q_lora_rank"] = read.integer("q_lora_rank", 0, 1 << 16, null=True) or None
-    for name in ("n_group", "topk_group"):
-        fields[name] = read.integer(name, 1, 1 << 12, default=1, null=True) or 1
-    mtp = "num_mtp_layers" if "num_mtp_layers" in values else "num_nextn_predict_layers"
     fields["num_nextn_predict_layers"] = read.integer(
-        mtp, 0, 16, defaults["num_nextn_predict_layers"]
+        "num_nextn_predict_layers", 0, 16, defaults["num_nextn_predict_layers"]
     )
-    fields["bos_token_id"] = read.token("bos_token_id")
-    fields["eos_token_id"] = read.token("eos_token_id")
+    fields["eos_token_id"] = read.tokens("eos_token_id", defaults["eos_token_id"])
+    # Where no token begins a text, the end of the one before does, as in our tokenizers.
+    begins = _ids(read.tokens("bos_token_id", defaults["bos_token_id"]))
+    fields["bos_token_id"] = (*begins, *_ids(fields["eos_token_id"]), 0)[0]
     fields["rms_norm_eps"] = read.number("rms_norm_eps")
-    fields["routed_scaling_factor"] = read.number("routed_scaling_factor", 1.0)
+    fields["routed_scaling_factor"] = read.number(
+        "routed_scaling_factor", defaults["routed_scaling_factor"]
+    )
     fields["initializer_range"] = read.number("initializer_range", 0.02)
     scoring, topk = defaults["scoring_func"], defaults["topk_method"]
     fields["scoring_func"] = read.choice("scoring_func", ("sigmoid", "softmax"), scoring)
     methods = ("noaux_tc", "group_limited_greedy", "greedy")
     fields["topk_method"] = read.choice("topk_method", methods, topk)
+    for name in ("n_group", "topk_group"):
+        # The published greedy router looks at neither, so there either may be null.
+        unused = fields["topk_method"] == "greedy" and values.get(name, defaults[name]) is None
+        fields[name] = 1 if unused else read.integer(name, 1, 1 << 12, defaults[name])
     fields["norm_topk_prob"] = read.choice(
         "norm_topk_prob", (True, False), defaults["norm_topk_prob"]
     )
+    if kind == "deepseek_v2" and fields["norm_topk_prob"] and fields["routed_scaling_factor"] != 1:
+        read.found.append(
+            f"norm_topk_prob=True with routed_scaling_factor={fields['routed_scaling_factor']}: "
+            "DeepSeek-V2's code leaves the factor out then, which this model does not"
+        )
     dtype = "dtype" if "dtype" in values else "torch_dtype"
-    fields["dtype"] = read.choice(dtype, ("bfloat16", "float32"), "bfloat16")
+    fields["dtype"] = read.choice(dtype, ("bfloat16", "float32", None), "bfloat16") or "bfloat16"
     fields["rope_theta"], fields["rope_scaling"] = _rope(values, read)
     for name, only in _FIXED.items():
-        read.choice(name, (only,), only)
-    heads = values.get("num_key_value_heads")
-    if heads is not None and heads != fields["num_attention_heads"]:
-        read.found.append(f"num_key_value_heads={heads!r} must equal num_attention_heads")
+        # The published code asks whether a switch is set: null is unset.
+        read.choice(name, (only, None) if only is False else (only,), only)
+    _check_derived(values, fields, read)
     _check_quantization(values.get("quantization_config"), read)
     read.raise_if_found()
     config = ModelConfig(**fields)
     if found := config.problems():
         raise UserError("config.json does not fit together:\n  - " + "\n  - ".join(found))
+    if names := unknown(values, _READ):
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        log.warning(
+            "config.json: %s%s: not known here, the model is computed as if not there",
+            ", ".join(name[:60] for name in names[:8]),
+            more,
+        )
     return config
+
+
+def eos_of_generation_config(values: dict[str, Any], vocab_size: int) -> EosTokenId | None:
+    """eos_token_id of a parsed generation_config.json, () for null; None where it has no such key.
+
+    Raises UserError for anything but ids of the vocabulary.
+    """
+    if "eos_token_id" not in values:
+        return None
+    read = _Reader(values)
+    ids = read.tokens("eos_token_id", None)
+    if not read.found and any(token >= vocab_size for token in _ids(ids)):
+        read.found.append(f"eos_token_id={ids} is outside vocab_size={vocab_size}")
+    if read.found:
+        raise UserError("generation_config.json cannot be used:\n  - " + "\n  - ".join(read.found))
+    return ids
 
 
 def scale_format_of_hf(values: dict[str, Any]) -> str | None:
@@ -203,15 +237,15 @@ class _Reader:
         shown = " or ".join(str(a) for a in allowed)
         return self._missing_or(name, f"must be {shown}", allowed[0])
 
-    def token(self, name: str) -> int:
-        value = self.values.get(name)
-        if isinstance(value, list) and value:  # chat models may list several; the first is kept
-            value = value[0]
+    def tokens(self, name: str, default: int | None) -> EosTokenId:
+        """One id, a tuple of the ids of a list, or () for null."""
+        value = self.values.get(name, default)
         if value is None:
-            return 0
-        if type(value) is int and 0 <= value < 1 << 22:
-            return value
-        return self._missing_or(name, "must be a token id", 0)
+            return ()
+        ids = value if isinstance(value, list) else [value]
+        if len(ids) <= 1 << 10 and all(type(i) is int and 0 <= i < 1 << 22 for i in ids):
+            return tuple(ids) if isinstance(value, list) else value
+        return self._missing_or(name, "must be a token id, a list of them or null", 0)
 
     def raise_if_found(self) -> None:
         if self.found:
@@ -241,8 +275,12 @@ def _rope(values: dict[str, Any], read: _Reader) -> tuple[float, RopeScaling | N
         inner.found.append(f"type={kind!r} must be yarn")
     known = {"type", "rope_type", "rope_theta", *_ROPE_FIELDS}
     extra = sorted(name for name in scaling if name not in known and scaling[name] is not None)
-    inner.found += [f"{name}={scaling[name]!r} is not supported" for name in extra]
-    # Without mscale_all_dim the published code leaves the softmax scale alone.
+    off = {"truncate": True, "partial_rotary_factor": 1}  # the values that mean no difference
+    inner.found += [
+        f"{n}={scaling[n]!r} is not supported" for n in extra if scaling[n] != off.get(n)
+    ]
+    # As in the published code: mscale is 1 where it is not given, for cosines and sines alone;
+    # without mscale_all_dim (or with 0 or null) the softmax scale is left alone.
     all_dim = 0.0 if not scaling.get("mscale_all_dim") else inner.number("mscale_all_dim")
     made = RopeScaling(
         factor=inner.number("factor"),
@@ -256,6 +294,65 @@ def _rope(values: dict[str, Any], read: _Reader) -> tuple[float, RopeScaling | N
     )
     read.found += [f"{form}.{problem}" for problem in inner.found]
     return theta, made
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    """The values under their own keys: aliases of transformers 5 and layer types are resolved.
+
+    What publishers write as null for a part that is not there, the published code asks for `is not
+    None`: no shared experts, no MTP modules, and no routed experts, which makes all layers dense.
+    """
+    values = dict(values)
+    for alias, name in _ALIASES.items():
+        if alias in values:
+            values.setdefault(name, values[alias])
+    kinds = values.get("mlp_layer_types")
+    if isinstance(kinds, list) and "first_k_dense_replace" not in values:
+        values["first_k_dense_replace"] = kinds.count("dense")
+    for name in ("n_shared_experts", "num_nextn_predict_layers"):
+        if name in values and values[name] is None:
+            values[name] = 0
+    if "n_routed_experts" in values and values["n_routed_experts"] is None:
+        values |= {"n_routed_experts": 1, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+        values |= {"topk_method": "greedy", "n_shared_experts": 0}
+        values["first_k_dense_replace"] = values.get("num_hidden_layers")
+        if not values.get("moe_intermediate_size"):
+            values["moe_intermediate_size"] = values.get("intermediate_size")
+    return values
+
+
+def _check_derived(values: dict[str, Any], fields: dict[str, Any], read: _Reader) -> None:
+    """Keys that repeat what others say must agree with them."""
+    for alias, name in _ALIASES.items():
+        if values.get(alias) is not None and values[alias] != values.get(name):
+            read.found.append(f"{alias}={values[alias]!r} must equal {name}={values.get(name)!r}")
+    derived = {
+        "num_key_value_heads": fields["num_attention_heads"],
+        "qk_head_dim": fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"],
+    }
+    for name, value in derived.items():
+        if values.get(name) is not None and values[name] != value:
+            what = (
+                "num_attention_heads" if name == "num_key_value_heads" else "the sum of its parts"
+            )
+            read.found.append(f"{name}={values[name]!r} must equal {what}, {value}")
+    layers, dense = fields["num_hidden_layers"], fields["first_k_dense_replace"]
+    expected = {
+        "mlp_layer_types": ["dense"] * min(dense, layers) + ["sparse"] * max(layers - dense, 0),
+        "layer_types": ["full_attention"] * layers,
+    }
+    for name, kinds in expected.items():
+        if values.get(name) is not None and values[name] != kinds:
+            read.found.append(
+                f"{name} must be {layers} layers of {kinds[0]!r} to {kinds[-1]!r}, of which "
+                f"first_k_dense_replace={dense} are dense"
+                if name == "mlp_layer_types"
+                else f"{name} must say 'full_attention' {layers} times"
+            )
+
+
+def _ids(tokens: EosTokenId) -> tuple[int, ...]:
+    return (tokens,) if isinstance(tokens, int) else tokens
 
 
 def _check_quantization(quantization: Any, read: _Reader) -> None:

@@ -37,10 +37,11 @@ def load_hf(
     With "stored", FP8 weights are BlockScaled with tile (128, 128) and the published matrices'
     shapes (tiles cross heads, so heads are not apart: [L, N*(H+R), Q] rather than [L, N, H+R, Q]);
     with "bf16" or "f32" everything but the router biases (f32) has that dtype and the shapes of
-    `init_variables`. Raises UserError as `open_checkpoint` does.
+    `init_variables`. The config's eos_token_id is what generation is to stop at. Raises UserError
+    as `open_checkpoint` does.
     """
     checkpoint = open_checkpoint(folder)
-    return checkpoint.config, load(checkpoint, dtype=dtype, shardings=shardings)
+    return checkpoint.config_to_generate, load(checkpoint, dtype=dtype, shardings=shardings)
 
 
 def stores_fp8(checkpoint: Checkpoint) -> bool:

@@ -25,6 +25,7 @@ import ml_dtypes
 import numpy as np
 
 from dsv3_jax.config import UserError
+from dsv3_jax.config.files import LFS_START, refuse_lfs_pointer
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -108,6 +109,8 @@ def read_header(path: str | Path) -> tuple[dict[str, StoredTensor], dict[str, st
     with open(path, "rb") as file:
         file_size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
+        if prefix == LFS_START[:8]:
+            refuse_lfs_pointer(prefix + file.read(1024), path)
         if len(prefix) < 8:
             raise UserError(f"{path}: {file_size} bytes are no safetensors file")
         length = int.from_bytes(prefix, "little")

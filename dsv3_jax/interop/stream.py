@@ -22,6 +22,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import UserError
+from dsv3_jax.config.files import refuse_lfs_pointer
 from dsv3_jax.interop.checkpoint import FP8, Checkpoint, Tensor, file_inside
 from dsv3_jax.interop.name_map import Place, scale_name, scale_shape
 from dsv3_jax.interop.safetensors import DTYPES, StoredTensor, num_bytes
@@ -158,6 +159,8 @@ def carry_along(source: Path | None, folder: Path) -> None:
         path = file_inside(source, name)
         if path.stat().st_size > MAX_CARRIED_BYTES:
             raise UserError(f"{path}: {path.stat().st_size} bytes exceed {MAX_CARRIED_BYTES}")
+        with path.open("rb") as file:
+            refuse_lfs_pointer(file.read(1024), path)
         shutil.copyfile(path, folder / name)
 
 

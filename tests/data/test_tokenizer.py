@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.config import UserError
-from dsv3_jax.data import tokenizer as tokenizer_module
+from dsv3_jax.data import tokens as tokens_module
 from dsv3_jax.data.tokenizer import (
     SPECIAL_NAMES,
     ByteTokenizer,
     HFTokenizer,
-    StreamDecoder,
     load_tokenizer,
     train_tokenizer,
 )
+from dsv3_jax.data.tokens import StreamDecoder
 
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=60)
 SAMPLE = ["def route(x):\n    return x @ w  # größer, 日本語, 🙂\n" * 3, "  the end</s>\n\n\t" * 5]
@@ -198,7 +198,7 @@ def test_a_bad_tokenizer_file_is_refused_by_name(tmp_path, content, message):
 
 
 def test_an_oversized_file_is_refused_without_parsing(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "MAX_FILE_BYTES", 100)
+    monkeypatch.setattr(tokens_module, "MAX_FILE_BYTES", 100)
     with pytest.raises(UserError, match="larger than 100 bytes"):
         load_tokenizer(write(tmp_path / "t.json", METASPACE))
 
@@ -216,3 +216,32 @@ def test_without_the_library_the_extra_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"pip install 'dsv3_jax\[tokenizers\]'"):
         load_tokenizer(write(tmp_path / "t.json", METASPACE))
+
+
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "<s>", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+}
+
+
+@pytest.mark.parametrize(
+    "template, config, prefix",
+    [
+        (None, None, (1,)),  # nothing is said: bos, as in training here
+        (None, {}, ()),  # transformers' AutoTokenizer adds nothing then
+        (None, {"add_bos_token": True}, (1,)),
+        (None, {"add_bos_token": False}, ()),
+        (TEMPLATE, {}, (1,)),
+        (TEMPLATE, None, (1,)),
+    ],
+)
+def test_a_prompt_begins_with_what_its_files_say(tmp_path, template, config, prefix):
+    path = write(tmp_path / "tokenizer.json", METASPACE | {"post_processor": template})
+    if config is not None:
+        write(tmp_path / "tokenizer_config.json", config)
+    assert load_tokenizer(path).prompt_prefix == prefix

@@ -84,6 +84,24 @@ def test_an_ended_sequence_goes_on_with_eos_while_others_run(greedy):
         assert (row[end + 1 :] == ends_with).all()
 
 
+def test_any_of_several_ids_ends_a_sequence_and_the_first_fills_it_up(greedy):
+    ends = (int(greedy[1, 3]), int(greedy[0, 1]))
+    config = dataclasses.replace(CONFIG, eos_token_id=ends)
+    steps = np.stack(list(generate(VARIABLES, PROMPTS, config, **ALL)), axis=1)
+    for row, want in zip(steps, greedy, strict=True):
+        hits = np.isin(want, ends)
+        end = int(hits.argmax()) if hits.any() else NEW
+        np.testing.assert_array_equal(row[: end + 1], want[: len(row)][: end + 1])
+        assert (row[end + 1 :] == ends[0]).all()
+    assert np.isin(steps[0, :2], ends).any()  # it ended with the second of them
+
+
+def test_without_any_id_that_ends_a_text_nothing_ends(greedy):
+    config = dataclasses.replace(CONFIG, eos_token_id=())
+    steps = np.stack(list(generate(VARIABLES, PROMPTS, config, **ALL)), axis=1)
+    np.testing.assert_array_equal(steps, greedy)
+
+
 def test_generation_stops_when_all_have_ended():
     """Logits of zero everywhere: the likeliest token is 0, and 0 is eos."""
     params = {**VARIABLES["params"], "lm_head": 0 * VARIABLES["params"]["lm_head"]}

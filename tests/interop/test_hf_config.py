@@ -2,19 +2,30 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv3_jax.config import ModelConfig, RopeScaling, UserError, load_config
+from dsv3_jax.config import (
+    Config,
+    ModelConfig,
+    RopeScaling,
+    UserError,
+    config_from_dict,
+    load_config,
+    to_json,
+)
 from dsv3_jax.interop.hf_config import (
     _BOUNDS,
     model_config_from_hf,
     model_config_to_hf,
     scale_format_of_hf,
 )
+from dsv3_jax.model.rope import rope_tables, softmax_scale
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -193,6 +204,123 @@ def test_yarn_without_mscales_leaves_the_softmax_scale_alone():
     scaling = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 128}
     found = model_config_from_hf(V3 | {"rope_scaling": scaling}).rope_scaling
     assert found == RopeScaling("yarn", 8.0, 128, 32.0, 1.0, mscale=1.0, mscale_all_dim=0.0)
+
+
+def test_one_mscale_alone_is_what_the_published_code_makes_of_it():
+    """modeling_deepseek.py: mscale is 1 and mscale_all_dim 0 where they are not given."""
+    base = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 128}
+    for scales, expected in (
+        ({"mscale": 0.7}, (0.7, 0.0)),
+        ({"mscale_all_dim": 0.7}, (1.0, 0.7)),
+        ({"mscale": 0.7, "mscale_all_dim": None}, (0.7, 0.0)),
+        ({"mscale": 0.7, "mscale_all_dim": 0}, (0.7, 0.0)),
+        ({"truncate": True}, (1.0, 0.0)),
+    ):
+        config = model_config_from_hf(V3 | {"rope_scaling": base | scales})
+        assert config.rope_scaling is not None
+        assert (config.rope_scaling.mscale, config.rope_scaling.mscale_all_dim) == expected
+        # What DeepseekV3YarnRotaryEmbedding and DeepseekV3Attention compute from them.
+        long = 1 + 0.1 * math.log(8) * expected[0]
+        all_dim = 1 + 0.1 * math.log(8) * expected[1]
+        cosines, _ = rope_tables(np.zeros((1, 1), np.int32), config)
+        np.testing.assert_allclose(cosines, long / all_dim, rtol=1e-6)
+        assert softmax_scale(config) == pytest.approx(192**-0.5 * all_dim**2)
+
+
+# What each model type's configuration class has where config.json is silent (transformers 5.24).
+SILENT = {
+    "deepseek_v3": (8, 4, 2.5, True, "sigmoid", "noaux_tc", 0, 1),
+    "kimi_k2": (8, 4, 2.5, True, "sigmoid", "noaux_tc", 0, 1),
+    "glm4_moe_lite": (1, 1, 1.8, True, "sigmoid", "noaux_tc", 0, 1),
+    "deepseek_v2": (1, 1, 1.0, False, "softmax", "greedy", 1, 2),
+}
+
+
+@pytest.mark.parametrize("kind", SILENT)
+def test_a_silent_file_has_its_model_types_defaults(kind):
+    names = ("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "scoring_func")
+    names += ("topk_method", "bos_token_id", "eos_token_id")
+    silent = {name: value for name, value in V3.items() if name not in names}
+    found = model_config_from_hf(silent | {"model_type": kind})
+    assert tuple(getattr(found, name) for name in names) == SILENT[kind]
+
+
+def test_null_is_what_the_published_code_makes_of_it():
+    for kind, name, value, field, expected in (
+        ("deepseek_v3", "n_shared_experts", None, "n_shared_experts", 0),
+        ("deepseek_v3", "num_nextn_predict_layers", None, "num_nextn_predict_layers", 0),
+        ("deepseek_v3", "num_key_value_heads", None, "num_attention_heads", 128),
+        ("deepseek_v3", "attention_bias", None, "num_attention_heads", 128),
+        ("deepseek_v3", "torch_dtype", None, "dtype", "bfloat16"),
+        ("deepseek_v3", "eos_token_id", None, "eos_token_id", ()),
+        ("deepseek_v3", "bos_token_id", None, "bos_token_id", 1),  # eos begins texts, too
+        ("deepseek_v2", "n_group", None, "n_group", 1),
+        ("deepseek_v2", "topk_group", None, "topk_group", 1),
+    ):
+        source = V3 if kind == "deepseek_v3" else V2_LITE
+        assert getattr(model_config_from_hf(source | {name: value}), field) == expected
+    for name in ("n_group", "topk_group", "routed_scaling_factor", "norm_topk_prob", "hidden_act"):
+        with pytest.raises(UserError, match=f"{name}=None"):
+            model_config_from_hf(V3 | {name: None})
+    dense = model_config_from_hf(V3 | {"n_routed_experts": None, "num_nextn_predict_layers": 0})
+    assert dense.num_moe_layers == 0 and dense.num_dense_layers == 61
+
+
+def test_several_ids_end_a_text_and_are_written_as_they_were():
+    for ids, field in ((1, 1), ([1, 5], (1, 5)), ([1], (1,)), ([], ())):
+        config = model_config_from_hf(V3 | {"eos_token_id": ids})
+        assert config.eos_token_id == field
+        written = json.loads(json.dumps(model_config_to_hf(config)))
+        assert written["eos_token_id"] == ids
+        saved = json.loads(to_json(Config(model=config)))
+        assert config_from_dict(saved).model == config
+    assert ModelConfig(eos_token_id=3).eos_token_ids == (3,)
+
+
+def test_v2_norms_without_its_factor_so_both_are_refused():
+    with pytest.raises(UserError, match=r"norm_topk_prob=True with routed_scaling_factor=16"):
+        model_config_from_hf(V2_LITE | {"norm_topk_prob": True, "routed_scaling_factor": 16.0})
+    assert model_config_from_hf(V2_LITE | {"norm_topk_prob": True}).norm_topk_prob
+
+
+FEATURES = {
+    "sliding_window": 4096,
+    "partial_rotary_factor": 0.5,
+    "final_logit_softcapping": 30.0,
+    "index_topk": 2048,
+    "use_qk_norm": True,
+    "qk_head_dim": 128,
+    "mlp_layer_types": ["sparse"] * 61,
+    "layer_types": ["sliding_attention"] * 61,
+    "num_local_experts": 128,
+}
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_of_other_models_are_refused_by_name(name):
+    with pytest.raises(UserError, match=name):
+        model_config_from_hf(V3 | {name: FEATURES[name]})
+
+
+def test_keys_that_nobody_knows_are_told_and_harmless_ones_are_not(caplog):
+    harmless = {"_name_or_path": "x", "attention_dropout": 0.1, "pad_token_id": 2, "seq_aux": True}
+    harmless |= {"sliding_window": None, "partial_rotary_factor": 1.0, "qk_head_dim": 192}
+    harmless |= {"num_local_experts": 256, "new_feature": None, "another": False}
+    harmless |= {"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 58}
+    assert model_config_from_hf(V3 | harmless) == model_config_from_hf(V3)
+    assert caplog.text == ""
+    assert model_config_from_hf(V3 | {"magic_scale": 2.0}) == model_config_from_hf(V3)
+    assert "magic_scale: not known here" in caplog.text
+
+
+def test_glm_counts_its_dense_layers_by_their_kinds():
+    glm = {
+        n: v for n, v in V3.items() if n not in ("first_k_dense_replace", "n_group", "topk_group")
+    }
+    glm |= {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 59}
+    assert model_config_from_hf(glm).first_k_dense_replace == 2
+    del glm["mlp_layer_types"]
+    assert model_config_from_hf(glm).first_k_dense_replace == 1
 
 
 def test_zero_and_null_both_mean_no_query_compression():

@@ -5,6 +5,7 @@ what we export, and are skipped with the reason shown where it is not installed.
 """
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -126,3 +127,41 @@ def test_a_checkpoint_that_transformers_writes_loads(tmp_path):
         logits = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
     ours = forward(variables, tokens, found).logits
     assert np.abs(ours - logits).max() <= LOGIT_LIMIT
+
+
+# Another file form of the same network: (fields that differ from TINY, what its config.json says
+# and, as None, does not say).
+FORMS = {
+    "v3 without router keys": (
+        {"n_routed_experts": 16, "n_group": 8, "topk_group": 4},
+        {"n_group": None, "topk_group": None, "routed_scaling_factor": None},
+    ),
+    "v3 without norm_topk_prob": ({}, {"norm_topk_prob": None, "scoring_func": None}),
+    "glm4_moe_lite": (
+        {"rope_scaling": None, "rms_norm_eps": 1e-5, "eos_token_id": (3, 5)},
+        {"model_type": "glm4_moe_lite", "architectures": ["Glm4MoeLiteForCausalLM"]},
+    ),
+    "glm4_moe_lite without router keys": (
+        {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.8, "rope_theta": 1e6},
+        {"model_type": "glm4_moe_lite", "n_group": None, "topk_group": None}
+        | {"routed_scaling_factor": None, "first_k_dense_replace": None},
+    ),
+}
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize("name", FORMS)
+def test_a_file_form_means_what_transformers_makes_of_it(tmp_path, name):
+    transformers_or_skip()
+    fields, says = FORMS[name]
+    config = dataclasses.replace(TINY, num_nextn_predict_layers=0, **fields)
+    folder = write_hf(tmp_path / "hf", config, hf_tensors(config, "f32", 5))
+    values = json.loads((folder / "config.json").read_text()) | says
+    values = {key: value for key, value in values.items() if key not in says or value is not None}
+    (folder / "config.json").write_text(json.dumps(values))
+    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 17)).astype(np.int32)
+    found, variables = load_hf(folder)
+    assert found == config
+    expected = make.transformers_outputs(folder, config, tokens)
+    traced = compare(expected | {"tokens": tokens}, variables, found)
+    assert np.abs(traced["logits"][:2, :17] - expected["logits"]).max() <= 1e-4

@@ -1,0 +1,58 @@
+"""What lies in a folder whose weights are not where they are looked for, in one message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from dsv3_jax.config import UserError
+
+_OTHER_FORMS = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".ggml",
+    ".h5",
+    ".msgpack",
+    ".npz",
+    ".onnx",
+)
+_SHOWN = 4
+
+
+def other_weights(folder: Path) -> list[str]:
+    """Names of files that seem to hold weights in a form that is not read, or are not indexed."""
+    ends = (*_OTHER_FORMS, *(f"{form}.index.json" for form in _OTHER_FORMS), ".safetensors")
+    names = (p.name for p in folder.iterdir() if not p.name.startswith("."))
+    return sorted(name for name in names if name.endswith(ends) and name != "training_args.bin")
+
+
+def describes_a_model(folder: Path) -> bool:
+    """Whether the folder has a config.json of the Hugging Face form, or weights of another form."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_bytes()[: 1 << 20]) if path.is_file() else {}
+    except (ValueError, RecursionError, OSError):
+        return True  # reading it as one says what is wrong with it
+    return "model_type" in values or bool(other_weights(folder))
+
+
+def no_weights(folder: Path, index: str, single: str) -> UserError:
+    """The error for a folder without `index` and `single`, saying what is there instead."""
+    names = other_weights(folder)
+    if not names:
+        return UserError(f"{folder / single}: no such file, and no {index}: no weights are here")
+    listed = ", ".join(names[:_SHOWN])
+    listed += f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    if any(name.endswith(".safetensors") for name in names):
+        return UserError(
+            f"{folder}: found {listed}, but neither {index}, which says what is in which file, nor "
+            f"{single}: fetch the index, or name a single file so"
+        )
+    return UserError(
+        f"{folder}: only safetensors are read, found {listed}: pickled files (.bin, .pt) can run "
+        "code when read. Look for a safetensors form of this checkpoint, or convert it (with "
+        "transformers: from_pretrained(...).save_pretrained(...))"
+    )
