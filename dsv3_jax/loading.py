@@ -79,7 +79,7 @@ def _published(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
     checkpoint = open_checkpoint(folder)
     config = Config(model=checkpoint.config_to_generate)
     layout = layout_for(config.model, *how)
-    dtype: LoadDType = "stored" if fp8 and stores_fp8(checkpoint) else "bf16"
+    dtype: LoadDType = "fp8" if fp8 and stores_fp8(checkpoint) else "bf16"
     places = shardings(abstract_leaves(checkpoint, dtype), layout)
     return Model(config, layout, load_checkpoint(checkpoint, dtype=dtype, shardings=places))
 

@@ -45,6 +45,7 @@ from dsv3_jax.interop.safetensors import (
     parse_json,
     read_header,
 )
+from dsv3_jax.interop.stored import SCALE_DTYPES, split_experts
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled
 
 log = logging.getLogger(__name__)
@@ -163,18 +164,23 @@ def open_imported(folder: str | Path) -> Checkpoint:
     for path, leaf in leaves(config).items():
         stored, _ = read_header(file_inside(folder, leaf_file(path)))
         lead[path] = leaf.lead
-        if "values" not in stored or math.prod(stored["values"].shape) != math.prod(
+        if "values" in stored and math.prod(stored["values"].shape) != math.prod(
             leaf.lead + leaf.shape
         ):
             raise UserError(f"{folder / leaf_file(path)}: is not {leaf.lead + leaf.dims} values")
         stacked[path] = stored
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name, place in places(config).items():
+        stored = stacked[place.path]
+        if "values" not in stored:  # matrices of several dtypes, each on its own
+            tensors |= {n: stored[n] for n in (name, scale_name(name)) if n in stored}
+            continue
         position = position_in(lead[place.path], place.index)
-        tensors[name] = stacked[place.path]["values"].at(position, place.shape)
-        if "scales" in stacked[place.path]:
-            scales = stacked[place.path]["scales"]
+        tensors[name] = stored["values"].at(position, place.shape)
+        if "scales" in stored:
+            scales = stored["scales"]
             tensors[scale_name(name)] = scales.at(position, scale_shape(place.shape))
+    config, tensors = _checked(folder, config, tensors)
     ends_with = _ends_with(folder, config)
     return Checkpoint(config, tensors, folder, manifest.get("scale_fmt"), ends_with)
 
@@ -340,13 +346,14 @@ def _checked(
     """
     if (count := num_places(config)) > MAX_TENSORS:
         raise UserError(f"{folder}: config.json describes {count} tensors, over {MAX_TENSORS}")
+    tensors, found = split_experts(config, tensors)
     expected = places(config)
     of_mtp = [n for n, p in expected.items() if p.copy or p.path[1].startswith("mtp_")]
     if of_mtp and not any(name in tensors for name in of_mtp):
         log.warning("%s holds none of its %d MTP layers", folder, config.num_nextn_predict_layers)
         config = dataclasses.replace(config, num_nextn_predict_layers=0)
         expected = places(config)
-    found = [
+    found += [
         f"{name} is missing"
         for name, place in expected.items()
         if name not in tensors and not place.copy
@@ -389,8 +396,9 @@ def _scale_problems(
     if tensors[weight].dtype != FP8:
         return [f"{name} scales {weight}, which is {tensors[weight].dtype}, not {FP8}"]
     shape = scale_shape(tensors[weight].shape)
-    if tensor.shape != shape or tensor.dtype != "F32":
-        return [f"{name} is {tensor.dtype} {list(tensor.shape)} instead of F32 {list(shape)}"]
+    if tensor.shape != shape or tensor.dtype not in SCALE_DTYPES:
+        allowed = f"{', '.join(SCALE_DTYPES)} {list(shape)}"
+        return [f"{name} is {tensor.dtype} {list(tensor.shape)}; it may be {allowed}"]
     return []
 
 

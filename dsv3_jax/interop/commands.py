@@ -30,6 +30,7 @@ class ImportOptions:
     dst: Path  # the folder to write
     dtype: Literal["stored", "bf16", "f32"] = "stored"  # stored: every byte kept, FP8 included
     overwrite: bool = False
+    allow_non_finite: bool = False  # NaN and infinite weights are named, but imported
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,13 @@ def run_import(options: ImportOptions) -> None:
     from dsv3_jax.interop.importing import import_hf
 
     start = time.monotonic()
-    import_hf(options.src, options.dst, options.dtype, overwrite=options.overwrite)
+    import_hf(
+        options.src,
+        options.dst,
+        options.dtype,
+        overwrite=options.overwrite,
+        allow_non_finite=options.allow_non_finite,
+    )
     _say("imported", options.dst, start)
 
 

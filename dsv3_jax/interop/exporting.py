@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 from dsv3_jax.interop.checkpoint import FP8, INDEX, Checkpoint
 from dsv3_jax.interop.hf_config import model_config_to_hf
 from dsv3_jax.interop.name_map import Place, places
 from dsv3_jax.interop.safetensors import Writer, num_bytes, open_writer
+from dsv3_jax.interop.stored import count_non_finite
 from dsv3_jax.interop.stream import (
     Specs,
     StorageDType,
@@ -23,6 +25,8 @@ from dsv3_jax.interop.stream import (
     finished_folder,
     for_each,
     specs_of,
+    tell_not_finite,
+    unconverted,
 )
 
 SHARD_BYTES = 5 * 10**9
@@ -56,6 +60,7 @@ def export_hf(
     size = sum(num_bytes(*spec) for group in specs.values() for spec in group.values())
     with finished_folder(Path(dst), size, overwrite=overwrite, resume=False) as folder:
         weight_map: dict[str, str] = {}
+        bad: Counter[str] = Counter()
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             in_shard: Specs = {tensor: spec for n in names for tensor, spec in specs[n].items()}
@@ -63,12 +68,13 @@ def export_hf(
             with open_writer(folder / file, in_shard, {"format": "pt"}) as writer:
 
                 def copy(name: str, writer: Writer = writer) -> int:
-                    return _copy_one(source, sources[name], name, table[name], dtype, writer)
+                    return _copy_one(source, sources[name], name, table[name], dtype, writer, bad)
 
                 for_each(names, copy, size, f"exporting {file}")
+        tell_not_finite(bad, f"exporting to {dst}")
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        values = _hf_config(source, specs)
+        values = _hf_config(source, specs, unconverted(source, dtype))
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         carry_along(source.folder, folder)
         if tokenizer is not None:
@@ -77,10 +83,18 @@ def export_hf(
 
 
 def _copy_one(
-    source: Checkpoint, origin: str, name: str, place: Place, dtype: StorageDType, writer: Writer
+    source: Checkpoint,
+    origin: str,
+    name: str,
+    place: Place,
+    dtype: StorageDType,
+    writer: Writer,
+    bad: Counter[str],
 ) -> int:
     done = 0
     for tensor, first, rows in chunks(source, origin, place, dtype):
+        if count := count_non_finite(rows):
+            bad[tensor] += count
         tensor = _renamed(tensor, origin, name)
         stored = writer.tensors[tensor]
         writer.write(tensor, rows, first * num_bytes(stored.dtype, stored.shape[1:]))
@@ -107,9 +121,10 @@ def _shards(specs: dict[str, Specs], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _hf_config(source: Checkpoint, specs: dict[str, Specs]) -> dict:
+def _hf_config(source: Checkpoint, specs: dict[str, Specs], kept: list[str]) -> dict:
     """config.json that says what is stored: FP8 tensors without it load as garbage elsewhere."""
     dtypes = {spec[0] for group in specs.values() for spec in group.values()}
     weights = {group[name][0] for name, group in specs.items() if name.endswith(".weight")}
     dtype = "float32" if weights == {"F32"} else "bfloat16"
-    return model_config_to_hf(source.config, dtype, FP8 in dtypes, source.scale_fmt)
+    scale_fmt = "ue8m0" if "F8_E8M0" in dtypes else source.scale_fmt
+    return model_config_to_hf(source.config, dtype, FP8 in dtypes, scale_fmt, kept)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from dsv3_jax.config import ModelConfig, RopeScaling, UserError
@@ -172,10 +173,15 @@ def scale_format_of_hf(values: dict[str, Any]) -> str | None:
 
 
 def model_config_to_hf(
-    config: ModelConfig, dtype: str = "bfloat16", fp8: bool = False, scale_fmt: str | None = None
+    config: ModelConfig,
+    dtype: str = "bfloat16",
+    fp8: bool = False,
+    scale_fmt: str | None = None,
+    not_converted: Sequence[str] = (),
 ) -> dict[str, Any]:
     """config.json in the hub's form for weights stored as `dtype`, or as FP8 blocks if `fp8`.
 
+    `not_converted` are modules that are not FP8 though the others are (modules_to_not_convert).
     Keys that a runtime would otherwise guess are all there: llama.cpp takes softmax gating without
     `scoring_func`. A softmax router without a bias is DeepSeek-V2's architecture, otherwise V3's.
     """
@@ -203,6 +209,8 @@ def model_config_to_hf(
             "quant_method": "fp8",
             "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
         } | ({"scale_fmt": scale_fmt} if scale_fmt else {})
+        if not_converted:
+            values["quantization_config"]["modules_to_not_convert"] = list(not_converted)
     return dict(sorted(values.items()))
 
 
@@ -366,6 +374,7 @@ def _check_quantization(quantization: Any, read: _Reader) -> None:
         "fmt": ("e4m3", None),
         "weight_block_size": ([FP8_BLOCK, FP8_BLOCK],),
         "scale_fmt": ("ue8m0", None),
+        "activation_scheme": ("dynamic", None),
     }
     for name, allowed in expected.items():
         if (value := quantization.get(name)) not in allowed:

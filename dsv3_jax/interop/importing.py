@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import threading
+from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ from dsv3_jax.interop.checkpoint import (
     same_numbers,
 )
 from dsv3_jax.interop.hf_config import model_config_to_hf
-from dsv3_jax.interop.name_map import Place, leaves, scale_name
+from dsv3_jax.interop.name_map import Place, leaves, scale_shape
 from dsv3_jax.interop.safetensors import StoredTensor, Writer, num_bytes
+from dsv3_jax.interop.stored import count_non_finite
 from dsv3_jax.interop.stream import (
     Specs,
     StorageDType,
@@ -45,6 +47,8 @@ from dsv3_jax.interop.stream import (
     for_each,
     in_file_order,
     specs_of,
+    tell_not_finite,
+    unconverted,
 )
 
 log = logging.getLogger(__name__)
@@ -52,14 +56,19 @@ PROGRESS = "progress.jsonl"
 
 
 def import_hf(
-    src: str | Path, dst: str | Path, dtype: StorageDType = "stored", *, overwrite: bool = False
+    src: str | Path,
+    dst: str | Path,
+    dtype: StorageDType = "stored",
+    *,
+    overwrite: bool = False,
+    allow_non_finite: bool = False,
 ) -> Path:
     """Imports a Hugging Face folder into `dst`, for `open_checkpoint`, and returns `dst`.
 
     "stored" keeps every byte, FP8 included; "bf16" and "f32" convert. Killed and called again, it
     keeps what was complete and still matches its digest. Raises UserError for a source that is
-    wrong in any way or a `dst` that exists, OSError when the disk is too small or fails; both leave
-    nothing behind.
+    wrong in any way (as NaN and infinite numbers are unless `allow_non_finite`) or a `dst` that
+    exists, OSError when the disk is too small or fails; both leave nothing behind.
     """
     if dtype == "fp8":
         raise UserError("import to stored, bf16 or f32: FP8 is a form to export to")
@@ -67,12 +76,15 @@ def import_hf(
     plan = _leaf_specs(source, dtype)
     size = sum(num_bytes(*spec) for specs in plan.values() for spec in specs.values())
     with finished_folder(Path(dst), size, overwrite=overwrite, resume=True) as folder:
-        digests = _copy_all(source, plan, dtype, folder, size)
+        bad: Counter[str] | None = Counter() if allow_non_finite else None
+        digests = _copy_all(source, plan, dtype, folder, size, bad)
+        tell_not_finite(bad or Counter(), f"imported from {src}")
         carry_along(source.folder, folder)
         fp8 = any(spec[0] == "F8_E4M3" for specs in plan.values() for spec in specs.values())
         hf_dtype = "float32" if dtype == "f32" else "bfloat16"
         scale_fmt = source.scale_fmt if fp8 else None
-        values = model_config_to_hf(source.config, hf_dtype, fp8, scale_fmt)
+        kept = unconverted(source, dtype)
+        values = model_config_to_hf(source.config, hf_dtype, fp8, scale_fmt, kept)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         manifest = {
             "format": 1,
@@ -94,33 +106,45 @@ def verify_imported(folder: str | Path) -> list[str]:
 
 
 def _leaf_specs(source: Checkpoint, dtype: StorageDType) -> dict[tuple[str, ...], Specs]:
-    """Dtype and shape of "values" and "scales" of every leaf; a leaf has one dtype."""
-    made: dict[tuple[str, ...], Specs] = {}
-    first: dict[tuple[str, ...], str] = {}
-    stacks = leaves(source.config)
+    """Dtype and shape of "values" and "scales" of every leaf.
+
+    A leaf whose matrices are stored in several dtypes is a tensor a matrix, by published names.
+    """
+    alone: dict[tuple[str, ...], Specs] = {}
+    kinds: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
     for name, place in source.places.items():
-        if place.copy:
+        if not place.copy:
+            specs = specs_of(source, name, place, dtype)
+            alone.setdefault(place.path, {}).update(specs)
+            kinds.setdefault(place.path, set()).add(tuple(kind for kind, _ in specs.values()))
+    made: dict[tuple[str, ...], Specs] = {}
+    stacks = leaves(source.config)
+    for path, specs in alone.items():
+        if len(kinds[path]) > 1:
+            made[path] = specs
             continue
-        specs, leaf = specs_of(source, name, place, dtype), stacks[place.path]
-        target = specs[name][0]
-        scales = specs.get(scale_name(name))
+        (kind, *scales), leaf = next(iter(kinds[path])), stacks[path]
         # FP8 tiles cross heads (192 rows each), so FP8 leaves keep the published matrices.
-        values = leaf.lead + (leaf.shape if scales else leaf.dims)
-        wanted: Specs = {"values": (target, values)}
+        made[path] = {"values": (kind, leaf.lead + (leaf.shape if scales else leaf.dims))}
         if scales:
-            wanted["scales"] = ("F32", leaf.lead + scales[1])
-        if made.setdefault(place.path, wanted) != wanted:
-            other = made[place.path]["values"][0]
-            raise UserError(
-                f"{name} is {target} but {first[place.path]} is {other}; they are stacked in one "
-                "array, which has one dtype: import with --dtype bf16"
-            )
-        first.setdefault(place.path, name)
+            made[path]["scales"] = (scales[0], leaf.lead + scale_shape(leaf.shape))
     return made
 
 
+def _slot(specs: Specs, tensor: str, name: str, position: int) -> tuple[str, int]:
+    """(tensor of the leaf's file, place in it) of a weight or its scales."""
+    if tensor in specs:
+        return tensor, 0
+    return ("values" if tensor == name else "scales"), position
+
+
 def _copy_all(
-    source: Checkpoint, plan: dict[Any, Specs], dtype: StorageDType, folder: Path, size: int
+    source: Checkpoint,
+    plan: dict[Any, Specs],
+    dtype: StorageDType,
+    folder: Path,
+    size: int,
+    bad: Counter[str] | None,
 ) -> dict[str, str]:
     """Writes all leaves but what an earlier attempt completed; returns all digests."""
     stacks = leaves(source.config)
@@ -146,7 +170,7 @@ def _copy_all(
             if name in digests:
                 return 0
             position = position_in(stacks[place.path].lead, place.index)
-            made = _copy_one(source, name, place, dtype, writers[place.path], position)
+            made = _copy_one(source, name, place, dtype, writers[place.path], position, bad)
             with lock:
                 digests.update(made)
                 progress.write(json.dumps(made) + "\n")
@@ -167,14 +191,27 @@ def _copy_one(
     dtype: StorageDType,
     writer: Writer,
     position: int,
+    bad: Counter[str] | None,
 ) -> dict[str, str]:
-    """Writes one weight (and scales) as the `position`-th matrix of its leaf; returns digests."""
+    """Writes one weight (and scales) as the `position`-th matrix of its leaf; returns digests.
+
+    Numbers that are not finite are counted in `bad`; without it they are a UserError.
+    """
     specs = specs_of(source, name, place, dtype)
     sums = {tensor: hashlib.sha256() for tensor in specs}
     for tensor, first, rows in chunks(source, name, place, dtype):
+        count = count_non_finite(rows)
+        if count and bad is None:
+            raise UserError(
+                f"{tensor}: {count} of its numbers from row {first} on are NaN or infinite: "
+                "damaged in transit or trained to ruin. --allow-non-finite imports it all the same"
+            )
+        if count and bad is not None:
+            bad[tensor] += count
         target, shape = specs[tensor]
-        offset = position * num_bytes(target, shape) + first * num_bytes(target, shape[1:])
-        writer.write("values" if tensor == name else "scales", rows, offset)
+        slot, before = _slot(writer.specs, tensor, name, position)
+        offset = before * num_bytes(target, shape) + first * num_bytes(target, shape[1:])
+        writer.write(slot, rows, offset)
         sums[tensor].update(rows.reshape(-1).view(np.uint8).data)
     return {tensor: sums[tensor].hexdigest() for tensor in specs}
 
@@ -213,10 +250,10 @@ def _completed(
         # Starts in the file depend on the leaf's specs alone, so they are where they were.
         writer = Writer(folder / leaf_file(place.path), plan[place.path], keep=True)
         shapes = specs_of(source, name, place, dtype)
-        parts = {
-            tensor: writer.tensors["values" if tensor == name else "scales"].at(position, spec[1])
-            for tensor, spec in shapes.items()
-        }
+        parts = {}
+        for tensor, spec in shapes.items():
+            slot, before = _slot(writer.specs, tensor, name, position)
+            parts[tensor] = writer.tensors[slot].at(before, spec[1])
         writer.close(sync=False)
         if made == {tensor: _sha256(part) for tensor, part in parts.items()}:
             kept.update(made)

@@ -7,6 +7,8 @@ written into them in place, so that the host holds one published matrix of them 
 from __future__ import annotations
 
 import functools
+import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,17 +18,27 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import ModelConfig, UserError
-from dsv3_jax.interop.checkpoint import FP8, Checkpoint, copies_differ, open_checkpoint
+from dsv3_jax.interop.checkpoint import FP8, Checkpoint, Tensor, copies_differ, open_checkpoint
 from dsv3_jax.interop.name_map import Leaf, Place, leaves, scale_name, scale_shape
 from dsv3_jax.interop.safetensors import DTYPES, num_bytes
-from dsv3_jax.interop.stream import BLOCK, dequantize_rows, in_file_order, specs_of
+from dsv3_jax.interop.stored import common_dtype, count_non_finite
+from dsv3_jax.interop.stream import (
+    BLOCK,
+    dequantize_rows,
+    in_file_order,
+    quantize_rows,
+    specs_of,
+    tell_not_finite,
+)
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled
 
 # A device's part of an array is put together on the host up to this size: a transfer and a compiled
 # update for every norm would take longer than the rest of a small model's load.
 HOST_BYTES = 16 << 20
 
-LoadDType = Literal["stored", "bf16", "f32"]
+# "fp8": as "stored", but FP8 in every stack that holds some FP8.
+LoadDType = Literal["stored", "fp8", "bf16", "f32"]
+log = logging.getLogger(__name__)
 
 
 def load_hf(
@@ -37,8 +49,9 @@ def load_hf(
     With "stored", FP8 weights are BlockScaled with tile (128, 128) and the published matrices'
     shapes (tiles cross heads, so heads are not apart: [L, N*(H+R), Q] rather than [L, N, H+R, Q]);
     with "bf16" or "f32" everything but the router biases (f32) has that dtype and the shapes of
-    `init_variables`. The config's eos_token_id is what generation is to stop at. Raises UserError
-    as `open_checkpoint` does.
+    `init_variables`. "fp8" is "stored", with all of a stack in FP8 where some of it is stored so.
+    The config's eos_token_id is what generation is to stop at. Raises UserError as
+    `open_checkpoint` does.
     """
     checkpoint = open_checkpoint(folder)
     return checkpoint.config_to_generate, load(checkpoint, dtype=dtype, shardings=shardings)
@@ -81,15 +94,17 @@ def load(
     originals = {n: p for n, p in checkpoint.places.items() if not p.copy}
     targets = _targets(checkpoint, dtype)
     arrays: dict[tuple[str, ...], dict[str, _Growing]] = {}
+    bad: Counter[str] = Counter()
     for path, leaf in leaves(checkpoint.config).items():
         arrays[path] = _growing(leaf, targets[path], _at(shardings, path))
     for name in in_file_order((n, checkpoint.tensors[n]) for n in originals):
         place, target = originals[name], targets[originals[name].path]
         for kind, array in arrays[place.path].items():
-            tensor = name if kind == "values" else scale_name(name)
-            shape = checkpoint.tensors[tensor].shape
-            read = functools.partial(_rows, checkpoint, tensor, target)
-            array.put(place.index, shape[0] // array.dims[0], read)
+            rows = place.shape[0] if kind == "values" else scale_shape(place.shape)[0]
+            read = functools.partial(_rows, checkpoint, name, kind, target, bad)
+            array.put(place.index, rows // array.dims[0], read)
+    _tell_of_mixed(checkpoint, dtype)
+    tell_not_finite(bad, "weights loaded")
     found = {}
     for path, parts in arrays.items():
         whole = {kind: array.finish() for kind, array in parts.items()}
@@ -174,19 +189,33 @@ def _growing(leaf: Leaf, target: str, sharding: Any) -> dict[str, _Growing]:
 
 
 def _targets(checkpoint: Checkpoint, dtype: LoadDType) -> dict[tuple[str, ...], str]:
-    """The dtype that each leaf is loaded in; UserError where its matrices have several."""
-    first: dict[tuple[str, ...], tuple[str, str]] = {}
+    """The dtype that each leaf is loaded in: a leaf is one array.
+
+    FP8 beside BF16 is dequantised, or with "fp8" the rest is quantised.
+    """
+    return {
+        path: FP8 if dtype == "fp8" and FP8 in counts else common_dtype(set(counts))
+        for path, counts in _stored(checkpoint, dtype).items()
+    }
+
+
+def _stored(checkpoint: Checkpoint, dtype: LoadDType) -> dict[tuple[str, ...], Counter[str]]:
+    """How many matrices of each leaf would be loaded in which dtype by themselves."""
+    stored: dict[tuple[str, ...], Counter[str]] = {}
     for name, place in checkpoint.places.items():
-        if place.copy:
-            continue
-        target = _target(checkpoint, name, place, dtype)
-        other, others = first.setdefault(place.path, (name, target))
-        if target != others:
-            raise UserError(
-                f"{name} is {target} but {other} is {others}; they are stacked in one array, "
-                "which has one dtype: load as bf16"
-            )
-    return {path: target for path, (_, target) in first.items()}
+        if not place.copy:
+            target = _target(checkpoint, name, place, dtype)
+            stored.setdefault(place.path, Counter())[target] += 1
+    return stored
+
+
+def _tell_of_mixed(checkpoint: Checkpoint, dtype: LoadDType) -> None:
+    """Logs a line for every leaf whose matrices are stored in several dtypes."""
+    targets = _targets(checkpoint, dtype)
+    for path, counts in _stored(checkpoint, dtype).items():
+        if len(counts) > 1:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+            log.warning("%s: stored as %s: held as %s", ".".join(path), kinds, targets[path])
 
 
 def _tree(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
@@ -201,23 +230,60 @@ def _tree(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:
 
 
 def _target(checkpoint: Checkpoint, name: str, place: Place, dtype: LoadDType) -> str:
-    """The dtype a weight is loaded in; router biases are f32 in our variables."""
+    """The dtype a weight is loaded in by itself; router biases are f32 in our variables."""
     if place.path[0] == "router":
         return "F32"
-    return specs_of(checkpoint, name, place, dtype)[name][0]
+    kept = "stored" if dtype == "fp8" else dtype
+    return specs_of(checkpoint, name, place, kept)[name][0]
 
 
-def _rows(checkpoint: Checkpoint, name: str, target: str, first: int, last: int) -> np.ndarray:
-    """Rows of a weight converted to `target`, or of FP8 scales as they are."""
+def _rows(
+    checkpoint: Checkpoint,
+    name: str,
+    kind: str,
+    target: str,
+    bad: Counter[str],
+    first: int,
+    last: int,
+) -> np.ndarray:
+    """Rows of a weight as `target`, or of its scales where `kind` says so.
+
+    `bad` counts those of their numbers that are not finite.
+    """
     tensor = checkpoint.tensors[name]
-    if tensor.dtype == target or target == FP8:
-        return tensor.read(first, last)
-    if tensor.dtype != FP8:
-        return tensor.read(first, last).astype(DTYPES[target])
-    # Whole blocks, so that every row meets its own scale.
-    begin, end = first // BLOCK * BLOCK, min(-(-last // BLOCK) * BLOCK, tensor.shape[0])
-    scales = checkpoint.tensors[scale_name(name)].read(begin // BLOCK, -(-end // BLOCK))
-    return dequantize_rows(tensor.read(begin, end), scales, target)[first - begin : last - begin]
+    if target == FP8 and tensor.dtype != FP8:
+        return _quantized(checkpoint, tensor, kind, first, last)
+    if kind == "scales":
+        rows = checkpoint.tensors[scale_name(name)].read(first, last).astype(np.float32)
+    elif tensor.dtype != FP8 or target == FP8:
+        rows = tensor.read(first, last).astype(DTYPES[target], copy=False)
+    else:
+        # Whole blocks, so that every row meets its own scale.
+        begin, end = _whole_blocks(first, last, tensor)
+        scales = checkpoint.tensors[scale_name(name)].read(begin // BLOCK, -(-end // BLOCK))
+        rows = dequantize_rows(tensor.read(begin, end), scales, target)[
+            first - begin : last - begin
+        ]
+    if count := count_non_finite(rows):
+        bad[name if kind == "values" else scale_name(name)] += count
+    return rows
+
+
+def _quantized(
+    checkpoint: Checkpoint, tensor: Tensor, kind: str, first: int, last: int
+) -> np.ndarray:
+    """Rows of FP8 values made of a weight, or of their scales, which count by blocks."""
+    scale_format = "ue8m0" if checkpoint.scale_fmt == "ue8m0" else "f32"
+    if kind == "scales":
+        begin, end = first * BLOCK, min(last * BLOCK, tensor.shape[0])
+        return np.asarray(quantize_rows(tensor.read(begin, end), scale_format).scales)
+    begin, end = _whole_blocks(first, last, tensor)
+    made = quantize_rows(tensor.read(begin, end), scale_format)
+    return np.asarray(made.values)[first - begin : last - begin]
+
+
+def _whole_blocks(first: int, last: int, tensor: Tensor) -> tuple[int, int]:
+    return first // BLOCK * BLOCK, min(-(-last // BLOCK) * BLOCK, tensor.shape[0])
 
 
 def _at(tree: Any, path: tuple[str, ...]) -> Any:

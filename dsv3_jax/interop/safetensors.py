@@ -183,7 +183,7 @@ class Writer:
         keep: bool = False,
     ):
         head, starts = encode_header(specs, metadata)
-        self.path = Path(path)
+        self.path, self.specs = Path(path), dict(specs)
         self.tensors = {n: StoredTensor(self.path, *specs[n], starts[n]) for n in specs}
         size = max([len(head)] + [t.start + t.nbytes for t in self.tensors.values()])
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | (0 if keep else os.O_TRUNC), 0o644)

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -59,7 +60,8 @@ Specs = dict[str, tuple[str, tuple[int, ...]]]
 def specs_of(checkpoint: Checkpoint, name: str, place: Place, dtype: StorageDType) -> Specs:
     """(dtype, shape) of what a weight becomes in `dtype`: one tensor, or FP8 values and scales.
 
-    Router biases are F32 in every form but "stored": they are compared, not multiplied.
+    Router biases are F32 in every form but "stored": they are compared, not multiplied. Scales that
+    are stored keep their dtype.
     """
     if dtype not in get_args(StorageDType):
         raise UserError(f"dtype {dtype!r} must be one of {', '.join(get_args(StorageDType))}")
@@ -72,7 +74,8 @@ def specs_of(checkpoint: Checkpoint, name: str, place: Place, dtype: StorageDTyp
         target = {"bf16": "BF16", "f32": "F32", "fp8": FP8 if place.fp8 else "BF16"}[dtype]
     specs = {name: (target, place.shape)}
     if target == FP8:
-        specs[scale_name(name)] = ("F32", scale_shape(place.shape))
+        scales = checkpoint.tensors[scale_name(name)].dtype if stored == FP8 else "F32"
+        specs[scale_name(name)] = (scales, scale_shape(place.shape))
     return specs
 
 
@@ -95,7 +98,7 @@ def chunks(
             yield name, first, rows
         elif target == FP8:
             scale_format = "ue8m0" if checkpoint.scale_fmt == "ue8m0" else "f32"
-            made = _quantize(rows, scale_format)
+            made = quantize_rows(rows, scale_format)
             yield name, first, np.asarray(made.values)
             yield scale_name(name), first // BLOCK, np.asarray(made.scales)
         elif scales is not None:
@@ -113,13 +116,36 @@ def dequantize_rows(values: np.ndarray, scales: np.ndarray, dtype: str) -> np.nd
     """
     rows, columns = values.shape
     numbers = _E4M3_NUMBERS[values.view(np.uint8)]
+    scales = scales.astype(np.float32)
     numbers *= np.repeat(np.repeat(scales, BLOCK, axis=1)[:, :columns], BLOCK, axis=0)[:rows]
     return numbers.astype(DTYPES[dtype], copy=False)
 
 
 @functools.partial(jax.jit, static_argnames="scale_format")
-def _quantize(rows: Any, scale_format: ScaleFormat) -> BlockScaled:
+def quantize_rows(rows: Any, scale_format: ScaleFormat) -> BlockScaled:
+    """Rows, from a multiple of 128 on, in FP8 blocks of 128x128."""
     return quantize(rows, PER_BLOCK, scale_format)
+
+
+def unconverted(checkpoint: Checkpoint, dtype: StorageDType) -> list[str]:
+    """Modules that are not FP8 in `dtype` although V3 publishes them so, where others are FP8.
+
+    With `lm_head`: a list that names any takes the place of what runtimes leave out by themselves.
+    """
+    kinds = {}
+    for name, place in checkpoint.places.items():
+        if place.fp8:
+            kinds[name] = specs_of(checkpoint, name, place, dtype)[name][0]
+    found = [name.removesuffix(".weight") for name, kind in kinds.items() if kind != FP8]
+    return ["lm_head", *found] if 0 < len(found) < len(kinds) else []
+
+
+def tell_not_finite(bad: Counter[str], what: str) -> None:
+    """Logs a line about tensors with numbers that are NaN or infinite, which `bad` counts."""
+    if bad:
+        shown = ", ".join(f"{name} ({count})" for name, count in bad.most_common(4))
+        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
+        log.warning("%s: NaN or infinite numbers in %s%s", what, shown, more)
 
 
 def in_file_order(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
