@@ -103,7 +103,8 @@ SHAPES = (
 )
 
 
-def _draw(shape: Shape, key) -> tuple[Any, ...]:
+def _draw(shape: Shape, key) -> dict[str, Any]:
+    """The arrays of `Pages`, by name."""
     keys = jax.random.split(key, 4)
     queries = (shape.batch, shape.new, shape.heads)
     pages = int((-(-shape.lengths // PAGE)).sum())
@@ -111,7 +112,7 @@ def _draw(shape: Shape, key) -> tuple[Any, ...]:
     out = [jax.random.normal(k, size, jnp.bfloat16) for k, size in zip(keys, sizes)]
     if shape.fp8:
         out[2] = quantize(out[2], PER_TOKEN)
-    return tuple(out)
+    return dict(zip(("q_latent", "q_rope", "latent", "k_rope"), out, strict=True))
 
 
 def _table(shape: Shape) -> np.ndarray:
@@ -139,7 +140,7 @@ class Prepared(NamedTuple):
         key = jax.eval_shape(lambda: jax.random.key(0))
         drawn = jax.eval_shape(functools.partial(_draw, shape), key)
         table, lengths = (_shape_of(x) for x in (_table(shape), shape.lengths))
-        work = Pages(*drawn, table, lengths)
+        work = Pages(**drawn, block_table=table, lengths=lengths)
         parts = hopper_block.parts_of(shape.new * shape.heads)
         plan = jax.jit(functools.partial(make_schedule, parts=parts)).lower(lengths)
 
@@ -164,8 +165,14 @@ class Prepared(NamedTuple):
 def _contiguous(work: Pages) -> Rows:
     """What the peers read: as many rows, in another order."""
     batch = work.lengths.shape[0]
-    rows = (x.reshape(batch, -1, x.shape[-1]) for x in (work.latent, work.k_rope))
-    return Rows(work.q_latent, work.q_rope, *rows, work.lengths)
+    latent, k_rope = (x.reshape(batch, -1, x.shape[-1]) for x in (work.latent, work.k_rope))
+    return Rows(
+        q_latent=work.q_latent,
+        q_rope=work.q_rope,
+        latent=latent,
+        k_rope=k_rope,
+        lengths=work.lengths,
+    )
 
 
 def _shape_of(x) -> jax.ShapeDtypeStruct:
@@ -175,9 +182,15 @@ def _shape_of(x) -> jax.ShapeDtypeStruct:
 def _first(work: Pages) -> Pages:
     """The first sequence alone, its pages in order in a pool of its own."""
     pages = work.block_table[0]
-    pool = jax.tree.map(lambda x: x[pages], (work.latent, work.k_rope))
-    table = jnp.arange(pages.size, dtype=jnp.int32)[None]
-    return Pages(work.q_latent[:1], work.q_rope[:1], *pool, table, work.lengths[:1])
+    latent, k_rope = jax.tree.map(lambda x: x[pages], (work.latent, work.k_rope))
+    return Pages(
+        q_latent=work.q_latent[:1],
+        q_rope=work.q_rope[:1],
+        latent=latent,
+        k_rope=k_rope,
+        block_table=jnp.arange(pages.size, dtype=jnp.int32)[None],
+        lengths=work.lengths[:1],
+    )
 
 
 def _errors(out, work: Pages, plain: Callable[..., Any]) -> list[float]:
@@ -229,7 +242,8 @@ def measure(prepared: Prepared) -> dict[str, Any]:
     """One row of the table."""
     shape = prepared.shape
     drawn = prepared.draw(jax.random.key(0))
-    work = Pages(*drawn, jnp.asarray(_table(shape)), jnp.asarray(shape.lengths))
+    table, lengths = jnp.asarray(_table(shape)), jnp.asarray(shape.lengths)
+    work = Pages(**drawn, block_table=table, lengths=lengths)
     schedule = prepared.plan(work.lengths)
     us = microseconds(prepared.ours, (schedule, work))
     error, plain_error = _errors(prepared.ours(schedule, work), work, prepared.plain)
@@ -250,13 +264,15 @@ def around() -> dict[str, float]:
     """Microseconds of what surrounds the kernel in a layer: 128 sequences, 128 heads."""
     shape = Shape(128, 128, 4096)
     draw = jax.jit(functools.partial(_draw, shape))
-    q_latent, _, latent, rope = draw(jax.random.key(0))
+    drawn = draw(jax.random.key(0))
+    q_latent, rope = drawn["q_latent"], drawn["k_rope"]
     nope = jax.random.normal(jax.random.key(1), (128, 1, 128, 128), jnp.bfloat16)
     w_uk = jax.random.normal(jax.random.key(2), (128, 128, LATENT), jnp.bfloat16)
     new = (q_latent[:, :, 0], rope[:128, :1])
     start = jnp.asarray(shape.lengths) - 1
     append_token = jax.jit(append, donate_argnums=0)
-    state = [PagedCache(latent, rope, jnp.asarray(_table(shape)))]
+    table = jnp.asarray(_table(shape))
+    state = [PagedCache(latent=drawn["latent"], k_rope=rope, block_table=table)]
 
     def step():
         state[0] = append_token(state[0], *new, start)

@@ -1,12 +1,18 @@
-"""Generation for prompts of different lengths at once: prefill, then decode from the cache."""
+"""Generation for prompts of different lengths at once: prefill, then decode from the cache.
+
+`State` is what there is between two steps; `start`, `choose` and `step` are what an engine calls,
+and `generate` is the loop over them for a fixed set of prompts.
+"""
 
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsv3_jax.config import ModelConfig, UserError
 from dsv3_jax.inference.expert_load import ExpertLoad
@@ -54,65 +60,145 @@ def generate(
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     cache_length = _checked_cache_length(prompts, lengths, config, max_new_tokens, cache_length)
-    count, multiple = len(prompts), PROMPT_MULTIPLE
-    prefill_layout, decode_layout = serving_layouts(layout)
-    if not layout.one_device:
-        variables = jax.device_put(variables, shardings(variables, prefill_layout))
-        multiple = math.lcm(multiple, 2 * prefill_layout.size("seq"))
-        # Whole pages on every device, which kernels read.
-        whole = math.lcm(multiple, PAGE * prefill_layout.size("cache"))
-        cache_length = -(-cache_length // whole) * whole
-        # Every device needs as many sequences as the others.
-        copies = np.arange(count + -count % prefill_layout.size("batch")) % count
-        prompts, lengths = [prompts[int(i)] for i in copies], lengths[copies]
-    padded_length = min(-(-lengths.max() // multiple) * multiple, cache_length)
-    padded = np.zeros((len(prompts), padded_length), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
-
-    key = jax.random.key(seed)
     if paged is None:
         widths = (config.kv_lora_rank, config.qk_rope_head_dim)
         paged = fp8_cache or (layout.one_device and wants_pages(*widths, config.dtype))
     if fp8_cache and not paged:
         raise UserError("an FP8 cache lies in pages: leave paged=False out")
+    of_prompts, of_steps = (Pass(config, layout=each) for each in serving_layouts(layout))
+    count, multiple = len(prompts), PROMPT_MULTIPLE
+    if not layout.one_device:
+        variables = jax.device_put(variables, shardings(variables, of_prompts.layout))
+        multiple = math.lcm(multiple, 2 * layout.size("seq"))
+        # Whole pages on every device, which kernels read.
+        whole = math.lcm(multiple, PAGE * layout.size("cache"))
+        cache_length = -(-cache_length // whole) * whole
+        # Every device needs as many sequences as the others: copies of the first ones.
+        lengths = np.resize(lengths, count + -count % layout.size("batch"))
+    padded_length = min(-(-lengths.max() // multiple) * multiple, cache_length)
+    padded = np.zeros((len(lengths), padded_length), np.int32)
+    for number, row in enumerate(padded):
+        row[: lengths[number]] = prompts[number % count]
+    real = np.arange(len(lengths)) < count  # not the copies
+
+    def counted(whether):
+        """The load of these tokens is wanted, if one is to be added up."""
+        return None if expert_load is None else whether & real[:, None]
+
     room = [min(n + max_new_tokens - 1, cache_length) for n in lengths.tolist()]
     room = room if paged else [cache_length] * len(room)
-    cache = _empty_cache(config, room, paged, fp8_cache, decode_layout)
-    real = np.arange(len(prompts)) < count  # not the copies
-    counted = None
-    if expert_load is not None:
-        counted = (np.arange(padded_length) < lengths[:, None]) & real[:, None]
-    how = Pass(config, layout=prefill_layout)
-    hidden, cache, load = _prefill(variables, padded, counted, cache, how)
-    if expert_load is not None:
-        expert_load.add(load)
-    hidden = hidden[np.arange(len(prompts)), lengths - 1]
-    how = Pass(config, layout=decode_layout)
-    ends = config.eos_token_ids
-    ended = np.zeros(count, bool)
-    for step in range(max_new_tokens):
-        tokens = _next_token(
+    cache = empty_cache(config, room, paged, fp8_cache, of_steps.layout)
+    in_prompt = np.arange(padded_length) < lengths[:, None]
+    state = start(variables, padded, lengths, cache, of_prompts, counted(in_prompt))
+    key, ends, ended = jax.random.key(seed), config.eos_token_ids, np.zeros(count, bool)
+    for number in range(max_new_tokens):
+        if expert_load is not None:
+            expert_load.add(state.load)
+        tokens = choose(
             variables["params"],
-            hidden[:count],
-            jax.random.fold_in(key, step),
+            state.hidden[:count],
+            jax.random.fold_in(key, number),
             temperature,
             top_p,
-            decode_layout,
+            of_steps.layout,
         )
         ids = np.where(ended, ends[0] if ends else 0, np.asarray(tokens))
         yield ids
         ended |= np.isin(ids, ends)
-        if ended.all() or step + 1 == max_new_tokens:
+        if ended.all() or number + 1 == max_new_tokens:
             return
-        fed = np.resize(ids, len(prompts))[:, None]  # the copies again
-        start = lengths + step
-        if expert_load is not None:
-            counted = np.resize(~ended, len(prompts))[:, None] & real[:, None]
-        hidden, cache, load = _decode(variables, fed, counted, start, cache, how)
-        if expert_load is not None:
-            expert_load.add(load)
-        hidden = hidden[:, 0]
+        fed, going_on = (np.resize(each, len(lengths))[:, None] for each in (ids, ~ended))
+        state = step(variables, state, fed, of_steps, counted(going_on))
+
+
+class State(NamedTuple):
+    """Sequences in a cache between two steps."""
+
+    cache: AnyCache
+    lengths: Int[Array, " B"]  # tokens of each in the cache
+    hidden: Float[Array, "B D"]  # of the last of them, after the final norm
+    load: Int[Array, "L E"] | None = None  # of the counted tokens of the last step alone
+
+
+@partial(jax.jit, static_argnames="how", donate_argnames="cache")
+def start(
+    variables: Variables,
+    ids: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    cache: AnyCache,
+    how: Pass,
+    counted: Bool[Array, "B T"] | None = None,
+) -> State:
+    """The state after prompts of so many tokens, padded at the end; takes over an empty cache.
+
+    The Pass has a layout for prompts, see `serving_layouts`. The load is that of the counted
+    tokens; without any it is None.
+    """
+    hidden, cache, load = prefill(variables, ids, cache, how, counted)
+    last = hidden[jnp.arange(len(lengths)), lengths - 1]
+    return _state(cache, lengths, last, load if counted is not None else None, how)
+
+
+@partial(jax.jit, static_argnames="how", donate_argnames="state")
+def step(
+    variables: Variables,
+    state: State,
+    ids: Int[Array, "B 1"],
+    how: Pass,
+    counted: Bool[Array, "B 1"] | None = None,
+) -> State:
+    """The state after one more token of each sequence; takes over the one before.
+
+    The Pass has a layout for decoding, see `serving_layouts`.
+    """
+    hidden, cache, load = decode_step(variables, ids, state.lengths, state.cache, how, counted)
+    load = load if counted is not None else None
+    return _state(cache, state.lengths + 1, hidden[:, 0], load, how)
+
+
+def _state(cache, lengths, hidden, load, how: Pass) -> State:
+    # Pinned, so that a step's state lies where the one before did, whose memory it takes.
+    lengths, hidden = (how.layout.constrain(x, "batch") for x in (lengths, hidden))
+    return State(cache, lengths, hidden, None if load is None else how.layout.constrain(load))
+
+
+@partial(jax.jit, static_argnames="layout")
+def choose(
+    params: Variables,
+    hidden: Float[Array, "B D"],
+    key: PRNGKeyArray,
+    temperature: float,
+    top_p: float,
+    layout: Layout = ONE_DEVICE,
+) -> Int[Array, " B"]:
+    """The next token of each sequence, by `sample`, whole on every device and so for every host."""
+    logits = logits_of(params, layout.constrain(hidden))
+    return layout.constrain(sample(logits, key, temperature, top_p))
+
+
+def empty_cache(
+    config: ModelConfig, room: Sequence[int], paged: bool, fp8: bool, layout: Layout = ONE_DEVICE
+) -> AnyCache:
+    """A cache with room for so many tokens of each sequence, where the layout wants it.
+
+    Contiguous, all sequences have the first one's room; paged, each has its own pages.
+    """
+    if not paged:
+        make = partial(init_model_cache, config, len(room), room[0])
+        return layout.make(make, layout.sharding(None, "batch", "cache"))
+    # Every device has a pool for its own sequences, all of one size.
+    devices = layout.size("batch")
+    pools = [pool_for(part.tolist(), PAGE) for part in np.split(np.array(room), devices)]
+    pages = max(int(pool.table.max()) + 1 for pool in pools)
+    width = max(pool.table.shape[1] for pool in pools)
+    table = np.concatenate(
+        [
+            np.pad(p.table, [(0, 0), (0, width - p.table.shape[1])], constant_values=NO_PAGE)
+            for p in pools
+        ]
+    )
+    make = partial(init_paged_cache, config, table, pages * devices, PAGE, fp8)
+    return layout.make(make, layout.sharding("batch"))
 
 
 def _checked_cache_length(prompts, lengths, config: ModelConfig, max_new_tokens, cache_length):
@@ -136,44 +222,3 @@ def _checked_cache_length(prompts, lengths, config: ModelConfig, max_new_tokens,
     if cache_length > limit:
         raise UserError(f"cache length {cache_length} exceeds max_position_embeddings={limit}")
     return cache_length
-
-
-def _empty_cache(
-    config: ModelConfig, room: list[int], paged: bool, fp8: bool, layout: Layout
-) -> AnyCache:
-    """A cache with room for so many tokens of each sequence, where the layout wants it."""
-    if not paged:
-        make = partial(init_model_cache, config, len(room), room[0])
-        return layout.make(make, None, "batch", "cache")
-    # Every device has a pool for its own sequences, all of one size.
-    devices = layout.size("batch")
-    pools = [pool_for(part.tolist(), PAGE) for part in np.split(np.array(room), devices)]
-    pages = max(int(pool.table.max()) + 1 for pool in pools)
-    width = max(pool.table.shape[1] for pool in pools)
-    table = np.concatenate(
-        [
-            np.pad(p.table, [(0, 0), (0, width - p.table.shape[1])], constant_values=NO_PAGE)
-            for p in pools
-        ]
-    )
-    make = partial(init_paged_cache, config, table, pages * devices, PAGE, fp8)
-    return layout.make(make, "batch")
-
-
-@partial(jax.jit, static_argnames="how", donate_argnums=3)
-def _prefill(variables, tokens, counted, cache, how: Pass):
-    filled = prefill(variables, tokens, cache, how, counted)
-    return (*filled[:2], None if counted is None else filled.load)  # what nobody reads is not made
-
-
-@partial(jax.jit, static_argnames="how", donate_argnums=4)
-def _decode(variables, tokens, counted, start, cache, how: Pass):
-    step = decode_step(variables, tokens, start, cache, how, counted)
-    return (*step[:2], None if counted is None else step.load)
-
-
-@partial(jax.jit, static_argnames="layout")
-def _next_token(params, hidden, key, temperature, top_p, layout):
-    # Whole on every device, and so for every host to read.
-    logits = logits_of(params, layout.constrain(hidden))
-    return layout.constrain(sample(logits, key, temperature, top_p))

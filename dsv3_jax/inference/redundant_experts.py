@@ -88,10 +88,8 @@ def _placed(layer, placement: Placement, layout: Layout):
         return {"experts": jax.tree.map(lambda w: of_all(w, expert_LP), experts)}
 
     operands = (layer["mlp"]["experts"], places.expert_LP)
-    where = None
-    if not layout.one_device:
-        where = shardings(jax.eval_shape(gather, *operands), layout)
-    experts = jax.jit(gather, out_shardings=where)(*operands)
+    where = shardings(jax.eval_shape(gather, *operands), layout)
+    experts = layout.make(jax.jit(gather), where, *operands)
     names = {"expert": places.expert_LP, "place": places.place_LEC, "count": places.count_LE}
     return {**layer, "mlp": {**layer["mlp"], **experts}}, {"mlp": names}
 

@@ -63,7 +63,7 @@ def fp8_linear(
     carrier = x.carrier if isinstance(x, StraightThrough) else x
     batch = carrier.shape[: -_input_dims(activation)]
     x_T, weight = _together(_flat(x, batch), weight)
-    x_T, arrived = _taken_apart(x_T, activation)
+    x_T, arrived = _carrier_and_numbers(x_T, activation)
     weight_NK = weight.reshape(-1, weight.shape[-1])
     y: Array = _linear(x_T, weight_NK, None, recipe, activation, arrived)
     return y.reshape(*batch, *weight.shape[:-1])
@@ -84,7 +84,7 @@ def fp8_grouped_linear(
     """
     experts, *out_dims, _ = weights.shape
     weights_ENK = weights.reshape(experts, -1, weights.shape[-1])
-    x, arrived = _taken_apart(rows, activation)
+    x, arrived = _carrier_and_numbers(rows, activation)
     y: Array = _linear(x, weights_ENK, group_sizes, recipe, activation, arrived)
     return y.reshape(-1, *out_dims)
 
@@ -118,7 +118,7 @@ def fp8_feed_forward(
     """
     batch = (x.carrier if isinstance(x, StraightThrough) else x).shape[:-1]
     x_T, gate_up, down = _together(_flat(x, batch), gate_up, down)
-    x_T, arrived = _taken_apart(x_T, None)
+    x_T, arrived = _carrier_and_numbers(x_T, None)
     y: Array = _feed_forward(
         x_T, gate_up.reshape(-1, gate_up.shape[-1]), down, None, recipes, arrived
     )
@@ -133,7 +133,7 @@ def fp8_grouped_feed_forward(
     recipes: tuple[LinearRecipe, LinearRecipe],
 ) -> Float[Array, "M D"]:
     """`fp8_feed_forward` of each row by its group's weights, as `fp8_grouped_linear`."""
-    x, arrived = _taken_apart(rows, None)
+    x, arrived = _carrier_and_numbers(rows, None)
     gate_up = gate_up.reshape(len(gate_up), -1, gate_up.shape[-1])
     return _feed_forward(x, gate_up, down, group_sizes, recipes, arrived)
 
@@ -152,7 +152,7 @@ def _together(*operands: Any) -> tuple[Any, ...]:
     return vary(operands, [a for leaf in leaves for a in jax.typeof(leaf).manual_axis_type.varying])
 
 
-def _taken_apart(x: Any, activation: Activation | None) -> tuple[Array, BlockScaled | None]:
+def _carrier_and_numbers(x: Any, activation: Activation | None) -> tuple[Array, BlockScaled | None]:
     """What carries the gradient of x, and the numbers of x where they come quantised."""
     if not isinstance(x, StraightThrough):
         return x, None

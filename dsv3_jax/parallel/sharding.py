@@ -212,11 +212,11 @@ class Layout:
             lambda x, to: jax.lax.with_sharding_constraint(x, self._bound(to.spec)), tree, shardings
         )
 
-    def make(self, function: Callable[[], Any], *dims: str | None) -> Any:
-        """function(), with every array of it made where its dims say."""
+    def make(self, function: Callable[..., Any], where: Any, *operands: Any) -> Any:
+        """function(*operands), with every array of it made where a tree of NamedShardings says."""
         if self.one_device:
-            return function()
-        return jax.jit(function, out_shardings=self.sharding(*dims))()
+            return function(*operands)
+        return jax.jit(function, out_shardings=where)(*operands)
 
     def residual_axes(self) -> Axes:
         """The axes that cut tokens between blocks further than inside them."""

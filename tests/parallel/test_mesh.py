@@ -50,6 +50,14 @@ def test_idle_devices_are_reported(caplog):
     assert not caplog.text
 
 
+def test_given_devices_are_taken_in_their_order(caplog):
+    devices = jax.devices()[6:1:-1]
+    mesh = make_mesh(ParallelConfig(data=2, tensor=2), devices)
+    assert mesh.devices.ravel().tolist() == devices[:4] and not caplog.records
+    with pytest.raises(UserError, match=r"needs data 8 = 8 devices, but there are 5"):
+        make_mesh(ParallelConfig(data=8), devices)
+
+
 def test_a_pipeline_is_refused():
     with pytest.raises(UserError, match=r"mesh\.pipe=2: .* use mesh\.pipe=1"):
         make_mesh(ParallelConfig(pipe=2))

@@ -1,5 +1,9 @@
 """The rules from logical dims to mesh axes, and what a layout does with them."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +14,7 @@ from dsv3_jax.config import ParallelConfig
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.transformer import forward
 from dsv3_jax.parallel.mesh import AXES, make_mesh
-from dsv3_jax.parallel.sharding import RULES, Layout
+from dsv3_jax.parallel.sharding import ONE_DEVICE, RULES, Layout
 from tests.helpers import TOLERANCE, random_tokens, random_variables, relative_error, tiny_model
 
 
@@ -50,6 +54,32 @@ def test_a_shard_mapped_function_sees_local_shapes_and_axis_names(layout):
     x = np.arange(24.0, dtype=np.float32).reshape(8, 3)
     total = layout.shard_map(of_shard, layout.spec("batch"), P())
     assert jax.jit(total)(x) == x.sum()
+
+
+def test_one_device_is_a_mesh_of_one_in_which_nothing_is_cut():
+    x, one = jnp.ones((2, 3)), Layout(make_mesh(ParallelConfig()))
+    for each in (ONE_DEVICE, one):
+        assert each.one_device and each.size("batch") == 1 and not each.axes("expert")
+        assert each.constrain(x, "batch", "seq") is x and each.in_order(x) is x
+        assert each.shard_map(jnp.sin, each.spec("batch"), P()) is jnp.sin
+    assert one.platform == "cpu" and one.has_devices
+    assert ONE_DEVICE.platform is None and not ONE_DEVICE.has_devices
+
+
+def test_the_model_is_imported_without_a_device():
+    """As where a program is only lowered, or another process has the accelerator."""
+    program = (
+        "from dsv3_jax.model.transformer import forward; import jax\n"
+        "try: jax.devices()\n"
+        "except RuntimeError as error: print('no_such_platform' in str(error))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"JAX_PLATFORMS": "no_such_platform"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "True", done.stderr
 
 
 def test_the_model_on_a_mesh_equals_the_model_on_one_device():

@@ -33,7 +33,14 @@ class Rows(NamedTuple):
         batch, count = self.latent.shape[0], self.latent.shape[1] // page
         latent, k_rope = (x.reshape(batch * count, page, -1) for x in (self.latent, self.k_rope))
         table = jnp.arange(batch * count, dtype=jnp.int32).reshape(batch, count)
-        return Pages(self.q_latent, self.q_rope, latent, k_rope, table, self.lengths)
+        return Pages(
+            q_latent=self.q_latent,
+            q_rope=self.q_rope,
+            latent=latent,
+            k_rope=k_rope,
+            block_table=table,
+            lengths=self.lengths,
+        )
 
 
 # Of the context, in the queries' dtype, and of its log-sum-exp, in float32.
@@ -42,7 +49,7 @@ Results = tuple[Float[Array, "B T N C"], Float[Array, "B T N"]]
 
 def check(work: Pages | Rows) -> None:
     """Raises ValueError, naming values and rule, unless the operands fit together."""
-    q_latent, q_rope, latent, k_rope = work[:4]
+    q_latent, q_rope, latent, k_rope = work.q_latent, work.q_rope, work.latent, work.k_rope
     batch, new, heads, width = q_latent.shape
     if q_rope.shape[:3] != (batch, new, heads):
         raise ValueError(f"q_rope {q_rope.shape} must begin as q_latent {q_latent.shape} does")
