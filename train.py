@@ -5,31 +5,35 @@
 Writes a run directory: config.json, metrics.jsonl, log.txt, checkpoints/, plots/, sample.txt.
 """
 
-import dataclasses
 import logging
-import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 
 from dsv3_jax import cli
 from dsv3_jax.analysis.model_cost import training_flops_per_token
-from dsv3_jax.config import Config, to_json
-from dsv3_jax.data.batches import Rows, prefetch
+from dsv3_jax.config import Config
+from dsv3_jax.data.batches import prefetch
 from dsv3_jax.data.corpus import Corpus, check_model, open_corpus
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.parallel import hosts
-from dsv3_jax.parallel.mesh import batch_sharding, fill_mesh, make_mesh, mesh_of
+from dsv3_jax.parallel.mesh import fill_mesh, make_mesh, mesh_of
 from dsv3_jax.parallel.sharding import Layout, make_layout
+from dsv3_jax.training.banner import banner, batch_line
 from dsv3_jax.training.checkpoint import Checkpoints
-from dsv3_jax.training.dry_run import abstract_state, dry_run_report, parameter_counts
+from dsv3_jax.training.continuation import checkpoint_meta, find_continuation
+from dsv3_jax.training.dry_run import abstract_state, dry_run_report
 from dsv3_jax.training.evaluation import Evaluation
-from dsv3_jax.training.metrics import Clock, MetricsLog, set_up_logging
+from dsv3_jax.training.feed import batches
+from dsv3_jax.training.metrics import Clock, MetricsLog
 from dsv3_jax.training.profiling import ProfileWindow
 from dsv3_jax.training.record import Throughput, step_values
 from dsv3_jax.training.restore import state_bytes
+from dsv3_jax.training.run_folder import RunFolder
+from dsv3_jax.training.run_log import keep_log, set_up_logging
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.step import TrainState, check_finite, create_state, jit_train_step
 from dsv3_jax.training.stopping import StopRequest
@@ -48,41 +52,51 @@ def main(argv: Sequence[str]) -> int:
     with clock("init"):
         cli.use_virtual_devices(config.devices, all_cores=config.mesh.data == 0)
         hosts.start(config.distributed)
+        set_up_logging(process=jax.process_index())
         config = fill_mesh(config)
         mesh = make_mesh(config.mesh)
         layout = make_layout(mesh, config.sharding, config.expert_parallel)
-        if config.dry_run:
-            print(dry_run_report(config, layout))
-            return 0
-        run_dir = Path(config.run_dir)
-        set_up_logging(run_dir, process=jax.process_index())
-        abstract = abstract_state(config, layout)
-        for line in banner(config, abstract):
-            log.info(line)
-        with clock("data"):
-            corpus = open_corpus(config.data, config.seed)
-            check_model(config.model, corpus)
-        hosts.check_agreement(config, data_sha256=corpus.train.index.sha256)
-        checkpoints = Checkpoints(
-            run_dir / "checkpoints",
-            every_steps=config.checkpoint.every_steps,
-            keep=config.checkpoint.keep,
-        )
-    primary = jax.process_index() == 0
-    with checkpoints, StopRequest() as stop:
+    if config.dry_run:
+        print(dry_run_report(config, layout))
+        return 0
+    process, steps, run_dir = jax.process_index(), config.train.steps, Path(config.run_dir)
+    with StopRequest(clock) as stop, RunFolder(run_dir) as folder:
         with clock("init"):
+            abstract = abstract_state(config, layout)
+            for line in banner(config, abstract):
+                log.info(line)
+            with clock("data"):
+                corpus = open_corpus(config.data, config.seed)
+                check_model(config.model, corpus)
+            hosts.check_agreement(config, data_sha256=corpus.train.index.sha256)
+            # What was saved is compared with what is asked before anything there is touched.
+            start, schedule = find_continuation(run_dir, config, corpus, abstract)
+            if folder.has_nothing_to_do(start, steps):
+                log.info("nothing to do: at step %d of %d; --train.steps N goes on", start, steps)
+                return 0
+            keep_log(run_dir, process=process)
+            log.info(batch_line(config, schedule, start))
+            checkpoints = Checkpoints(
+                run_dir / "checkpoints",
+                every_steps=config.checkpoint.every_steps,
+                keep=config.checkpoint.keep,
+            )
             checkpoints.probe(state_bytes(abstract))
-            resumed = checkpoints.resume(config.resume, abstract._asdict(), config)
-            if primary:
-                (run_dir / "config.json").write_text(to_json(config))
-            if primary and corpus.tokenizer.path is not None:
-                shutil.copyfile(corpus.tokenizer.path, run_dir / "tokenizer.json")
-            start, restored, _ = resumed or (0, None, None)
+            restored, _ = checkpoints.resume_from(start, abstract._asdict())
+            folder.claim(config, corpus.tokenizer, new=start is None)
             state = TrainState(**restored) if restored else create_state(config, abstract)
-        steps, resumed_from = config.train.steps, None if resumed is None else start
-        metrics = MetricsLog(run_dir, steps=steps, resumed_from=resumed_from, primary=primary)
-        with metrics:
-            state = train(config, layout, corpus, state, start, checkpoints, metrics, clock, stop)
+        metrics = MetricsLog(
+            run_dir,
+            steps=steps,
+            resumed_from=start,
+            primary=process == 0,
+            tensorboard=config.tensorboard,
+        )
+        with checkpoints, metrics:
+            run = Run(
+                config, layout, corpus, schedule, start or 0, checkpoints, metrics, clock, stop
+            )
+            state = train(run, state)
             if stop.requested:
                 log.warning("stopped by signal %d at step %d", stop.signal, int(state.step))
                 metrics.record(int(state.step), {"seconds": clock.seconds()})
@@ -90,55 +104,38 @@ def main(argv: Sequence[str]) -> int:
             with clock("sample"):
                 write_sample(config, layout, corpus, state)
             metrics.record(steps, {"seconds": clock.seconds()})
-    if primary:
+    if process == 0:
         cli.draw_plots(run_dir)
     log.info("infer.py continues from it: ./run infer --checkpoint %s --prompt TEXT", run_dir)
     return 0
 
 
-def banner(config: Config, abstract: TrainState) -> list[str]:
-    """What the run is and what it runs on."""
-    main_model, mtp = parameter_counts(abstract)
-    return [
-        *cli.describe_environment(),
-        "mesh        " + ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(config.mesh).items()),
-        f"parameters  {main_model:,} in the main model, {mtp:,} more in MTP",
-        f"run         {config.run_dir}, seed {config.seed}",
-    ]
+class Run(NamedTuple):
+    """All that the loop needs besides the state."""
+
+    config: Config
+    layout: Layout
+    corpus: Corpus
+    schedule: Schedule
+    start: int  # steps made before
+    checkpoints: Checkpoints
+    metrics: MetricsLog
+    clock: Clock
+    stop: StopRequest
 
 
-def train(
-    config: Config,
-    layout: Layout,
-    corpus: Corpus,
-    state: TrainState,
-    start: int,
-    checkpoints: Checkpoints,
-    metrics: MetricsLog,
-    clock: Clock,
-    stop: StopRequest,
-) -> TrainState:
+def train(run: Run, state: TrainState) -> TrainState:
     """The loop; returns the last state, which has been saved."""
-    plan, schedule, mesh = config.train, Schedule(config), mesh_of(state.step)
-    rows = Rows(corpus.train, plan.seq_len + 1, config.seed)
-    place = batch_sharding(mesh, batch_dim=1)
-    shape = (schedule.max_micro_batches, schedule.micro_batch_size, plan.seq_len + 1)
-
-    def batches():
-        for step in range(start, plan.steps):
-            first, count = schedule.first_row(step), schedule.rows(step)
-            # Rows after them, micro-batches past the ramp's, are never read.
-            read = partial(rows.batch_part, first, count, shape)
-            yield jax.make_array_from_callback(shape, place, read)
-
+    config, layout, corpus, schedule, start, checkpoints, metrics, clock, stop = run
+    plan, mesh, run_dir = config.train, mesh_of(state.step), Path(config.run_dir)
     step_fn = jit_train_step(config, layout, state)
     evaluate = Evaluation(config, mesh, layout, corpus)
-    flops = training_flops_per_token(config.model, plan.seq_len)
+    flops = training_flops_per_token(config.model, plan.seq_len, mtp=True)
     throughput = Throughput(clock, flops, list(mesh.devices.flat))
-    meta = {"config": dataclasses.asdict(config), "data_sha256": corpus.train.index.sha256}
-    profile = ProfileWindow(Path(config.run_dir) / "profile", start, plan.profile_steps)
+    profile = ProfileWindow(run_dir / "profile", start, plan.steps, plan.profile_steps)
+    feed = partial(batches, config, corpus, schedule, mesh, start)
     last = None
-    with prefetch(batches) as stream, Watchdog(config.watchdog, config.run_dir) as watchdog:
+    with prefetch(feed) as stream, Watchdog(config.watchdog, run_dir) as watchdog, stop.saving():
         for step in range(start, plan.steps):
             first, done = step == start, step + 1
             is_last = done == plan.steps
@@ -164,12 +161,14 @@ def train(
                 metrics.log(done, values)
             if checkpoints.due(done) or is_last or stop.requested:
                 with clock("checkpoint"):
-                    checkpoints.save(done, state._asdict(), meta)
+                    checkpoints.save(
+                        done, state._asdict(), checkpoint_meta(config, corpus, schedule, done)
+                    )
             if stop.requested:
                 break
-    profile.close()
-    with clock("checkpoint"):
-        checkpoints.wait()
+        profile.close()
+        with clock("checkpoint"):
+            checkpoints.wait()
     return state
 
 

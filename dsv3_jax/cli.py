@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 the environment failed (disk, backend, damaged files), 2 t
 own bugs, or with DSV3_DEBUG=1.
 """
 
-import importlib
 import logging
 import os
 import sys
@@ -14,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
@@ -46,7 +45,9 @@ EXIT_USER = 2
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command line and exits with its code, turning expected errors into one message."""
     try:
-        sys.exit(main(sys.argv[1:]) or 0)
+        code = main(sys.argv[1:]) or 0
+    except SystemExit as stopped:  # by a signal, or by wrong options
+        _leave(stopped.code)
     except Exception as error:
         expected = isinstance(error, UserError | RunError | OSError | NotImplementedError)
         if expected and not os.environ.get("DSV3_DEBUG"):
@@ -56,6 +57,7 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         else:
             raise
         _leave(EXIT_USER if isinstance(error, UserError) else EXIT_ENVIRONMENT)
+    sys.exit(code)
 
 
 def _one_of_several_processes() -> bool:
@@ -66,8 +68,9 @@ def _one_of_several_processes() -> bool:
     return jax.distributed.is_initialized()
 
 
-def _leave(code: int) -> None:
-    if _one_of_several_processes():
+def _leave(code: Any) -> NoReturn:
+    """Ends with this code; one of several processes does not wait for the others."""
+    if isinstance(code, int) and _one_of_several_processes():
         from dsv3_jax.parallel.hosts import leave
 
         leave(code)
@@ -116,24 +119,6 @@ def use_virtual_devices(count: int | None, *, all_cores: bool = False) -> None:
         count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if count is not None:
         jax.config.update("jax_num_cpu_devices", count)
-
-
-def describe_environment() -> list[str]:
-    """Lines that say what the program runs on: backend, devices and versions."""
-    import jax
-
-    devices = jax.devices()
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax.checkpoint", "numpy")
-    versions = [f"{p.split('.')[0]} {_version(p)}" for p in packages]
-    return [
-        f"backend     {jax.default_backend()}, {len(devices)} x {devices[0].device_kind}"
-        + (f", {jax.process_count()} processes" if jax.process_count() > 1 else ""),
-        f"versions    python {sys.version.split()[0]}, " + ", ".join(versions),
-    ]
-
-
-def _version(package: str) -> str:
-    return getattr(importlib.import_module(package), "__version__", "?")
 
 
 @dataclass(frozen=True)
@@ -199,8 +184,8 @@ def draw_plots(run_dir: Path) -> None:
 
         for path in write_report(run_dir):
             log.info("wrote %s", path)
-    except ImportError as error:
-        log.warning("no plots (%s): pip install 'dsv3_jax[plot]', then report %s", error, run_dir)
+    except (ImportError, UserError, OSError) as error:
+        log.warning("no plots: %s; later: python -m dsv3_jax report %s", error, run_dir)
 
 
 def report(options: ReportOptions) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from dsv3_jax import cli, loading
 from dsv3_jax.config import load_config
 from dsv3_jax.model.transformer import init_variables
 from dsv3_jax.training.manifest import steps_in
-from dsv3_jax.training.restore import restore, state_sha256
+from dsv3_jax.training.restore import read_meta, restore, state_sha256
 from tests.helpers import write_small_run
 
 ROOT = Path(__file__).parent.parent
@@ -250,24 +251,98 @@ def test_an_unwritable_run_directory_is_the_environments_fault(
     blocked.write_text("")
     argv = ["--config", config_file, "--run-dir", blocked / "run"]
     assert exit_code(monkeypatch, train.main, argv) == 1
-    assert "a-file" in capsys.readouterr().err
+    assert f"--run-dir {blocked}/run cannot be used" in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_architecture_is_refused_and_kept(
-    config_file, finished_run, monkeypatch, capsys
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file of a run and what is in it."""
+    files = [path for path in sorted(run.rglob("*")) if path.is_file()]
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
+
+
+ANOTHER_RUN = {
+    "architecture": (["--model.hidden-size", "64"], "model.hidden_size: 32 in the checkpoint, 64"),
+    "seed": (["--seed", "3"], "seed: 0 in the checkpoint, 3 in this run"),
+    "data": (["--data.path", "OTHER"], "data: sha256"),
+    "rate": (
+        ["--train.steps", "40", "--optimizer.learning-rate", "1"],
+        "--schedule.accept-rate-jump",
+    ),
+}
+
+
+@pytest.mark.parametrize("difference", ANOTHER_RUN)
+def test_another_run_s_folder_is_refused_and_nothing_in_it_is_touched(
+    difference, config_file, finished_run, tmp_path, monkeypatch, capsys
 ):
-    argv = ["--config", config_file, "--run-dir", finished_run, "--model.hidden-size", "64"]
-    before = sorted(finished_run.rglob("*"))
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(12):
+        (other / f"{number}.txt").write_text(f"Another text, {number}. " * 90)
+    options, said = ANOTHER_RUN[difference]
+    options = [word.replace("OTHER", str(other)) for word in options]
+    before = contents(finished_run)
+    argv = ["--config", config_file, "--run-dir", finished_run, *options]
     assert exit_code(monkeypatch, train.main, argv) == 2
-    assert "hidden_size" in capsys.readouterr().err
-    assert {p for p in before if "checkpoints" in p.parts} <= set(finished_run.rglob("*"))
+    error = capsys.readouterr().err
+    assert said in error and "Nothing was changed" in error
+    assert contents(finished_run) == before
+
+
+@pytest.mark.parametrize("steps", [4, 3])
+def test_steps_that_are_done_leave_nothing_to_do(steps, config_file, finished_run, capsys):
+    before = contents(finished_run)
+    argv = ["--config", str(config_file), "--run-dir", str(finished_run)]
+    assert train.main([*argv, "--train.steps", str(steps)]) == 0
+    assert f"nothing to do: at step 4 of {steps}" in capsys.readouterr().out
+    assert contents(finished_run) == before
+
+
+def test_a_run_cut_before_its_sample_writes_it(config_file, finished_run, tmp_path, capsys):
+    run = tmp_path / "cut"
+    shutil.copytree(finished_run, run)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[:-1]) + lines[-1][:20])
+    (run / "sample.txt").unlink()
+    assert train.main(["--config", str(config_file), "--run-dir", str(run)]) == 0
+    assert (run / "sample.txt").read_text() == (finished_run / "sample.txt").read_text()
+    assert "seconds" in lines_of(run)[-1]
+
+
+def test_another_batch_goes_on_behind_the_rows_that_were_read(
+    config_file, finished_run, tmp_path, caplog
+):
+    run = tmp_path / "longer"
+    shutil.copytree(finished_run, run)
+    options = ["--train.steps", "7", "--train.batch-size", "2", "--schedule.steps", "4"]
+    argv = ["--config", str(config_file), "--run-dir", str(run), *options, "--tensorboard"]
+    assert train.main(argv) == 0
+    assert "train.batch_size: 4 -> 2" in caplog.text and "train.steps: 4 -> 7" in caplog.text
+    done = [line for line in lines_of(run) if "tokens" in line]
+    tokens = [line["tokens"] for line in done]
+    assert tokens == sorted(tokens)
+    assert tokens[-1] == tokens[3] + 3 * 2 * 24
+    assert len({line["lr"] for line in done[3:]}) <= 2, "the last rate stays"
+    _, meta = read_meta(run / "checkpoints")
+    rows = read_meta(finished_run / "checkpoints")[1]["position"]["row"] + 6
+    assert meta["position"] == {"step": 7, "row": rows, "tokens": tokens[-1]}
+    assert any((run / "tensorboard").iterdir())
+
+
+def test_a_finished_run_without_matplotlib_ends_well(
+    config_file, finished_run, tmp_path, monkeypatch, caplog
+):
+    run = tmp_path / "plain"
+    shutil.copytree(finished_run, run)
+    (run / "checkpoints" / "4").rename(tmp_path / "4")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert train.main(["--config", str(config_file), "--run-dir", str(run)]) == 0
+    assert "no plots: plots need matplotlib" in caplog.text
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     finished_run, tmp_path, monkeypatch, capsys, caplog
 ):
-    import shutil
-
     run = tmp_path / "damaged"
     shutil.copytree(finished_run, run)
     largest = max(

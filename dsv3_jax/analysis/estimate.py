@@ -271,7 +271,7 @@ def estimate_step(
         sent = 2 * tokens_per_micro_batch(config) * model.hidden_size / mesh.tensor
         transfer = sent / device.bandwidth(leaves_domain(mesh, device))
     paired = schedule.startswith("dualpipe") and mesh.pipe > 1
-    count = train.batch_size // (train.micro_batch_size or train.batch_size)
+    count = train.batch_size // config.micro_batch_size
     run = pipeline_cost.run if simulated else pipeline_cost.from_formulas
     pipeline = run(
         schedule if mesh.pipe > 1 else "1f1b", mesh.pipe, count, times.durations(paired, transfer)

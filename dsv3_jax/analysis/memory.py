@@ -43,8 +43,7 @@ def mesh_problems(config: Config, schedule: str) -> list[str]:
             f"mesh.pipe={mesh.pipe} under {schedule} needs {stages} stages, but the model has "
             f"num_hidden_layers={model.num_hidden_layers}"
         )
-    micro = train.micro_batch_size or train.batch_size
-    count = train.batch_size // micro
+    count = train.batch_size // config.micro_batch_size
     if mesh.pipe > 1 and schedule.startswith("dualpipe"):
         if count < 2 * mesh.pipe:
             found.append(
@@ -240,9 +239,8 @@ def _layer(config: Config, moe: bool) -> float:
 
 def tokens_per_micro_batch(config: Config) -> float:
     """Tokens of one micro-batch on one device."""
-    mesh, train = config.mesh, config.train
-    sequences = train.micro_batch_size or train.batch_size
-    return sequences * train.seq_len / (mesh.data * mesh.node * mesh.local * mesh.context)
+    mesh, tokens = config.mesh, config.micro_batch_size * config.train.seq_len
+    return tokens / (mesh.data * mesh.node * mesh.local * mesh.context)
 
 
 def serving_memory(

@@ -13,7 +13,7 @@ from dsv3_jax.config.mesh import (
 )
 from dsv3_jax.config.model import ModelConfig, RopeScaling
 from dsv3_jax.config.rules import DType, RunError, UserError
-from dsv3_jax.config.run import Config, config_from_dict, load_config, to_json
+from dsv3_jax.config.run import Config, by_name, config_from_dict, load_config, to_json
 from dsv3_jax.config.training import (
     CheckpointConfig,
     DataConfig,
@@ -42,6 +42,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "WatchdogConfig",
+    "by_name",
     "config_from_dict",
     "load_config",
     "to_json",

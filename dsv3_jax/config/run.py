@@ -49,6 +49,30 @@ class Config:
     resume: str = "auto"  # "auto": the newest valid checkpoint; "never": start anew; or a step
     devices: int | None = None  # run on this many virtual CPU devices
     dry_run: bool = False  # print shapes, parameters and memory per device, and stop
+    tensorboard: bool = False  # also write the numbers of metrics.jsonl to tensorboard/
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Sequences of one forward pass: train.micro_batch_size, or what the batch-size ramp needs.
+
+        A step reads whole micro-batches. Under a ramp theirs is the largest size that divides the
+        batch and the mesh, and with which the first step is within a tenth of what is asked; where
+        there is none, that which comes nearest. Without a ramp it is the whole batch.
+        """
+        batch, ratio = self.train.batch_size, self.schedule.batch_start_ratio
+        if self.train.micro_batch_size is not None:
+            return self.train.micro_batch_size
+        if ratio >= 1 or self.schedule.batch_ramp_end <= 0:
+            return batch
+        shards = max(self.mesh.data, 1) * self.mesh.node * self.mesh.local
+        halves = [d for d in range(1, math.isqrt(batch) + 1) if batch % d == 0]
+        sizes = [d for half in halves for d in (half, batch // half) if d % shards == 0]
+
+        def miss(size: int) -> float:
+            return abs(max(round(ratio * batch / size), 1) * size - ratio * batch)
+
+        near = [size for size in sizes if miss(size) <= 0.1 * ratio * batch]
+        return max(near) if near else min(sizes, key=lambda s: (miss(s), -s), default=batch)
 
     def problems(self) -> list[str]:
         """Every inconsistency of the run, each prefixed with its group, with the rule and a fix."""
@@ -97,7 +121,7 @@ class Config:
                 "expert_parallel.combine_format='logfmt10', which packs 16 channels together"
             )
         token_shards = max(self.mesh.data, 1) * self.mesh.node * self.mesh.local
-        micro = self.train.micro_batch_size or self.train.batch_size
+        micro = self.micro_batch_size
         if micro % token_shards:
             found.append(
                 f"a micro-batch of {micro} sequences must be a multiple of mesh.data x mesh.node x "
@@ -115,6 +139,16 @@ class Config:
 def to_json(config: Any) -> str:
     """A config as JSON text, the form saved with every run and checkpoint."""
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def by_name(values: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value} of nested dicts, such as those of `dataclasses.asdict(Config)`."""
+    if not isinstance(values, dict):
+        return {prefix: values}
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= by_name(value, f"{prefix}.{name}" if prefix else name)
+    return found
 
 
 def config_from_dict(values: dict[str, Any]) -> Config:

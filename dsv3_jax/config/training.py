@@ -41,7 +41,9 @@ class TrainConfig:
 
     steps: int = 1000
     batch_size: int = 16  # sequences a step, once the batch-size ramp is over
-    micro_batch_size: int | None = None  # sequences a forward pass; None: all of them
+    # Sequences a forward pass. None: the whole batch, or as many as the batch-size ramp needs to
+    # take its steps (Config.micro_batch_size).
+    micro_batch_size: int | None = None
     seq_len: int = 256
     remat: Literal["none", "dots", "full"] = "none"
     log_every: int = 10
@@ -49,7 +51,7 @@ class TrainConfig:
     eval_batches: int = 8
     max_nonfinite_steps: int = 10  # skipped steps in a row before the run stops
     sample_tokens: int = 160  # length of the text written when the run ends; 0: none
-    profile_steps: int = 0  # this many steps, from the tenth on, are traced into profile/
+    profile_steps: int = 0  # this many steps, from the tenth on or earlier, traced into profile/
 
     def problems(self) -> list[str]:
         """Sizes that cannot make a step."""
@@ -95,6 +97,7 @@ class ScheduleConfig:
     They are of 14.8T there; a run of any length goes through the same phases.
     """
 
+    steps: int | None = None  # the plan's length, where it is not train.steps
     warmup_steps: int = 2000
     decay_start: float = 10.0 / 14.8  # the peak rate until here,
     decay_end: float = 14.3 / 14.8  # then a cosine down to `decay_ratio` of it until here,
@@ -109,10 +112,14 @@ class ScheduleConfig:
     mtp_loss_weight: float = 0.3  # lambda,
     mtp_switch: float = 10.0 / 14.8  # which from here on is
     mtp_loss_weight_final: float = 0.1
+    # A resumed run's learning rate may be far from the last step's.
+    accept_rate_jump: bool = False
 
     def problems(self) -> list[str]:
         """Phases out of order."""
         found = []
+        if self.steps is not None and self.steps <= 0:
+            found.append(f"steps={self.steps} must be positive, or None for train.steps")
         if self.warmup_steps < 0:
             found.append(f"warmup_steps={self.warmup_steps} must not be negative")
         if not 0 <= self.decay_start <= self.decay_end <= self.final_start <= 1:

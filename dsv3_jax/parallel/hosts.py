@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dsv3_jax.config import DistributedConfig, RunError, UserError
+from dsv3_jax.config import DistributedConfig, RunError, UserError, by_name
 
 log = logging.getLogger(__name__)
 
@@ -202,9 +202,9 @@ def check_agreement(options: Any, **facts: str) -> None:
         )
     ours = dataclasses.asdict(options) | {"distributed": None, "jax": jax.__version__} | facts
     said = [json.loads(text) for text in _gather_texts(json.dumps(ours, default=str))]
-    first = _leaves(said[0])
+    first = by_name(said[0])
     wrong = []
-    for index, theirs in enumerate(map(_leaves, said)):
+    for index, theirs in enumerate(map(by_name, said)):
         for name in sorted(first.keys() | theirs.keys()):
             has, wants = theirs.get(name, "absent"), first.get(name, "absent")
             if has != wants:
@@ -259,13 +259,3 @@ def _gather_texts(text: str) -> list[str]:
     padded[: len(mine)] = mine
     rows = np.asarray(multihost_utils.process_allgather(padded))
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
-
-
-def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value} of nested dicts."""
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _leaves(value, f"{prefix}.{name}" if prefix else name)
-    return found

@@ -91,16 +91,25 @@ class Checkpoints:
         newer ones otherwise) are moved to `checkpoints.old-N`, with a line on the log, once the
         restore has succeeded. Errors: those of `latest_valid` and `restore`.
         """
-        if how == "never":
-            self._set_aside(after=-1)
-            return None
-        step = self.latest_valid() if how == "auto" else valid_step(self.folder, how)
+        step: int | None = None
+        if how != "never":
+            step = self.latest_valid() if how == "auto" else valid_step(self.folder, how)
+            if step is None:
+                return None
+        state, meta = self.resume_from(step, abstract_state, config)
+        return None if step is None else (step, state, meta)
+
+    def resume_from(
+        self, step: int | None, abstract_state: PyTree, config: Config | None = None
+    ) -> tuple[PyTree | None, dict[str, Any]]:
+        """As `resume`, from a step that is known to be good; None starts at step 0."""
         if step is None:
-            return None
+            self._set_aside(after=-1)
+            return None, {}
         state, meta = read_state(self.folder, step, abstract_state, config, partial=False)
         self._set_aside(after=step)
         log.info("resumed from the checkpoint of step %d", step)
-        return step, state, meta
+        return state, meta
 
     def restore(
         self, step: int | str, abstract_state: PyTree, config: Config | None = None

@@ -81,8 +81,7 @@ def dry_run_report(config: Config, layout: Layout) -> str:
 
 def _pictures(config: Config, layout: Layout, state: TrainState) -> list[str]:
     """Tokens, and each kind of weight as it is used and as it is held between steps."""
-    micro = config.train.micro_batch_size or config.train.batch_size
-    rows = (micro, config.train.seq_len)
+    rows = (config.micro_batch_size, config.train.seq_len)
     lines = []
     for where, tokens in (("inside", "seq"), ("between", "residual")):
         lines.append(f"  tokens {where} blocks, {rows[0]} rows x {rows[1]} positions")

@@ -1,4 +1,4 @@
-"""What a run tells people: metrics.jsonl, a progress line, log.txt, and where the time went.
+"""What a run tells people: metrics.jsonl, a progress line, and where the time went.
 
 metrics.jsonl holds one JSON object a log step and one history: each line is written whole, in one
 call, and reaches the disk before training goes on; opening the file again repairs a torn last line
@@ -17,13 +17,23 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import rich
 from jaxtyping import Float, Num
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +90,8 @@ class MetricsLog:
         `resumed_from`: the step restored, whose later lines are cut; None for a new run, which
         moves an older metrics.jsonl to metrics.old-N.jsonl. With `primary=False` (processes other
         than the first) nothing is written or shown. `tensorboard` mirrors numbers to
-        RUN/tensorboard. Raises OSError when the folder is unwritable, ImportError without
-        tensorboardX.
+        RUN/tensorboard, where a resumed run hides what it is about to write anew. Raises OSError
+        when the folder is unwritable, ImportError without tensorboardX.
         """
         self.path = Path(run_dir) / "metrics.jsonl"
         self._steps, self._primary = steps, primary
@@ -95,18 +105,10 @@ class MetricsLog:
         _repair(self.path, resumed_from)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         if tensorboard:
-            self._board = _tensorboard_writer(self.path.parent / "tensorboard")
+            self._board = _tensorboard_writer(self.path.parent / "tensorboard", resumed_from)
         console = rich.get_console()
         if console.is_terminal:
-            progress = self._progress = Progress(
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-                BarColumn(bar_width=None),
-                TextColumn("{task.description}"),
-                TextColumn("[dim]eta"),
-                TimeRemainingColumn(compact=True),
-                console=console,
-                expand=True,
-            )
+            progress = self._progress = Progress(*_columns(), console=console, expand=True)
             self._task = progress.add_task("", total=steps, completed=resumed_from or 0)
             progress.start()
 
@@ -150,10 +152,11 @@ class MetricsLog:
         try:
             # One write of the whole line: a killed process leaves all of it or nothing.
             if os.write(self._file, line) != len(line):
-                raise OSError(errno.ENOSPC, "only part of a line could be written")
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(self._file)
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
+            reason = f"{error.strerror}; a line of {len(line):,} bytes is wanted"
+            raise OSError(error.errno, reason, str(self.path)) from error
         if self._board is not None:
             for key, value in record.items():
                 if key != "step" and isinstance(value, int | float):
@@ -170,35 +173,6 @@ class MetricsLog:
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
-
-
-def set_up_logging(run_dir: str | Path | None, *, process: int = 0) -> None:
-    """Sends log records to RUN/log.txt (appended) and, in short form, to the console.
-
-    Of several processes, the first does this; process N shows warnings only and writes log.N.txt.
-    """
-    root = logging.getLogger()
-    for old in list(root.handlers):
-        # A library's stray logging.info() before this installs a plain handler: lines would double.
-        if getattr(old, "dsv3_jax", False) or type(old) is logging.StreamHandler:
-            root.removeHandler(old)
-            old.close()
-    handlers: list[logging.Handler] = [
-        _ConsoleHandler(logging.WARNING if process else logging.INFO)
-    ]
-    if run_dir is not None:
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        name = f"log.{process}.txt" if process else "log.txt"
-        file = logging.FileHandler(Path(run_dir) / name, encoding="utf-8")
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-        handlers.append(file)
-    for handler in handlers:
-        handler.dsv3_jax = True  # type: ignore[attr-defined]
-        root.addHandler(handler)
-    root.setLevel(logging.WARNING)
-    logging.getLogger("dsv3_jax").setLevel(logging.INFO)
-    # Orbax tells each save in some forty INFO lines, through absl.
-    logging.getLogger("absl").setLevel(logging.WARNING)
 
 
 class Clock:
@@ -227,6 +201,11 @@ class Clock:
         finally:
             self._book()
             self._open.pop()
+
+    @property
+    def phase(self) -> str:
+        """The innermost phase now open, or "other"."""
+        return self._open[-1] if self._open else "other"
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase up to now, and "other"; they add up to the time since the start."""
@@ -272,19 +251,6 @@ def expert_stats(
     return stats
 
 
-class _ConsoleHandler(logging.Handler):
-    """Prints records to rich's console, above a progress line; MetricsLog shows its own."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        # Orbax logs each failure as pages of tracebacks through absl; CheckpointError says it in a
-        # line, and log.txt has the rest.
-        if getattr(record, "progress", False) or record.name == "absl":
-            return
-        level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
-        console = rich.get_console()
-        console.print(level + self.format(record), highlight=False, markup=False, soft_wrap=True)
-
-
 def _repair(path: Path, resumed_from: int | None) -> None:
     """Makes metrics.jsonl end where the run goes on."""
     if not path.exists():
@@ -320,7 +286,7 @@ def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
             if not line.endswith(b"\n") or not isinstance(record["step"], int):
                 raise ValueError("not a whole record")
             records.append(record)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             torn += 1
     return records, torn
 
@@ -357,11 +323,30 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _tensorboard_writer(folder: Path) -> Any:
+class _NumbersColumn(ProgressColumn):
+    """The numbers of a step: what a narrow terminal cuts off first."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
+def _columns() -> list[ProgressColumn]:
+    """The progress line's parts. A table narrows those first that may wrap: only the numbers."""
+    whole = partial(Column, no_wrap=True)
+    return [
+        TextColumn("step {task.completed:.0f}/{task.total:.0f}", table_column=whole()),
+        BarColumn(bar_width=None, table_column=Column(ratio=1)),
+        _NumbersColumn(table_column=Column()),
+        TextColumn("[dim]eta", table_column=whole()),
+        TimeRemainingColumn(compact=True, table_column=whole()),
+    ]
+
+
+def _tensorboard_writer(folder: Path, resumed_from: int | None) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise ImportError(
             "TensorBoard output needs: pip install 'dsv3_jax[tensorboard]'"
         ) from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=None if resumed_from is None else resumed_from + 1)

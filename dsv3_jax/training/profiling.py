@@ -1,20 +1,34 @@
 """A window of steps traced by JAX's profiler, for Perfetto or XProf."""
 
+import logging
 from pathlib import Path
 
 import jax
+
+log = logging.getLogger(__name__)
 
 # Steps before the window: compilation and warm-up are not what one looks for.
 SKIPPED_STEPS = 10
 
 
 class ProfileWindow:
-    """Traces `steps` steps into `folder`, from the tenth after the start on; 0 traces none."""
+    """Traces `steps` of the steps `start` to `end` - 1 into `folder`; 0 traces none.
 
-    def __init__(self, folder: Path, start: int, steps: int):
-        self._folder, self._first = folder, start + SKIPPED_STEPS
-        self._last = self._first + steps
-        self._tracing = False
+    The window begins with the tenth step, earlier where it would not fit, and never with the first,
+    which is compiled. What is traced, and what cannot be, is told on the log.
+    """
+
+    def __init__(self, folder: Path, start: int, end: int, steps: int):
+        self._folder, self._tracing = folder, False
+        self._first = start + min(SKIPPED_STEPS, max(end - start - steps, 1))
+        self._last = min(self._first + steps, end)
+        traced = self._last - self._first
+        if steps and traced <= 0:
+            log.warning("nothing is traced: the run has one step left, which is compiled")
+        elif steps:
+            log.info("steps %d to %d are traced into %s", self._first + 1, self._last, folder)
+            if traced < steps:
+                log.warning("%d steps were to be traced: no more are left", steps)
 
     def before(self, step: int) -> None:
         """To be called before each step."""

@@ -55,7 +55,7 @@ def read_meta(folder: str | Path, step: int | str = "auto") -> tuple[int, dict[s
     Does not check the arrays of a step named by number. Raises UserError when there is none.
     """
     step = valid_step(Path(folder), step) if step == "auto" else int(step)
-    return step, _read_saved_meta(Path(folder) / str(step))["meta"]
+    return step, read_saved(Path(folder) / str(step))["meta"]
 
 
 def restore(
@@ -176,8 +176,14 @@ def read_state(
 ) -> tuple[PyTree, dict[str, Any]]:
     """As `restore`, of a step known to be good: its files are not hashed again."""
     path = (folder / str(step)).absolute()
-    saved = _read_saved_meta(path)
-    _refuse_other_architecture(path, saved, abstract_state, config, partial)
+    saved = read_saved(path)
+    if different := architecture_differences(path, saved, abstract_state, config, partial):
+        raise UserError(
+            f"{path} is a checkpoint of another architecture:\n  "
+            + "\n  ".join(different)
+            + "\nUse the configuration it was made with (config.json of its run), or another "
+            "--run-dir, or --resume never."
+        )
     target = jax.tree.map(_with_sharding, abstract_state)
     if partial:
         args = ocp.args.PyTreeRestore(
@@ -192,7 +198,11 @@ def read_state(
     return state, saved["meta"]
 
 
-def _read_saved_meta(step_folder: Path) -> dict[str, Any]:
+def read_saved(step_folder: Path) -> dict[str, Any]:
+    """What a step holds besides its arrays: `meta`, the arrays' types, and the versions that saved.
+
+    Raises UserError when there is no such step, CheckpointError when it cannot be read.
+    """
     if not step_folder.is_dir():
         raise UserError(f"no checkpoint {step_folder}")
     try:
@@ -206,10 +216,17 @@ def _read_saved_meta(step_folder: Path) -> dict[str, Any]:
     return saved
 
 
-def _refuse_other_architecture(
-    path: Path, saved: dict[str, Any], abstract_state: PyTree, config: Config | None, partial: bool
-) -> None:
-    """Raises UserError with the differences between what is saved and what is asked for."""
+def architecture_differences(
+    path: Path,
+    saved: dict[str, Any],
+    abstract_state: PyTree,
+    config: Config | None,
+    partial: bool = False,
+) -> list[str]:
+    """What differs, a line each, between the model that was saved and the one asked for.
+
+    Fields that may change are told on the log instead.
+    """
     different = []
     model = (saved["meta"].get("config") or {}).get("model")
     if config is not None and model is not None:
@@ -227,16 +244,8 @@ def _refuse_other_architecture(
         was, now = there.get(name, "absent"), wanted.get(name, "absent")
         if was != now:
             different.append(f"{name}: {was} in the checkpoint, {now} in this run")
-    if different:
-        shown = different[:12]
-        if len(different) > len(shown):
-            shown.append(f"and {len(different) - len(shown)} more")
-        raise UserError(
-            f"{path} is a checkpoint of another architecture:\n  "
-            + "\n  ".join(shown)
-            + "\nUse the configuration it was made with (config.json of its run), or another "
-            "--run-dir, or --resume never."
-        )
+    more = len(different) - 12
+    return different[:12] + ([f"and {more} more"] if more > 0 else [])
 
 
 def listed(steps: list[int]) -> str:

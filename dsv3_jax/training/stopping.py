@@ -1,12 +1,31 @@
-"""Stopping on request: SIGTERM and SIGINT end the run at the next step, with the state saved."""
+"""Stopping on request: SIGTERM and SIGINT end the run at the next step, with the state saved.
 
+Python runs a signal's handler in the main thread, between two bytecodes: during a compilation that
+is minutes later. So a thread of our own is told of every signal by the interpreter's wake-up file,
+and says at once that it was heard and what happens next.
+"""
+
+import logging
 import os
 import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import jax
 
 from dsv3_jax.parallel.hosts import LargestOfAll
+from dsv3_jax.training.metrics import Clock
+
+log = logging.getLogger(__name__)
+
+HEARD = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(SystemExit):
+    """Raised by a signal while there is nothing to save; `code` is the exit code."""
 
 
 class StopRequest:
@@ -14,24 +33,37 @@ class StopRequest:
 
     Call `poll` once a step, and look at `requested` between steps and between validation batches.
     With several processes a signal to any of them stops all: they learn of it at the same `poll`,
-    one or two steps later, so that none of them waits in a step for another that has stopped. Use
-    as a context manager: the old handlers come back at its end.
+    one or two steps later, so that none of them waits in a step for another that has stopped.
+    Outside of `saving()`, before and after the loop, a signal raises Stopped instead. Use as a
+    context manager: the old handlers come back at its end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.signal: int | None = None
+        self._saving = False
+        self._clock = clock
         self._received: int | None = None
         self._largest = LargestOfAll() if jax.process_count() > 1 else None
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
+        reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._thread = threading.Thread(
+            target=self._listen, args=(reader,), name="signals", daemon=True
+        )
+        self._thread.start()
+        for number in HEARD:
             self._old[number] = signal.signal(number, self._handle)
+        self._old_file = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._old_file)
         for number, handler in self._old.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        os.close(self._writer)  # ends the thread, once it has read what was written
+        self._thread.join()
 
     @property
     def requested(self) -> bool:
@@ -44,15 +76,49 @@ class StopRequest:
         assert self.signal is not None
         return 128 + self.signal
 
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Inside, a signal only requests: there is something to save."""
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
+
     def poll(self) -> None:
         """Tells the other processes of a signal, and learns of theirs."""
         if self._largest is not None and self.signal is None:
             self.signal = self._largest(self._received or 0) or None
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
+    def _listen(self, reader: int) -> None:
+        """In a thread: each signal's number is a byte of the wake-up file."""
+        while numbers := os.read(reader, 1):
+            if numbers[0] in HEARD:
+                self._hear(numbers[0])
+        os.close(reader)
+
+    def _hear(self, number: int) -> None:
+        name = signal.Signals(number).name
         if self._received is not None:
+            print(f"{name} again: ending at once", file=sys.stderr, flush=True)
             os._exit(128 + number)
         self._received = number
         if self._largest is None:
             self.signal = number
+        log.warning("%s heard: %s", name, self._what_next())
+
+    def _what_next(self) -> str:
+        if not self._saving:
+            return "nothing is left to save, the run ends"
+        what = "after this step the run saves its state and ends"
+        if self._clock.phase == "compile":
+            what = (
+                "a step is being compiled, which cannot be interrupted; the run makes that step, "
+                "saves its state and ends"
+            )
+        return f"{what}. A second signal ends it at once, without saving"
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if not self._saving:
+            raise Stopped(128 + number)

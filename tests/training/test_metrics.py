@@ -1,15 +1,21 @@
 """metrics.jsonl is one whole history whatever happens; statistics match their definitions."""
 
+import errno
+import io
 import json
 import logging
+import os
 import time
 
 import ml_dtypes
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
 from dsv3_jax.training import metrics
 from dsv3_jax.training.metrics import Clock, MetricsLog
+from dsv3_jax.training.run_log import keep_log, set_up_logging
 
 
 def lines_of(run_dir) -> list[dict]:
@@ -125,7 +131,7 @@ def test_tensorboard_mirrors_the_numbers(tmp_path):
 
 
 def test_log_txt_gets_messages_and_progress(tmp_path, capsys):
-    metrics.set_up_logging(tmp_path)
+    set_up_logging(tmp_path)
     try:
         logging.getLogger("dsv3_jax.training.checkpoint").warning("step 5 is damaged")
         logging.getLogger("absl").info("forty lines a save")
@@ -133,7 +139,7 @@ def test_log_txt_gets_messages_and_progress(tmp_path, capsys):
         with MetricsLog(tmp_path, steps=10) as log:
             log.log(1, {"loss": 1.5})
     finally:
-        metrics.set_up_logging(None)
+        set_up_logging(None)
     text = (tmp_path / "log.txt").read_text()
     assert "WARNING dsv3_jax.training.checkpoint: step 5 is damaged" in text
     assert "step 1/10 loss 1.5000" in text
@@ -141,6 +147,60 @@ def test_log_txt_gets_messages_and_progress(tmp_path, capsys):
     assert "a page of traceback" in text
     out = capsys.readouterr().out
     assert out == "warning: step 5 is damaged\nstep 1/10 loss 1.5000\n"
+
+
+def test_what_is_said_before_the_folder_is_known_reaches_log_txt_later(tmp_path, capsys):
+    set_up_logging()
+    try:
+        logging.getLogger("dsv3_jax").info("before")
+        assert not (tmp_path / "run").exists()
+        keep_log(tmp_path / "run")
+        logging.getLogger("dsv3_jax").info("after")
+    finally:
+        set_up_logging(None)
+    lines = (tmp_path / "run" / "log.txt").read_text().splitlines()
+    assert [line.rpartition(": ")[2] for line in lines] == ["before", "after"]
+    assert capsys.readouterr().out == "before\nafter\n"
+
+
+def test_a_full_disk_is_said_once_by_the_log(tmp_path, capsys):
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    set_up_logging(tmp_path)
+    try:
+        for line in ("one", "two"):
+            logging.getLogger("dsv3_jax").info(line)
+    finally:
+        set_up_logging(None)
+    said = capsys.readouterr().err
+    assert said.count("log.txt cannot be written: No space left on device") == 1
+    assert "Traceback" not in said
+
+
+def test_a_full_disk_is_said_with_the_size_wanted(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with MetricsLog(tmp_path, steps=9) as log:
+        monkeypatch.setattr(os, "fsync", full)
+        said = r"No space left on device; a line of 22 bytes is wanted: .*metrics.jsonl"
+        with pytest.raises(OSError, match=said):
+            log.record(3, {"loss": 1.5})
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_narrow_progress_line_keeps_the_eta(width):
+    now = [0.0]
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    progress = Progress(*metrics._columns(), console=console, expand=True, get_time=lambda: now[0])
+    task = progress.add_task("", total=1234567)
+    for completed in (100, 1100, 2100):
+        numbers = "loss 2.3456 lr 2.20e-04 tok/s 1,234,567"
+        progress.update(task, completed=completed, description=numbers)
+        now[0] += 1
+    console.print(progress.get_renderable())
+    (line,) = console.file.getvalue().splitlines()
+    assert len(line) <= width
+    assert line.startswith("step 2100/1234567 ") and line.endswith(" eta 20:33"), line
 
 
 # Statistics

@@ -1,12 +1,13 @@
 """The plan of a run: the paper's own numbers, from the config of the paper's run."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
 from configs.deepseek_v3 import get_config
-from dsv3_jax.config import ScheduleConfig
+from dsv3_jax.config import ParallelConfig, ScheduleConfig
 from dsv3_jax.training.schedule import Schedule, plan_batch_sizes
 from tests.helpers import tiny_config
 
@@ -98,3 +99,50 @@ def test_the_shortest_runs_have_a_plan(steps):
 def test_no_ramp_means_the_full_batch_from_the_start():
     for plan in (ScheduleConfig(batch_start_ratio=1.0), ScheduleConfig(batch_ramp_end=0.0)):
         np.testing.assert_array_equal(plan_batch_sizes(plan, 5, 12), 12.0)
+
+
+def test_a_ramp_without_micro_batches_gets_some():
+    config = tiny_config(steps=1000, batch_size=64)
+    ramp = dataclasses.replace(config.schedule, batch_start_ratio=0.2, batch_ramp_end=0.2)
+    schedule = Schedule(dataclasses.replace(config, schedule=ramp))
+    sizes = [schedule.rows(step) for step in range(1000)]
+    assert sizes[0] == 12 and sizes[-1] == 64 and sizes == sorted(sizes)
+    assert len(set(sizes)) == 14  # 12, 16, ... 64
+
+
+# batch, ratio, devices that share the batch: the micro-batch
+DERIVED = [
+    ((64, 0.2, 1), 4),
+    ((15360, 0.2, 1), 3072),
+    ((16, 0.25, 1), 4),
+    ((16, 0.25, 8), 8),
+    ((16, 0.2, 16), 16),
+    ((7, 0.2, 1), 1),
+    ((64, 1.0, 1), 64),
+]
+
+
+@pytest.mark.parametrize("asked, micro", DERIVED)
+def test_the_micro_batch_of_a_ramp_fits_batch_and_mesh(asked, micro):
+    batch, ratio, devices = asked
+    config = tiny_config(batch_size=batch)
+    config = dataclasses.replace(
+        config,
+        mesh=ParallelConfig(data=devices),
+        schedule=dataclasses.replace(config.schedule, batch_start_ratio=ratio),
+    )
+    assert config.micro_batch_size == micro
+    assert batch % micro == 0 and micro % devices == 0
+
+
+def test_past_its_end_the_plan_s_last_phase_goes_on():
+    config = tiny_config(steps=30)
+    config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, steps=20))
+    planned, longer = Schedule(tiny_config(steps=20)), Schedule(config)
+    for step in range(20):
+        assert longer.settings(step) == planned.settings(step)
+    for step in (20, 25, 29):
+        told = longer.settings(step)
+        assert told.learning_rate == pytest.approx(1e-2 * 7.3 / 220)
+        assert (told.bias_update_speed, told.num_micro_batches) == (0, 1)
+        assert told.mtp_loss_weight == pytest.approx(0.1)

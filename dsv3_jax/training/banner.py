@@ -1,0 +1,59 @@
+"""What a run is and what it runs on, in a few lines."""
+
+import dataclasses
+import importlib
+import sys
+
+import jax
+
+from dsv3_jax.config import Config
+from dsv3_jax.training.dry_run import parameter_counts
+from dsv3_jax.training.metrics import peak_flops
+from dsv3_jax.training.schedule import Schedule
+from dsv3_jax.training.step import TrainState
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax.checkpoint", "numpy")
+
+
+def banner(config: Config, abstract: TrainState) -> list[str]:
+    """Backend, versions, mesh, parameters, what MFU is measured by, and the run's folder."""
+    main_model, mtp = parameter_counts(abstract)
+    devices = jax.devices()
+    kind, processes = devices[0].device_kind, jax.process_count()
+    versions = [f"{p.split('.')[0]} {_version(p)}" for p in PACKAGES]
+    mesh = ", ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items())
+    peak = peak_flops(kind)
+    return [
+        f"backend     {jax.default_backend()}, {len(devices)} x {kind}"
+        + (f", {processes} processes" if processes > 1 else ""),
+        f"versions    python {sys.version.split()[0]}, " + ", ".join(versions),
+        f"mesh        {mesh}",
+        f"parameters  {main_model:,} in the main model, {mtp:,} more in MTP",
+        f"mfu         of {peak / 1e12:,.1f} TFLOP/s, a device's dense BF16 peak; MTP counts"
+        if peak
+        else f"mfu         none: the peak of {kind} is not known",
+        f"run         {config.run_dir}, seed {config.seed}",
+    ]
+
+
+def batch_line(config: Config, schedule: Schedule, start: int | None) -> str:
+    """How many rows a step reads, and in how many passes."""
+    first, last, micro = (
+        schedule.rows(start or 0),
+        config.train.batch_size,
+        schedule.micro_batch_size,
+    )
+    line = f"batch       {last} rows of {config.train.seq_len} tokens"
+    if first < last:
+        line = f"batch       {first} rows of {config.train.seq_len} tokens, growing to {last}"
+    line += f", {micro} a pass"
+    if not start and first == last and config.schedule.batch_start_ratio < 1:
+        line += (
+            f": schedule.batch_start_ratio={config.schedule.batch_start_ratio:g} has no effect, "
+            "as a step cannot read less than that"
+        )
+    return line
+
+
+def _version(package: str) -> str:
+    return getattr(importlib.import_module(package), "__version__", "?")

@@ -1,0 +1,284 @@
+"""Whether a run may go on from a checkpoint, and from where: decided before anything is touched.
+
+What makes a run the run that it is must be the same: data, tokenizer, seed, architecture. Another
+one is refused with the way out. Everything else may change, and is told line by line. The position
+in the data goes on behind the rows that were read, whatever the batch; a learning rate that would
+jump has to be asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from dsv3_jax.config import Config, UserError, by_name, config_from_dict
+from dsv3_jax.data.corpus import Corpus
+from dsv3_jax.training.restore import (
+    PyTree,
+    architecture_differences,
+    latest_valid,
+    process_0_says,
+    read_saved,
+    valid_step,
+)
+from dsv3_jax.training.schedule import START, Position, Schedule
+
+log = logging.getLogger(__name__)
+
+WAYS_OUT = (
+    "Nothing was changed. Use the options that the run was made with (its config.json), another "
+    "--run-dir, or --resume never, which keeps the older run beside the new one as *.old-N."
+)
+# Where and how long, not what: not worth a line.
+_UNTOLD = ("run_dir", "resume", "devices", "dry_run", "tensorboard", "distributed", "watchdog")
+
+
+def identity(corpus: Corpus) -> dict[str, str]:
+    """What a checkpoint holds of the data, besides the seed and architecture in its config."""
+    return {
+        "data_sha256": corpus.train.index.sha256,
+        "val_sha256": corpus.val.index.sha256,
+        "tokenizer_sha256": corpus.tokenizer.fingerprint,
+    }
+
+
+def checkpoint_meta(
+    config: Config, corpus: Corpus, schedule: Schedule, step: int
+) -> dict[str, Any]:
+    """What is saved beside the state after `step` steps, as JSON."""
+    return {
+        "config": dataclasses.asdict(config),
+        **identity(corpus),
+        "backend": jax.default_backend(),
+        "position": schedule.position(step)._asdict(),
+        "plan": schedule.begun._asdict(),
+        "learning_rate": float(schedule.settings(step - 1).learning_rate),
+    }
+
+
+def find_continuation(
+    run_dir: str | Path, config: Config, corpus: Corpus, abstract_state: PyTree
+) -> tuple[int | None, Schedule]:
+    """The step from which `config` goes on in this folder, None for a new run, and its schedule.
+
+    Changes nothing on disk. `config.resume` is "auto", "never" or a step's number. Raises
+    UserError, with the ways out, for another run's folder and for a learning rate that would jump;
+    and as `restore` does.
+    """
+    if config.resume == "never":
+        return None, Schedule(config)
+    folder = Path(run_dir).absolute() / "checkpoints"
+    if config.resume == "auto":
+        step = latest_valid(folder)
+    else:
+        step = valid_step(folder, config.resume)
+    if step is None:
+        return None, Schedule(config)
+    saved: dict[str, Any] = process_0_says(lambda: read_saved(folder / str(step)))
+    path, meta = folder / str(step), saved["meta"]
+    old = _saved_config(meta)
+    refuse_another_run(path, saved, config, identity(corpus), abstract_state)
+    tell_differences(path, saved, config, identity(corpus), old)
+    if old is None:
+        log.warning("%s does not say its options: its plan is taken to be this run's", path)
+    place = saved_place(path, step, meta, old or config)
+    schedule = schedule_from(place, config, old or config)
+    if schedule.tokens_per_row != place.tokens_per_row:
+        log.warning(
+            "the text is cut into other rows, of %d tokens: the run goes on at row %d of them, "
+            "after as many tokens; text of this epoch may come again",
+            *(schedule.tokens_per_row, schedule.first_row(step)),
+        )
+    if step < config.train.steps and old is not None:
+        check_rate(path, place, config, old)
+    return step, schedule
+
+
+def refuse_another_run(
+    path: Path, saved: dict[str, Any], config: Config, ours: dict[str, str], abstract_state: PyTree
+) -> None:
+    """Raises UserError, with every difference and the ways out, unless this is the same run's."""
+    meta, different = saved["meta"], []
+    theirs = by_name(meta.get("config") or {})
+    asked = by_name(dataclasses.asdict(config))
+    for what, key, option in (
+        ("data", "data_sha256", "data.path"),
+        ("tokenizer", "tokenizer_sha256", "data.tokenizer"),
+    ):
+        was = meta.get(key)
+        if was is None:
+            log.warning("%s does not say its %s: not compared", path, what)
+        elif was != ours[key]:
+            different.append(
+                f"{what}: sha256 {str(was)[:12]}... ({option} {theirs.get(option, 'not known')}) "
+                f"in the checkpoint, {ours[key][:12]}... ({option} {asked[option]}) in this run"
+            )
+    if "seed" not in theirs:
+        log.warning("%s does not say its seed: not compared", path)
+    elif theirs["seed"] != config.seed:
+        different.append(f"seed: {theirs['seed']} in the checkpoint, {config.seed} in this run")
+    different += architecture_differences(path, saved, abstract_state, config)
+    if different:
+        raise UserError(f"{path} is of another run:\n  " + "\n  ".join(different) + f"\n{WAYS_OUT}")
+
+
+def tell_differences(
+    path: Path, saved: dict[str, Any], config: Config, ours: dict[str, str], old: Config | None
+) -> None:
+    """Logs, a line each, what is not as it was and may change the result, as old -> new."""
+    meta = saved["meta"]
+    lines, unknown = [], []
+    theirs = by_name(meta.get("config") or {})
+    for name, now in by_name(json.loads(json.dumps(dataclasses.asdict(config)))).items():
+        if name.split(".")[0] in _UNTOLD or name in ("seed", "schedule.accept_rate_jump"):
+            continue
+        if name not in theirs:
+            unknown.append(name)
+        elif theirs[name] != now and not name.startswith("model."):  # architecture tells its own
+            lines.append(f"{name}: {theirs[name]} -> {now}")
+    if old is not None and old.micro_batch_size != config.micro_batch_size:
+        lines.append(f"sequences a pass: {old.micro_batch_size} -> {config.micro_batch_size}")
+    facts = {"jax": (saved.get("jax"), jax.__version__)}
+    facts["backend"] = (meta.get("backend"), jax.default_backend())
+    facts["validation text, sha256"] = (meta.get("val_sha256"), ours["val_sha256"])
+    for name, (was, now) in facts.items():
+        if was is None:
+            unknown.append(name)
+        elif was != now:
+            lines.append(f"{name}: {was} -> {now}")
+    if lines:
+        log.warning("%s was made with other options, and goes on with these:", path)
+    for line in lines:
+        log.warning("  %s", line)
+    if unknown:
+        log.warning("%s, of an earlier version, does not say: %s", path, ", ".join(unknown))
+
+
+class Place(NamedTuple):
+    """Where a checkpoint's run is in its plan."""
+
+    position: Position
+    begun: Position  # where its plan begins
+    tokens_per_row: int
+    learning_rate: float  # of the last step
+
+
+def saved_place(path: Path, step: int, meta: dict[str, Any], old: Config) -> Place:
+    """What the checkpoint of `step` says, made with the options `old`.
+
+    One of an earlier version does not hold its position: it is counted in steps of `old`, and told.
+    """
+    try:
+        position, begun = (
+            Position(*(int(meta[which][name]) for name in Position._fields))
+            for which in ("position", "plan")
+        )
+        if not position.step == step >= begun.step or not _bounded(*position, *begun):
+            raise UserError(f"{path}: its position {tuple(position)} is not one of step {step}")
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        # Those versions took a batch-size ramp without micro-batches for no ramp.
+        micro = old.train.micro_batch_size or old.train.batch_size
+        train = dataclasses.replace(old.train, micro_batch_size=micro)
+        position, begun = Schedule(dataclasses.replace(old, train=train)).position(step), START
+        log.warning(
+            "%s, of an earlier version, does not hold its position in the data: by its options it "
+            "is row %d, after %s tokens",
+            *(path, position.row, f"{position.tokens:,}"),
+        )
+    rate = meta.get("learning_rate")
+    if not isinstance(rate, int | float):
+        plan = schedule_from(Place(position, begun, old.train.seq_len, 0.0), old, old)
+        rate = plan.settings(max(step - 1, plan.begun.step)).learning_rate
+    return Place(position, begun, old.train.seq_len, float(rate))
+
+
+def _bounded(*counts: int) -> bool:
+    return all(0 <= count < 2**62 for count in counts)
+
+
+def schedule_from(place: Place, config: Config, old: Config) -> Schedule:
+    """The schedule of `config` for a run that is at `place`.
+
+    It is the plan begun earlier where that leads here with the same length and batches; otherwise
+    a new one begins here.
+    """
+    position = place.position
+    if _rows_of_plan(old) == _rows_of_plan(config):
+        schedule = Schedule(config, place.begun)
+        if schedule.position(position.step) == position:
+            return schedule
+    row = -(-position.row * place.tokens_per_row // config.train.seq_len)
+    return Schedule(config, position._replace(row=row))
+
+
+def _rows_of_plan(config: Config) -> tuple[Any, ...]:
+    """What decides which rows each step reads."""
+    train, plan = config.train, config.schedule
+    ramp = (plan.batch_start_ratio, plan.batch_ramp_end)
+    length = plan.steps or train.steps
+    return length, train.batch_size, config.micro_batch_size, train.seq_len, *ramp
+
+
+def check_rate(path: Path, place: Place, config: Config, old: Config) -> None:
+    """Raises UserError for a learning rate that jumps from the last step's, unless that is asked.
+
+    A jump is a change larger than those that the checkpoint's own plan makes there: to its last
+    step, and to the one that would come next.
+    """
+    step, last = place.position.step, place.learning_rate
+    before = schedule_from(place, old, old)
+
+    def rate(plan: Schedule, at: int) -> float:
+        return float(plan.settings(at).learning_rate)
+
+    planned = rate(before, step)
+    own = abs(planned - last)
+    if step - 2 >= before.begun.step:
+        own = max(own, abs(last - rate(before, step - 2)))
+    own *= 1 + 1e-6
+    now = rate(schedule_from(place, config, old), step)
+    if now == planned or abs(now - last) <= own:
+        return
+    what = f"from {last:.3g} (step {step}) to {now:.3g} (step {step + 1})"
+    if config.schedule.accept_rate_jump:
+        log.warning("the learning rate jumps %s, as asked", what)
+        return
+    length = old.schedule.steps or old.train.steps
+    kept = dataclasses.replace(config.schedule, steps=length)
+    keeping = schedule_from(place, dataclasses.replace(config, schedule=kept), old)
+    ways = []
+    if abs(rate(keeping, step) - last) <= own:
+        end = "; past its end the last rate stays" if length < config.train.steps else ""
+        ways.append(f"  --schedule.steps {length}: the length that the run was planned for{end}")
+    ways.append("  --schedule.accept-rate-jump: the new plan's rate")
+    raise UserError(
+        f"going on from {path}, the learning rate would jump {what}; the checkpoint's own plan "
+        f"changes it by at most {own:.3g} there. Nothing was changed. Say which it should be:\n"
+        + "\n".join(ways)
+    )
+
+
+def _saved_config(meta: dict[str, Any]) -> Config | None:
+    """The options of the run that made the checkpoint, those of today's that it knew; or None."""
+    saved = meta.get("config")
+    if not isinstance(saved, dict):
+        return None
+    known = dataclasses.asdict(Config())
+    try:
+        values = {
+            name: {k: v for k, v in value.items() if k in known[name]}
+            if isinstance(known[name], dict)
+            else value
+            for name, value in saved.items()
+            if name in known
+        }
+        return config_from_dict(values).validate()
+    except (UserError, TypeError, ValueError, AttributeError):
+        return None
