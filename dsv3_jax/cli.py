@@ -20,7 +20,6 @@ import tyro
 from dsv3_jax.analysis.commands import COMMANDS as ANALYSES
 from dsv3_jax.config import (
     Config,
-    ModelConfig,
     RunError,
     UserError,
     config_from_dict,
@@ -30,6 +29,7 @@ from dsv3_jax.interop.commands import (
     ExportOptions,
     ImportOptions,
     LogitsOptions,
+    OpenedRun,
     run_export,
     run_import,
     run_logits,
@@ -196,9 +196,11 @@ def report(options: ReportOptions) -> None:
         print(path)
 
 
-def open_run(run_dir: Path, step: str) -> tuple[ModelConfig, dict[str, Any], Path | None]:
-    """(config, variables, tokenizer.json or None for bytes) of a run's checkpoint, in f32."""
+def open_run(run_dir: Path, step: str) -> OpenedRun:
+    """A run's checkpoint in f32, its tokenizer.json (None for bytes) and its numbers then."""
+    from dsv3_jax.interop.companions import RunFacts
     from dsv3_jax.model.transformer import abstract_variables
+    from dsv3_jax.training.metrics import newest_numbers
     from dsv3_jax.training.restore import read_meta, restore
 
     found, meta = read_meta(run_dir / "checkpoints", step)
@@ -206,7 +208,8 @@ def open_run(run_dir: Path, step: str) -> tuple[ModelConfig, dict[str, Any], Pat
     abstract = abstract_variables(config.model)
     variables, _ = restore(run_dir / "checkpoints", found, abstract, partial=True)
     tokenizer = run_dir / "tokenizer.json"  # where the run's tokenizer has a file
-    return config.model, variables, tokenizer if tokenizer.exists() else None
+    facts = RunFacts(found, config, newest_numbers(run_dir / "metrics.jsonl", found))
+    return OpenedRun(config.model, variables, tokenizer if tokenizer.exists() else None, facts)
 
 
 def import_hf(options: ImportOptions) -> None:

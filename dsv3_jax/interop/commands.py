@@ -1,7 +1,7 @@
 """What `python -m dsv3_jax import-hf`, `export-hf` and `logits` do; cli parses their options.
 
 A run's own checkpoints belong to the trainer's room, so whoever calls passes `open_run`, which
-takes a run directory and a step and returns its config, its variables and its tokenizer's file.
+takes a run directory and a step and returns an OpenedRun.
 """
 
 from __future__ import annotations
@@ -11,15 +11,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dsv3_jax.config import ModelConfig, UserError
 
 # The rest is imported where it is used, so that parsing these options does not wait for JAX.
 if TYPE_CHECKING:
     from dsv3_jax.interop.checkpoint import Checkpoint
+    from dsv3_jax.interop.companions import RunFacts
 
-OpenRun = Callable[[Path, str], tuple[ModelConfig, dict[str, Any], Path | None]]
+
+class OpenedRun(NamedTuple):
+    """A run's checkpoint in memory, its tokenizer.json where it has one, and its numbers."""
+
+    config: ModelConfig
+    variables: dict[str, Any]
+    tokenizer: Path | None
+    facts: RunFacts | None = None
+
+
+OpenRun = Callable[[Path, str], OpenedRun]
 
 
 @dataclass(frozen=True)
@@ -75,9 +86,24 @@ def run_export(options: ExportOptions, open_run: OpenRun) -> None:
     from dsv3_jax.interop.exporting import export_hf
 
     start = time.monotonic()
-    source, tokenizer = _open(options.src, options.step, open_run)
-    export_hf(source, options.dst, options.dtype, overwrite=options.overwrite, tokenizer=tokenizer)
+    source, run = _open(options.src, options.step, open_run)
+    export_hf(
+        source,
+        options.dst,
+        options.dtype,
+        overwrite=options.overwrite,
+        tokenizer=run and run.tokenizer,
+        facts=run and run.facts,
+    )
     _say("exported", options.dst, start)
+    if run and run.tokenizer is None:
+        print(
+            "no tokenizer to export: the run was trained on bytes (ids 0 to 255, bos "
+            f"{source.config.bos_token_id}); infer.py reads the export with --tokenizer byte"
+            if run.facts is None or run.facts.config.data.tokenizer == "byte"
+            else f"no tokenizer exported: {options.src} has no tokenizer.json (it was trained with "
+            f"{run.facts.config.data.tokenizer})"
+        )
 
 
 def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
@@ -102,15 +128,15 @@ def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
     print(f"wrote {options.out}")
 
 
-def _open(folder: Path, step: str, open_run: OpenRun) -> tuple[Checkpoint, Path | None]:
+def _open(folder: Path, step: str, open_run: OpenRun) -> tuple[Checkpoint, OpenedRun | None]:
     from dsv3_jax.interop.checkpoint import from_variables, is_weights_folder, open_checkpoint
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if is_weights_folder(folder):
         return open_checkpoint(folder), None
-    config, variables, tokenizer = open_run(folder, step)
-    return from_variables(variables, config), tokenizer
+    run = open_run(folder, step)
+    return from_variables(run.variables, run.config), run
 
 
 def _say(what: str, folder: Path, start: float) -> None:

@@ -8,11 +8,12 @@ modules as the layers after the last with their copies of embedding and head.
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections import Counter
 from pathlib import Path
 
 from dsv3_jax.interop.checkpoint import FP8, INDEX, Checkpoint
+from dsv3_jax.interop.companions import CARD, RunFacts, model_card, write_run_files
 from dsv3_jax.interop.hf_config import model_config_to_hf
 from dsv3_jax.interop.name_map import Place, places
 from dsv3_jax.interop.safetensors import Writer, num_bytes, open_writer
@@ -40,13 +41,15 @@ def export_hf(
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
     tokenizer: Path | None = None,
+    facts: RunFacts | None = None,
 ) -> Path:
     """Writes `source` as a Hugging Face folder `dst` and returns `dst`.
 
     "stored" and FP8 from FP8 keep every byte; "fp8" quantises what V3 published in FP8, in 128x128
     blocks, with power-of-two scales if `source.scale_fmt` is "ue8m0". Raises UserError when `dst`
     exists, OSError when the disk is too small or fails, and then leaves nothing behind.
-    `tokenizer` is a tokenizer.json to add, for sources that bring no such files along.
+    `tokenizer` is a tokenizer.json to add, for sources that bring no such files along; `facts` are
+    the numbers of a run, for the model card.
     """
     table = places(source.config)
     originals = {place.path: name for name, place in table.items() if not place.copy}
@@ -77,8 +80,14 @@ def export_hf(
         values = _hf_config(source, specs, unconverted(source, dtype))
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         carry_along(source.folder, folder)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, folder / "tokenizer.json")
+        if source.folder is None:
+            write_run_files(folder, source.config, tokenizer)
+        if not (folder / CARD).exists():
+            stored = {name: specs[name][name] for name, place in table.items() if not place.copy}
+            count = sum(math.prod(shape) for _, shape in stored.values())
+            kinds = {kind for kind, _ in stored.values()}
+            card = model_card(Path(dst).name, source.config, count, kinds, facts)
+            (folder / CARD).write_text(card, encoding="utf-8")
     return Path(dst)
 
 

@@ -46,11 +46,14 @@ CARRIED = (
     "added_tokens.json",
     "generation_config.json",
     "chat_template.jinja",
+    "chat_template.json",
     "vocab.json",
     "merges.txt",
     "tiktoken.model",
     "tokenizer.model",
+    "README.md",
     "LICENSE",
+    "LICENSE-MODEL",
 )
 MAX_CARRIED_BYTES = 256 << 20
 

@@ -251,6 +251,15 @@ def expert_stats(
     return stats
 
 
+def newest_numbers(path: Path, step: int) -> dict[str, Any]:
+    """Each key's newest number in a metrics.jsonl up to a step; {} where there is no such file."""
+    found: dict[str, Any] = {}
+    for record in _whole_lines(path)[0] if path.exists() else []:
+        if record["step"] <= step:
+            found |= {key: value for key, value in record.items() if value is not None}
+    return found
+
+
 def _repair(path: Path, resumed_from: int | None) -> None:
     """Makes metrics.jsonl end where the run goes on."""
     if not path.exists():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig, UserError
+from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from dsv3_jax.interop import commands
 from dsv3_jax.interop.checkpoint import open_checkpoint
 from dsv3_jax.interop.load import load_hf
@@ -65,15 +66,18 @@ def test_export_of_a_run_takes_its_variables_and_tokenizer(make_hf, tmp_path):
     folder, _, _ = make_hf("f32")
     config, variables = load_hf(folder)
     (tmp_path / "run").mkdir()
-    (tmp_path / "bpe.json").write_text("{}")
+    train_tokenizer(["a b"], 261, tmp_path / "bpe.json")
     options = commands.ExportOptions(tmp_path / "run", tmp_path / "out", dtype="bf16", step="7")
 
     def open_run(run, step):
         assert (run, step) == (tmp_path / "run", "7")
-        return config, variables, tmp_path / "bpe.json"
+        return commands.OpenedRun(config, variables, tmp_path / "bpe.json")
 
     commands.run_export(options, open_run)
-    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    assert (
+        load_tokenizer(tmp_path / "out").vocab_size
+        == load_tokenizer(tmp_path / "bpe.json").vocab_size
+    )
     found = open_checkpoint(tmp_path / "out")
     assert found.config == dataclasses.replace(config, dtype="bfloat16")
 
