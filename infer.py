@@ -28,7 +28,7 @@ from dsv3_jax.inference.expert_load import ExpertLoad
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.streaming import print_ids, print_text
 from dsv3_jax.loading import find_tokenizer, load, with_redundant_experts
-from dsv3_jax.model.held import describe_weights
+from dsv3_jax.model.fp8_weights import describe_weights
 from dsv3_jax.parallel import hosts
 
 

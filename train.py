@@ -25,7 +25,7 @@ from dsv3_jax.parallel.sharding import Layout, make_layout
 from dsv3_jax.training.banner import banner, batch_line
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.continuation import checkpoint_meta, find_continuation
-from dsv3_jax.training.dry_run import abstract_state, dry_run_report
+from dsv3_jax.training.dry_run import dry_run_report
 from dsv3_jax.training.evaluation import Evaluation
 from dsv3_jax.training.feed import batches
 from dsv3_jax.training.metrics import Clock, MetricsLog
@@ -35,7 +35,8 @@ from dsv3_jax.training.restore import state_bytes
 from dsv3_jax.training.run_folder import RunFolder
 from dsv3_jax.training.run_log import keep_log, set_up_logging
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.step import TrainState, check_finite, create_state, jit_train_step
+from dsv3_jax.training.state import TrainState, abstract_state, create_state
+from dsv3_jax.training.step import check_finite, jit_train_step
 from dsv3_jax.training.stopping import StopRequest
 from dsv3_jax.training.watchdog import Watchdog
 

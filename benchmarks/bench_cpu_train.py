@@ -26,9 +26,10 @@ from dsv3_jax.cli import use_virtual_devices
 from dsv3_jax.config import Config, ModelConfig, load_config
 from dsv3_jax.parallel.mesh import batch_sharding, fill_mesh, make_mesh
 from dsv3_jax.parallel.sharding import make_layout
-from dsv3_jax.training.dry_run import abstract_state, count_parameters
+from dsv3_jax.training.dry_run import count_parameters
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.step import create_state, jit_train_step
+from dsv3_jax.training.state import abstract_state, create_state
+from dsv3_jax.training.step import jit_train_step
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.py"
 # What transformers 5 offers for training. Its batched_mm, meant for decoding, copies an expert's

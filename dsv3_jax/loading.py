@@ -29,7 +29,7 @@ from dsv3_jax.inference.redundant_experts import measure_load, plan_places, repl
 from dsv3_jax.interop.checkpoint import is_weights_folder, open_checkpoint
 from dsv3_jax.interop.load import LoadDType, abstract_leaves, stores_fp8
 from dsv3_jax.interop.load import load as load_checkpoint
-from dsv3_jax.model.held import hold_in_fp8
+from dsv3_jax.model.fp8_weights import to_fp8_weights
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import Variables, abstract_variables
 from dsv3_jax.parallel.load_balancer import logged_load
@@ -70,7 +70,7 @@ def load(
     model = make(folder, how, step, fp8)
     if not fp8:
         return model
-    held = hold_in_fp8(model.variables, model.config.model)
+    held = to_fp8_weights(model.variables, model.config.model)
     # Whole tiles on every device.
     return model._replace(variables=jax.device_put(held, shardings(held, model.layout)))
 

@@ -33,7 +33,8 @@ from dsv3_jax.data.corpus import open_corpus
 from dsv3_jax.kernels import backend
 from dsv3_jax.quantization.recipe import RECIPES
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.step import TrainState, init_state, train_step
+from dsv3_jax.training.state import TrainState, init_state
+from dsv3_jax.training.step import train_step
 
 
 class Trainer:

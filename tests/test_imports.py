@@ -21,8 +21,10 @@ ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 # Inside `model`, a file sees only the files before it; files of one set do not see each other.
 MODEL_ROWS = [
     {"activation"},
-    {"fp8", "held"},
-    {"norm", "rope", "linear", "cache", "router", "placement"},
+    {"fp8"},
+    {"projection"},
+    {"fp8_weights"},
+    {"norm", "rope", "linear", "cache", "router", "placement", "parameters"},
     {"forward_pass", "quantized_inputs"},
     {"mlp", "ends"},
     {"mla", "moe"},

@@ -108,7 +108,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(config_file, finished_ru
 
 
 def whole_state(config_file, run) -> str:
-    from dsv3_jax.training.step import init_state
+    from dsv3_jax.training.state import init_state
 
     config = load_config(config_file)
     abstract = jax.eval_shape(lambda key: init_state(key, config), jax.random.key(0))

@@ -12,9 +12,9 @@ from dsv3_jax.analysis.model_cost import attention_parameters, matmul_parameters
 from dsv3_jax.config import ModelConfig, ParallelConfig, ShardingConfig
 from dsv3_jax.config.weights import WEIGHTS, Weight, extended, find_weight, weights
 from dsv3_jax.interop.name_map import leaves, num_places, places
-from dsv3_jax.model.held import hold_in_fp8
+from dsv3_jax.model.fp8_weights import to_fp8_weights
 from dsv3_jax.model.placement import shardings
-from dsv3_jax.model.transformer import abstract_variables
+from dsv3_jax.model.transformer import abstract_variables, init_variables
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import RULES, Layout
 from dsv3_jax.quantization.block_scaled import BlockScaled
@@ -90,28 +90,45 @@ OF_EXPERT = Weight(
 )
 
 
+OF_MODEL = Weight(
+    path="params/skip_norm",
+    hf=("model.skip_norm.weight",),
+    shape="D",
+    where="model",
+    part="norms",
+    init="ones",
+    decayed=False,
+)
+OTHERS = init_variables(jax.random.key(0), MODEL)
+
+
 @pytest.fixture
 def wider():
     with extended(GATE, OF_EXPERT):
         yield
 
 
-def variables_of(config):
-    """The variables as shapes, from the table alone."""
-    tree = {"params": {}, "router": {}}
-    for path, leaf in leaves(config).items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = jax.ShapeDtypeStruct(leaf.lead + leaf.dims, np.float32)
-    return tree
+@pytest.mark.usefixtures("wider")
+def test_a_new_row_is_initialised_beside_the_others():
+    with extended(OF_MODEL):
+        made = by_path(init_variables(jax.random.key(0), MODEL))
+        assert made.keys() == leaves(MODEL).keys()
+    assert made["params", "skip_norm"].tolist() == [1.0] * MODEL.hidden_size
+    gate = made["params", "moe_layers", "self_attn", "g_proj"]
+    assert gate.dtype == np.float32 and len(np.unique(gate)) > 0.99 * gate.size
+    assert np.std(gate) == pytest.approx(MODEL.initializer_range, rel=0.1)
+    assert made["params", "mtp_0", "block", "mlp", "experts", "skip_proj"].shape == (
+        *(MODEL.n_routed_experts, MODEL.hidden_size, MODEL.hidden_size),
+    )
+    for path, leaf in by_path(OTHERS).items():  # as without it
+        np.testing.assert_array_equal(made[path], leaf, err_msg=str(path))
 
 
 @pytest.mark.usefixtures("wider")
 def test_a_new_row_is_placed_on_a_mesh_and_stored_there():
     mesh = make_mesh(ParallelConfig(data=2, local=2, tensor=2))
     layout = Layout(mesh, RULES["train"], config=ShardingConfig(state="zero1"))
-    variables, layers = variables_of(MODEL), MODEL.num_moe_layers
+    variables, layers = abstract_variables(MODEL), MODEL.num_moe_layers
     used, stored = (
         {path: s.spec for path, s in by_path(shardings(variables, layout, stored=s)).items()}
         for s in (False, True)
@@ -130,12 +147,12 @@ def test_a_new_row_is_placed_on_a_mesh_and_stored_there():
 
 @pytest.mark.usefixtures("wider")
 def test_a_new_row_is_held_in_fp8_and_decays_as_it_says():
-    held = by_path(jax.eval_shape(partial(hold_in_fp8, config=MODEL), variables_of(MODEL)))
+    held = by_path(jax.eval_shape(partial(to_fp8_weights, config=MODEL), abstract_variables(MODEL)))
     gate = held["params", "mtp_0", "block", "self_attn", "g_proj"]
     assert isinstance(gate, BlockScaled)
     assert gate.shape == (MODEL.num_attention_heads * MODEL.v_head_dim, MODEL.hidden_size)
     assert held["params", "moe_layers", "mlp", "experts", "skip_proj"].dtype == MODEL.dtype
-    flags = by_path(decayed(variables_of(MODEL)["params"]))
+    flags = by_path(decayed(abstract_variables(MODEL)["params"]))
     assert flags["dense_layers", "self_attn", "g_proj"]
     assert not flags["moe_layers", "mlp", "experts", "skip_proj"]
 

@@ -9,6 +9,7 @@ from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.moe import MoE, MoEStats
 from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.model.parameters import parameters
 from dsv3_jax.model.quantized_inputs import norm_for
 
 
@@ -26,15 +27,14 @@ class Block(nn.Module):
         cache: LatentCache | PagedCache | None = None,
     ) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache | None, MoEStats | None]:
         """The layer's output, its updated cache, and a MoE layer's statistics."""
-        how, ones = self.how, nn.initializers.ones
-        dim, eps = how.config.hidden_size, how.config.rms_norm_eps
-        norm = self.param("input_layernorm", ones, (dim,))
-        normed = norm_for(x, norm, eps, how.recipe.attention, how.layout)
+        how, eps = self.how, self.how.config.rms_norm_eps
+        w = parameters(self, how.config, "layer")
+        normed = norm_for(x, w.input_layernorm, eps, how.recipe.attention, how.layout)
         attended, cache = MLA(how, name="self_attn")(normed, tokens, cache)
         x = x + how.layout.constrain(attended, "batch", "residual")
-        norm = self.param("post_attention_layernorm", ones, (dim,))
+        norm = w.post_attention_layernorm
         if self.dense:
-            mlp = MLP(how, how.config.intermediate_size, name="mlp")
+            mlp = MLP(how, name="mlp")
             return x + mlp(norm_for(x, norm, eps, how.recipe.gate_up_proj, how.layout)), cache, None
         normed = rms_norm(x, norm, eps)  # the router reads it, too
         y, stats = MoE(how, name="mlp")(normed, tokens.counted)

@@ -16,9 +16,10 @@ from dsv3_jax.kernels.mla_decode.api import Pages, Rows, mla_decode, mla_decode_
 from dsv3_jax.kernels.mla_decode.schedule import Schedule
 from dsv3_jax.model.cache import LatentCache, PagedCache, append
 from dsv3_jax.model.forward_pass import Pass, Tokens
-from dsv3_jax.model.held import parameter
-from dsv3_jax.model.linear import ProductLayout, linear
+from dsv3_jax.model.linear import linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS
+from dsv3_jax.model.parameters import parameters
+from dsv3_jax.model.projection import ProductLayout
 from dsv3_jax.model.quantized_inputs import norm_for
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
 from dsv3_jax.parallel.context import attention_to_cache, self_attention
@@ -139,42 +140,31 @@ class MLA(nn.Module):
         to_heads = ProductLayout(layout, rows, ("heads", None, None))
         to_latent = ProductLayout(layout, ("batch", "residual"), (None, None))
         from_heads = ProductLayout(layout, rows, (None, "heads"))
-        init, ones = nn.initializers.normal(config.initializer_range), nn.initializers.ones
-        dim, heads = config.hidden_size, config.num_attention_heads
-        latent_dim, rope_dim = config.kv_lora_rank, config.qk_rope_head_dim
+        w, latent_dim = parameters(self, config, "layer", "self_attn"), config.kv_lora_rank
 
         if config.q_lora_rank is None:
-            q_proj = parameter(self, "q_proj", init, (heads, config.qk_head_dim, dim))
-            q = linear(layout.constrain(x, *rows), q_proj, recipe.attention, where=to_heads)
+            q = linear(layout.constrain(x, *rows), w.q_proj, recipe.attention, where=to_heads)
         else:
-            rank = config.q_lora_rank
-            q_a_proj = parameter(self, "q_a_proj", init, (rank, dim))
-            q_latent = linear(x, q_a_proj, recipe.attention, where=to_latent)
-            norm = self.param("q_a_layernorm", ones, (rank,))
+            q_latent = linear(x, w.q_a_proj, recipe.attention, where=to_latent)
             # A projection to a latent is made where the rows are; then the narrow latent moves.
-            normed = norm_for(q_latent, norm, LATENT_NORM_EPS, recipe.attention, layout)
+            normed = norm_for(q_latent, w.q_a_layernorm, LATENT_NORM_EPS, recipe.attention, layout)
             q_latent = layout.constrain(normed, *rows)
-            q_b_proj = parameter(self, "q_b_proj", init, (heads, config.qk_head_dim, rank))
-            q = linear(q_latent, q_b_proj, recipe.attention, where=to_heads)
+            q = linear(q_latent, w.q_b_proj, recipe.attention, where=to_heads)
         q = layout.constrain(q, "batch", "seq", "heads")
         q_nope, q_rope = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
 
-        kv_a_proj = parameter(self, "kv_a_proj_with_mqa", init, (latent_dim + rope_dim, dim))
-        latent_and_rope = linear(x, kv_a_proj, recipe.attention, where=to_latent)
+        latent_and_rope = linear(x, w.kv_a_proj_with_mqa, recipe.attention, where=to_latent)
         latent_and_rope = layout.constrain(latent_and_rope, *rows)
-        norm = self.param("kv_a_layernorm", ones, (latent_dim,))
         latent: Any = latent_and_rope[..., :latent_dim]
         # On one device nothing but kv_b_proj reads it; on a mesh it travels in the model's dtype.
         only_product = cache is None and layout.one_device
         of_product = recipe.attention if only_product else None
-        latent = norm_for(latent, norm, LATENT_NORM_EPS, of_product)
+        latent = norm_for(latent, w.kv_a_layernorm, LATENT_NORM_EPS, of_product)
         cos, sin = rope_tables(positions, config)
         q_rope = apply_rope(q_rope, cos, sin)
         k_rope = apply_rope(latent_and_rope[..., latent_dim:], cos, sin)
 
-        value_dim, scale = config.v_head_dim, softmax_scale(config)
-        shape = (heads, config.qk_nope_head_dim + value_dim, latent_dim)
-        kv_b_proj = parameter(self, "kv_b_proj", init, shape).astype(x.dtype)
+        kv_b_proj, scale = w.kv_b_proj.astype(x.dtype), softmax_scale(config)
         if cache is not None:
             # A prompt may lie in another order over devices; the cache's rows are in order.
             new = (layout.in_natural_order(latent), layout.in_natural_order(k_rope))
@@ -195,6 +185,6 @@ class MLA(nn.Module):
         else:
             lengths, schedule = positions[:, -1] + 1, tokens.decode_schedule
             out = mla_absorb(q_nope, q_rope, cache, lengths, kv_b_proj, scale, schedule, layout)
-        o_proj = parameter(self, "o_proj", init, (dim, heads, value_dim)).reshape(dim, -1)
+        o_proj = w.o_proj.reshape(config.hidden_size, -1)
         out = out.reshape(*out.shape[:2], -1)
         return linear(out, o_proj, recipe.o_proj, where=from_heads), cache

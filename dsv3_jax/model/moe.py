@@ -17,9 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.forward_pass import Pass
-from dsv3_jax.model.held import FP8Weight, parameter
 from dsv3_jax.model.linear import group_alignment, grouped_feed_forward
 from dsv3_jax.model.mlp import MLP
+from dsv3_jax.model.parameters import parameters
+from dsv3_jax.model.projection import Projection, as_projection
 from dsv3_jax.model.quantized_inputs import gather_for
 from dsv3_jax.model.router import Routing, balance_loss, route
 from dsv3_jax.parallel.collectives import total, vary
@@ -48,8 +49,8 @@ class MoEStats(NamedTuple):
 def expert_ffn(
     x_TD: Float[Array, "T D"],
     routing: Routing,
-    gate_up_E2FD: Float[Array, "E 2 F D"] | FP8Weight,
-    down_EDF: Float[Array, "E D F"] | FP8Weight,
+    gate_up_E2FD: Float[Array, "E 2 F D"] | Projection,
+    down_EDF: Float[Array, "E D F"] | Projection,
     recipe: Recipe = BF16,
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's experts: SwiGLU feed-forwards over grouped rows."""
@@ -61,8 +62,8 @@ def expert_ffn(
 def exchanged_expert_ffn(
     x_TD: Float[Array, "T D"],
     routing: Routing,
-    gate_up_E2FD: Float[Array, "E 2 F D"] | FP8Weight,
-    down_EDF: Float[Array, "E D F"] | FP8Weight,
+    gate_up_E2FD: Float[Array, "E 2 F D"] | Projection,
+    down_EDF: Float[Array, "E D F"] | Projection,
     recipe: Recipe,
     exchange: Exchange,
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
@@ -91,8 +92,8 @@ def _expert_round(
     gate_up, down = recipe.experts_gate_up_proj, recipe.experts_down_proj
     entries = experts_TK.size if exchange.entries is None else exchange.entries
     alignment = group_alignment(entries, exchange.experts, gate_up, down)
-    held = isinstance(gate_up_E2FD, FP8Weight)
-    gather = partial(gather_for, recipe=None if held else gate_up)
+    arrives = gate_up if as_projection(gate_up_E2FD).takes_quantized_rows else None
+    gather = partial(gather_for, recipe=arrives)
     rows_MD, group_sizes, handle = dispatch(
         x_TD, weights_TK, experts_TK, exchange, alignment, window, gather
     )
@@ -148,8 +149,8 @@ class MoEWeights(NamedTuple):
     gate: Float[Array, "E D"]
     bias: Float[Array, " E"] | None
     # In the places of experts; P = E unless some have replicas.
-    gate_up: Float[Array, "P 2 F D"] | FP8Weight
-    down: Float[Array, "P D F"] | FP8Weight
+    gate_up: Float[Array, "P 2 F D"] | Projection
+    down: Float[Array, "P D F"] | Projection
     places: tuple[Int[Array, "E C"], Int[Array, " E"]] | None = None  # see choose_places
 
 
@@ -180,7 +181,7 @@ def routed_experts(
         layout,
         tokens=x.shape[0] * x.shape[1] // (layout.size("batch") * layout.size("residual")),
         num_places=len(weights.down),
-        held_in_fp8=isinstance(weights.gate_up, FP8Weight),
+        takes_quantized_rows=as_projection(weights.gate_up).takes_quantized_rows,
     )
     tokens: Any = layout.spec("batch", "residual")
     held: Any = layout.spec("expert")
@@ -252,12 +253,12 @@ def exchange_of(
     *,
     tokens: int,
     num_places: int | None = None,
-    held_in_fp8: bool = False,
+    takes_quantized_rows: bool = True,
 ) -> Exchange:
     """How a device's `tokens` tokens reach their experts under `layout`.
 
-    num_places counts the experts with their replicas; None: there are none. held_in_fp8: weights
-    are an FP8Weight.
+    num_places counts the experts with their replicas; None: there are none. takes_quantized_rows:
+    as their weights say.
     """
     gate_up = recipe.experts_gate_up_proj
     axes = layout.rules.expert  # with those of one device: the first is that of nodes
@@ -279,7 +280,7 @@ def exchange_of(
         # Only rows quantised as the recipe would may stay as they arrive.
         quantized_rows=gate_up is not None
         and gate_up.input == TileFormat(PER_TOKEN, "ue8m0")
-        and not held_in_fp8,
+        and takes_quantized_rows,
     )
 
 
@@ -298,13 +299,8 @@ class Experts(nn.Module):
         bias: Float[Array, " E"] | None,
         places: tuple[Int[Array, "E C"], Int[Array, " E"]] | None,
     ) -> tuple[Float[Array, "B T D"], MoEStats]:
-        config = self.how.config
-        init = nn.initializers.normal(config.initializer_range)
-        num_places = self.num_places or config.n_routed_experts
-        width, dim = config.moe_intermediate_size, x.shape[-1]
-        gate_up_proj = parameter(self, "gate_up_proj", init, (num_places, 2, width, dim))
-        down_proj = parameter(self, "down_proj", init, (num_places, dim, width))
-        weights = MoEWeights(gate, bias, gate_up_proj, down_proj, places)
+        w = parameters(self, self.how.config, "moe", "mlp/experts", self.num_places)
+        weights = MoEWeights(gate, bias, w.gate_up_proj, w.down_proj, places)
         return routed_experts(x, weights, counted, self.how)
 
 
@@ -322,30 +318,17 @@ class MoE(nn.Module):
         Tokens that are not counted are computed, but are neither in the load nor in the loss.
         """
         config = self.how.config
-        gate = self.param(
-            "gate",
-            nn.initializers.normal(config.initializer_range),
-            (config.n_routed_experts, x.shape[-1]),
-        )
-        bias = None
-        if config.has_router_bias:
-            bias = self.variable(
-                "router",
-                "e_score_correction_bias",
-                jnp.zeros,
-                (config.n_routed_experts,),
-                jnp.float32,
-            ).value
+        w = parameters(self, config, "moe", "mlp")
+        bias = w.e_score_correction_bias if config.has_router_bias else None
         # Redundant experts (inference/redundant_experts.py).
         places = num_places = None
         if self.has_variable("placement", "expert"):
             places = tuple(self.get_variable("placement", name) for name in ("place", "count"))
             num_places = len(self.get_variable("placement", "expert"))
         experts = Experts(self.how, num_places, name="experts")
-        y, stats = experts(x, counted, gate, bias, places)
+        y, stats = experts(x, counted, w.gate, bias, places)
         if config.n_shared_experts:
-            width = config.n_shared_experts * config.moe_intermediate_size
-            y = y + MLP(self.how, width, name="shared_experts")(x)
+            y = y + MLP(self.how, shared=True, name="shared_experts")(x)
         return self.how.layout.constrain(y, "batch", "residual"), stats
 
 

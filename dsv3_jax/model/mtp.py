@@ -17,6 +17,7 @@ from dsv3_jax.model.forward_pass import Pass, Tokens, of_part
 from dsv3_jax.model.linear import linear
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.model.parameters import parameters
 
 
 class MTPModule(nn.Module):
@@ -37,17 +38,13 @@ class MTPModule(nn.Module):
         cache: LatentCache | PagedCache | None = None,
     ) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache | None, MoEStats]:
         """As `run_mtp`."""
-        config, ones = self.how.config, nn.initializers.ones
-        dim, eps = config.hidden_size, config.rms_norm_eps
-        embedding = rms_norm(embedding, self.param("enorm", ones, (dim,)), eps)
-        hidden = rms_norm(hidden, self.param("hnorm", ones, (dim,)), eps)
-        init = nn.initializers.normal(config.initializer_range)
-        eh_proj = self.param("eh_proj", init, (dim, 2 * dim))
+        w, eps = parameters(self, self.how.config, "mtp"), self.how.config.rms_norm_eps
+        embedding, hidden = rms_norm(embedding, w.enorm, eps), rms_norm(hidden, w.hnorm, eps)
         x = jnp.concatenate([embedding, hidden], axis=-1)
-        x = linear(x, eh_proj, self.how.recipe.eh_proj)
+        x = linear(x, w.eh_proj, self.how.recipe.eh_proj)
         x, cache, stats = Block(self.how, False, name="block")(x, tokens, cache)
         assert stats is not None
-        return rms_norm(x, self.param("norm", ones, (dim,)), eps), cache, stats
+        return rms_norm(x, w.norm, eps), cache, stats
 
 
 def run_mtp(

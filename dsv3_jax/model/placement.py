@@ -11,7 +11,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from dsv3_jax.config.weights import Weight, find_weight
-from dsv3_jax.model.held import cut_dims, matrix_dims
+from dsv3_jax.model.fp8_weights import cut_dims, matrix_dims
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import BlockScaled
 

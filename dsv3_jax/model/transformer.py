@@ -13,11 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.config.weights import weights
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.ends import embed_tokens, final_norm, gathered_ends, head
 from dsv3_jax.model.forward_pass import Pass, Tokens, as_pass
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.mtp import MTPModule, run_mtp
+from dsv3_jax.model.parameters import initializer
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.stack import run_layers
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
@@ -42,14 +44,7 @@ def init_variables(key: PRNGKeyArray, config: ModelConfig) -> Variables:
     Shapes are [out, in] with the layer dim first; see docs/architecture.md for the whole tree.
     """
     keys = jax.random.split(key, 5)
-    normal = jax.nn.initializers.normal(config.initializer_range)
-    vocab_shape = (config.vocab_size, config.hidden_size)
-    params = {
-        "embed_tokens": normal(keys[0], vocab_shape),
-        "norm": jnp.ones(config.hidden_size),
-        "lm_head": normal(keys[1], vocab_shape),
-    }
-    router = {}
+    params, router = _init_ends(keys[:2], config), {}
     x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
     tokens, how = Tokens(jnp.zeros((1, 1), jnp.int32)), Pass(config)
 
@@ -69,6 +64,18 @@ def init_variables(key: PRNGKeyArray, config: ModelConfig) -> Variables:
         mtp_key = jax.random.fold_in(keys[4], depth)
         add(f"mtp_{depth}", MTPModule(how).init(mtp_key, x, x, tokens))
     return {"params": params, "router": router}
+
+
+def _init_ends(keys: Any, config: ModelConfig) -> Variables:
+    """The parameters that the model has once; embedding and head have a key each."""
+    rows = [row for row in weights(config) if row.where == "model"]
+    drawn = [row for row in rows if row.init == "normal"]
+    made = {}
+    for row in rows:
+        number = drawn.index(row) if row in drawn else 0
+        key = keys[number] if number < 2 else jax.random.fold_in(keys[1], number)
+        made[row.name] = initializer(row, config)(key, row.dims_of(config))
+    return made
 
 
 def abstract_variables(config: ModelConfig, layout: Layout = ONE_DEVICE) -> Variables:

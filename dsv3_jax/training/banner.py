@@ -6,11 +6,11 @@ import sys
 
 import jax
 
+from dsv3_jax.analysis.hardware import peak_bf16_flops
 from dsv3_jax.config import Config
 from dsv3_jax.training.dry_run import parameter_counts
-from dsv3_jax.training.metrics import peak_flops
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.step import TrainState
+from dsv3_jax.training.state import TrainState
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax.checkpoint", "numpy")
 
@@ -22,7 +22,7 @@ def banner(config: Config, abstract: TrainState) -> list[str]:
     kind, processes = devices[0].device_kind, jax.process_count()
     versions = [f"{p.split('.')[0]} {_version(p)}" for p in PACKAGES]
     mesh = ", ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items())
-    peak = peak_flops(kind)
+    peak = peak_bf16_flops(kind)
     return [
         f"backend     {jax.default_backend()}, {len(devices)} x {kind}"
         + (f", {processes} processes" if processes > 1 else ""),

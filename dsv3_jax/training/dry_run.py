@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import partial
 from typing import Any
 
 import jax
@@ -14,19 +13,11 @@ from dsv3_jax.parallel.mesh import batch_sharding
 from dsv3_jax.parallel.picture import draw
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.step import TrainState, init_state, jit_train_step
+from dsv3_jax.training.state import TrainState, abstract_state
+from dsv3_jax.training.step import jit_train_step
 
 # One weight of each kind of cut, shown in the report.
 DRAWN = ("lm_head", "moe_layers/self_attn/o_proj", "moe_layers/mlp/experts/down_proj")
-
-
-def abstract_state(config: Config, layout: Layout) -> TrainState:
-    """The TrainState as shapes, dtypes and shardings; allocates nothing."""
-    shapes = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
-    places = shardings(shapes, layout, stored=True)
-    return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places
-    )
 
 
 def count_parameters(tree: Any) -> int:

@@ -11,7 +11,8 @@ from dsv3_jax.data.batches import val_batches
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.parallel.mesh import batch_sharding
 from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.training.step import TrainState, eval_step
+from dsv3_jax.training.state import TrainState
+from dsv3_jax.training.step import eval_step
 from dsv3_jax.training.stopping import StopRequest
 
 

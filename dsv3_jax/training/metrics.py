@@ -37,28 +37,6 @@ from rich.text import Text
 
 log = logging.getLogger(__name__)
 
-# Peak dense BF16 FLOP/s of one device, by the beginning of jax.Device.device_kind; the first match
-# counts. NVIDIA: data sheets of the H100 (SXM 1979, NVL 1671, PCIe 1513 TFLOP/s "with sparsity",
-# which doubles), H200 (SXM 1979, NVL 1671) and A100 (312 dense); an H800 has the compute of an
-# H100. TPU: cloud.google.com/tpu/docs, "peak compute per chip (bf16)".
-PEAK_BF16_FLOPS = (
-    ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100 NVL", 835e12),
-    ("NVIDIA H100", 989.4e12),
-    ("NVIDIA H800 PCIe", 756e12),
-    ("NVIDIA H800", 989.4e12),
-    ("NVIDIA H200 NVL", 835e12),
-    ("NVIDIA H200", 989.4e12),
-    ("NVIDIA A100", 312e12),
-    ("TPU v6 lite", 918e12),  # v6e
-    ("TPU v6e", 918e12),
-    ("TPU v5 lite", 197e12),  # v5e
-    ("TPU v5e", 197e12),
-    ("TPU v5", 459e12),  # v5p
-    ("TPU v4 lite", 137e12),
-    ("TPU v4", 275e12),
-)
-
 # What the console shows, in this order, as (key, name, format).
 _SHOWN = (
     ("loss", "loss", ".4f"),
@@ -218,11 +196,6 @@ class Clock:
         if self._open:
             self._spent[self._open[-1]] += now - self._mark
         self._mark = now
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak dense BF16 FLOP/s of one device of this `jax.Device.device_kind`; None if unknown."""
-    return next((peak for kind, peak in PEAK_BF16_FLOPS if device_kind.startswith(kind)), None)
 
 
 def expert_stats(

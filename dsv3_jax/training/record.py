@@ -5,10 +5,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from dsv3_jax.analysis.hardware import peak_bf16_flops
 from dsv3_jax.analysis.latency import mfu
-from dsv3_jax.training.metrics import Clock, expert_stats, peak_flops
+from dsv3_jax.training.metrics import Clock, expert_stats
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.step import StepMetrics, TrainState, router_bias
+from dsv3_jax.training.state import TrainState
+from dsv3_jax.training.step import StepMetrics, router_bias
 
 
 def step_values(
@@ -45,7 +47,7 @@ class Throughput:
         self._clock, self._flops_per_token = clock, flops_per_token
         # Of another process' device nothing is known here.
         self._device = next(d for d in devices if d.process_index == jax.process_index())
-        self._num_devices, self._peak = len(devices), peak_flops(devices[0].device_kind)
+        self._num_devices, self._peak = len(devices), peak_bf16_flops(devices[0].device_kind)
         self._tokens, self._start = 0, self._seconds()
 
     def add(self, tokens: int) -> None:

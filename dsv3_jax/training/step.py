@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config, RunError
 from dsv3_jax.model.placement import gathered, shardings
 from dsv3_jax.model.router import update_router_bias
-from dsv3_jax.model.transformer import forward, init_variables
-from dsv3_jax.parallel.mesh import mesh_of
+from dsv3_jax.model.transformer import forward
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.training.loss import (
     LossTerms,
@@ -24,6 +23,7 @@ from dsv3_jax.training.loss import (
 )
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepSettings
+from dsv3_jax.training.state import TrainState
 
 # Eigen multiplies rather than YNNPACK (docs/log.md). Where one device has all cores, independent
 # products run side by side. With a device a core that makes devices wait for each other: 368 ms a
@@ -44,17 +44,6 @@ class NonFiniteLoss(RunError):
     """Too many steps in a row had a loss or gradient that was not finite."""
 
 
-class TrainState(NamedTuple):
-    """All that a checkpoint holds: f32 master weights, router biases, moments and counters."""
-
-    step: Int[Array, ""]
-    params: Any
-    router: Any
-    opt_state: Any
-    skipped: Int[Array, ""]  # steps not applied because loss or gradient was not finite
-    skipped_in_row: Int[Array, ""]
-
-
 class StepMetrics(NamedTuple):
     """What one step reports; f32 scalars unless said."""
 
@@ -64,26 +53,6 @@ class StepMetrics(NamedTuple):
     applied: Bool[Array, ""]
     skipped: Int[Array, ""]
     skipped_in_row: Int[Array, ""]
-
-
-def init_state(key: PRNGKeyArray, config: Config) -> TrainState:
-    """The state before the first step."""
-    variables = init_variables(key, config.model)
-    params, router = variables["params"], variables["router"]
-    counters = [jnp.zeros((), jnp.int32) for _ in range(3)]
-    opt_state = make_optimizer(config.optimizer).init(params)
-    return TrainState(counters[0], params, router, opt_state, counters[1], counters[2])
-
-
-def create_state(config: Config, abstract: TrainState) -> TrainState:
-    """`init_state` of the run's seed: every leaf is made where the abstract one lies."""
-    key = jax.random.key(config.seed)
-    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    lowered = jax.jit(partial(init_state, config=config), out_shardings=places).lower(key)
-    # XLA:CPU spends 1.2 s on optimising each leaf's random numbers, which are drawn once.
-    on_cpu = mesh_of(abstract.step).devices.flat[0].platform == "cpu"
-    options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
-    return lowered.compile(compiler_options=options)(key)
 
 
 def jit_train_step(config: Config, layout: Layout, state: TrainState) -> Any:

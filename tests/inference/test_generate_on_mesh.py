@@ -13,7 +13,7 @@ from dsv3_jax.inference.generate import generate
 from dsv3_jax.model.cache import init_model_cache
 from dsv3_jax.model.decode import decode_step, prefill
 from dsv3_jax.model.forward_pass import Pass
-from dsv3_jax.model.held import hold_in_fp8
+from dsv3_jax.model.fp8_weights import to_fp8_weights
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.parallel.mesh import make_mesh
@@ -59,7 +59,7 @@ def test_a_mesh_writes_the_tokens_of_one_device(temperature):
 
 
 def test_weights_held_as_fp8_write_the_tokens_of_one_device():
-    held = hold_in_fp8(VARIABLES, MODEL)
+    held = to_fp8_weights(VARIABLES, MODEL)
     layout = layout_of(node=2, local=2, tensor=2)
     want, got = (
         np.stack(list(generate(held, PROMPTS, MODEL, max_new_tokens=4, layout=where)), 1)
@@ -69,7 +69,7 @@ def test_weights_held_as_fp8_write_the_tokens_of_one_device():
 
 
 def test_weights_held_as_fp8_are_cut_between_tiles():
-    held = jax.eval_shape(partial(hold_in_fp8, config=WIDE), abstract_variables(WIDE))
+    held = jax.eval_shape(partial(to_fp8_weights, config=WIDE), abstract_variables(WIDE))
     layout = layout_of(node=2, local=2, tensor=2)
     layer = held["params"]["moe_layers"]
 

@@ -14,7 +14,7 @@ from dsv3_jax.interop.importing import import_hf, verify_imported
 from dsv3_jax.interop.load import load_hf
 from dsv3_jax.interop.safetensors import load_file, save_file
 from dsv3_jax.interop.stored import common_dtype, count_non_finite
-from dsv3_jax.model.held import hold_in_fp8
+from dsv3_jax.model.fp8_weights import to_fp8_weights
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, dequantize, quantize
 
 SCALES = {
@@ -107,7 +107,7 @@ def test_held_in_fp8_a_mixed_stack_keeps_what_is_fp8_and_quantises_the_rest(make
     folder, config, tensors = make_hf("fp8", shards=1)
     mixed = without_scales(tensors, FIRST_EXPERT)
     save_file(mixed, folder / "model.safetensors")
-    variables = hold_in_fp8(load_hf(folder, dtype="fp8")[1], config)
+    variables = to_fp8_weights(load_hf(folder, dtype="fp8")[1], config)
     down = variables["params"]["moe_layers"]["mlp"]["experts"]["down_proj"]
     assert isinstance(down, BlockScaled)
     name = EXPERT.format(1) + "down_proj.weight"

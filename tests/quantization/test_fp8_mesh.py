@@ -4,8 +4,9 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig
-from dsv3_jax.model.held import FP8Weight
-from dsv3_jax.model.linear import WHOLE, ProductLayout, linear
+from dsv3_jax.model.fp8_weights import FP8Weight
+from dsv3_jax.model.linear import linear
+from dsv3_jax.model.projection import WHOLE, ProductLayout
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, quantize

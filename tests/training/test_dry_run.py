@@ -12,7 +12,8 @@ from dsv3_jax.config import ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.picture import draw, ranges
 from dsv3_jax.parallel.sharding import Layout, make_layout
-from dsv3_jax.training.dry_run import abstract_state, dry_run_report, parameter_counts
+from dsv3_jax.training.dry_run import dry_run_report, parameter_counts
+from dsv3_jax.training.state import abstract_state
 from tests.helpers import random_variables, tiny_config, tiny_model
 
 MODEL = tiny_model(num_hidden_layers=2)

@@ -13,11 +13,11 @@ from dsv3_jax.config import DataConfig, ParallelConfig, ShardingConfig
 from dsv3_jax.parallel.mesh import batch_sharding, make_mesh
 from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.training.checkpoint import Checkpoints
-from dsv3_jax.training.dry_run import abstract_state
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.restore import state_sha256
 from dsv3_jax.training.schedule import StepSettings
-from dsv3_jax.training.step import TrainState, jit_train_step
+from dsv3_jax.training.state import TrainState, abstract_state
+from dsv3_jax.training.step import jit_train_step
 from tests.helpers import random_variables, tiny_config, tiny_model
 
 MODEL = tiny_model(

@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from dsv3_jax.analysis.hardware import peak_bf16_flops
 from dsv3_jax.training import metrics
 from dsv3_jax.training.metrics import Clock, MetricsLog
 from dsv3_jax.training.run_log import keep_log, set_up_logging
@@ -258,4 +259,4 @@ def test_expert_statistics():
     ],
 )
 def test_peaks_are_known_or_none(kind, tflops):
-    assert metrics.peak_flops(kind) == (tflops and pytest.approx(tflops * 1e12))
+    assert peak_bf16_flops(kind) == (tflops and pytest.approx(tflops * 1e12))

@@ -12,7 +12,8 @@ from dsv3_jax.config import QuantConfig
 from dsv3_jax.model.router import update_router_bias
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import StepSettings
-from dsv3_jax.training.step import TrainState, init_state, router_bias, train_step
+from dsv3_jax.training.state import TrainState, init_state
+from dsv3_jax.training.step import router_bias, train_step
 from tests.helpers import (
     TOLERANCE,
     random_tokens,

@@ -8,7 +8,7 @@ from dsv3_jax import loading
 from dsv3_jax.interop.checkpoint import open_hf
 from dsv3_jax.interop.exporting import export_hf
 from dsv3_jax.interop.load import load_hf, stores_fp8
-from dsv3_jax.model.held import hold_in_fp8
+from dsv3_jax.model.fp8_weights import to_fp8_weights
 from dsv3_jax.quantization.block_scaled import BlockScaled
 
 
@@ -25,7 +25,7 @@ def test_weights_held_here_are_those_of_an_fp8_export(make_hf, tmp_path):
     folder, _, _ = make_hf("f32")
     exported = export_hf(open_hf(folder), tmp_path / "out", "fp8")
     config, plain = load_hf(folder, dtype="f32")
-    held = blocks_of(hold_in_fp8(plain, config))
+    held = blocks_of(to_fp8_weights(plain, config))
     stored = blocks_of(load_hf(exported)[1])
     assert held.keys() == stored.keys() and len(held) > 20
     for path, expected in stored.items():

@@ -1,9 +1,9 @@
 """Weights held as FP8 for inference: a byte a number, and a scale for each block of 128 x 128.
 
 The one idea: a weight's format says how it is multiplied. Where variables hold a projection as
-BlockScaled, in the published matrix's shape, `parameter` hands out an `FP8Weight`, and the linear
-operations quantise their input per token and multiply in FP8, as DeepSeek-V3's inference/model.py
-does for weights of one byte. Nothing is dequantised but kv_b_proj, a layer at a time: absorbing it
+BlockScaled, in the published matrix's shape, modules are handed an `FP8Weight`, whose products
+quantise their input per token and multiply in FP8, as DeepSeek-V3's inference/model.py does for
+weights of one byte. Nothing is dequantised but kv_b_proj, a layer at a time: absorbing it
 multiplies its two parts apart. Such weights have no gradient.
 
 Embedding, head, norms, router and eh_proj stay as they are (V3 report, section 3.3.1).
@@ -11,19 +11,19 @@ Embedding, head, norms, router and eh_proj stay as they are (V3 report, section 
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.weights import Weight, find_weight
 from dsv3_jax.kernels.gemm.api import scaled_matmul
 from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul
+from dsv3_jax.model.projection import WHOLE, multiply_on_mesh
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import (
     PER_BLOCK,
@@ -48,6 +48,31 @@ class FP8Weight:
 
     numbers: BlockScaled
     shape: tuple[int, ...]
+    array = None
+    takes_quantized_rows = False
+
+    def multiply(self, x, recipe=None, activation=None, where=WHOLE):
+        """As `Projection.multiply`; x is quantised as the recipe says, 1x128 without one."""
+        layout, numbers = where.layout, self.numbers
+
+        def of_device(x, numbers):
+            return _product(x if activation is None else activation(x), self.part(numbers), recipe)
+
+        if layout.one_device:
+            return of_device(x, numbers)
+        dims = cut_dims(numbers, (*where.weight[: numbers.ndim - 1], where.weight[-1]), layout)
+        inner = [None] * (len(self.shape) - numbers.ndim)
+        where = where._replace(weight=(*dims[:-1], *inner, dims[-1]))
+        return multiply_on_mesh(of_device, x, numbers, layout.spec(*dims), where)
+
+    def multiply_groups(self, rows, group_sizes, alignment, recipe=None, activation=None):
+        """As `Projection.multiply_groups`, for rows in the model's dtype."""
+        assert not isinstance(rows, StraightThrough)
+        rows = rows if activation is None else activation(rows)
+        matrices, num_rows = _one_matrix(self.numbers, experts=1)
+        quantized = _quantize_rows(rows, matrices, recipe)
+        y = grouped_matmul(quantized, matrices, group_sizes, alignment=alignment)
+        return _split(y, num_rows).astype(rows.dtype).reshape(-1, *self.shape[1:-1])
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -68,47 +93,7 @@ class FP8Weight:
         return FP8Weight(numbers, (*lead, outer, *inner, numbers.shape[-1]))
 
 
-def parameter(
-    module: nn.Module, name: str, init: Callable[..., Array], shape: tuple[int, ...]
-) -> Any:
-    """`module.param(name, init, shape)`, or an FP8Weight where the variables hold it as FP8."""
-    if module.has_variable("params", name):
-        held = module.get_variable("params", name)
-        if isinstance(held, BlockScaled):
-            return FP8Weight(held, shape)
-    return module.param(name, init, shape)
-
-
-def held_linear(
-    x: Float[Array, "*B K"] | StraightThrough,
-    weight: FP8Weight,
-    recipe: LinearRecipe | None = None,
-) -> Float[Array, "..."]:
-    """x times the transposed weight in x's dtype: x quantised as the recipe says, 1x128 if none."""
-    matrix, rows = _one_matrix(weight.numbers, experts=0)
-    if isinstance(x, StraightThrough):
-        quantized = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), x.numbers)
-    else:
-        quantized = _quantize_rows(x.reshape(-1, x.shape[-1]), matrix, recipe)
-    y = scaled_matmul(quantized, matrix)
-    return _split(y, rows).astype(x.dtype).reshape(*x.shape[:-1], *weight.shape[:-1])
-
-
-def held_grouped_linear(
-    rows: Float[Array, "M K"],
-    weights: FP8Weight,
-    group_sizes: Int[Array, " E"],
-    alignment: int,
-    recipe: LinearRecipe | None = None,
-) -> Float[Array, "M *N"]:
-    """`held_linear` of each row with the weights of its group."""
-    matrices, num_rows = _one_matrix(weights.numbers, experts=1)
-    quantized = _quantize_rows(rows, matrices, recipe)
-    y = grouped_matmul(quantized, matrices, group_sizes, alignment=alignment)
-    return _split(y, num_rows).astype(rows.dtype).reshape(-1, *weights.shape[1:-1])
-
-
-def hold_in_fp8(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+def to_fp8_weights(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """The variables with every projection that the paper multiplies in FP8 as BlockScaled.
 
     Blocks of 128 x 128 of the matrices as published, scales in f32: what `export-hf --dtype fp8`
@@ -116,18 +101,18 @@ def hold_in_fp8(variables: dict[str, Any], config: ModelConfig) -> dict[str, Any
     norms, gates and router biases stay.
     """
 
-    def hold(path, leaf):
+    def convert(path, leaf):
         weight = find_weight([entry.key for entry in path])
         if isinstance(leaf, BlockScaled) or weight is None:
             return leaf
         if weight.fp8:
-            return _hold_matrix(leaf, *map(len, weight.matrix))
+            return _to_blocks(leaf, *map(len, weight.matrix))
         # The router's scores are computed in f32.
         widened = not weight.is_matrix or weight.part == "router"
         return leaf if widened else leaf.astype(config.dtype)
 
     return jax.tree_util.tree_map_with_path(
-        hold, variables, is_leaf=lambda node: isinstance(node, BlockScaled)
+        convert, variables, is_leaf=lambda node: isinstance(node, BlockScaled)
     )
 
 
@@ -160,7 +145,18 @@ def describe_weights(variables: Any) -> str:
     )
 
 
-def _hold_matrix(leaf: Array, rows: int, columns: int) -> BlockScaled:
+def _product(x: Any, weight: FP8Weight, recipe: LinearRecipe | None) -> Array:
+    """x times the transposed weight in x's dtype, on one device."""
+    matrix, rows = _one_matrix(weight.numbers, experts=0)
+    if isinstance(x, StraightThrough):
+        quantized = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), x.numbers)
+    else:
+        quantized = _quantize_rows(x.reshape(-1, x.shape[-1]), matrix, recipe)
+    y = scaled_matmul(quantized, matrix)
+    return _split(y, rows).astype(x.dtype).reshape(*x.shape[:-1], *weight.shape[:-1])
+
+
+def _to_blocks(leaf: Array, rows: int, columns: int) -> BlockScaled:
     lead = leaf.shape[: leaf.ndim - rows - columns]
     matrix = (math.prod(leaf.shape[len(lead) : len(lead) + rows]), -1)
     return _quantize_blocks(leaf.reshape(*lead, *matrix))

@@ -13,13 +13,12 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.weights import WEIGHTS
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.model.fp8 import fp8_linear
-from dsv3_jax.model.held import (
+from dsv3_jax.model.fp8_weights import (
     FP8Weight,
     describe_weights,
-    held_grouped_linear,
-    held_linear,
-    hold_in_fp8,
+    to_fp8_weights,
 )
+from dsv3_jax.model.linear import grouped_linear, linear
 from dsv3_jax.model.transformer import forward, init_variables
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, dequantize, quantize
 from dsv3_jax.quantization.recipe import LinearRecipe
@@ -84,7 +83,7 @@ def variables(model):
 
 @pytest.fixture(scope="module")
 def held(model, variables):
-    return hold_in_fp8(variables, model)
+    return to_fp8_weights(variables, model)
 
 
 @pytest.mark.parametrize("shape", [(70, 200), (3, 50, 200)])
@@ -92,15 +91,15 @@ def test_a_held_weight_multiplies_as_the_training_recipe_does(shape):
     """Bit for bit: the same tiles, the same scales, the same product."""
     x, weight = normal((2, 5, 200), 0), normal(shape, 1)
     held = hold(weight, rows=len(shape) - 1)
-    assert held_linear(x, held).shape == (2, 5, *shape[:-1])
-    np.testing.assert_array_equal(held_linear(x, held), fp8_linear(x, weight, LinearRecipe()))
+    assert linear(x, held).shape == (2, 5, *shape[:-1])
+    np.testing.assert_array_equal(linear(x, held), fp8_linear(x, weight, LinearRecipe()))
 
 
 def test_gate_and_up_do_not_share_blocks():
     x, weight = normal((7, 96), 2), normal((2, 140, 96), 3)
     weight = weight.at[1, 0].multiply(1e4)  # would drown gate's last rows in a shared block
     held = hold(weight)
-    y = held_linear(x, held)
+    y = linear(x, held)
     assert y.shape == (7, 2, 140)
     exact = jnp.einsum("tk,pnk->tpn", x, held.astype(jnp.float32))
     assert relative(y[:, 0], exact[:, 0]) < E4M3_ONCE
@@ -112,7 +111,7 @@ def test_each_group_of_rows_meets_its_own_held_weights(alignment):
     sizes = jnp.asarray([64, 0, 128], jnp.int32)
     rows, weights = normal((256, 96), 4), normal((3, 2, 20, 96), 5)
     held = hold(weights)
-    y = jax.jit(partial(held_grouped_linear, alignment=alignment))(rows, held, sizes)
+    y = jax.jit(partial(grouped_linear, alignment=alignment))(rows, held, sizes)
     expert = np.repeat([0, 2], [64, 128])
     exact = jnp.einsum("tk,tpnk->tpn", rows[:192], held.astype(jnp.float32)[expert])
     assert y.shape == (256, 2, 20)
@@ -178,7 +177,7 @@ def test_they_take_half_of_bf16s_bytes_at_v3s_shapes():
         num_nextn_predict_layers=0, vocab_size=1024,
     )  # fmt: skip
     variables = jax.eval_shape(partial(init_variables, config=config), jax.random.key(0))
-    held = jax.eval_shape(partial(hold_in_fp8, config=config), variables)
+    held = jax.eval_shape(partial(to_fp8_weights, config=config), variables)
     layer = jax.tree.leaves(held["params"]["moe_layers"])
     held_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in layer)
     numbers = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]["moe_layers"]))
