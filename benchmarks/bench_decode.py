@@ -35,7 +35,7 @@ from benchmarks.timing import copy_rate, machine, microseconds, microseconds_in_
 from dsv3_jax.analysis.hardware import accelerator
 from dsv3_jax.kernels.mla_decode import hopper_block, pallas_gpu, reference
 from dsv3_jax.kernels.mla_decode.api import Pages, Rows
-from dsv3_jax.kernels.mla_decode.schedule import PAGE, make_schedule
+from dsv3_jax.kernels.mla_decode.kv_splits import PAGE, split_kv
 from dsv3_jax.model.cache import PagedCache, append
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
 
@@ -142,7 +142,7 @@ class Prepared(NamedTuple):
         table, lengths = (_shape_of(x) for x in (_table(shape), shape.lengths))
         work = Pages(**drawn, block_table=table, lengths=lengths)
         parts = hopper_block.parts_of(shape.new * shape.heads)
-        plan = jax.jit(functools.partial(make_schedule, parts=parts)).lower(lengths)
+        plan = jax.jit(functools.partial(split_kv, parts=parts)).lower(lengths)
 
         def ours(schedule, work):
             return pallas_gpu.mla_decode(work, scale=SCALE, schedule=schedule)[0]

@@ -19,6 +19,7 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ["XLA_FLAGS"] = f"{xla_flags or ''} --xla_cpu_use_fusion_emitters=false"
 
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 
 jax.config.update("jax_disable_most_optimizations", jax.config.jax_platforms == "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -34,6 +35,15 @@ if jax.config.jax_compilation_cache_dir is None:
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(cache_home / "dsv3_jax" / "compiled"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(autouse=True)
+def what_signatures_check(request):
+    """A test of what the package itself says of operands that do not fit gets past beartype."""
+    disabled = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", bool(request.node.get_closest_marker("misuse")))
+    yield
+    jaxtyping.config.update("jaxtyping_disable", disabled)
 
 
 def pytest_addoption(parser):

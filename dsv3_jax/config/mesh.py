@@ -28,7 +28,7 @@ class ParallelConfig:
         return math.prod(max(size, 1) for size in dataclasses.astuple(self))
 
     def problems(self) -> list[str]:
-        """Axis sizes that make no mesh."""
+        """What is wrong with the axis sizes."""
         found: list[str] = []
         if self.data < 0:
             found.append(f"data={self.data} must be positive, or 0 for all devices that are left")
@@ -97,7 +97,7 @@ class ExpertParallelConfig:
     combine_format: Literal["none", "bf16", "logfmt10"] = "none"
 
     def problems(self) -> list[str]:
-        """Buffers that hold nothing."""
+        """What is wrong with the options of the exchange."""
         found: list[str] = []
         require_positive(found, self, ["capacity_factor"])
         return found
@@ -118,7 +118,7 @@ class DistributedConfig:
     heartbeat_timeout: int = 100  # seconds without a sign of life until the others end
 
     def problems(self) -> list[str]:
-        """Numbers that no set of processes has."""
+        """What is wrong with the numbers of processes."""
         found: list[str] = []
         require_positive(found, self, ["start_timeout", "heartbeat_timeout"])
         if self.num_processes is not None and self.num_processes <= 0:

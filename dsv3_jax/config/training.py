@@ -54,7 +54,7 @@ class TrainConfig:
     profile_steps: int = 0  # this many steps, from the tenth on or earlier, traced into profile/
 
     def problems(self) -> list[str]:
-        """Sizes that cannot make a step."""
+        """What is wrong with the sizes of a step."""
         found: list[str] = []
         names = "steps batch_size seq_len log_every eval_every eval_batches max_nonfinite_steps"
         require_positive(found, self, names.split())
@@ -81,7 +81,7 @@ class OptimizerConfig:
     moment_dtype: DType = "float32"  # of both moments; the paper holds them in bfloat16
 
     def problems(self) -> list[str]:
-        """Values AdamW cannot work with."""
+        """What is wrong with AdamW's values."""
         found: list[str] = []
         require_positive(found, self, ["learning_rate", "eps", "clip_norm"])
         for name in ("b1", "b2"):
@@ -116,7 +116,7 @@ class ScheduleConfig:
     accept_rate_jump: bool = False
 
     def problems(self) -> list[str]:
-        """Phases out of order."""
+        """Which phases are out of order."""
         found = []
         if self.steps is not None and self.steps <= 0:
             found.append(f"steps={self.steps} must be positive, or None for train.steps")
@@ -140,7 +140,7 @@ class CheckpointConfig:
     keep: int = 3
 
     def problems(self) -> list[str]:
-        """Counts that would save nothing."""
+        """What is wrong with the counts."""
         found: list[str] = []
         require_positive(found, self, ["every_steps", "keep"])
         return found
@@ -155,7 +155,7 @@ class WatchdogConfig:
     exit: bool = False  # then also end the process, with exit code 124
 
     def problems(self) -> list[str]:
-        """Limits that every run would pass."""
+        """What is wrong with the limits."""
         found = []
         for name in ("min_seconds", "median_steps"):
             if getattr(self, name) < 0:

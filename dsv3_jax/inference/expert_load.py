@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
 
 from dsv3_jax.config import ModelConfig
 
@@ -18,7 +18,7 @@ class ExpertLoad:
     def __init__(self, config: ModelConfig):
         self.count_LE = np.zeros((config.num_moe_layers, config.n_routed_experts), np.int64)
 
-    def add(self, load_LE: Int[np.ndarray, "L E"]) -> None:
+    def add(self, load_LE: Int[Array | np.ndarray, "L E"]) -> None:
         """Adds the counts of one step."""
         self.count_LE += np.asarray(load_LE, np.int64)
 

@@ -19,7 +19,7 @@ from dsv3_jax.inference.expert_load import ExpertLoad
 from dsv3_jax.inference.kv_cache import NO_PAGE, pool_for
 from dsv3_jax.inference.sampling import sample
 from dsv3_jax.kernels.mla_decode.api import wants_pages
-from dsv3_jax.kernels.mla_decode.schedule import PAGE
+from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 from dsv3_jax.model.cache import AnyCache, init_model_cache, init_paged_cache
 from dsv3_jax.model.decode import decode_step, prefill
 from dsv3_jax.model.ends import logits_of

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from dsv3_jax.kernels.mla_decode.schedule import PAGE
+from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 
 NO_PAGE = -1
 

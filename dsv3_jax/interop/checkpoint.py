@@ -1,9 +1,8 @@
 """A checkpoint as a table of published names, wherever its numbers lie.
 
 `open_checkpoint` reads a Hugging Face folder or the result of an import, `from_variables` a tree in
-memory; loading, importing, exporting and comparing see no difference. Opening reads headers only.
-Names, shapes, dtypes and scales are compared with what config.json asks for, and everything wrong
-is said at once, before anything is allocated.
+memory; loading, importing, exporting and comparing see no difference. Opening reads headers only,
+and names all that differs from what config.json asks for before anything is allocated.
 """
 
 from __future__ import annotations
@@ -62,12 +61,23 @@ class Tensor(Protocol):
     """A published matrix, readable by rows."""
 
     @property
-    def dtype(self) -> str: ...
+    def dtype(self) -> str:
+        """As safetensors spells it."""
+        ...
+
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """Rows and columns."""
+        ...
+
     @property
-    def nbytes(self) -> int: ...
-    def read(self, first: int = 0, last: int | None = None) -> np.ndarray: ...
+    def nbytes(self) -> int:
+        """Bytes of the matrix."""
+        ...
+
+    def read(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Rows first to last - 1, as they are stored."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.mla_decode.schedule import PAGE
+from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 from dsv3_jax.parallel.collectives import Axes
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, quantize

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.model.forward_pass import Pass
@@ -20,7 +21,9 @@ def gathered_ends(params: Params, how: Pass) -> Params:
     }
 
 
-def embed_tokens(params: Params, ids: Int[Array, "B T"], how: Pass) -> Float[Array, "B T D"]:
+def embed_tokens(
+    params: Params, ids: Int[Array | np.ndarray, "B T"], how: Pass
+) -> Float[Array, "B T D"]:
     """The tokens' rows of the embedding, in the model's dtype, laid out as the residual."""
     return embed(params["embed_tokens"], ids, how.config.dtype, how.layout)
 

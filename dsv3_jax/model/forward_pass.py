@@ -12,7 +12,7 @@ import jax
 from jaxtyping import Array, Bool, Int
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.kernels.mla_decode.schedule import Schedule
+from dsv3_jax.kernels.mla_decode.kv_splits import KVSplits
 from dsv3_jax.model.placement import gathered
 from dsv3_jax.parallel.sharding import GATHERED, ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import BF16, Recipe
@@ -68,7 +68,7 @@ class Tokens(NamedTuple):
     positions: Int[Array, "#B T"]
     segments: Int[Array, "B T"] | None = None  # documents that attention must not cross
     counted: Bool[Array, "B T"] | None = None  # for load and balance loss; None: all are
-    decode_schedule: Schedule | None = None  # of the lengths that a cache then has
+    decode_schedule: KVSplits | None = None  # of the lengths that a cache then has
 
 
 def as_pass(config: ModelConfig | Pass) -> Pass:

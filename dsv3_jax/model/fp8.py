@@ -30,6 +30,7 @@ from dsv3_jax.kernels.gemm.api import scaled_matmul
 from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul, grouped_wgrad
 from dsv3_jax.model.activation import swiglu
 from dsv3_jax.parallel.collectives import vary
+from dsv3_jax.quantization import e5m6
 from dsv3_jax.quantization.block_scaled import (
     PER_CHANNEL,
     PER_TOKEN,
@@ -39,6 +40,7 @@ from dsv3_jax.quantization.block_scaled import (
     quantize,
     split_tiles,
 )
+from dsv3_jax.quantization.e5m6 import E5M6
 from dsv3_jax.quantization.recipe import LinearRecipe, TileFormat
 
 Activation = Callable[[Array], Array]
@@ -70,7 +72,7 @@ def fp8_linear(
 
 
 def fp8_grouped_linear(
-    rows: Float[Array, "M K"] | StraightThrough,
+    rows: Float[Array, "M *J K"] | StraightThrough,
     weights: Float[Array, "E *N K"],
     group_sizes: Int[Array, " E"],
     recipe: LinearRecipe,
@@ -80,7 +82,7 @@ def fp8_grouped_linear(
 
     group_sizes are multiples of 128, so that no scale along tokens spans two experts; rows beyond
     the last group give zero. Rows that come quantised (1x128) are multiplied as they are, whatever
-    the recipe says of the input; they take no activation.
+    the recipe says of the input; they take no activation. `J` is what an activation takes away.
     """
     experts, *out_dims, _ = weights.shape
     weights_ENK = weights.reshape(experts, -1, weights.shape[-1])
@@ -182,6 +184,8 @@ def _forward(x, weight, group_sizes, recipe, activation, arrived=None):
     saved = x if arrived is None else quantized
     if recipe.saved_input == "quantized":
         saved = quantized if activation is None else _keep(x, recipe.input)
+    elif recipe.saved_input == "e5m6" and arrived is None:
+        saved = e5m6.encode(_filled(x.reshape(len(x), -1), 1, e5m6.PACKET))
     # x's dtype and shape travel as an empty array: residuals are arrays.
     like = jnp.zeros((0, *x.shape[1:]), x.dtype)
     return y, (saved, like, weight, group_sizes)
@@ -266,6 +270,9 @@ def _keep(x, form: TileFormat) -> BlockScaled:
 
 def _unpacked(saved: Any, like: Array, dtype: Any) -> Any:
     """The product's or activation's input, in its own shape, of what was kept of it."""
+    if isinstance(saved, E5M6):
+        width = math.prod(like.shape[1:])
+        return e5m6.decode(saved, dtype)[:, :width].reshape(-1, *like.shape[1:])
     if not isinstance(saved, BlockScaled):
         return saved
     x = dequantize(saved, dtype)
@@ -289,6 +296,8 @@ def _quantize_saved(
 ) -> BlockScaled:
     """The product's input for Wgrad, transposed and quantised along tokens."""
     form = recipe.wgrad
+    if isinstance(saved, E5M6):  # bfloat16 and float32 hold its numbers exactly
+        saved = _unpacked(saved, like, like.dtype)
     if form.tile == PER_CHANNEL:
         kept = isinstance(saved, BlockScaled)
         if activation is None and not (kept and saved.tile != PER_TOKEN):

@@ -95,7 +95,7 @@ def _is_one_operation(x, gate_up, down, recipes: Recipes, layout: Layout) -> boo
 
 
 def grouped_linear(
-    rows: Float[Array, "M K"] | StraightThrough,
+    rows: Float[Array, "M *J K"] | StraightThrough,
     weights: Float[Array, "E *N K"] | Projection,
     group_sizes: Int[Array, " E"],
     alignment: int,
@@ -104,7 +104,8 @@ def grouped_linear(
 ) -> Float[Array, "M *N"]:
     """`linear` of each row with the weights of its group; sizes are multiples of `alignment`.
 
-    Rows that are quantised already need a recipe, and weights that take them.
+    `J` is what an activation takes away: gate and up. Rows that are quantised already need a
+    recipe, and weights that take them.
     """
     weights = as_projection(weights)
     return weights.multiply_groups(rows, group_sizes, alignment, recipe, activation)

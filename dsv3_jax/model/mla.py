@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels.attention.api import ascending, documents_between, mla_attention
 from dsv3_jax.kernels.mla_decode.api import Pages, Rows, mla_decode, mla_decode_contiguous
-from dsv3_jax.kernels.mla_decode.schedule import Schedule
+from dsv3_jax.kernels.mla_decode.kv_splits import KVSplits
 from dsv3_jax.model.cache import LatentCache, PagedCache, append
 from dsv3_jax.model.forward_pass import Pass, Tokens
 from dsv3_jax.model.linear import linear
@@ -76,7 +76,7 @@ def mla_absorb(
     lengths: Int[Array, " B"],
     kv_b_proj: Float[Array, "N HU C"],
     scale: float,
-    schedule: Schedule | None = None,
+    schedule: KVSplits | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> Float[Array, "B T N U"]:
     """What `mla_expand` returns for the last T of lengths[b] cached tokens, each seeing itself and

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 from jax.sharding import PartitionSpec
@@ -105,15 +106,15 @@ def _expert_round(
 
 
 def choose_places(
-    experts_TK: Int[Array, "T K"],
-    place_EC: Int[Array, "E C"],
-    count_E: Int[Array, " E"],
+    experts_TK: Int[Array | np.ndarray, "T K"],
+    place_EC: Int[Array | np.ndarray, "E C"],
+    count_E: Int[Array | np.ndarray, " E"],
     first_turn: Int[Array, ""] | int = 0,
     *,
     num_nodes: int = 1,
     places_per_node: int = 1,
     own_node: Int[Array, "..."] | int = 0,
-) -> Int[Array, "T K"]:
+) -> Int[Array | np.ndarray, "T K"]:
     """Where each choice is computed when experts have replicas: token by token, one after another.
 
     place_EC are the places of each expert, of which the first count_E are in use. Token t begins at
@@ -333,7 +334,7 @@ class MoE(nn.Module):
 
 
 def _load(
-    experts_TK: Int[Array, "T K"], num_experts: int, counted: Bool[Array, "B T"] | None
+    experts_TK: Int[Array, "BT K"], num_experts: int, counted: Bool[Array, "B T"] | None
 ) -> Int[Array, " E"]:
     ones = jnp.ones(experts_TK.shape, jnp.int32)
     if counted is not None:

@@ -67,7 +67,7 @@ class Projection(Protocol):
 
     def multiply_groups(
         self,
-        rows: Float[Array, "M K"] | StraightThrough,
+        rows: Float[Array, "M *J K"] | StraightThrough,
         group_sizes: Int[Array, " E"],
         alignment: int,
         recipe: LinearRecipe | None,

@@ -46,7 +46,7 @@ def rope_tables(
 
 
 def apply_rope(
-    x: Float[Array, "B T *N R"], cos: Float[Array, "B T R2"], sin: Float[Array, "B T R2"]
+    x: Float[Array, "B T *N R"], cos: Float[Array, "#B T R2"], sin: Float[Array, "#B T R2"]
 ) -> Float[Array, "B T *N R"]:
     """x with every pair (2j, 2j+1) turned by its position's angle; f32 inside, x's dtype out."""
     if x.ndim == 4:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
@@ -162,7 +163,9 @@ def balance_loss(
 
 
 def update_router_bias(
-    bias: Float[Array, "*L E"], load: Int[Array, "*L E"], speed: Float[Array, ""] | float
+    bias: Float[Array, "*L E"],
+    load: Int[Array, "*L E"],
+    speed: Float[Array, ""] | np.floating | float,
 ) -> Float[Array, "*L E"]:
     """The bias moved by `speed` towards balance: up for underloaded experts, down for overloaded.
 

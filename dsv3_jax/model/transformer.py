@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from dsv3_jax.config import ModelConfig
@@ -92,10 +93,10 @@ def abstract_variables(config: ModelConfig, layout: Layout = ONE_DEVICE) -> Vari
 
 def forward(
     variables: Variables,
-    tokens: Int[Array, "B T"],
+    tokens: Int[Array | np.ndarray, "B T"],
     config: ModelConfig | Pass,
     *,
-    segments: Int[Array, "B T"] | None = None,
+    segments: Int[Array | np.ndarray, "B T"] | None = None,
 ) -> Outputs:
     """Logits of the next token, and of the tokens after it by the MTP modules, for whole rows.
 
@@ -107,8 +108,7 @@ def forward(
     variables = {**variables, "params": gathered_ends(variables["params"], how)}
     params = variables["params"]
     positions = layout.in_order(jnp.arange(tokens.shape[1])[None])
-    segments = None if segments is None else layout.in_order(segments)
-    of_tokens = Tokens(positions, segments)
+    of_tokens = Tokens(positions, None if segments is None else layout.in_order(segments))
 
     embedded = embed_tokens(params, ids, how)
     x, _, stats = run_layers(variables, embedded, of_tokens, how)

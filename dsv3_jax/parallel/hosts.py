@@ -46,7 +46,7 @@ def find_processes(options: DistributedConfig, environ: Mapping[str, str]) -> Pr
     """The processes of this run, by the options and then the scheduler; None for a run of one.
 
     SLURM: the tasks of an srun step. JobSet: the pods of an indexed Job, by the variables that
-    launch/jobset.yaml sets. Raises UserError for a part that nothing says.
+    launch/jobset.yaml sets. Raises UserError for a part that neither sets.
     """
     told = {"coordinator": options.coordinator, "num_processes": options.num_processes}
     told |= {"process_id": options.process_id}
@@ -70,7 +70,7 @@ def find_processes(options: DistributedConfig, environ: Mapping[str, str]) -> Pr
         raise UserError(
             "a run on several hosts needs "
             + " and ".join(f"--distributed.{name}" for name in missing)
-            + " as well: no scheduler says it"
+            + " as well: no scheduler sets it"
         )
     if known["process_id"] >= known["num_processes"]:
         raise UserError(

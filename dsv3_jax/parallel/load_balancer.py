@@ -140,7 +140,7 @@ def _layer(load, num_places, num_groups, num_nodes, num_devices) -> Int[np.ndarr
     )
 
 
-def pack(weights: Float[np.ndarray, " N"], num_packs: int) -> list[Int[np.ndarray, " n"]]:
+def pack(weights: Num[np.ndarray, " N"], num_packs: int) -> list[Int[np.ndarray, " n"]]:
     """N / num_packs items for each pack: heaviest first, to the lightest pack with room.
 
     Ties go to the item and the pack of the lower number.
@@ -156,7 +156,7 @@ def pack(weights: Float[np.ndarray, " N"], num_packs: int) -> list[Int[np.ndarra
     return [np.array(items, int) for items in packs]
 
 
-def replicate(load: Float[np.ndarray, " E"], num_places: int) -> Int[np.ndarray, " P"]:
+def replicate(load: Num[np.ndarray, " E"], num_places: int) -> Int[np.ndarray, " P"]:
     """The expert of each place: one each, then again and again one more for the heaviest replica.
 
     No choice of counts makes the heaviest replica lighter.

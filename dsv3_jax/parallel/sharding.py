@@ -132,7 +132,7 @@ class Layout:
         ring = self.config.context == "ring" and devices > 1
         return zigzag(length, devices) if ring else None
 
-    def in_order(self, x: jax.Array) -> jax.Array:
+    def in_order(self, x: jax.Array | np.ndarray) -> Any:
         """x, [B, T, ...], with its tokens at the places that `order` gives them."""
         order = self.order(x.shape[1])
         return x if order is None else x[:, order]

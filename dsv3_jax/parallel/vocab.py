@@ -2,13 +2,17 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.parallel.sharding import Layout
 
 
 def embed(
-    table_VD: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str, layout: Layout
+    table_VD: Float[Array, "V D"],
+    tokens: Int[Array | np.ndarray, "B T"],
+    dtype: str,
+    layout: Layout,
 ) -> Float[Array, "B T D"]:
     """The table's rows of all tokens, laid out ("batch", "residual"), from a table cut by "vocab".
 

@@ -20,6 +20,7 @@ from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantiz
 
 Format = Literal["none", "bf16", "fp8", "logfmt10"]
 Parts = tuple[Array, ...]
+Shapes = tuple[jax.ShapeDtypeStruct, ...]
 
 _LOGFMT_BITS = 10
 _MANTISSA_BITS = 23  # of f32
@@ -69,7 +70,7 @@ def pack(parts: Parts) -> Array:
     return jnp.concatenate([_to_bytes(part) for part in parts], axis=1)
 
 
-def unpack(rows: Array, like: Parts) -> Parts:
+def unpack(rows: Array, like: Parts | Shapes) -> Parts:
     """The parts that `pack` put together; `like` has their shapes, but for R, and dtypes."""
     if len(like) == 1:
         return (rows,)
@@ -81,7 +82,7 @@ def unpack(rows: Array, like: Parts) -> Parts:
     return tuple(parts)
 
 
-def row_bytes(parts: Parts) -> int:
+def row_bytes(parts: Parts | Shapes) -> int:
     """Bytes of one packed row."""
     return sum(math.prod(part.shape[1:]) * part.dtype.itemsize for part in parts)
 
@@ -97,6 +98,6 @@ def _from_bytes(rows: UInt8[Array, "R bytes"], shape: tuple[int, ...], dtype) ->
     return lax.bitcast_convert_type(rows.reshape(rows.shape[0], *shape), dtype)
 
 
-def shapes_of(parts: Parts) -> Parts:
+def shapes_of(parts: Parts) -> Shapes:
     """Shapes and dtypes of the parts, without their numbers."""
     return jax.tree.map(lambda part: jax.ShapeDtypeStruct(part.shape, part.dtype), parts)

@@ -100,7 +100,9 @@ class StraightThrough(NamedTuple):
 
 
 def quantize(
-    x: Float[Array, "*batch M K"], tile: tuple[int, int], scale_format: ScaleFormat = "f32"
+    x: Float[Array | np.ndarray, "*batch M K"],
+    tile: tuple[int, int],
+    scale_format: ScaleFormat = "f32",
 ) -> BlockScaled:
     """`x` as E4M3 values with one scale per tile of its last two dims.
 
@@ -115,7 +117,7 @@ def quantize(
     Raises ValueError for fewer than two dims, a tile of no elements or an unknown scale format.
     """
     _check(x.shape, tile)
-    tiles = _cut(x.astype(jnp.float32), tile)
+    tiles = _cut(jnp.asarray(x, jnp.float32), tile)
     finite = jnp.isfinite(tiles)
     amax = jnp.max(jnp.where(finite, jnp.abs(tiles), 0), axis=(-3, -1), keepdims=True)
     scale = scale_of_amax(amax, scale_format)

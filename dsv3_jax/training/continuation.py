@@ -26,7 +26,7 @@ from dsv3_jax.training.restore import (
     read_saved,
     valid_step,
 )
-from dsv3_jax.training.schedule import START, Position, Schedule
+from dsv3_jax.training.schedule import START, Position, TrainingSchedule
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def identity(corpus: Corpus) -> dict[str, str]:
 
 
 def checkpoint_meta(
-    config: Config, corpus: Corpus, schedule: Schedule, step: int
+    config: Config, corpus: Corpus, schedule: TrainingSchedule, step: int
 ) -> dict[str, Any]:
     """What is saved beside the state after `step` steps, as JSON."""
     return {
@@ -63,7 +63,7 @@ def checkpoint_meta(
 
 def find_continuation(
     run_dir: str | Path, config: Config, corpus: Corpus, abstract_state: PyTree
-) -> tuple[int | None, Schedule]:
+) -> tuple[int | None, TrainingSchedule]:
     """The step from which `config` goes on in this folder, None for a new run, and its schedule.
 
     Changes nothing on disk. `config.resume` is "auto", "never" or a step's number. Raises
@@ -71,14 +71,14 @@ def find_continuation(
     and as `restore` does.
     """
     if config.resume == "never":
-        return None, Schedule(config)
+        return None, TrainingSchedule(config)
     folder = Path(run_dir).absolute() / "checkpoints"
     if config.resume == "auto":
         step = latest_valid(folder)
     else:
         step = valid_step(folder, config.resume)
     if step is None:
-        return None, Schedule(config)
+        return None, TrainingSchedule(config)
     saved: dict[str, Any] = process_0_says(lambda: read_saved(folder / str(step)))
     path, meta = folder / str(step), saved["meta"]
     old = _saved_config(meta)
@@ -186,7 +186,8 @@ def saved_place(path: Path, step: int, meta: dict[str, Any], old: Config) -> Pla
         # Those versions took a batch-size ramp without micro-batches for no ramp.
         micro = old.train.micro_batch_size or old.train.batch_size
         train = dataclasses.replace(old.train, micro_batch_size=micro)
-        position, begun = Schedule(dataclasses.replace(old, train=train)).position(step), START
+        schedule = TrainingSchedule(dataclasses.replace(old, train=train))
+        position, begun = schedule.position(step), START
         log.warning(
             "%s, of an earlier version, does not hold its position in the data: by its options it "
             "is row %d, after %s tokens",
@@ -203,7 +204,7 @@ def _bounded(*counts: int) -> bool:
     return all(0 <= count < 2**62 for count in counts)
 
 
-def schedule_from(place: Place, config: Config, old: Config) -> Schedule:
+def schedule_from(place: Place, config: Config, old: Config) -> TrainingSchedule:
     """The schedule of `config` for a run that is at `place`.
 
     It is the plan begun earlier where that leads here with the same length and batches; otherwise
@@ -211,11 +212,11 @@ def schedule_from(place: Place, config: Config, old: Config) -> Schedule:
     """
     position = place.position
     if _rows_of_plan(old) == _rows_of_plan(config):
-        schedule = Schedule(config, place.begun)
+        schedule = TrainingSchedule(config, place.begun)
         if schedule.position(position.step) == position:
             return schedule
     row = -(-position.row * place.tokens_per_row // config.train.seq_len)
-    return Schedule(config, position._replace(row=row))
+    return TrainingSchedule(config, position._replace(row=row))
 
 
 def _rows_of_plan(config: Config) -> tuple[Any, ...]:
@@ -235,7 +236,7 @@ def check_rate(path: Path, place: Place, config: Config, old: Config) -> None:
     step, last = place.position.step, place.learning_rate
     before = schedule_from(place, old, old)
 
-    def rate(plan: Schedule, at: int) -> float:
+    def rate(plan: TrainingSchedule, at: int) -> float:
         return float(plan.settings(at).learning_rate)
 
     planned = rate(before, step)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config
@@ -31,7 +32,7 @@ def training_pass(config: Config, layout: Layout = ONE_DEVICE) -> Pass:
 
 def training_loss(
     variables: Variables,
-    rows: Int[Array, "B T1"],
+    rows: Int[Array | np.ndarray, "B T1"],
     mtp_loss_weight: Float[Array, ""],
     config: Config,
     layout: Layout = ONE_DEVICE,
@@ -62,7 +63,7 @@ def training_loss(
 
 def cross_entropy(
     logits: Float[Array, "B T V"],
-    targets: Int[Array, "B T"],
+    targets: Int[Array | np.ndarray, "B T"],
     valid: Bool[Array, "B T"] | None = None,
     layout: Layout = ONE_DEVICE,
 ) -> Float[Array, ""]:
@@ -83,7 +84,7 @@ def cross_entropy(
     return nats.mean()
 
 
-def document_numbers(tokens: Int[Array, "B T"], config: Config) -> Int[Array, "B T"]:
+def document_numbers(tokens: Int[Array | np.ndarray, "B T"], config: Config) -> Int[Array, "B T"]:
     """The number of each token's document within its row: one more from every bos token on."""
     return jnp.cumsum(tokens == config.model.bos_token_id, axis=1)
 

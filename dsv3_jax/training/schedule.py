@@ -18,7 +18,7 @@ from dsv3_jax.config import Config, OptimizerConfig, ScheduleConfig
 
 
 class StepSettings(NamedTuple):
-    """What one step is told."""
+    """The numbers that a step takes from the schedules."""
 
     learning_rate: Any  # f32 scalars, on the host or traced
     bias_update_speed: Any  # gamma
@@ -37,7 +37,7 @@ class Position(NamedTuple):
 START = Position()
 
 
-class Schedule:
+class TrainingSchedule:
     """The plan of a run from `begun` on; steps count from the run's own start.
 
     It is `schedule.steps` long, or `train.steps`; past its end the last phase goes on.
@@ -61,7 +61,7 @@ class Schedule:
         self._planned_tokens = self.tokens(begun.step + planned)
 
     def settings(self, step: int) -> StepSettings:
-        """What step number `step` (from 0) is told."""
+        """The settings of step number `step` (from 0)."""
         done = self.tokens(step) / self._planned_tokens
         plan = self._schedule
         late = done >= plan.mtp_switch

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -74,7 +75,7 @@ def jit_train_step(config: Config, layout: Layout, state: TrainState) -> Any:
 
 def train_step(
     state: TrainState,
-    rows: Int[Array, "A B T1"],
+    rows: Int[Array | np.ndarray, "A B T1"],
     settings: StepSettings,
     config: Config,
     layout: Layout = ONE_DEVICE,
@@ -131,7 +132,7 @@ def router_bias(router: Any, name: str) -> Float[Array, "*L E"]:
 def eval_step(
     params: Any,
     router: Any,
-    rows: Int[Array, "B T1"],
+    rows: Int[Array | np.ndarray, "B T1"],
     config: Config,
     layout: Layout = ONE_DEVICE,
 ) -> Float[Array, ""]:

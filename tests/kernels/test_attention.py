@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.kernels import tpu
-from dsv3_jax.kernels.attention import api, pallas_gpu, pallas_tpu, schedule
+from dsv3_jax.kernels.attention import api, pallas_gpu, pallas_tpu, tile_order
 from dsv3_jax.kernels.attention.hopper_kept import Kept
 from dsv3_jax.kernels.attention.hopper_parts import Columns, Offset
 from dsv3_jax.kernels.attention.hopper_ring import BackwardTile, Given
@@ -302,14 +302,15 @@ def test_every_tile_of_ds_that_may_be_seen_has_a_place_of_its_own(offset):
 
 def test_every_tile_is_worked_on_once_and_blocks_end_together():
     steps = tuple(range(1, 33))
-    table = schedule.longest_first(steps, heads=128, section=9, blocks=132)
+    table = tile_order.longest_first(steps, heads=128, section=9, blocks=132)
     tiles = table[table >= 0]
     np.testing.assert_array_equal(np.sort(tiles), np.arange(128 * 32))
-    work = np.where(table >= 0, np.array(steps)[table % 32] + schedule.OVERHEAD, 0).sum(1)
+    work = np.where(table >= 0, np.array(steps)[table % 32] + tile_order.OVERHEAD, 0).sum(1)
     assert work.max() < 1.01 * work.mean()
     assert (table[:, -1] == -1).all()
 
 
+@pytest.mark.misuse
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -204,6 +204,7 @@ def test_a_tpu_runs_the_reference():
     assert out.values.shape == (128, 256)
 
 
+@pytest.mark.misuse
 def test_refuses_shapes_that_do_not_belong_together(rng):
     gate_up = normal(rng, 128, 256)
     with pytest.raises(ValueError, match="must be half as wide"):

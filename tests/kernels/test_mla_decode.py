@@ -19,7 +19,7 @@ from dsv3_jax.kernels.mla_decode.api import (
     mla_decode_contiguous,
     wants_pages,
 )
-from dsv3_jax.kernels.mla_decode.schedule import PAGE, make_schedule
+from dsv3_jax.kernels.mla_decode.kv_splits import PAGE, split_kv
 from dsv3_jax.model.cache import LatentCache
 from dsv3_jax.model.mla import mla_absorb
 from dsv3_jax.parallel.sharding import RULES, Layout
@@ -152,7 +152,7 @@ def test_fp8_latents_are_those_they_stand_for(implementation, rng, running):
         np.testing.assert_array_equal(np.asarray(out), np.asarray(want))
 
 
-scheduled = jax.jit(make_schedule, static_argnums=1)
+scheduled = jax.jit(split_kv, static_argnums=1)
 
 
 @pytest.mark.parametrize(

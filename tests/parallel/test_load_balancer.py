@@ -155,6 +155,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(places, machine, says):
         balance(np.ones((1, 4)), places, **machine)
 
 
+@pytest.mark.misuse
 def test_loads_that_are_no_loads_are_refused():
     for load in ([1.0, 2.0], [[1.0, np.nan]], [[1.0, -1.0]]):
         with pytest.raises(UserError, match="loads of shape"):

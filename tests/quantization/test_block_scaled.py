@@ -218,6 +218,7 @@ def test_a_stack_is_sliced_by_scan_and_counts_its_bytes():
     np.testing.assert_array_equal(rows, jit_dequantize(stack, jnp.float32))
 
 
+@pytest.mark.misuse
 @pytest.mark.parametrize(
     ("shape", "tile", "scale_format", "words"),
     [

@@ -52,6 +52,12 @@ def quantized(x, tile, scale_format="f32"):
     return back.reshape(padded.shape)[:rows, :columns].astype(np.float64)
 
 
+def in_e5m6(x):
+    """x [T, K] with seven significant bits; no group spans float16's 2^30, so that is all."""
+    fraction, exponent = np.frexp(np.asarray(x, np.float64))
+    return np.ldexp(np.rint(fraction * 128) / 128, exponent)
+
+
 def emulated(x, weight, dy, recipe=PAPER):
     """y, dx and dW of a linear operation in float64, with every rounding but the results'."""
 
@@ -59,7 +65,9 @@ def emulated(x, weight, dy, recipe=PAPER):
         return quantized(x, form.tile, form.scale_format)
 
     x, weight, dy = (np.asarray(v, np.float32) for v in (x, weight, dy))
-    saved = q(x, recipe.input) if recipe.saved_input == "quantized" else x
+    saved = {"quantized": q(x, recipe.input), "e5m6": in_e5m6(x), "unquantized": x}[
+        recipe.saved_input
+    ]
     weight_q = q(weight, recipe.weight)
     y = q(x, recipe.input) @ weight_q.T
     dx = q(dy, recipe.dgrad) @ weight_q
@@ -100,6 +108,7 @@ RECIPE_CASES = {
     "paper": PAPER,
     "ue8m0": replace(PAPER, input=TileFormat((1, 128), "ue8m0")),
     "unquantized": replace(PAPER, saved_input="unquantized"),
+    "o_proj": RECIPES["fp8_paper"].o_proj,  # E5M6
     "blockwise": RECIPES["fp8_blockwise_dgrad"].down_proj,
 }
 

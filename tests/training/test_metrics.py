@@ -230,6 +230,7 @@ def test_the_clock_books_every_second_once(monkeypatch):
         pass
 
 
+@pytest.mark.misuse
 def test_expert_statistics():
     load = np.array([[10, 10, 10, 10], [40, 0, 0, 0], [0, 0, 0, 0], [1, 2, 3, 6]])
     bias = np.array([[0.0, 0.001, -0.002, 0.0]] * 4, np.float32)

@@ -52,17 +52,17 @@ def attention(
 
 def mla_attention(
     q: Float[Array, "B T N P"],
-    kv: Float[Array, "B S N H+U"],
+    kv: Float[Array, "B S N W"],
     k_shared: Float[Array, "B S R"],
     *,
     scale: float,
     offset: int | Int[Array, ""] = 0,
     segments: Int[Array, "B S"] | Documents | None = None,
     implementation: str | None = None,
-) -> tuple[Float[Array, "B T N U"], Float[Array, "B N T"]]:
+) -> tuple[Float[Array, "B T N W+R-P"], Float[Array, "B N T"]]:
     """`attention` for the keys and values that MLA has in training and prefill.
 
-    kv holds, for each head, its own H dims of the key and then its value, as one product with
+    kv holds, for each head, its own P - R dims of the key and then its value, as one product with
     `kv_b_proj` leaves them; k_shared is the rotated part of all heads' keys. Neither is copied.
     """
     value_dim = kv.shape[-1] - (q.shape[-1] - k_shared.shape[-1])

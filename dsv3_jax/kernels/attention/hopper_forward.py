@@ -4,7 +4,7 @@ A block holds a memory warpgroup and two math warpgroups of 64 query rows each. 
 keeps rings of key and value tiles full by TMA. A math warpgroup starts the next tile's logits
 before it multiplies the last tile's probabilities, which stay in registers, by the values: while
 the tensor core works on the second product, the first one's softmax runs. Blocks live as long as
-the kernel and work through lists of tiles (`schedule`); the rings never drain between tiles.
+the kernel and work through lists of tiles (`tile_order`); the rings never drain between tiles.
 The design is FlashAttention-3's (Shah et al., 2024), told in Pallas.
 
 Letters: B batch, T query rows, S key rows, N heads, P width of queries and keys, U of values.

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from dsv3_jax.kernels import hopper
-from dsv3_jax.kernels.attention import schedule
+from dsv3_jax.kernels.attention import tile_order
 from dsv3_jax.kernels.hopper import WGMMA, plgpu, swizzled
 
 LOG2_E = math.log2(math.e)
@@ -96,8 +96,8 @@ class Lists(NamedTuple):
         for first, end in itertools.pairwise(bounds):
             heads = end - first
             blocks = min(hopper.multiprocessors(), heads * len(steps))
-            section = schedule.section_of(bytes_per_head, heads)
-            table = schedule.longest_first(tuple(steps), heads, section, blocks)
+            section = tile_order.section_of(bytes_per_head, heads)
+            table = tile_order.longest_first(tuple(steps), heads, section, blocks)
             tables.append(np.where(table < 0, -1, table + first * len(steps)))
         shape = np.max([table.shape for table in tables], axis=0)
         room = [[(0, n - m) for n, m in zip(shape, table.shape)] for table in tables]

@@ -45,7 +45,7 @@ def quantize_transposed(
 
 
 def swiglu_quantize(
-    gate_up: Float[Array, "T 2*F"] | BlockScaled,
+    gate_up: Float[Array, "T F2"] | BlockScaled,
     scale_format: ScaleFormat = "f32",
     *,
     transposed: bool = False,
@@ -57,7 +57,7 @@ def swiglu_quantize(
 
 
 def swiglu_backward_quantize(
-    gate_up: Float[Array, "T 2*F"] | BlockScaled,
+    gate_up: Float[Array, "T F2"] | BlockScaled,
     d_out: Float[Array, "T F"],
     scale_format: ScaleFormat = "f32",
 ) -> tuple[BlockScaled, BlockScaled]:

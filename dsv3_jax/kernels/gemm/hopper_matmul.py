@@ -88,8 +88,8 @@ def matmul(
     b: Float[Array, "E N K"],
     tile: Tile,
     *,
-    a_scales: Float[Array, "K/128 M"] | None = None,
-    b_scales: Float[Array, "E N/128 K/128"] | None = None,
+    a_scales: Float[Array, "KB M"] | None = None,
+    b_scales: Float[Array, "E NB KB"] | None = None,
     work: WorkTable | None = None,
     b_rows_first: bool = False,
 ) -> Float[Array, "M N"]:

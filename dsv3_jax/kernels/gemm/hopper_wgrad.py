@@ -36,8 +36,8 @@ def wgrad(
     sizes: Int[Array, " E"],
     tile: Tile,
     *,
-    a_scales: Float[Array, "T/128 N"] | None = None,
-    b_scales: Float[Array, "T/128 K"] | None = None,
+    a_scales: Float[Array, "TB N"] | None = None,
+    b_scales: Float[Array, "TB K"] | None = None,
     accumulate: Float[Array, "E N K"] | None = None,
 ) -> Float[Array, "E N K"]:
     """a[:, group] @ b[:, group].T for each group of tokens, plus `accumulate`.

@@ -35,13 +35,13 @@ def require(*dtypes: Any) -> None:
 
 def matmul(
     a: Float[Array, "M K"],
-    b: Float[Array, "E N K"],
+    b: Float[Array, "E N K"] | Float[Array, "E K N"],
     tile_expert: Int[Array, " T"],
     used_tiles: Int[Array, "1"],
     rows: int,
     *,
-    a_scales: Float[Array, "M K/128"] | None = None,
-    b_scales: Float[Array, "E N/128 K/128"] | None = None,
+    a_scales: Float[Array, "M KB"] | None = None,
+    b_scales: Float[Array, "E NB KB"] | None = None,
     b_rows_first: bool = False,
 ) -> Float[Array, "M N"]:
     """Row tile t of `rows` rows times b[tile_expert[t]].T; zeros from tile `used_tiles` on.
@@ -123,8 +123,8 @@ def wgrad(
     used_tiles: Int[Array, "1"],
     start: Float[Array, "E N K"],
     *,
-    a_scales: Float[Array, "N M/128"] | None = None,
-    b_scales: Float[Array, "M/128 K"] | None = None,
+    a_scales: Float[Array, "N MB"] | None = None,
+    b_scales: Float[Array, "MB K"] | None = None,
 ) -> Float[Array, "E N K"]:
     """start[e] plus the sum of a[:, tile] @ b[:, tile].T over e's tiles of 128 tokens, float32."""
     operands = a, b, tile_expert, used_tiles, start, a_scales, b_scales

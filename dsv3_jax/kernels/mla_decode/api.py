@@ -11,8 +11,8 @@ from jaxtyping import Array, Int
 
 from dsv3_jax.kernels import backend, hopper
 from dsv3_jax.kernels.mla_decode.hopper_block import parts_of, reads
+from dsv3_jax.kernels.mla_decode.kv_splits import KVSplits, split_kv
 from dsv3_jax.kernels.mla_decode.operands import Pages, Results, Rows, check
-from dsv3_jax.kernels.mla_decode.schedule import Schedule, make_schedule
 
 PACKAGE = "dsv3_jax.kernels.mla_decode"
 
@@ -21,7 +21,7 @@ def mla_decode(
     pages: Pages,
     *,
     scale: float,
-    schedule: Schedule | None = None,
+    schedule: KVSplits | None = None,
     implementation: str | None = None,
 ) -> Results:
     """The latents that each new token sees, weighted by its softmax, and its log-sum-exp.
@@ -60,7 +60,7 @@ def mla_decode_contiguous(
     rows: Rows,
     *,
     scale: float,
-    schedule: Schedule | None = None,
+    schedule: KVSplits | None = None,
     implementation: str | None = None,
 ) -> Results:
     """`mla_decode` for a cache that holds each sequence's rows one after the other."""
@@ -75,12 +75,12 @@ def mla_decode_contiguous(
     )
 
 
-def plan(lengths: Int[Array, " B"], rows: int) -> Schedule | None:
+def plan(lengths: Int[Array, " B"], rows: int) -> KVSplits | None:
     """How a GPU's multiprocessors share the pages of sequences of these lengths; None elsewhere.
 
     `rows` is new tokens x heads of one device. The plan holds for every layer of a step.
     """
-    return make_schedule(lengths, parts_of(rows)) if _on_hopper() else None
+    return split_kv(lengths, parts_of(rows)) if _on_hopper() else None
 
 
 def wants_pages(width: int, rope: int, dtype: Any) -> bool:

@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from dsv3_jax.kernels.hopper import plgpu
-from dsv3_jax.kernels.mla_decode.schedule import Schedule
+from dsv3_jax.kernels.mla_decode.kv_splits import KVSplits
 
 LOWEST = -1e30  # finite, so that a row that sees nothing yields zeros and not NaN
 
@@ -20,7 +20,7 @@ def combine(
     lse: Float[Array, "B rows"],
     partial: Float[Array, "2 parts rows C"],
     partial_lse: Float[Array, "2 parts rows"],
-    schedule: Schedule,
+    schedule: KVSplits,
 ) -> tuple[Any, ...]:
     """`out` and `lse` with the sequences that several parts read filled in from partial results."""
     batch, rows, width = out.shape

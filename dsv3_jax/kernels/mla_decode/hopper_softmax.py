@@ -25,7 +25,7 @@ from dsv3_jax.kernels.mla_decode.hopper_block import (
     TILES,
     Block,
 )
-from dsv3_jax.kernels.mla_decode.schedule import PAGE
+from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 
 LOG2_E = math.log2(math.e)
 LANES = WGMMA.reduce(1)

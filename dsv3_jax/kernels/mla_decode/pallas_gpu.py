@@ -26,8 +26,8 @@ from dsv3_jax.kernels.mla_decode.hopper_block import (
 )
 from dsv3_jax.kernels.mla_decode.hopper_load import load, load_and_convert
 from dsv3_jax.kernels.mla_decode.hopper_softmax import LOG2_E, attend
+from dsv3_jax.kernels.mla_decode.kv_splits import PAGE, KVSplits, split_kv
 from dsv3_jax.kernels.mla_decode.operands import Pages, Results, Rows
-from dsv3_jax.kernels.mla_decode.schedule import PAGE, Schedule, make_schedule
 from dsv3_jax.quantization.block_scaled import BlockScaled
 
 # Of a thread that loads, and of one that multiplies. A thread starts with 168: asking for more than
@@ -39,7 +39,7 @@ def mla_decode(
     pages: Pages,
     *,
     scale: float,
-    schedule: Schedule | None = None,
+    schedule: KVSplits | None = None,
     tuning: Tuning | None = None,
 ) -> Results:
     """Softmax-weighted latents and log-sum-exp; see `api.mla_decode`."""
@@ -62,7 +62,7 @@ def mla_decode(
     rows = new * heads
     if schedule is None:
         here = jnp.minimum(lengths, block_table.shape[1] * PAGE)
-        schedule = make_schedule(here, parts_of(rows))
+        schedule = split_kv(here, parts_of(rows))
     q_latent, q_rope = (q.reshape(batch, rows, -1) for q in (q_latent, q_rope))
     tuning = tuning or Tuning()
     if fp8 or row_tiles(rows) % tuning.cluster:
@@ -73,7 +73,7 @@ def mla_decode(
     return out.reshape(batch, new, heads, width), lse.reshape(batch, new, heads) / LOG2_E
 
 
-def mla_decode_contiguous(rows: Rows, *, scale: float, schedule: Schedule | None = None) -> Results:
+def mla_decode_contiguous(rows: Rows, *, scale: float, schedule: KVSplits | None = None) -> Results:
     """The same for contiguous rows, which are pages in order."""
     hopper.require()
     if rows.latent.shape[1] % PAGE:

@@ -23,7 +23,7 @@ CUT_COST = 2.0
 SNAPS = (0, 2, 6, 16, 40, 1 << 20)  # candidate distances, in pages
 
 
-class Schedule(NamedTuple):
+class KVSplits(NamedTuple):
     """Pieces of the line of pages. Part p reads pages cuts[p] to cuts[p + 1] of the line."""
 
     starts: Int[Array, " B+1"]  # each sequence's first page on the line; the line's length last
@@ -39,7 +39,7 @@ class Schedule(NamedTuple):
         return self.first.shape[0]
 
 
-def make_schedule(lengths: Int[Array, " B"], parts: int) -> Schedule:
+def split_kv(lengths: Int[Array, " B"], parts: int) -> KVSplits:
     """The schedule of so many parts for sequences of these lengths (0 allowed: one empty page)."""
     pages = jnp.maximum(-(-lengths // PAGE), 1).astype(jnp.int32)
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(pages, dtype=jnp.int32)])
@@ -50,7 +50,7 @@ def make_schedule(lengths: Int[Array, " B"], parts: int) -> Schedule:
     last = _search(starts[:-1], cuts[1:], side="left").astype(jnp.int32)
     begin = _search(cuts, starts[:-1], side="right").astype(jnp.int32) - 1
     end = _search(cuts[:-1], starts[1:], side="left").astype(jnp.int32)
-    return Schedule(starts, cuts, first, jnp.maximum(last, first), begin, end)
+    return KVSplits(starts, cuts, first, jnp.maximum(last, first), begin, end)
 
 
 def _cuts(starts, pages, parts: int, snap):
