@@ -52,12 +52,9 @@ def self_attention(
     in_ring = layout.order(length) is not None
 
     def around_ring(queries, keys, weight, documents):
-        def partly(queries, keys):
+        def partly(queries, keys, causal):
             (queries, of_queries), (keys, of_keys) = queries, keys
-            num_queries, num_keys = (jax.tree.leaves(x)[0].shape[1] for x in (queries, keys))
-            # Only a device's own keys are as many as the queries, and in their order. Of others it
-            # sees all.
-            offset = 0 if num_queries == num_keys else num_keys
+            offset = 0 if causal else jax.tree.leaves(keys)[0].shape[1]  # all keys are seen
             pair = None if of_keys is None else (of_queries, of_keys)
             out_BTNU, lse_BNT = attend(queries, keys, weight, offset, pair)
             values = out_BTNU.astype(jnp.float32).swapaxes(1, 2)
@@ -119,51 +116,57 @@ def attention_to_cache(
 
 
 def ring_attention(
-    attend: Callable[[Tree, Tree], Partial], queries: Tree, keys: Tree, axis: str
+    attend: Callable[[Tree, Tree, bool], Partial], queries: Tree, keys: Tree, axis: str
 ) -> Float[Array, "B N T U"]:
     """Attention of a device's queries to the keys of all devices along an axis, causal, f32.
 
     To be called inside shard_map, with tokens in `zigzag` order. queries and keys are pytrees of
-    [B, T, ...]; `attend` gives the attention of some queries to some keys and masks what its
-    positions and documents forbid. Every step is half the work of the first, on every device: to
-    an earlier device's keys all queries attend, but only to the early half, and to a later
-    device's keys only the late half of the queries attends. Steps are computed again in the
-    backward pass, so that memory does not grow with the number of devices.
+    [B, T, ...]; `attend` gives the attention of some queries to some keys, which are theirs if its
+    third argument is True and else all before them, and masks what documents forbid.
+
+    Every step is half the work of the first, on every device. To an earlier device's keys all
+    queries attend, but only to the early half; to a later device's keys only the late half of the
+    queries attends, but to all. Late queries and early keys meet either way; the other quarter is
+    chosen by data, not by a branch: on GPUs devices that take different branches beside a
+    collective never return. Steps are computed again in the backward pass, so that memory does
+    not grow with the number of devices.
     """
     devices, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     onward = [(i, (i + 1) % devices) for i in range(devices)]
-    attend = jax.checkpoint(attend)
-
-    def to_earlier(state, keys):
-        return merge(state, attend(queries, _half(keys, 0)))
-
-    def to_later(state, keys):
-        early, late = _split(state)
-        return _join(early, merge(late, attend(_half(queries, 1), keys)))
+    attend = jax.checkpoint(attend, static_argnums=2)
+    early_queries, late_queries = _halves(queries)
 
     def step(carry, number):
-        state, keys = carry
+        (early, late), keys = carry
         keys = jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axis, onward), keys)
         # The keys that arrive are those of device me - number, around the ring.
-        return (jax.lax.cond(number <= me, to_earlier, to_later, state, keys), keys), None
+        from_earlier = number <= me
 
-    start = (attend(queries, keys), keys)
-    (state, _), _ = jax.lax.scan(step, start, jnp.arange(1, devices))
-    return state.values / state.total[..., None]
+        def choose(if_earlier, if_later):
+            return jax.tree.map(
+                lambda a, b: jax.lax.select(jnp.broadcast_to(from_earlier, a.shape), a, b),
+                if_earlier,
+                if_later,
+            )
+
+        early_keys, late_keys = _halves(keys)
+        late = merge(late, attend(late_queries, early_keys, False))
+        others = choose(early_queries, late_queries), choose(early_keys, late_keys)
+        merged = merge(choose(early, late), attend(*others, False))
+        return ((choose(merged, early), choose(late, merged)), keys), None
+
+    own = attend(queries, keys, True)
+    halves = zip(*(jnp.split(leaf, 2, axis=2) for leaf in own), strict=True)
+    start = (tuple(Partial(*half) for half in halves), keys)
+    (states, _), _ = jax.lax.scan(step, start, jnp.arange(1, devices))
+    return jnp.concatenate([state.values / state.total[..., None] for state in states], axis=2)
 
 
-def _half(tokens: Tree, which: int) -> Tree:
-    """The early (0) or late (1) half of a device's tokens."""
-    return jax.tree.map(lambda leaf: jnp.split(leaf, 2, axis=1)[which], tokens)
-
-
-def _split(state: Partial) -> tuple[Partial, Partial]:
-    early, late = zip(*(jnp.split(leaf, 2, axis=2) for leaf in state), strict=True)
-    return Partial(*early), Partial(*late)
-
-
-def _join(early: Partial, late: Partial) -> Partial:
-    return Partial(*(jnp.concatenate(pair, axis=2) for pair in zip(early, late, strict=True)))
+def _halves(tokens: Tree) -> tuple[Tree, Tree]:
+    """The early and the late half of a device's tokens."""
+    leaves, tree = jax.tree.flatten(tokens)
+    early, late = zip(*(jnp.split(leaf, 2, axis=1) for leaf in leaves), strict=True)
+    return tree.unflatten(early), tree.unflatten(late)
 
 
 def sum_attention(partial: Partial, axes: Axes) -> Float[Array, "B N T U"]:
