@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent / "dsv3_jax"
 ROWS = [
     {"config"},
     {"quantization"},
-    {"kernels", "parallel", "data"},
+    {"kernels", "data"},
+    {"parallel"},
     {"model", "analysis"},
     {"training", "inference", "interop"},
     {"cli", "loading"},

@@ -84,8 +84,10 @@ class ExpertParallelConfig:
     """How tokens reach experts on other devices and come back (docs/parallelism.md)."""
 
     # local: every device holds all experts. allgather: everybody sees all tokens. padded: buffers
-    # of a fixed size for each peer. ragged: as padded, but only the rows in use are sent.
-    transport: Literal["local", "allgather", "padded", "ragged"] = "allgather"
+    # of a fixed size for each peer. ragged: as padded, but only the rows in use are sent. pallas:
+    # GPUs of one host read each other's rows over NVLink, in the last hop.
+    transport: Literal["local", "allgather", "padded", "ragged", "pallas"] = "allgather"
+    multiprocessors: int = 20  # of a GPU that transport "pallas" may use
     # True: a token goes to each node once and is handed on there; False: straight to each device.
     hierarchical: bool = True
     capacity_factor: float = 2.0  # rows that buffers hold, over those of an even load
@@ -99,7 +101,7 @@ class ExpertParallelConfig:
     def problems(self) -> list[str]:
         """What is wrong with the options of the exchange."""
         found: list[str] = []
-        require_positive(found, self, ["capacity_factor"])
+        require_positive(found, self, ["capacity_factor", "multiprocessors"])
         return found
 
 

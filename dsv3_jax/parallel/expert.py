@@ -3,7 +3,8 @@
 `dispatch` and `combine` are a pair with a handle between them. An `Exchange` says, statically, by
 which hops tokens travel: none (all experts are here), one, or two. The functions run per device,
 inside `jax.shard_map`. `_send` and `_give_back` are each other's adjoint: the backward pass of one
-is the other, over the same plan, and number formats belong to the direction (see `wire`).
+is the other, over the same plan, and number formats belong to the direction (see `wire`). Where the
+last hop is between devices that read each other's memory, `reading` does it, without buffers.
 """
 
 import functools
@@ -21,8 +22,9 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import ExpertParallelConfig
 from dsv3_jax.parallel import wire
 from dsv3_jax.parallel.collectives import Axes
-from dsv3_jax.parallel.grouping import Groups, gather_rows, plan, sum_rows
+from dsv3_jax.parallel.grouping import Groups, gather_rows, plan, rank_in_group, sum_rows
 from dsv3_jax.parallel.hops import Hop, HopPlan, copies, plan_hop, send, send_back
+from dsv3_jax.parallel.reading import Places, Reading, places_of, read, return_sums
 from dsv3_jax.quantization.block_scaled import BlockScaled, StraightThrough
 
 
@@ -38,6 +40,7 @@ class Exchange:
         dispatch_format, combine_format: on the wire, by direction.
         quantized_rows: whether the experts are given the FP8 numbers that arrived.
         overflow: "rounds" or "error", see ExpertParallelConfig.
+        multiprocessors: of a GPU that the hop of peers who read each other's memory may use.
     """
 
     hops: tuple[Hop, ...]
@@ -48,6 +51,21 @@ class Exchange:
     combine_format: wire.Format = "none"
     quantized_rows: bool = False
     overflow: str = "rounds"
+    multiprocessors: int = 20
+
+    @property
+    def buffered(self) -> tuple[Hop, ...]:
+        """The hops that send buffers."""
+        return self.hops if self.reading is None else self.hops[:-1]
+
+    @property
+    def reading(self) -> Reading | None:
+        """The last hop, if its peers read each other's rows."""
+        if not self.hops or self.hops[-1].transport != "pallas":
+            return None
+        quantize = self.dispatch_format == "fp8"
+        returned = jnp.bfloat16 if self.combine_format == "bf16" else None
+        return Reading(self.hops[-1], quantize, self.quantized_rows, returned, self.multiprocessors)
 
     @property
     def levels(self) -> int:
@@ -67,6 +85,7 @@ class Handle(NamedTuple):
     weights: Float[Array, "R K"]  # of the choices of each row that arrived
     plans: tuple[HopPlan, ...]
     left: Bool[Array, " levels"]  # whether this device has rows left for later windows, by level
+    places: Places | None = None  # of the hop by reading
 
 
 def make_exchange(
@@ -102,11 +121,19 @@ def make_exchange(
         return Exchange((), here, None, token_axes)
     if config.transport == "local":
         raise ValueError(f"transport 'local' moves nothing, but experts are spread over {axes}")
+    if config.transport == "pallas" and config.combine_format == "logfmt10":
+        raise ValueError(
+            "transport 'pallas' sends results as they are or in BF16, not in 'logfmt10': use "
+            "'padded', or another combine_format"
+        )
     steps = [(axis,) for axis in axes] if config.hierarchical else [tuple(axes)]
     limited = config.hierarchical and next(iter(expert_axes)) in axes  # the first hop is to nodes
     hops: list[Hop] = []
     rows, reached = tokens, 1
     for step in steps:
+        transport = config.transport
+        if transport == "pallas" and step != steps[-1]:
+            transport = "padded"
         size = math.prod(axes[axis] for axis in step)
         reached *= size
         spread = most = min(per_token, reached)
@@ -120,9 +147,9 @@ def make_exchange(
             before=tuple(axis for hop in hops for axis in hop.axes),
             span=num_experts // reached,
             rows=rows,
-            capacity=rows if config.transport == "allgather" else min(rows, even),
+            capacity=rows if transport in ("allgather", "pallas") else min(rows, even),
             fanout=min(per_token if hops else most, size),
-            transport=config.transport,
+            transport=transport,
         )
         hops.append(hop)
         rows = hop.size * hop.capacity
@@ -136,6 +163,7 @@ def make_exchange(
         config.combine_format,
         quantized_rows and config.dispatch_format == "fp8",
         config.overflow,
+        config.multiprocessors,
     )
 
 
@@ -170,7 +198,11 @@ def dispatch(
         return gather(x, groups), sizes, Handle(groups, weights, (), left)
     if window is None:
         window = jnp.zeros(exchange.levels, jnp.int32)
-    sent: Any = _send(x, weights, experts, window, exchange)
+    sent: Any = _Sent(x, None, weights, experts, (), None)
+    if exchange.buffered:
+        sent = _send(x, weights, experts, window, exchange)
+    if exchange.reading is not None:
+        return _dispatch_by_reading(sent, exchange, alignment, window)
     local, left = _own_entries(sent.experts, exchange, window[-1])
     groups, sizes, _ = plan(local, exchange.experts, alignment, exchange.entries)
     arrived = sent.x if sent.numbers is None else StraightThrough(sent.numbers, sent.x)
@@ -178,13 +210,34 @@ def dispatch(
     return gather(arrived, groups), sizes, handle
 
 
+def _dispatch_by_reading(sent: Any, exchange: Exchange, alignment: int, window):
+    """The last hop of `dispatch`: every device learns all choices, and reads the rows it needs."""
+    hop = exchange.reading
+    assert hop is not None
+    experts, weights = hop.of_all(sent.experts), hop.of_all(sent.weights)
+    local, left = _own_entries(experts, exchange, window[-1])
+    groups, sizes, load = plan(local, exchange.experts, alignment, exchange.entries)
+    places = places_of(groups, sizes, load, sent.experts, hop)
+    arrived = sent.x if sent.numbers is None else StraightThrough(sent.numbers, sent.x)
+    # No array of no elements: as a residual in a scan it breaks XLA's partitioner (jax 0.11.2).
+    before = [] if sent.left is None else [sent.left]
+    left = jnp.concatenate([*before, jnp.zeros(1, bool), left[None]])
+    handle = Handle(groups, weights, sent.plans, left, places)
+    return read(arrived, places, hop), sizes, handle
+
+
 def combine(rows: Float[Array, "M D"], handle: Handle, exchange: Exchange) -> Float[Array, "T D"]:
     """Each token's weighted sum of its experts' rows, in the rows' dtype.
 
     Summed in f32 at the experts' device, and once more at each device it passes on its way back.
     """
-    y = sum_rows(rows, handle.weights, handle.groups)
-    return y if not exchange.hops else _give_back(y, handle.plans, exchange)
+    y: Any
+    if exchange.reading is not None:
+        assert handle.places is not None
+        y = return_sums(rows, handle.weights, handle.places, exchange.reading)
+    else:
+        y = sum_rows(rows, handle.weights, handle.groups)
+    return y if not exchange.buffered else _give_back(y, handle.plans, exchange)
 
 
 def _own_entries(experts_RK, exchange: Exchange, window):
@@ -193,7 +246,7 @@ def _own_entries(experts_RK, exchange: Exchange, window):
     local = experts_RK - lax.axis_index(axes) * exchange.experts
     own = (local >= 0) & (local < exchange.experts)
     assert exchange.entries is not None
-    number = jnp.cumsum(own.reshape(-1), dtype=jnp.int32).reshape(own.shape) - 1
+    number = rank_in_group(jnp.where(own, 0, 1).reshape(-1), 1)[0].reshape(own.shape)
     number -= window * exchange.entries
     left = (own & (number >= exchange.entries)).any()
     own &= (number >= 0) & (number < exchange.entries)
@@ -208,7 +261,7 @@ class _Sent(NamedTuple):
     weights: Float[Array, "R K"]
     experts: Int[Array, "R K"]
     plans: tuple[HopPlan, ...]
-    left: Bool[Array, " hops"]
+    left: Bool[Array, " hops"] | None  # None of no hops
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -219,7 +272,7 @@ def _send(x, weights, experts, window, exchange: Exchange) -> _Sent:
     like = wire.shapes_of(parts)
     rows = wire.pack(parts)
     plans, left = [], []
-    for level, hop in enumerate(exchange.hops):
+    for level, hop in enumerate(exchange.buffered):
         choices = wire.unpack(rows, like)[-1].astype(jnp.int32) - 1
         hop_plan, more = plan_hop(choices, hop, window[level])
         rows = send(rows, hop_plan, hop)
@@ -263,7 +316,7 @@ def _give_back_bwd(exchange: Exchange, plans, d_y):
     parts = wire.encode(d_y, form)
     like = wire.shapes_of(parts)
     rows = wire.pack(parts)
-    for hop, hop_plan in zip(exchange.hops, plans):
+    for hop, hop_plan in zip(exchange.buffered, plans):
         rows = send(rows, hop_plan, hop)
     d_rows = wire.decode(wire.unpack(rows, like), form, d_y.shape[1], d_y.dtype)
     return d_rows, jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), plans)
@@ -277,7 +330,7 @@ _give_back.defvjp(
 def _hops_back(arrays: Any, plans, exchange: Exchange) -> Any:
     """The hops in reverse. The first array is in the combined format, any other as it is."""
     form, dtype = exchange.combine_format, arrays[0].dtype
-    for hop, hop_plan in zip(reversed(exchange.hops), reversed(plans)):
+    for hop, hop_plan in zip(reversed(exchange.buffered), reversed(plans)):
         channels = arrays[0].shape[1]
         parts = (*wire.encode(arrays[0], form), *arrays[1:])
         like, split = wire.shapes_of(parts), len(parts) - len(arrays) + 1

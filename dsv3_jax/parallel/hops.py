@@ -32,8 +32,9 @@ class Hop:
         rows: rows that may set out from a device.
         capacity: rows of the buffer for each peer; `rows` if it cannot overflow.
         fanout: the most peers that one row can need.
-        transport: how buffers travel. allgather: every row to every peer; padded: whole buffers;
-            ragged: of each buffer the rows in use.
+        transport: how rows travel. allgather: every row to every peer; padded: whole buffers;
+            ragged: of each buffer the rows in use; pallas: no buffers, peers read each other's rows
+            (`reading`; the last hop only).
     """
 
     axes: Axes
@@ -43,7 +44,7 @@ class Hop:
     rows: int
     capacity: int
     fanout: int
-    transport: Literal["allgather", "padded", "ragged"]
+    transport: Literal["allgather", "padded", "ragged", "pallas"]
 
     @property
     def may_overflow(self) -> bool:

@@ -21,6 +21,7 @@ TRANSPORTS = {
     "padded": {"transport": "padded"},
     "padded_flat": {"transport": "padded", "hierarchical": False},
     "ragged": {"transport": "ragged"},
+    "pallas": {"transport": "pallas"},
 }
 
 

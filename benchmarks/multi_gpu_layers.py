@@ -1,0 +1,211 @@
+"""Parts of bench_multi_gpu: a MoE layer with its experts spread over all GPUs, and training."""
+
+import dataclasses
+import math
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.multi_gpu_timing import Options, compile_all, failure, seconds_of
+from dsv3_jax import cli
+from dsv3_jax.config import (
+    Config,
+    ExpertParallelConfig,
+    ModelConfig,
+    ParallelConfig,
+    ShardingConfig,
+    TrainConfig,
+)
+from dsv3_jax.model.forward_pass import Pass
+from dsv3_jax.model.moe import MoE
+from dsv3_jax.parallel.mesh import batch_sharding, make_mesh
+from dsv3_jax.parallel.sharding import make_layout
+from dsv3_jax.quantization.recipe import RECIPES
+from dsv3_jax.training.dry_run import abstract_state
+from dsv3_jax.training.schedule import Schedule
+from dsv3_jax.training.step import init_state, jit_train_step
+
+GIB = 2.0**30
+SLICE = Path(__file__).parent.parent / "configs" / "h200_slice.py"
+
+
+def moe_layer(options: Options) -> None:
+    """Router, dispatch, experts in FP8, combine and the shared expert, forward and with backward.
+
+    Weights are the f32 masters of training: what quantises them is in the times.
+    """
+    quick, devices = bool(options.virtual), len(jax.devices())
+    model = ModelConfig(dtype="bfloat16")
+    if quick:
+        model = ModelConfig(hidden_size=256, moe_intermediate_size=128, n_routed_experts=32)
+    sizes = options.tokens or ([16] if quick else [64, 512, 4096, 8192])
+    ways = options.ways or ["pallas", "padded"]
+    cases = [(way, tokens) for way in ways for tokens in sizes]
+    built = compile_all({c: partial(_layer_programs, *c, model, devices) for c in cases})
+    width, choices = model.moe_intermediate_size, model.num_experts_per_tok + model.n_shared_experts
+    print(f"{'MoE layer, FP8, experts over all':38} tokens a GPU  forward (TFLOP/s)  fwd+bwd")
+    for (way, tokens), programs in built.items():
+        name = f"{way:38} {tokens:12}"
+        if isinstance(programs, Exception):
+            print(f"{name} {failure(programs)}", flush=True)
+            continue
+        flops = 6 * tokens * choices * model.hidden_size * width  # a GPU
+        said = ""
+        for program, times in zip(programs[:2], (1, 3)):
+            seconds = seconds_of(program, *programs[2](), quick=quick)
+            said += f"  {1e3 * seconds:8.3f} ms ({times * flops / seconds / 1e12:6.1f})"
+        print(f"{name}{said}", flush=True)
+
+
+def _layer_programs(transport: str, tokens: int, model: ModelConfig, devices: int):
+    """The compiled forward and forward + backward, and a function that makes their operands."""
+    expert: Any = ExpertParallelConfig(
+        transport=transport,  # pyright: ignore[reportArgumentType]
+        dispatch_format="fp8",
+        combine_format="bf16",
+    )
+    layout = make_layout(make_mesh(ParallelConfig(local=devices)), ShardingConfig(), expert)
+    module = MoE(Pass(model, RECIPES["fp8_paper"], layout))
+    x = jax.ShapeDtypeStruct((devices, tokens, model.hidden_size), jnp.bfloat16)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x)
+
+    def placed(path, leaf):
+        of_experts = any(getattr(key, "key", None) == "experts" for key in path)
+        sharding = layout.sharding("expert") if of_experts else layout.sharding()
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    shapes = jax.tree_util.tree_map_with_path(placed, shapes)
+    x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding("batch"))
+
+    def forward(variables, x):
+        return module.apply(variables, x)[0]
+
+    def and_back(variables, x):
+        y, pull_back = jax.vjp(
+            lambda params, x: forward({**variables, "params": params}, x), variables["params"], x
+        )
+        return y, *pull_back(y)
+
+    def operands():
+        def draw(key):
+            leaves, tree = jax.tree.flatten((shapes, x))
+            keys = jax.random.split(key, len(leaves))
+            drawn = [0.02 * jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves)]
+            return tree.unflatten(drawn)
+
+        places = jax.tree.map(lambda a: a.sharding, (shapes, x))
+        return jax.jit(draw, out_shardings=places)(jax.random.key(1))
+
+    compiled = [jax.jit(f).lower(shapes, x).compile() for f in (forward, and_back)]
+    return *compiled, operands
+
+
+class Run(NamedTuple):
+    """A way of training the slice on n GPUs."""
+
+    name: str
+    mesh: dict[str, int]
+    words: tuple[str, ...] = ()
+
+
+def _runs(devices: int) -> list[Run]:
+    if devices == 1:
+        return [Run("one GPU", {})]
+    spread = ("--expert-parallel.combine-format", "bf16", "--expert-parallel.transport")
+    fp8 = ("--expert-parallel.dispatch-format", "fp8")
+    return [
+        Run("data, ZeRO-1", {"data": devices}),
+        Run("data, FSDP", {"data": devices}, ("--sharding.state", "fsdp")),
+        Run("local, pallas", {"local": devices}, (*spread, "pallas")),
+        Run("local, pallas, FP8 out", {"local": devices}, (*spread, "pallas", *fp8)),
+        Run("local, padded", {"local": devices}, (*spread, "padded")),
+    ]
+
+
+def training(options: Options) -> None:
+    """Tokens/s of configs/h200_slice.py, one row a GPU, and what is left of one GPU's each."""
+    counts = options.devices or [n for n in (1, 2, 4, 8) if n <= len(jax.devices())]
+    cases = {(n, run.name): run for n in counts for run in _runs(n)}
+    if options.ways:
+        cases = {c: run for c, run in cases.items() if c[0] == 1 or c[1] in options.ways}
+    quick = bool(options.virtual)
+    built = compile_all({c: partial(_step, c[0], run, quick) for c, run in cases.items()})
+    alone = None
+    print(f"{'training':30} GPUs    ms/step  tokens/s  a GPU  of one GPU's  peak GiB  loss")
+    for (count, name), programs in built.items():
+        told = f"{name:30} {count:4}"
+        if isinstance(programs, Exception):
+            print(f"{told} {failure(programs)}", flush=True)
+            continue
+        try:
+            seconds, tokens, loss = _train(programs)
+        except Exception as error:
+            print(f"{told} {failure(error)}", flush=True)
+            continue
+        each = tokens / seconds / count
+        alone = each if count == 1 else alone
+        share = f"{100 * each / alone:10.1f} %" if alone else "?"
+        stats = jax.devices()[0].memory_stats() or {}
+        peak = stats.get("peak_bytes_in_use", math.nan) / GIB
+        print(
+            f"{told} {1e3 * seconds:10.1f} {tokens / seconds:9,.0f} {each:6,.0f} {share} "
+            f"{peak:8.1f}  {loss:.4f}",
+            flush=True,
+        )
+
+
+def _step(count: int, run: Run, quick: bool):
+    words = ["--train.batch-size", str(count)]
+    for axis in ("data", "local"):
+        words += [f"--mesh.{axis}", str(run.mesh.get(axis, 1))]
+    config = cli.parse_config([*words, *run.words], default_config=SLICE, description="")
+    if quick:
+        config = _small(config)
+    mesh = make_mesh(config.mesh)
+    layout = make_layout(mesh, config.sharding, config.expert_parallel)
+    state, schedule = abstract_state(config, layout), Schedule(config)
+    shape = (schedule.max_micro_batches, schedule.micro_batch_size, config.train.seq_len + 1)
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, batch_dim=1))
+    settings = schedule.settings(0)
+    step = jit_train_step(config, layout, state).lower(state, rows, settings).compile()
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    init = jax.jit(partial(init_state, config=config), out_shardings=places)
+    init = init.lower(jax.random.key(0)).compile()
+    return config, step, init, rows, schedule
+
+
+def _small(config: Config) -> Config:
+    model = dataclasses.replace(
+        config.model, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
+        num_attention_heads=2, vocab_size=300, q_lora_rank=32, kv_lora_rank=16,
+        qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+    )  # fmt: skip
+    train: TrainConfig = dataclasses.replace(config.train, seq_len=32)
+    return dataclasses.replace(config, model=model, train=train)
+
+
+def _train(programs) -> tuple[float, int, float]:
+    """Seconds of a step, tokens of it, and the loss after six steps on four batches."""
+    config, step, init, rows, schedule = programs
+    rng = np.random.default_rng(0)
+    batches = [
+        jax.device_put(
+            rng.integers(0, config.model.vocab_size, rows.shape, np.int32), rows.sharding
+        )
+        for _ in range(4)
+    ]
+    state, metrics, times = init(jax.random.key(0)), None, []
+    for group in range(3):  # the first warms up
+        start = time.perf_counter()
+        for i in range(2):
+            at = 2 * group + i
+            state, metrics = step(state, batches[at % 4], schedule.settings(at))
+        jax.block_until_ready((state, metrics))
+        times.append((time.perf_counter() - start) / 2)
+    assert metrics is not None
+    return min(times[1:]), config.train.batch_size * config.train.seq_len, float(metrics.loss)

@@ -1,0 +1,1 @@
+"""Rows of tokens between devices whose memory is one address space (NVLink)."""

@@ -1,0 +1,67 @@
+"""Reading peers' rows by XLA's collectives: right on every backend, with more moved than needed."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+Axes = tuple[str, ...]
+
+
+def gather_rows(
+    x: Array,
+    slots: Int[Array, "N*R K"],
+    free: Int[Array, "E 2"],
+    *,
+    num_rows: int,
+    axes: Axes,
+    multiprocessors: int,
+) -> Array:
+    """The rows of all peers at their slots, zeros elsewhere; see `api.gather_rows`."""
+    del free, multiprocessors
+    everyone = slots.shape[0]
+    row = jnp.broadcast_to(jnp.arange(everyone, dtype=jnp.int32)[:, None], slots.shape)
+    source = jnp.full(num_rows, everyone, jnp.int32).at[slots].set(row, mode="drop")
+    everyones = lax.all_gather(x, axes, tiled=True)
+    return jnp.take(everyones, source, axis=0, mode="fill", fill_value=0)
+
+
+def return_rows(
+    rows: Float[Array, "M D"],
+    weights: Float[Array, "N*R K"] | None,
+    slots: Int[Array, "N*R K"],
+    needed: Bool[Array, "R N"],
+    *,
+    sent_as: Any,
+    axes: Axes,
+    multiprocessors: int,
+) -> Float[Array, "R D"]:
+    """What peers have for each row, summed; see `api.return_rows`."""
+    del multiprocessors
+    num_rows, peers = needed.shape
+    partial = sum_slots(rows, weights, slots, dtype=sent_as).reshape(peers, num_rows, -1)
+    returned = lax.all_to_all(partial, axes, split_axis=0, concat_axis=0)
+    total = jnp.zeros_like(returned[0], jnp.float32)
+    for peer in range(peers):
+        total += jnp.where(needed[:, peer, None], returned[peer].astype(jnp.float32), 0)
+    return total.astype(rows.dtype)
+
+
+def sum_slots(
+    rows: Float[Array, "M D"],
+    weights: Float[Array, "T K"] | None,
+    slots: Int[Array, "T K"],
+    *,
+    dtype: Any,
+) -> Float[Array, "T D"]:
+    """The weighted sum of each token's rows; see `api.sum_slots`."""
+
+    def entry(k):
+        of_k = jnp.take(rows, slots[:, k], axis=0, mode="fill", fill_value=0).astype(jnp.float32)
+        return of_k if weights is None else of_k * weights[:, k, None].astype(jnp.float32)
+
+    total = entry(0)
+    for k in range(1, slots.shape[1]):
+        total += entry(k)
+    return total.astype(dtype)
