@@ -22,7 +22,8 @@ ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 # Inside `model`, a file sees only the files before it; files of one set do not see each other.
 MODEL_ROWS = [
     {"activation"},
-    {"fp8"},
+    {"remat"},
+    {"fp8", "step_weights"},
     {"projection"},
     {"fp8_weights"},
     {"norm", "rope", "linear", "cache", "router", "placement", "parameters"},

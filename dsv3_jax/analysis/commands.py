@@ -56,7 +56,7 @@ class EstimateOptions:
     batch_size: int | None = None  # sequences a step; None: the config's, and so below
     micro_batch_size: int | None = None
     seq_len: int | None = None
-    remat: Literal["none", "dots", "full"] | None = None
+    remat: Literal["none", "dots", "v3", "full"] | None = None
     quant_preset: str | None = None  # e.g. fp8_paper; the cost model reads only whether it is FP8
     decode_batch: int = 32  # requests on each device
     decode_context: int = 4096  # cached tokens of each

@@ -69,6 +69,7 @@ class LayerTimes:
     elementwise: float
     experts: float  # dispatch and combine on the wire
     others: float  # tensor and context parallelism on the wire
+    up_projections: float  # the part of matmul from latents to heads
 
     @property
     def compute(self) -> float:
@@ -172,13 +173,16 @@ def layer_times(
     if moe:
         sent = latency.fp8_message_bytes(D) if fp8 else 2 * D
         experts = exchange_seconds(model, mesh, device, tokens, sent, 2 * D)
-    others, up = 0.0, device.bandwidth(scale_out=False)
+    others, link = 0.0, device.bandwidth(scale_out=False)
     if mesh.tensor > 1:  # two all-reduces of the residual stream
-        others += 2 * 2 * (mesh.tensor - 1) / mesh.tensor * tokens * D * 2 / up
+        others += 2 * 2 * (mesh.tensor - 1) / mesh.tensor * tokens * D * 2 / link
     if mesh.context > 1:  # every shard's latent goes round
         latent = 2 * (model.kv_lora_rank + model.qk_rope_head_dim)
-        others += (mesh.context - 1) * tokens * latent / up
-    return LayerTimes(matmul, attention, elementwise, experts, others)
+        others += (mesh.context - 1) * tokens * latent / link
+    per_head = (model.q_lora_rank or 0) * model.qk_head_dim
+    per_head += model.kv_lora_rank * (model.qk_nope_head_dim + model.v_head_dim)
+    up = matmul * per_head * model.num_attention_heads / mesh.tensor / weights
+    return LayerTimes(matmul, attention, elementwise, experts, others, up)
 
 
 @dataclass(frozen=True)
@@ -204,7 +208,8 @@ def stage_times(
 
     A matmul's input and weight gradients cost its forward each; attention's backward recomputes the
     scores, five matmuls for two; elementwise work doubles. remat "dots" repeats the elementwise
-    forward, "full" everything, the exchange included.
+    forward, "v3" MLA's up-projections and the dispatch as well (taken for half of the exchange),
+    "full" everything, the exchange included.
     """
     model, train = config.model, config.train
     dense = layer_times(config, device, efficiency, moe=False)
@@ -221,8 +226,9 @@ def stage_times(
     matmul = total("matmul") + (1 + mtp) * logits_seconds * stage.head
     attention, elementwise, wire = total("attention"), total("elementwise"), total("wire")
     forward = total("compute")
-    again = {"none": 0.0, "dots": elementwise, "full": forward}[train.remat]
-    again_wire = wire if train.remat == "full" else 0.0
+    v3 = elementwise + total("up_projections")
+    again = {"none": 0.0, "dots": elementwise, "v3": v3, "full": forward}[train.remat]
+    again_wire = {"full": wire, "v3": total("experts") / 2}.get(train.remat, 0.0)
     parts = {
         "matmul": 3 * matmul,
         "attention": 3.5 * attention,

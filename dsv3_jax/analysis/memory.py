@@ -153,8 +153,9 @@ def activation_bytes_per_token(
 ) -> float:
     """Bytes a layer keeps per token from its forward to its backward.
 
-    remat "none" keeps the input of every matmul, norm and SwiGLU; "dots" the matmul outputs; "full"
-    only the layer's input. With `fp8`, matmul inputs are kept as E4M3 and SwiGLU's too, as V3 does
+    remat "none" keeps the input of every matmul, norm and SwiGLU; "dots" the matmul outputs; "v3"
+    those but the heads' queries, keys and values, and attention's result; "full" only the layer's
+    input. With `fp8`, matmul inputs are kept as E4M3 and SwiGLU's too, as V3 does
     (section 3.3.3); the residual stream stays BF16. Softmax statistics and router scores are f32.
     """
     D, N, K = model.hidden_size, model.num_attention_heads, model.num_experts_per_tok
@@ -166,13 +167,15 @@ def activation_bytes_per_token(
     narrow = 1 if fp8 else 2
     attention = N / tensor * (2 * (2 * (H + R) + U) + narrow * U + 4)  # q, k, v; o; statistics
     latents = 2 * (Q + C + R)
-    wide = model.intermediate_size / tensor
+    wide, routed = model.intermediate_size / tensor, K + model.n_shared_experts
     if moe:
-        routed = K + model.n_shared_experts
         wide = routed * model.moe_intermediate_size / tensor
         rows = narrow * routed * D + 4 * model.n_routed_experts
     else:
         rows = narrow * D
+    if remat == "v3":
+        kept = 2 * (routed if moe else 1) * D  # what down projections return
+        return stream + N / tensor * (2 * U + 4) + latents + 2 * 2 * wide + kept
     if remat == "dots":
         return stream + attention + latents + narrow * 2 * wide + 2 * D
     normed = narrow * (D + Q + C)

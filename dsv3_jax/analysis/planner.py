@@ -76,7 +76,7 @@ def plan_training(
                 if config.train.batch_size % micro:
                     dropped["batch is not a multiple of the micro-batch"] += 1
                     continue
-                for remat in ("none", "dots", "full"):
+                for remat in ("none", "dots", "v3", "full"):
                     tried += 1
                     train = dataclasses.replace(config.train, micro_batch_size=micro, remat=remat)
                     candidate = dataclasses.replace(config, mesh=mesh, train=train)

@@ -45,7 +45,7 @@ class TrainConfig:
     # take its steps (Config.micro_batch_size).
     micro_batch_size: int | None = None
     seq_len: int = 256
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "v3", "full"] = "none"
     log_every: int = 10
     eval_every: int = 200  # validation also runs after the last step
     eval_batches: int = 8

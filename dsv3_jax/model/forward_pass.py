@@ -14,15 +14,9 @@ from jaxtyping import Array, Bool, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.mla_decode.kv_splits import KVSplits
 from dsv3_jax.model.placement import gathered
+from dsv3_jax.model.remat import POLICIES
 from dsv3_jax.parallel.sharding import GATHERED, ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import BF16, Recipe
-
-# What the backward pass finds saved in each layer; the rest of it is computed again.
-REMAT_POLICIES = {
-    "none": None,  # everything is saved
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # outputs of projections
-    "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input only
-}
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class Pass:
         config: the architecture.
         recipe: what is computed in FP8; by default nothing is.
         layout: how the program is spread over a mesh; by default it is that of one device.
-        remat: what each layer saves for its backward pass, a key of REMAT_POLICIES.
+        remat: what each layer saves for its backward pass, a key of remat.POLICIES.
         prefill: a cache that comes along is empty: the tokens attend to each other alone, in the
             expanded form of MLA, and not to the cache in the absorbed form.
     """
@@ -46,7 +40,7 @@ class Pass:
 
     def saving(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A layer's function that saves for its backward pass what `remat` says."""
-        policy = REMAT_POLICIES[self.remat]
+        policy = POLICIES[self.remat]
         if policy is None and self.layout.gathers_each_layer:
             policy = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
         return function if policy is None else jax.checkpoint(function, policy=policy)

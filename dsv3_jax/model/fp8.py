@@ -29,12 +29,14 @@ from dsv3_jax.kernels.fused.api import (
 from dsv3_jax.kernels.gemm.api import scaled_matmul
 from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul, grouped_wgrad
 from dsv3_jax.model.activation import swiglu
+from dsv3_jax.model.remat import named_product
 from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.quantization import e5m6
 from dsv3_jax.quantization.block_scaled import (
     PER_CHANNEL,
     PER_TOKEN,
     BlockScaled,
+    StepWeight,
     StraightThrough,
     dequantize,
     quantize,
@@ -51,7 +53,7 @@ _TILE = 128
 
 def fp8_linear(
     x: Float[Array, "*B K"] | StraightThrough,
-    weight: Float[Array, "*N K"],
+    weight: Float[Array, "*N K"] | StepWeight,
     recipe: LinearRecipe,
     activation: Activation | None = None,
 ) -> Float[Array, "..."]:
@@ -60,20 +62,21 @@ def fp8_linear(
     Fprop and Dgrad sum in f32 and round to BF16; the weight's gradient stays f32 up to the weight's
     own dtype. With an activation (SwiGLU) x is [*B, ...], what activation makes [*B, K] of; x is
     what is saved, quantised, and the activation is computed again in the backward pass. An x that
-    comes quantised (1x128) is multiplied as it is, and takes no activation.
+    comes quantised (1x128) is multiplied as it is, and takes no activation. So is a weight that
+    comes so, with gradients for its master; else it is quantised forward and backward.
     """
     carrier = x.carrier if isinstance(x, StraightThrough) else x
     batch = carrier.shape[: -_input_dims(activation)]
     x_T, weight = _together(_flat(x, batch), weight)
     x_T, arrived = _carrier_and_numbers(x_T, activation)
-    weight_NK = weight.reshape(-1, weight.shape[-1])
-    y: Array = _linear(x_T, weight_NK, None, recipe, activation, arrived)
+    weight_NK, made = _matrix(weight, -1)
+    y: Array = _linear(x_T, weight_NK, None, recipe, activation, arrived, made)
     return y.reshape(*batch, *weight.shape[:-1])
 
 
 def fp8_grouped_linear(
     rows: Float[Array, "M *J K"] | StraightThrough,
-    weights: Float[Array, "E *N K"],
+    weights: Float[Array, "E *N K"] | StepWeight,
     group_sizes: Int[Array, " E"],
     recipe: LinearRecipe,
     activation: Activation | None = None,
@@ -85,9 +88,9 @@ def fp8_grouped_linear(
     the recipe says of the input; they take no activation. `J` is what an activation takes away.
     """
     experts, *out_dims, _ = weights.shape
-    weights_ENK = weights.reshape(experts, -1, weights.shape[-1])
+    weights_ENK, made = _matrix(weights, experts, -1)
     x, arrived = _carrier_and_numbers(rows, activation)
-    y: Array = _linear(x, weights_ENK, group_sizes, recipe, activation, arrived)
+    y: Array = _linear(x, weights_ENK, group_sizes, recipe, activation, arrived, made)
     return y.reshape(-1, *out_dims)
 
 
@@ -109,8 +112,8 @@ def can_fuse(
 
 def fp8_feed_forward(
     x: Float[Array, "*B D"] | StraightThrough,
-    gate_up: Float[Array, "2 F D"],
-    down: Float[Array, "D F"],
+    gate_up: Float[Array, "2 F D"] | StepWeight,
+    down: Float[Array, "D F"] | StepWeight,
     recipes: tuple[LinearRecipe, LinearRecipe],
 ) -> Float[Array, "*B D"]:
     """`fp8_linear` by `gate_up`, then by `down` with SwiGLU, for recipes that `can_fuse`.
@@ -121,23 +124,23 @@ def fp8_feed_forward(
     batch = (x.carrier if isinstance(x, StraightThrough) else x).shape[:-1]
     x_T, gate_up, down = _together(_flat(x, batch), gate_up, down)
     x_T, arrived = _carrier_and_numbers(x_T, None)
-    y: Array = _feed_forward(
-        x_T, gate_up.reshape(-1, gate_up.shape[-1]), down, None, recipes, arrived
-    )
+    (gate_up, wide), (down, narrow) = _matrix(gate_up, -1), _matrix(down, -1)
+    y: Array = _feed_forward(x_T, gate_up, down, None, recipes, arrived, (wide, narrow))
     return y.reshape(*batch, -1)
 
 
 def fp8_grouped_feed_forward(
     rows: Float[Array, "M D"] | StraightThrough,
-    gate_up: Float[Array, "E 2 F D"],
-    down: Float[Array, "E D F"],
+    gate_up: Float[Array, "E 2 F D"] | StepWeight,
+    down: Float[Array, "E D F"] | StepWeight,
     group_sizes: Int[Array, " E"],
     recipes: tuple[LinearRecipe, LinearRecipe],
 ) -> Float[Array, "M D"]:
     """`fp8_feed_forward` of each row by its group's weights, as `fp8_grouped_linear`."""
     x, arrived = _carrier_and_numbers(rows, None)
-    gate_up = gate_up.reshape(len(gate_up), -1, gate_up.shape[-1])
-    return _feed_forward(x, gate_up, down, group_sizes, recipes, arrived)
+    experts = len(gate_up)
+    (gate_up, wide), (down, narrow) = _matrix(gate_up, experts, -1), _matrix(down, experts, -1)
+    return _feed_forward(x, gate_up, down, group_sizes, recipes, arrived, (wide, narrow))
 
 
 def _flat(x: Any, batch: tuple[int, ...]) -> Any:
@@ -162,58 +165,78 @@ def _carrier_and_numbers(x: Any, activation: Activation | None) -> tuple[Array, 
     return x.carrier, x.numbers
 
 
+Made = tuple[BlockScaled, BlockScaled] | None  # a weight's numbers, and the same transposed
+
+
+def _matrix(weight: Any, *rows: int) -> tuple[Array, Made]:
+    """What carries the gradient of the weight as [*rows, K], and its numbers if they are made."""
+    if not isinstance(weight, StepWeight):
+        return weight.reshape(*rows, weight.shape[-1]), None
+    return weight.master.reshape(*rows, weight.shape[-1]), (weight.numbers, weight.transposed)
+
+
 def _input_dims(activation: Activation | None) -> int:
     """Trailing dims of one token's input: SwiGLU takes [2, F], the plain operation [K]."""
     return 1 if activation is None else 2
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _linear(x, weight, group_sizes, recipe, activation, arrived=None):
-    return _forward(x, weight, group_sizes, recipe, activation, arrived)[0]
+def _linear(x, weight, group_sizes, recipe, activation, arrived=None, made=None):
+    return _forward(x, weight, group_sizes, recipe, activation, arrived, made)[0]
 
 
-def _forward(x, weight, group_sizes, recipe, activation, arrived=None):
+def _forward(x, weight, group_sizes, recipe, activation, arrived=None, made: Made = None):
     """`arrived` are the numbers of x if they were quantised before; x then has their gradient."""
     if arrived is None:
         quantized = _quantize_input(x, activation, recipe.input)
     else:
         values = jnp.pad(arrived.values, [(0, 0), (0, -x.shape[1] % _TILE)])
         quantized = BlockScaled(values, arrived.scales, arrived.tile)
-    y = _multiply(quantized, _quantize(weight, recipe.weight), group_sizes)
-    y = y[:, : weight.shape[-2]].astype(x.dtype)
+    numbers, transposed = made or (_quantize(weight, recipe.weight), None)
+    y = _multiply(quantized, numbers, group_sizes)
+    y = named_product(y[:, : weight.shape[-2]].astype(x.dtype), weight.shape)
     saved = x if arrived is None else quantized
     if recipe.saved_input == "quantized":
         saved = quantized if activation is None else _keep(x, recipe.input)
     elif recipe.saved_input == "e5m6" and arrived is None:
         saved = e5m6.encode(_filled(x.reshape(len(x), -1), 1, e5m6.PACKET))
-    # x's dtype and shape travel as an empty array: residuals are arrays.
-    like = jnp.zeros((0, *x.shape[1:]), x.dtype)
-    return y, (saved, like, weight, group_sizes)
+    # dtypes and shapes travel as arrays that nobody reads: residuals are arrays.
+    like, like_weight = jnp.zeros((0, *x.shape[1:]), x.dtype), jnp.zeros((), weight.dtype)
+    kept = weight if transposed is None else transposed
+    return y, (saved, like, kept, like_weight, group_sizes)
 
 
 def _backward(recipe, activation, residuals, dy):
-    saved, like, _, group_sizes = residuals
-    d_input, d_weight = _gradients(recipe, activation, residuals, _quantize_gradient(dy, recipe))
+    saved, like, *_, group_sizes = residuals
+    outputs = dy.shape[1]
+    d_input, d_weight = _gradients(
+        recipe, activation, residuals, _quantize_gradient(dy, recipe), outputs
+    )
     d_input = d_input[: dy.shape[0]]
     if activation is not None:
         d_input = jax.vjp(activation, _unpacked(saved, like, like.dtype))[1](d_input)[0]
-    return d_input, d_weight, _no_gradient(group_sizes), None
+    return d_input, d_weight, _no_gradient(group_sizes), None, None
 
 
-def _gradients(recipe, activation, residuals, d_output: tuple[BlockScaled, BlockScaled]):
+def _gradients(
+    recipe, activation, residuals, d_output: tuple[BlockScaled, BlockScaled], outputs: int
+):
     """Those of activation(input) and of the weight, for the output's, quantised for both."""
-    saved, like, weight, group_sizes = residuals
+    saved, like, weight, like_weight, group_sizes = residuals
     by_token, by_channel = d_output
+    inputs = like.shape[-1]
     # Dgrad
-    d_input = _multiply(by_token, _quantize(weight, recipe.weight).mT, group_sizes)
-    d_input = d_input[:, : weight.shape[-1]].astype(like.dtype)
+    if not isinstance(weight, BlockScaled):
+        weight = _quantize(weight, recipe.weight).mT
+    d_input = _multiply(by_token, weight, group_sizes)
+    d_input = d_input[:, :inputs].astype(like.dtype)
     # Wgrad
     kept = _quantize_saved(saved, like, activation, recipe)
     if group_sizes is None:
         d_weight = scaled_matmul(by_channel, kept)
     else:
         d_weight = grouped_wgrad(by_channel, kept, group_sizes)
-    return d_input, d_weight[..., : weight.shape[-2], : weight.shape[-1]].astype(weight.dtype)
+    return d_input, d_weight[..., :outputs, :inputs].astype(like_weight.dtype)
 
 
 def _no_gradient(group_sizes: Any) -> Any:
@@ -224,28 +247,31 @@ _linear.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _feed_forward(x, gate_up, down, group_sizes, recipes, arrived=None):
-    return _feed_forward_fwd(x, gate_up, down, group_sizes, recipes, arrived)[0]
+def _feed_forward(x, gate_up, down, group_sizes, recipes, arrived=None, made=(None, None)):
+    return _feed_forward_fwd(x, gate_up, down, group_sizes, recipes, arrived, made)[0]
 
 
-def _feed_forward_fwd(x, gate_up, down, group_sizes, recipes, arrived=None):
-    hidden, wide = _forward(x, gate_up, group_sizes, recipes[0], None, arrived)
+def _feed_forward_fwd(x, gate_up, down, group_sizes, recipes, arrived=None, made=(None, None)):
+    hidden, wide = _forward(x, gate_up, group_sizes, recipes[0], None, arrived, made[0])
     hidden = hidden.reshape(len(hidden), 2, -1)
-    y, narrow = _forward(hidden, down, group_sizes, recipes[1], swiglu)
+    y, narrow = _forward(hidden, down, group_sizes, recipes[1], swiglu, made=made[1])
     return y, (wide, narrow)
 
 
 def _feed_forward_bwd(recipes, residuals, dy):
     wide, narrow = residuals
-    d_activated, d_down = _gradients(recipes[1], swiglu, narrow, _quantize_gradient(dy, recipes[1]))
-    kept, group_sizes = narrow[0], narrow[3]
+    kept, like, *_, group_sizes = narrow
+    d_activated, d_down = _gradients(
+        recipes[1], swiglu, narrow, _quantize_gradient(dy, recipes[1]), dy.shape[1]
+    )
     # Rows that filled dy up to whole tiles are zeros, and fill the gradient of SwiGLU as well.
     kept = _filled(kept, _TILE, 1)
     d_hidden = swiglu_backward_quantize(
         kept, _filled(d_activated, _TILE, 1), recipes[0].dgrad.scale_format
     )
-    dx, d_gate_up = _gradients(recipes[0], None, wide, d_hidden)
-    return dx[: dy.shape[0]], d_gate_up, d_down, _no_gradient(group_sizes), None
+    width = 2 * like.shape[-1]
+    dx, d_gate_up = _gradients(recipes[0], None, wide, d_hidden, width)
+    return dx[: dy.shape[0]], d_gate_up, d_down, _no_gradient(group_sizes), None, None
 
 
 _feed_forward.defvjp(_feed_forward_fwd, _feed_forward_bwd)

@@ -10,7 +10,7 @@ from flax import linen as nn
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.weights import Weight, Where, weights
 from dsv3_jax.model.fp8_weights import FP8Weight
-from dsv3_jax.quantization.block_scaled import BlockScaled
+from dsv3_jax.quantization.block_scaled import BlockScaled, StepWeight
 
 
 def parameters(
@@ -50,6 +50,8 @@ def _parameter(module: nn.Module, row: Weight, config: ModelConfig, num_places: 
         return module.variable(row.collection, row.name, fill, shape, jnp.float32).value
     if module.has_variable("params", row.name):
         numbers = module.get_variable("params", row.name)
+        if isinstance(numbers, StepWeight):
+            return numbers
         if isinstance(numbers, BlockScaled):
             return FP8Weight(numbers, shape)
     return module.param(row.name, initializer(row, config), shape)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul
 from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
+from dsv3_jax.model.remat import named_product
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.block_scaled import StraightThrough
 from dsv3_jax.quantization.recipe import LinearRecipe
@@ -89,7 +90,8 @@ class Projection(Protocol):
 
 @dataclass(frozen=True)
 class Plain:
-    """An array as a Projection: multiplied in x's dtype, or in FP8 where there is a recipe."""
+    """An array, or a StepWeight in its place, as a Projection: multiplied in x's dtype, or in FP8
+    where there is a recipe."""
 
     array: Array
     takes_quantized_rows = True
@@ -122,6 +124,7 @@ class Plain:
         experts, *out_dims, contracted = self.array.shape
         weights = self.array.reshape(experts, -1, contracted).astype(rows.dtype)
         y = grouped_matmul(rows, weights, group_sizes, alignment=alignment)
+        y = named_product(y, weights.shape)
         return y.reshape(-1, *out_dims)
 
     def astype(self, dtype):

@@ -28,6 +28,15 @@ from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 Variables = dict[str, Any]
 
 
+class States(NamedTuple):
+    """What `hidden_states` returns; tokens and MTP as in `Outputs`."""
+
+    hidden: Float[Array, "B T D"]  # after the final norm
+    mtp_hidden: tuple[Float[Array, "B T D"], ...]  # one per depth, after their norms
+    stats: MoEStats | None
+    mtp_stats: tuple[MoEStats, ...]
+
+
 class Outputs(NamedTuple):
     """What `forward` returns. At MTP depth k, the last k positions mean nothing."""
 
@@ -104,16 +113,30 @@ def forward(
     that attention must not cross; None lets it (V3's way).
     """
     how = as_pass(config)
-    layout, ids = how.layout, how.layout.in_order(tokens)
-    variables = {**variables, "params": gathered_ends(variables["params"], how)}
-    params = variables["params"]
+    params = gathered_ends(variables["params"], how)
+    states = hidden_states({**variables, "params": params}, tokens, how, segments=segments)
+    mtp_logits = tuple(head(params, hidden, how) for hidden in states.mtp_hidden)
+    logits = head(params, states.hidden, how)
+    return Outputs(logits, mtp_logits, states.stats, states.mtp_stats, states.hidden)
+
+
+def hidden_states(
+    variables: Variables,
+    tokens: Int[Array | np.ndarray, "B T"],
+    how: Pass,
+    *,
+    segments: Int[Array | np.ndarray, "B T"] | None = None,
+) -> States:
+    """`forward` without the head: what it would make logits of. The ends are gathered already."""
+    layout, params = how.layout, variables["params"]
+    ids = layout.in_order(tokens)
     positions = layout.in_order(jnp.arange(tokens.shape[1])[None])
     of_tokens = Tokens(positions, None if segments is None else layout.in_order(segments))
 
     embedded = embed_tokens(params, ids, how)
     x, _, stats = run_layers(variables, embedded, of_tokens, how)
     hidden = final_norm(params, x, how)
-    mtp_logits, mtp_stats = [], []
+    mtp_hidden, mtp_stats = [], []
     previous = hidden
     for depth in range(how.config.num_nextn_predict_layers):
         embedding = _embedding_ahead(params, tokens, embedded, depth + 1, how)
@@ -121,10 +144,9 @@ def forward(
         previous, _, depth_stats = run_mtp(
             variables, depth, previous, embedding, of_tokens._replace(counted=counted), how
         )
-        mtp_logits.append(head(params, previous, how))
+        mtp_hidden.append(previous)
         mtp_stats.append(depth_stats)
-    logits = head(params, hidden, how)
-    return Outputs(logits, tuple(mtp_logits), stats, tuple(mtp_stats), hidden)
+    return States(hidden, tuple(mtp_hidden), stats, tuple(mtp_stats))
 
 
 def _embedding_ahead(params, tokens, embedded, ahead: int, how: Pass):

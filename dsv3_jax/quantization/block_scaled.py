@@ -99,6 +99,55 @@ class StraightThrough(NamedTuple):
         return self.carrier.dtype
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["master", "numbers", "transposed"],
+    meta_fields=[],
+)
+@dataclass(frozen=True)
+class StepWeight:
+    """A weight and what the products of one step read of it, made once and not in every layer pass.
+
+    Fields:
+        master: the weight that is trained, [*E, *N, *K]. A step's products do not read its values;
+            its cotangent is the gradient.
+        numbers: the matrix [*E, N, K], in tiles of 128 x 128 with zeros up to whole ones, or in
+            the dtype of the model's activations.
+        transposed: the very same BlockScaled numbers as [*E, K, N]; None where they are not that.
+    """
+
+    master: Any
+    numbers: Any
+    transposed: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.master.shape
+
+    @property
+    def ndim(self) -> int:
+        """Number of dims of the weight."""
+        return self.master.ndim
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype that it is trained in."""
+        return self.master.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def astype(self, dtype: Any) -> "StepWeight":
+        """Itself: in which format it is multiplied is settled."""
+        del dtype
+        return self
+
+    def reshape(self, *shape: int) -> "StepWeight":
+        """The same matrix known by another shape."""
+        return StepWeight(self.master.reshape(*shape), self.numbers, self.transposed)
+
+
 def quantize(
     x: Float[Array | np.ndarray, "*batch M K"],
     tile: tuple[int, int],

@@ -1,18 +1,20 @@
 """The training loss: next-token cross-entropy, MTP, and the sequence-wise balance loss."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
+from dsv3_jax.model.ends import gathered_ends
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.moe import MoEStats
-from dsv3_jax.model.transformer import Outputs, Variables, forward
+from dsv3_jax.model.transformer import States, Variables, hidden_states
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import RECIPES
+from dsv3_jax.training.cross_entropy import head_nats
 
 
 class LossTerms(NamedTuple):
@@ -44,44 +46,48 @@ def training_loss(
     """
     tokens, targets = rows[:, :-1], rows[:, 1:]
     segments = document_numbers(tokens, config) if config.data.mask_documents else None
-    out = forward(variables, tokens, training_pass(config, layout), segments=segments)
-    ce = cross_entropy(out.logits, targets, layout=layout)
-    mtp = jnp.zeros(())
-    for depth, logits in enumerate(out.mtp_logits, start=1):
-        # Row i predicts token i + depth + 1: T - depth terms, still divided by T (eq. 24).
-        valid = jnp.broadcast_to(
-            jnp.arange(targets.shape[1]) < targets.shape[1] - depth, targets.shape
-        )
-        if segments is not None:
-            valid &= segments == jnp.roll(segments, -depth, axis=1)
-        shifted = jnp.roll(targets, -depth, axis=1)
-        mtp += cross_entropy(logits, shifted, valid, layout) / len(out.mtp_logits)
-    load, balance, rounds = _router_stats(out)
-    loss = ce + mtp_loss_weight * mtp + config.schedule.balance_loss_weight * balance
+    how = training_pass(config, layout)
+    params = gathered_ends(variables["params"], how)
+    states = hidden_states({**variables, "params": params}, tokens, how, segments=segments)
+    depths = len(states.mtp_hidden)
+    nats, (ce, *mtp) = head_nats(
+        jnp.stack([states.hidden, *states.mtp_hidden], axis=1),
+        params["lm_head"],
+        *_targets_of_heads(targets, segments, depths, layout),
+        jnp.stack([jnp.ones(()), *[mtp_loss_weight / max(depths, 1)] * depths]),
+        layout,
+    )
+    mtp = sum(mtp, jnp.zeros(())) / max(depths, 1)
+    load, balance, rounds = _router_stats(states)
+    loss = nats + config.schedule.balance_loss_weight * balance
     return loss, LossTerms(ce, mtp, balance, load, rounds)
 
 
-def cross_entropy(
-    logits: Float[Array, "B T V"],
-    targets: Int[Array | np.ndarray, "B T"],
-    valid: Bool[Array, "B T"] | None = None,
-    layout: Layout = ONE_DEVICE,
+def mean_nats(
+    variables: Variables, rows: Int[Array | np.ndarray, "B T1"], how: Pass, segments: Any
 ) -> Float[Array, ""]:
-    """Nats a token, in f32: the sum over valid positions, divided by all B * T of them.
+    """The main model's cross-entropy, nats a token, of rows of T + 1 tokens; MTP is not run."""
+    config = dataclasses.replace(how.config, num_nextn_predict_layers=0)
+    how = dataclasses.replace(how, config=config)
+    params, targets = gathered_ends(variables["params"], how), rows[:, 1:]
+    states = hidden_states({**variables, "params": params}, rows[:, :-1], how, segments=segments)
+    of_head = _targets_of_heads(targets, None, 0, how.layout)
+    head = params["lm_head"]
+    return head_nats(states.hidden[:, None], head, *of_head, jnp.ones(1), how.layout)[0]
 
-    Logits are as `forward` returns them under the layout, targets and valid in order.
-    """
-    targets = layout.in_order(targets)
-    log_normalizer = jax.nn.logsumexp(logits, axis=-1)
-    if layout.one_device:
-        target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    else:  # a sum over the vocabulary, as it may be cut
-        is_target = targets[..., None] == jnp.arange(logits.shape[-1])
-        target_logits = jnp.where(is_target, logits, 0.0).sum(-1)
-    nats = log_normalizer - target_logits
-    if valid is not None:
-        nats = jnp.where(layout.in_order(valid), nats, 0.0)
-    return nats.mean()
+
+def _targets_of_heads(targets, segments, depths: int, layout: Layout):
+    """Targets and shares of the mean, [B, H, T] in the layout's order, of main head and MTP's."""
+    of_heads, shares = [], []
+    for depth in range(depths + 1):
+        # Row i predicts token i + depth + 1: T - depth terms, still divided by T (eq. 24).
+        valid = jnp.arange(targets.shape[1]) < targets.shape[1] - depth
+        valid = jnp.broadcast_to(valid, targets.shape)
+        if segments is not None:
+            valid &= segments == jnp.roll(segments, -depth, axis=1)
+        of_heads.append(layout.in_order(jnp.roll(targets, -depth, axis=1)))
+        shares.append(layout.in_order(valid.astype(jnp.float32) / targets.size))
+    return jnp.stack(of_heads, axis=1), jnp.stack(shares, axis=1)
 
 
 def document_numbers(tokens: Int[Array | np.ndarray, "B T"], config: Config) -> Int[Array, "B T"]:
@@ -89,7 +95,7 @@ def document_numbers(tokens: Int[Array | np.ndarray, "B T"], config: Config) -> 
     return jnp.cumsum(tokens == config.model.bos_token_id, axis=1)
 
 
-def _router_stats(out: Outputs) -> tuple[dict[str, Any], Float[Array, ""], Float[Array, ""]]:
+def _router_stats(out: States) -> tuple[dict[str, Any], Float[Array, ""], Float[Array, ""]]:
     by_name: dict[str, MoEStats] = {f"mtp_{k}": stats for k, stats in enumerate(out.mtp_stats)}
     if out.stats is not None:
         by_name["moe_layers"] = out.stats

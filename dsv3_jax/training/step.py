@@ -13,12 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import Config, RunError
 from dsv3_jax.model.placement import gathered, shardings
 from dsv3_jax.model.router import update_router_bias
-from dsv3_jax.model.transformer import forward
+from dsv3_jax.model.step_weights import in_model_dtype, made_for_step, with_made
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
+from dsv3_jax.quantization.recipe import RECIPES
 from dsv3_jax.training.loss import (
     LossTerms,
-    cross_entropy,
     document_numbers,
+    mean_nats,
     training_loss,
     training_pass,
 )
@@ -141,13 +142,16 @@ def eval_step(
     segments = document_numbers(tokens, config) if config.data.mask_documents else None
     variables = {"params": _gathered_once(params, layout), "router": router}
     how = dataclasses.replace(training_pass(config, layout), remat="none")
-    out = forward(variables, tokens, how, segments=segments)
-    return cross_entropy(out.logits, rows[:, 1:], layout=layout)
+    return mean_nats(variables, rows, how, segments)
 
 
 def _gathered_once(params: Any, layout: Layout) -> Any:
     """The weights of a whole step; FSDP's are gathered layer by layer instead."""
     return params if layout.gathers_each_layer else gathered(params, layout)
+
+
+def _in_f32(grads: Any) -> Any:
+    return jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
 
 def _as_stored(grads: Any, layout: Layout) -> Any:
@@ -163,7 +167,15 @@ def _mean_over_micro_batches(state, rows, settings: StepSettings, config: Config
     # under FP8's floor, 1e-4 for a tile's largest, that E4M3 has few bits or none left for them.
     per_token = float(1 << ((rows.shape[1] * (rows.shape[2] - 1)).bit_length() - 1))
 
+    # What every micro-batch multiplies by is made before the first of them, and only once.
+    params, made = _gathered_once(state.params, layout), None
+    if layout.one_device:
+        of_step = RECIPES[config.quant.preset], config.model.dtype
+        made = made_for_step(params, *of_step)
+        params = in_model_dtype(params, *of_step)
+
     def loss_of(params, micro_rows):
+        params = params if made is None else with_made(params, made)
         variables = {"params": params, "router": state.router}
         loss, terms = training_loss(variables, micro_rows, settings.mtp_loss_weight, config, layout)
         return loss * per_token, (loss, terms)
@@ -172,16 +184,17 @@ def _mean_over_micro_batches(state, rows, settings: StepSettings, config: Config
         (_, value), grads = jax.value_and_grad(loss_of, has_aux=True)(params, micro_rows)
         return value, _as_stored(jax.tree.map(lambda g: g / per_token, grads), layout)
 
-    params = _gathered_once(state.params, layout)
     if rows.shape[0] == 1:
         (loss, terms), grads = gradient(params, rows[0])
-        return loss, terms, grads
+        return loss, terms, _in_f32(grads)
 
     def body(i, total):
-        return jax.tree.map(jnp.add, total, gradient(params, rows[i]))
+        value, grads = gradient(params, rows[i])
+        return jax.tree.map(jnp.add, total, (value, _in_f32(grads)))
 
     # The trip count is data: the batch-size ramp compiles nothing anew.
-    shapes = jax.eval_shape(gradient, params, rows[0])
+    value, grads = jax.eval_shape(gradient, params, rows[0])
+    shapes = value, jax.eval_shape(_in_f32, grads)
     zeros, no_grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     zeros = zeros, _as_stored(no_grads, layout)
     (loss, terms), grads = jax.lax.fori_loop(0, settings.num_micro_batches, body, zeros)

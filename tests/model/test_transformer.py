@@ -11,7 +11,8 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.cache import init_model_cache
 from dsv3_jax.model.decode import decode_step, prefill
 from dsv3_jax.model.ends import logits_of
-from dsv3_jax.model.forward_pass import REMAT_POLICIES, Pass
+from dsv3_jax.model.forward_pass import Pass
+from dsv3_jax.model.remat import POLICIES
 from dsv3_jax.model.transformer import forward, init_variables
 from tests import oracle
 from tests.helpers import TOLERANCE, random_tokens, random_variables, relative_error, tiny_model
@@ -154,7 +155,7 @@ def test_no_logit_sees_a_later_token():
             np.testing.assert_array_equal(moved, np.arange(first, valid))
 
 
-@pytest.mark.parametrize("remat", [name for name in REMAT_POLICIES if name != "none"])
+@pytest.mark.parametrize("remat", [name for name in POLICIES if name != "none"])
 def test_remat_changes_neither_loss_nor_gradients(remat, plain_gradient):
     loss, gradients = plain_gradient
     got_loss, got_gradients = gradient_of(remat)
@@ -177,6 +178,23 @@ def gradient_of(remat: str):
 
     value, gradients = jax.jit(jax.value_and_grad(loss))(variables["params"])
     return float(value), gradients
+
+
+def test_v3_makes_only_wide_projections_again():
+    """Of MLA's up-projections, 16 and 12 times as wide as what they read, of whole rows alone."""
+    config = tiny_model(num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=0)
+    config = dataclasses.replace(config, q_lora_rank=8, kv_lora_rank=8, num_attention_heads=8)
+    variables, tokens = random_variables(config), random_tokens(config, 2, LENGTH)
+
+    def projections(remat):
+        def loss(params):
+            return forward({"params": params}, tokens, Pass(config, remat=remat)).hidden.sum()
+
+        text = str(jax.make_jaxpr(jax.grad(loss))(variables["params"]))
+        return sum("dimension_numbers" in line and "([], [])" in line for line in text.split("\n"))
+
+    none, v3, full = map(projections, ("none", "v3", "full"))
+    assert v3 - none == 2 and full - v3 >= 4
 
 
 def test_bf16_activations_stay_near_f32():

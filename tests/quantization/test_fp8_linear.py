@@ -10,6 +10,8 @@ import pytest
 
 from dsv3_jax.model.activation import swiglu
 from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
+from dsv3_jax.model.step_weights import made_for_step, with_made
+from dsv3_jax.quantization.block_scaled import StepWeight
 from dsv3_jax.quantization.recipe import BF16, RECIPES, LinearRecipe, TileFormat
 
 # E4M3's relative error on Gaussian numbers is 2.6 %; a product of two such tensors has sqrt(2)
@@ -102,6 +104,22 @@ def test_errors_against_f32_are_those_of_the_format(sizes):
     assert relative(d_weight, dy.T @ x) <= TWICE
     # And no less than one rounding's: otherwise something was not quantised.
     assert min(relative(y, x @ weight.T), relative(dx, dy @ weight)) > 0.03
+
+
+@pytest.mark.parametrize("sizes", [SMALL, (130, 200, 70)], ids=["whole", "odd"])
+def test_a_weight_quantised_before_gives_the_same_bits(sizes):
+    tokens, k, n = sizes
+    x, weight, dy = gaussians((tokens, k), (n, k), (tokens, n))
+    made = made_for_step({"mlp": {"down_proj": weight}}, RECIPES["fp8_paper"], weight.dtype)
+
+    def product(x, weight):
+        held = with_made({"mlp": {"down_proj": weight}}, made)["mlp"]["down_proj"]
+        assert isinstance(held, StepWeight)
+        return fp8_linear(x, held, PAPER)
+
+    y, pull_back = jax.vjp(product, x, weight)
+    for got, expected in zip((y, *pull_back(dy)), products(PAPER, x, weight, dy), strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 RECIPE_CASES = {

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.kernels import backend
 
 PACKAGE = "dsv3_jax.kernels.attention"
+RESULTS = "attention_results"  # the name, for rematerialisation, of what kernels' backward reads
 
 
 class Documents(NamedTuple):

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import hopper, manual
 from dsv3_jax.kernels.attention import hopper_backward, hopper_forward, hopper_kept, hopper_ring
-from dsv3_jax.kernels.attention.api import Documents
+from dsv3_jax.kernels.attention.api import RESULTS, Documents
 from dsv3_jax.kernels.attention.hopper_backward import BackwardTiles
 from dsv3_jax.kernels.attention.hopper_forward import ForwardTile
 from dsv3_jax.kernels.attention.hopper_kept import ProductTile
@@ -124,6 +125,8 @@ def _forward(call: _Call, q, kv, k_shared, offset, documents):
         call.tiles.forward,
     )
     out, lse = manual.vary((out, lse), q)
+    # Here, not by the caller: what the backward pass reads is what has the name.
+    out, lse = (checkpoint_name(x, RESULTS) for x in (out, lse))
     return (out, lse), (q, kv, k_shared, offset, documents, out, lse)
 
 

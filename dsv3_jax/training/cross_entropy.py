@@ -1,0 +1,155 @@
+"""The output head and its cross-entropy as one operation, a piece of the tokens at a time.
+
+The one idea: a loss's gradient with respect to its logits is known as soon as the logits are, so
+the three products of the head follow one another for a few thousand tokens, and the logits of a
+whole batch are never an array. All heads of a model, the main one and MTP's, share the weight:
+their tokens are rows of the same products, and the weight's gradient is added up in float32.
+What the backward pass is left with is one multiplication. (Liger Kernel, Hsu et al. 2024, has the
+idea for the tokens of one head.)
+
+Over a mesh the vocabulary may be cut: each device has the logits of its part.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.parallel.collectives import total, vary
+from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
+from dsv3_jax.quantization.block_scaled import StepWeight
+
+# Logits that are alive at a time: those of 4,096 tokens for V3's vocabulary, so many that its
+# weight's gradient, read and written once a piece, is 6 % of the piece's time.
+PIECE = 1 << 29
+
+
+def head_nats(
+    hidden: Float[Array, "B H T D"],
+    head: Float[Array, "V D"] | StepWeight,
+    targets: Int[Array, "B H T"],
+    shares: Float[Array, "B H T"],
+    factors: Float[Array, " H"],
+    layout: Layout = ONE_DEVICE,
+) -> tuple[Float[Array, ""], Float[Array, " H"]]:
+    """Each head's sum of shares times nats, the latter -log softmax(head @ hidden)[target]: all of
+    them times their factors, added up; and one by one.
+
+    float32; H are the main head and MTP's. The first result can be differentiated, in hidden and
+    head; shares, factors and the second result have no gradient. Logits are rounded to hidden's
+    dtype, as `linear` rounds them, and so are their gradients. A StepWeight brings the head in that
+    dtype. With a layout, tokens lie as ("batch", None, "seq") and the head's rows as "vocab".
+    """
+    master, copy = (head.master, head.numbers) if isinstance(head, StepWeight) else (head, None)
+    vocab, tokens = layout.axes("vocab"), (*layout.axes("batch"), *layout.axes("seq"))
+    by_token: Any = layout.spec("batch", None, "seq")
+    by_vocab: Any = layout.spec("vocab", None)
+    whole: Any = layout.spec()
+    return layout.shard_map(
+        partial(_of_device, vocab, tokens),
+        (layout.spec("batch", None, "seq", None), by_vocab, by_vocab, by_token, by_token, whole),
+        (whole, whole),
+    )(layout.constrain(hidden, "batch", None, "seq"), master, copy, targets, shares, factors)
+
+
+def _of_device(vocab, tokens, hidden, master, copy, targets, shares, factors):
+    # The gradients of what devices share are added up over them here.
+    hidden, master, copy = vary(hidden, vocab), vary(master, tokens), vary(copy, tokens)
+    weights = shares * factors[:, None]
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    of_rows: Any = _nats(vocab, rows, master, copy, targets.reshape(-1), weights.reshape(-1))
+    value, nats = of_rows
+    of_heads = jnp.sum(jax.lax.stop_gradient(nats).reshape(shares.shape) * shares, axis=(0, 2))
+    return total(value, tokens), total(of_heads, tokens)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _nats(vocab, rows, master, copy, targets, weights):
+    head = _head(master, copy, rows)
+
+    def one_piece(piece):
+        return _log_softmax(vocab, piece[0], head, piece[1])[0]
+
+    pieces = _cut((rows, targets), len(head))
+    nats = jax.lax.map(one_piece, pieces) if len(pieces[1]) > 1 else one_piece(_first(pieces))
+    nats = nats.reshape(-1)[: len(rows)]
+    return jnp.sum(nats * weights), nats
+
+
+def _nats_forward(vocab, rows, master, copy, targets, weights):
+    head = _head(master, copy, rows)
+
+    def one_piece(d_head, piece):
+        rows, targets, weights = piece
+        nats, log_probabilities, is_target = _log_softmax(vocab, rows, head, targets)
+        d_logits = (jnp.exp(log_probabilities) - is_target.astype(jnp.float32)) * weights[:, None]
+        d_logits = d_logits.astype(rows.dtype)
+        d_rows = _product(d_logits, head, 1, 0)
+        of_piece = _product(d_logits, rows, 0, 0, jnp.float32)
+        d_head = of_piece if d_head is None else d_head + of_piece
+        return d_head, (nats, d_rows)
+
+    pieces = _cut((rows, targets, weights), len(head))
+    # The first piece begins the sum that the others add to.
+    d_head, results = one_piece(None, _first(pieces))
+    results = jax.tree.map(lambda x: x[None], results)
+    if len(pieces[1]) > 1:
+        rest = jax.tree.map(lambda x: x[1:], pieces)
+        d_head, others = jax.lax.scan(one_piece, d_head, rest)
+        results = jax.tree.map(lambda *x: jnp.concatenate(x), results, others)
+    nats, d_rows = (x.reshape(-1, *x.shape[2:])[: len(rows)] for x in results)
+    value = jnp.sum(nats * weights)
+    return (value, nats), (d_rows, d_head.astype(master.dtype))
+
+
+def _nats_backward(vocab, gradients, cotangents):
+    of_value, _ = cotangents
+    d_rows, d_head = (g * of_value.astype(g.dtype) for g in gradients)
+    return d_rows, d_head, None, None, None
+
+
+_nats.defvjp(_nats_forward, _nats_backward)
+
+
+def _head(master, copy, rows):
+    return master.astype(rows.dtype) if copy is None else copy
+
+
+def _log_softmax(vocab, rows, head, targets):
+    """Each row's nats, and of the device's part of the vocabulary the log-probabilities and which
+    of them is the target's."""
+    logits = _product(rows, head, 1, 1).astype(jnp.float32)
+    largest = logits.max(-1)
+    if vocab:
+        largest = jax.lax.pmax(largest, vocab)
+        targets = targets - jax.lax.axis_index(vocab) * len(head)
+    logits -= largest[:, None]
+    log_sum = jnp.log(total(jnp.exp(logits).sum(-1), vocab))
+    is_target = targets[:, None] == jnp.arange(len(head), dtype=targets.dtype)
+    of_target = total(jnp.where(is_target, logits, 0.0).sum(-1), vocab)
+    return log_sum - of_target, logits - log_sum[:, None], is_target
+
+
+def _product(a, b, a_dim: int, b_dim: int, dtype: Any = None):
+    """a times b, contracted over one dim of each, in their dtype unless said."""
+    contract = (((a_dim,), (b_dim,)), ((), ()))
+    return jax.lax.dot_general(a, b, contract, preferred_element_type=dtype)
+
+
+def _cut(arrays: Any, vocabulary: int) -> Any:
+    """The arrays in pieces of equally many tokens, [pieces, tokens, ...]; zeros fill the last."""
+    tokens = len(arrays[0])
+    number = -(-tokens * vocabulary // PIECE)
+    each = -(-tokens // number)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, number * each - tokens)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(number, each, *x.shape[1:])
+
+    return jax.tree.map(cut, arrays)
+
+
+def _first(pieces: Any) -> Any:
+    return jax.tree.map(lambda x: x[0], pieces)
