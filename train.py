@@ -25,6 +25,7 @@ from dsv3_jax.parallel.sharding import Layout, make_layout
 from dsv3_jax.training.banner import banner, batch_line
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.continuation import checkpoint_meta, find_continuation
+from dsv3_jax.training.divergence import LossGuard
 from dsv3_jax.training.dry_run import dry_run_report
 from dsv3_jax.training.evaluation import Evaluation
 from dsv3_jax.training.feed import batches
@@ -36,7 +37,7 @@ from dsv3_jax.training.run_folder import RunFolder
 from dsv3_jax.training.run_log import keep_log, set_up_logging
 from dsv3_jax.training.schedule import TrainingSchedule
 from dsv3_jax.training.state import TrainState, abstract_state, create_state
-from dsv3_jax.training.step import check_finite, jit_train_step
+from dsv3_jax.training.step import jit_train_step
 from dsv3_jax.training.stopping import StopRequest
 from dsv3_jax.training.watchdog import Watchdog
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
                 check_model(config.model, corpus)
             hosts.check_agreement(config, data_sha256=corpus.train.index.sha256)
             # What was saved is compared with what is asked before anything there is touched.
-            start, schedule = find_continuation(run_dir, config, corpus, abstract)
+            start, schedule, losses = find_continuation(run_dir, config, corpus, abstract)
             if folder.has_nothing_to_do(start, steps):
                 log.info("nothing to do: at step %d of %d; --train.steps N goes on", start, steps)
                 return 0
@@ -94,10 +95,8 @@ def main(argv: Sequence[str]) -> int:
             tensorboard=config.tensorboard,
         )
         with checkpoints, metrics:
-            run = Run(
-                config, layout, corpus, schedule, start or 0, checkpoints, metrics, clock, stop
-            )
-            state = train(run, state)
+            run = Run(config, layout, corpus, schedule, checkpoints, metrics, clock, stop)
+            state = train(run, state, start or 0, losses)
             if stop.requested:
                 log.warning("stopped by signal %d at step %d", stop.signal, int(state.step))
                 metrics.record(int(state.step), {"seconds": clock.seconds()})
@@ -118,16 +117,15 @@ class Run(NamedTuple):
     layout: Layout
     corpus: Corpus
     schedule: TrainingSchedule
-    start: int  # steps made before
     checkpoints: Checkpoints
     metrics: MetricsLog
     clock: Clock
     stop: StopRequest
 
 
-def train(run: Run, state: TrainState) -> TrainState:
-    """The loop; returns the last state, which has been saved."""
-    config, layout, corpus, schedule, start, checkpoints, metrics, clock, stop = run
+def train(run: Run, state: TrainState, start: int, losses: list[float]) -> TrainState:
+    """The loop, from step `start` on; returns the last state, which has been saved."""
+    config, layout, corpus, schedule, checkpoints, metrics, clock, stop = run
     plan, mesh, run_dir = config.train, mesh_of(state.step), Path(config.run_dir)
     step_fn = jit_train_step(config, layout, state)
     evaluate = Evaluation(config, mesh, layout, corpus)
@@ -135,7 +133,7 @@ def train(run: Run, state: TrainState) -> TrainState:
     throughput = Throughput(clock, flops, list(mesh.devices.flat))
     profile = ProfileWindow(run_dir / "profile", start, plan.steps, plan.profile_steps)
     feed = partial(batches, config, corpus, schedule, mesh, start)
-    last = None
+    guard, last = LossGuard(checkpoints, plan.max_nonfinite_steps, losses), None
     with prefetch(feed) as stream, Watchdog(config.watchdog, run_dir) as watchdog, stop.saving():
         for step in range(start, plan.steps):
             first, done = step == start, step + 1
@@ -153,18 +151,18 @@ def train(run: Run, state: TrainState) -> TrainState:
                 jax.block_until_ready(last if logs or evaluates else previous)
             if not first:
                 throughput.add(schedule.rows(step) * plan.seq_len)
-            check_finite(last if is_last else previous, plan.max_nonfinite_steps)
+            guard.see(step, last, ready=logs or evaluates)
             values = step_values(state, last, schedule, step) | throughput.read() if logs else {}
             if evaluates:
                 with clock("eval"):
                     values |= evaluate(state, stop)
             if values:
                 metrics.log(done, values)
-            if checkpoints.due(done) or is_last or stop.requested:
+            due = checkpoints.due(done) or is_last or stop.requested
+            if guard.may_save(done, due=due, last=is_last):
+                meta = checkpoint_meta(config, corpus, schedule, done, guard.recent)
                 with clock("checkpoint"):
-                    checkpoints.save(
-                        done, state._asdict(), checkpoint_meta(config, corpus, schedule, done)
-                    )
+                    checkpoints.save(done, state._asdict(), meta)
             if stop.requested:
                 break
         profile.close()

@@ -40,6 +40,7 @@ Options = TypeVar("Options")
 
 EXIT_ENVIRONMENT = 1
 EXIT_USER = 2
+EXIT_INTERRUPTED = 130
 
 
 def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -48,6 +49,8 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         code = main(sys.argv[1:]) or 0
     except SystemExit as stopped:  # by a signal, or by wrong options
         _leave(stopped.code)
+    except KeyboardInterrupt:  # where no run handles it
+        _leave(EXIT_INTERRUPTED)
     except Exception as error:
         expected = isinstance(error, UserError | RunError | OSError | NotImplementedError)
         if expected and not os.environ.get("DSV3_DEBUG"):

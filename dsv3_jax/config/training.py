@@ -137,7 +137,7 @@ class CheckpointConfig:
     """When the state is saved and how much is kept."""
 
     every_steps: int = 500  # also after the last step and on SIGTERM
-    keep: int = 3
+    keep: int = 3  # and the newest that an ordinary step has followed (training/divergence.py)
 
     def problems(self) -> list[str]:
         """What is wrong with the counts."""

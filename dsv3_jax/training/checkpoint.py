@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dsv3_jax.config import Config
-from dsv3_jax.training.manifest import MANIFEST, TEMPORARY, steps_in, write_manifest
+from dsv3_jax.training.manifest import MANIFEST, TEMPORARY, damage, steps_in, write_manifest
 from dsv3_jax.training.restore import (
     CheckpointError,
     PyTree,
@@ -49,13 +49,17 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | Path, *, every_steps: int, keep: int):
-        """`keep` newest steps stay; raises OSError with a plain message if `folder` is unusable."""
+        """`keep` newest steps stay, and the newest trusted one (`trust`).
+
+        Raises OSError with a plain message if `folder` is unusable.
+        """
         self.folder = Path(folder).absolute()  # orbax accepts no relative path
         self.every_steps, self.keep = every_steps, keep
         self._manager: ocp.CheckpointManager | None = None
         self._finisher: threading.Thread | None = None
         self._saving: int | None = None  # the step under way, or the last one saved
         self._failure: BaseException | None = None
+        self._trusted: int | None = None
         process_0_says(self._open)
 
     def __enter__(self) -> Checkpoints:
@@ -76,6 +80,42 @@ class Checkpoints:
     def due(self, step: int) -> bool:
         """Whether the step is one of those to be saved regularly."""
         return step % self.every_steps == 0
+
+    def trust(self, step: int) -> None:
+        """Says that the state after `step` steps, and all before, were good (`divergence`)."""
+        self._trusted = step
+
+    def leave_damage_behind(self) -> str:
+        """After divergence: sets aside the steps saved since the newest trusted one.
+
+        Returns what a user should know: which step was verified, its files hashed, and why it lies
+        before the damage. Where no step of this process was trusted, nothing is moved.
+        """
+        try:
+            self.wait()
+        except CheckpointError as error:
+            log.warning("%s", error)
+        there = process_0_says(lambda: steps_in(self.folder))
+        if self._trusted is None:
+            return (
+                f"It was so from the first step on, after the checkpoint of step {there[-1]}: "
+                "what this run was given differs, or that checkpoint is bad; --resume STEP goes on "
+                f"from another of {listed(there)}"
+                if there
+                else "There is no checkpoint: start with a smaller --optimizer.learning-rate"
+            )
+        good = [step for step in there if step <= self._trusted]
+        self._set_aside(after=self._trusted)
+        for step in reversed(good):
+            problem = process_0_says(lambda step=step: damage(self.folder / str(step)))
+            if problem is None:
+                return (
+                    f"The checkpoint of step {step} was verified and lies before the damage: an "
+                    "ordinary step followed it. The same command goes on from it; give it a "
+                    "smaller --optimizer.learning-rate"
+                )
+            log.warning("checkpoint %s is damaged: %s", self.folder / str(step), problem)
+        return "No checkpoint lies before it: start with a smaller --optimizer.learning-rate"
 
     def latest_valid(self) -> int | None:
         """As the function of this name."""
@@ -223,8 +263,10 @@ class Checkpoints:
 
     def _remove_old(self) -> None:
         finished = [s for s in steps_in(self.folder) if (self.folder / str(s) / MANIFEST).exists()]
+        trusted = [s for s in finished if self._trusted is not None and s <= self._trusted]
+        kept = finished[-self.keep :] + trusted[-1:]
         for step in steps_in(self.folder):
-            if step < finished[-self.keep :][0]:
+            if step < finished[-1] and step not in kept:
                 # The manifest goes first, so that a half-removed step never looks like a good one.
                 (self.folder / str(step) / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(self.folder / str(step))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,14 @@ WAYS_OUT = (
 _UNTOLD = ("run_dir", "resume", "devices", "dry_run", "tensorboard", "distributed", "watchdog")
 
 
+class Continuation(NamedTuple):
+    """Where a run goes on."""
+
+    step: int | None  # of the checkpoint; None: a new run
+    schedule: TrainingSchedule
+    losses: list[float]  # the ordinary ones before it, newest last
+
+
 def identity(corpus: Corpus) -> dict[str, str]:
     """What a checkpoint holds of the data, besides the seed and architecture in its config."""
     return {
@@ -48,9 +57,13 @@ def identity(corpus: Corpus) -> dict[str, str]:
 
 
 def checkpoint_meta(
-    config: Config, corpus: Corpus, schedule: TrainingSchedule, step: int
+    config: Config,
+    corpus: Corpus,
+    schedule: TrainingSchedule,
+    step: int,
+    losses: Iterable[float] = (),
 ) -> dict[str, Any]:
-    """What is saved beside the state after `step` steps, as JSON."""
+    """What is saved beside the state after `step` steps, as JSON; `losses`: its ordinary ones."""
     return {
         "config": dataclasses.asdict(config),
         **identity(corpus),
@@ -58,27 +71,28 @@ def checkpoint_meta(
         "position": schedule.position(step)._asdict(),
         "plan": schedule.begun._asdict(),
         "learning_rate": float(schedule.settings(step - 1).learning_rate),
+        "losses": list(losses),
     }
 
 
 def find_continuation(
     run_dir: str | Path, config: Config, corpus: Corpus, abstract_state: PyTree
-) -> tuple[int | None, TrainingSchedule]:
-    """The step from which `config` goes on in this folder, None for a new run, and its schedule.
+) -> Continuation:
+    """Where `config` goes on in this folder.
 
     Changes nothing on disk. `config.resume` is "auto", "never" or a step's number. Raises
     UserError, with the ways out, for another run's folder and for a learning rate that would jump;
     and as `restore` does.
     """
     if config.resume == "never":
-        return None, TrainingSchedule(config)
+        return Continuation(None, TrainingSchedule(config), [])
     folder = Path(run_dir).absolute() / "checkpoints"
     if config.resume == "auto":
         step = latest_valid(folder)
     else:
         step = valid_step(folder, config.resume)
     if step is None:
-        return None, TrainingSchedule(config)
+        return Continuation(None, TrainingSchedule(config), [])
     saved: dict[str, Any] = process_0_says(lambda: read_saved(folder / str(step)))
     path, meta = folder / str(step), saved["meta"]
     old = _saved_config(meta)
@@ -96,7 +110,9 @@ def find_continuation(
         )
     if step < config.train.steps and old is not None:
         check_rate(path, place, config, old)
-    return step, schedule
+    losses = meta.get("losses")
+    ordinary = isinstance(losses, list) and all(isinstance(loss, float) for loss in losses)
+    return Continuation(step, schedule, losses if ordinary else [])
 
 
 def refuse_another_run(

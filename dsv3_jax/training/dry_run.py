@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.placement import shardings
@@ -57,6 +59,7 @@ def dry_run_report(config: Config, layout: Layout) -> str:
     }
     lines.append(f"memory per device, GiB (XLA's analysis of the step for {layout.platform})")
     lines += [f"  {name:<40} {value:10.3f}" for name, value in rows.items()]
+    lines.append("  " + fit_line(_peak(memory), device_bytes(layout)))
     axes = ", ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items())
     schedule = TrainingSchedule(config)
     lines += [
@@ -68,6 +71,32 @@ def dry_run_report(config: Config, layout: Layout) -> str:
     if not layout.one_device:
         lines += ["", "which devices hold which part", *_pictures(config, layout, state)]
     return "\n".join(lines)
+
+
+def fit_line(wanted: int, there: int | None) -> str:
+    """Whether a step's peak fits a device, in GiB."""
+    if there is None:
+        return "whether it fits is not known: no device of that kind is here"
+    sizes = [size / 2**30 for size in (wanted, there)]
+    needed, had = (f"{size:,.0f}" if size >= 100 else f"{size:.3g}" for size in sizes)
+    return f"{'fits' if wanted <= there else 'does not fit'}: {needed} GiB of {had} a device"
+
+
+def device_bytes(layout: Layout) -> int | None:
+    """Memory that a device of the mesh has for JAX; virtual CPU devices share the host's.
+
+    None when the devices are descriptions of others, or do not say.
+    """
+    if not isinstance(layout.mesh, Mesh):
+        return None
+    device = layout.mesh.devices.flat[0]
+    if device not in jax.local_devices():
+        return None
+    if device.platform == "cpu":
+        host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return host // len(jax.local_devices())
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit")
 
 
 def _pictures(config: Config, layout: Layout, state: TrainState) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.config import Config, RunError
+from dsv3_jax.config import Config
 from dsv3_jax.model.placement import gathered, shardings
 from dsv3_jax.model.router import update_router_bias
 from dsv3_jax.model.step_weights import in_model_dtype, made_for_step, with_made
@@ -40,10 +40,6 @@ CPU_OPTIONS = {
 }
 
 BIAS = "e_score_correction_bias"
-
-
-class NonFiniteLoss(RunError):
-    """Too many steps in a row had a loss or gradient that was not finite."""
 
 
 class StepMetrics(NamedTuple):
@@ -101,17 +97,6 @@ def train_step(
     metrics = StepMetrics(loss, terms, grad_norm, applied, skipped, skipped_in_row)
     new = TrainState(state.step + 1, params, router, opt_state, skipped, skipped_in_row)
     return new, metrics
-
-
-def check_finite(metrics: StepMetrics | None, limit: int) -> None:
-    """Raises NonFiniteLoss once `limit` steps in a row were skipped; None: nothing to check yet."""
-    # int() first: a comparison of arrays would wait in the device's queue behind the next step.
-    if metrics is not None and (skipped := int(metrics.skipped_in_row)) >= limit:
-        raise NonFiniteLoss(
-            f"loss or gradient was not finite in {skipped} steps in a row; "
-            "none of them was applied. The newest checkpoint is good: continue from it with a "
-            "smaller --optimizer.learning-rate"
-        )
 
 
 def move_router_biases(router: Any, load: dict[str, Any], speed: Any) -> Any:

@@ -12,7 +12,7 @@ from dsv3_jax.config import ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.picture import draw, ranges
 from dsv3_jax.parallel.sharding import Layout, make_layout
-from dsv3_jax.training.dry_run import dry_run_report, parameter_counts
+from dsv3_jax.training.dry_run import device_bytes, dry_run_report, fit_line, parameter_counts
 from dsv3_jax.training.state import abstract_state
 from tests.helpers import random_variables, tiny_config, tiny_model
 
@@ -59,6 +59,7 @@ def test_the_report_names_every_parameter_and_adds_up(one_device):
     assert math.isfinite(gib("peak of one training step"))
     assert "reads 4 rows of 9 tokens in 2 micro-batches" in report
     assert "252 tokens in 7 steps" in report  # 7 x 4 x 9
+    assert "\n  fits: " in report
 
 
 def test_on_a_mesh_the_report_says_what_a_device_holds():
@@ -99,3 +100,11 @@ def test_a_picture_leaves_out_what_is_too_much():
         "+---+---+---+---+",
     ]
     assert ranges([0, 1, 2, 3, 8]) == "0-3,8"
+
+
+def test_the_report_says_whether_a_step_fits(one_device):
+    assert fit_line(254022 * 2**30, 139 * 2**30) == "does not fit: 254,022 GiB of 139 a device"
+    assert fit_line(2**29, 2**30) == "fits: 0.5 GiB of 1 a device"
+    assert "not known" in fit_line(1, None)
+    all_devices = device_bytes(one_device) * len(jax.local_devices())
+    assert 2**30 < all_devices < 2**50, "the host's memory"

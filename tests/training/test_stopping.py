@@ -1,0 +1,72 @@
+"""Signals are heard at once, also while the main thread is inside XLA; a second one ends."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax.training.metrics import Clock
+from dsv3_jax.training.stopping import Stopped, StopRequest
+
+# A call into C that no Python handler interrupts, as a compilation is.
+BUSY = """
+import ctypes, sys
+from dsv3_jax.training.metrics import Clock
+from dsv3_jax.training.run_log import set_up_logging
+from dsv3_jax.training.stopping import StopRequest
+set_up_logging()
+sleep = ctypes.CDLL(None).usleep
+clock = Clock()
+with StopRequest(clock) as stop, stop.saving(), clock("compile"):
+    print("compiling", flush=True)
+    for _ in range({calls}):
+        sleep(900_000)
+    print("requested", stop.requested, flush=True)
+"""
+
+
+def start(calls: int) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", BUSY.format(calls=calls)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_signal_while_compiling_is_told_at_once_and_a_second_ends(number):
+    with start(calls=100) as process:
+        assert process.stdout.readline() == "compiling\n"
+        process.send_signal(number)
+        said = process.stdout.readline()
+        assert f"{number.name} heard: a step is being compiled" in said
+        assert "A second signal ends it at once" in said
+        assert process.poll() is None
+        process.send_signal(number)
+        assert f"{number.name} again" in process.stdout.read()
+        assert process.wait(timeout=20) == 128 + number
+
+
+def test_one_signal_lets_the_step_end():
+    with start(calls=2) as process:
+        assert process.stdout.readline() == "compiling\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.read().endswith("requested True\n")
+        assert process.wait(timeout=20) == 0
+
+
+def test_with_nothing_to_save_a_signal_stops_at_once(caplog):
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped, StopRequest(Clock()):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in range(10**6):
+            pass
+    assert stopped.value.code == 143
+    assert "SIGTERM heard: nothing is left to save" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) == before
