@@ -121,6 +121,10 @@ def make_exchange(
         return Exchange((), here, None, token_axes)
     if config.transport == "local":
         raise ValueError(f"transport 'local' moves nothing, but experts are spread over {axes}")
+    if config.transport == "auto":
+        raise ValueError(
+            "transport 'auto' stands for none yet: `transports.resolve` needs the mesh"
+        )
     if config.transport == "pallas" and config.combine_format == "logfmt10":
         raise ValueError(
             "transport 'pallas' sends results as they are or in BF16, not in 'logfmt10': use "

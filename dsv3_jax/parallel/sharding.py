@@ -21,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Int
 
 from dsv3_jax.config import ExpertParallelConfig, ShardingConfig
+from dsv3_jax.parallel import transports
 from dsv3_jax.parallel.mesh import AXES
 
 Axes = tuple[str, ...]
@@ -249,8 +250,8 @@ ONE_DEVICE = Layout()
 
 
 def make_layout(mesh: Mesh, sharding: ShardingConfig, expert: ExpertParallelConfig) -> Layout:
-    """The layout for training on a mesh."""
-    return Layout(mesh, RULES["train"], expert, sharding)
+    """The layout for training on a mesh; UserError where it cannot run the transport asked for."""
+    return Layout(mesh, RULES["train"], transports.resolve(mesh, expert), sharding)
 
 
 def serving_layouts(layout: Layout) -> tuple[Layout, Layout]:
