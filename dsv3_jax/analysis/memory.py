@@ -37,13 +37,18 @@ def mesh_problems(config: Config, schedule: str) -> list[str]:
     found += mesh.indivisible(model)
     if train.seq_len % mesh.context:
         found.append(f"mesh.context={mesh.context} must divide train.seq_len={train.seq_len}")
-    stages = mesh.pipe * (2 if schedule == "dualpipev" else 1)
+    stages = mesh.pipe * (2 if schedule in ("dualpipev", "interleaved") else 1)
     if stages > model.num_hidden_layers:
         found.append(
             f"mesh.pipe={mesh.pipe} under {schedule} needs {stages} stages, but the model has "
             f"num_hidden_layers={model.num_hidden_layers}"
         )
     count = train.batch_size // config.micro_batch_size
+    if mesh.pipe > 1 and schedule == "interleaved" and count % mesh.pipe:
+        found.append(
+            f"interleaved needs micro-batches in groups of mesh.pipe={mesh.pipe}, but "
+            f"train.batch_size / micro_batch_size = {count}"
+        )
     if mesh.pipe > 1 and schedule.startswith("dualpipe"):
         if count < 2 * mesh.pipe:
             found.append(
@@ -94,7 +99,13 @@ def split_into_stages(model: ModelConfig, stages: int) -> list[Stage]:
 
 
 def stages_of_ranks(model: ModelConfig, ranks: int, schedule: str) -> list[list[Stage]]:
-    """The stages each pipeline rank holds: one, or two from opposite ends under DualPipe(V)."""
+    """The stages each pipeline rank holds: one, or two.
+
+    Those are from opposite ends under DualPipe(V), and `ranks` apart under interleaved 1F1B.
+    """
+    if ranks > 1 and schedule == "interleaved":
+        stages = split_into_stages(model, 2 * ranks)
+        return [[stages[rank], stages[ranks + rank]] for rank in range(ranks)]
     if ranks == 1 or not schedule.startswith("dualpipe"):
         return [[stage] for stage in split_into_stages(model, ranks)]
     stages = split_into_stages(model, 2 * ranks if schedule == "dualpipev" else ranks)

@@ -58,10 +58,10 @@ def run_whole(schedule: str, ranks: int, count: int, durations: Durations) -> Pi
 def from_formulas(schedule: str, ranks: int, count: int, durations: Durations) -> Pipeline:
     """The published bubbles and peaks; DualPipe leaves about `ranks` micro-batches unpaired.
 
-    DualPipeV's micro-batches pass each rank twice, so its counts are doubled.
+    DualPipeV's and interleaved 1F1B's micro-batches pass each rank twice, so counts are doubled.
     """
-    folded = schedule == "dualpipev"
-    stages, passes = ranks * (2 if folded else 1), count * (2 if folded else 1)
+    passes = count * (2 if schedule in ("dualpipev", "interleaved") else 1)
+    stages = ranks * (2 if schedule == "dualpipev" else 1)
     pair = durations.of("FB")
     bubble = latency.bubble_seconds(
         schedule,
@@ -76,6 +76,8 @@ def from_formulas(schedule: str, ranks: int, count: int, durations: Durations) -
         pairs, peaks = passes - stages, (stages + 1,) * ranks
     elif schedule == "1f1b":
         pairs, peaks = 0, tuple(min(ranks - r, count) for r in range(ranks))
+    elif schedule == "interleaved":
+        pairs, peaks = 0, tuple(min(3 * ranks - 2 * r - 1, passes) for r in range(ranks))
     else:
         pairs, peaks = 0, (min(ranks, count),) * ranks
     return Pipeline(pairs, dict.fromkeys("FIW", passes - pairs), bubble, peaks)

@@ -9,6 +9,7 @@ from dsv3_jax.config.mesh import (
     DistributedConfig,
     ExpertParallelConfig,
     ParallelConfig,
+    PipelineConfig,
     ShardingConfig,
 )
 from dsv3_jax.config.model import ModelConfig, RopeScaling
@@ -34,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PipelineConfig",
     "QuantConfig",
     "RopeScaling",
     "RunError",

@@ -106,6 +106,48 @@ class ExpertParallelConfig:
 
 
 @dataclass(frozen=True)
+class PipelineConfig:
+    """How micro-batches go through the stages on the ranks of mesh.pipe (docs/parallelism.md)."""
+
+    # 1f1b: one forward, one backward in turn. interleaved: the same with two stages a rank, half
+    # the bubble and more activations. zb1p: weights' gradients fill the bubble. dualpipev: two
+    # stages a rank, folded into a V, the smallest bubble; the paper's DualPipe with one copy of the
+    # weights.
+    schedule: Literal["1f1b", "interleaved", "zb1p", "dualpipev"] = "1f1b"
+
+    @property
+    def stages_per_rank(self) -> int:
+        """How many stages each rank holds."""
+        return 2 if self.schedule in ("interleaved", "dualpipev") else 1
+
+    def misfits(self, ranks: int, microbatches: int, layers: int) -> list[str]:
+        """Why so many ranks cannot run the schedule, each with the nearest that works."""
+        found: list[str] = []
+        if ranks == 1:
+            return found
+        stages = ranks * self.stages_per_rank
+        if stages > layers + 1:
+            nearest = (layers + 1) // self.stages_per_rank
+            found.append(
+                f"mesh.pipe={ranks} under {self.schedule} needs {stages} stages, but "
+                f"model.num_hidden_layers={layers} fill {layers}, and the last may have the head "
+                f"alone: use mesh.pipe={nearest} or less"
+            )
+        of_batch = f"train.batch_size / micro_batch_size = {microbatches} micro-batches"
+        if self.schedule == "dualpipev" and microbatches < 2 * ranks:
+            found.append(
+                f"dualpipev needs at least 2 x mesh.pipe = {2 * ranks} micro-batches, but there "
+                f"are {of_batch}: use {2 * ranks}, or --pipeline.schedule zb1p"
+            )
+        if self.schedule == "interleaved" and microbatches % ranks:
+            found.append(
+                f"interleaved takes micro-batches in groups of mesh.pipe={ranks}, but there are "
+                f"{of_batch}: use {round_up(microbatches, ranks)}, or --pipeline.schedule 1f1b"
+            )
+        return found
+
+
+@dataclass(frozen=True)
 class DistributedConfig:
     """How the processes of a run on several hosts, one on each, find and watch each other.
 

@@ -13,6 +13,7 @@ from dsv3_jax.config.mesh import (
     DistributedConfig,
     ExpertParallelConfig,
     ParallelConfig,
+    PipelineConfig,
     ShardingConfig,
 )
 from dsv3_jax.config.model import ModelConfig, RopeScaling
@@ -37,6 +38,7 @@ class Config:
     mesh: ParallelConfig = field(default_factory=ParallelConfig)
     expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
+    pipeline: PipelineConfig = field(default_factory=PipelineConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -127,6 +129,8 @@ class Config:
                 f"a micro-batch of {micro} sequences must be a multiple of mesh.data x mesh.node x "
                 f"mesh.local = {token_shards}: use {round_up(micro, token_shards)}"
             )
+        count, layers = self.train.batch_size // micro, self.model.num_hidden_layers
+        found += self.pipeline.misfits(self.mesh.pipe, count, layers)
         return found
 
     def validate(self) -> Config:
@@ -206,6 +210,7 @@ _GROUPS: dict[str, type] = {
     "mesh": ParallelConfig,
     "expert_parallel": ExpertParallelConfig,
     "sharding": ShardingConfig,
+    "pipeline": PipelineConfig,
     "data": DataConfig,
     "train": TrainConfig,
     "optimizer": OptimizerConfig,

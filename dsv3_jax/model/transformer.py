@@ -128,25 +128,47 @@ def hidden_states(
     segments: Int[Array | np.ndarray, "B T"] | None = None,
 ) -> States:
     """`forward` without the head: what it would make logits of. The ends are gathered already."""
-    layout, params = how.layout, variables["params"]
-    ids = layout.in_order(tokens)
-    positions = layout.in_order(jnp.arange(tokens.shape[1])[None])
-    of_tokens = Tokens(positions, None if segments is None else layout.in_order(segments))
-
-    embedded = embed_tokens(params, ids, how)
+    of_tokens = tokens_of(tokens, how, segments)
+    embedded = embed_tokens(variables["params"], how.layout.in_order(tokens), how)
     x, _, stats = run_layers(variables, embedded, of_tokens, how)
+    return finish(variables, x, tokens, of_tokens, how, embedded)._replace(stats=stats)
+
+
+def tokens_of(
+    tokens: Int[Array | np.ndarray, "B T"],
+    how: Pass,
+    segments: Int[Array | np.ndarray, "B T"] | None = None,
+) -> Tokens:
+    """What the layers know of whole rows, in the layout's order."""
+    positions = how.layout.in_order(jnp.arange(tokens.shape[1])[None])
+    return Tokens(positions, None if segments is None else how.layout.in_order(segments))
+
+
+def finish(
+    variables: Variables,
+    x: Float[Array, "B T D"],
+    tokens: Int[Array | np.ndarray, "B T"],
+    of_tokens: Tokens,
+    how: Pass,
+    embedded: Float[Array, "B T D"] | None = None,
+) -> States:
+    """What comes after the last layer, whose output x is: the final norm and the MTP modules.
+
+    `tokens` are ids in their natural order; `embedded`, where it is at hand, their embeddings. The
+    statistics of the layers are not in it.
+    """
+    params, length = variables["params"], tokens.shape[1]
     hidden = final_norm(params, x, how)
-    mtp_hidden, mtp_stats = [], []
-    previous = hidden
+    mtp_hidden, mtp_stats, previous = [], [], hidden
     for depth in range(how.config.num_nextn_predict_layers):
         embedding = _embedding_ahead(params, tokens, embedded, depth + 1, how)
-        counted = jnp.broadcast_to(positions < tokens.shape[1] - (depth + 1), tokens.shape)
+        counted = jnp.broadcast_to(of_tokens.positions < length - (depth + 1), tokens.shape)
         previous, _, depth_stats = run_mtp(
             variables, depth, previous, embedding, of_tokens._replace(counted=counted), how
         )
         mtp_hidden.append(previous)
         mtp_stats.append(depth_stats)
-    return States(hidden, tuple(mtp_hidden), stats, tuple(mtp_stats))
+    return States(hidden, tuple(mtp_hidden), None, tuple(mtp_stats))
 
 
 def _embedding_ahead(params, tokens, embedded, ahead: int, how: Pass):
@@ -155,7 +177,8 @@ def _embedding_ahead(params, tokens, embedded, ahead: int, how: Pass):
     The last rows, which have none, read the row's first tokens: causality keeps them from all
     others, and they are not counted.
     """
-    if how.layout.one_device:  # a second look-up would scatter a second gradient
+    # On one device a second look-up would scatter a second gradient.
+    if embedded is not None and how.layout.one_device:
         return jnp.roll(embedded, -ahead, axis=1)
     # Token ids are shifted, which is cheap between devices, and looked up again.
     shifted = how.layout.in_order(jnp.roll(tokens, -ahead, axis=1))

@@ -33,11 +33,6 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
     if devices is None:
         # Processes may have been dealt out to the hosts in turn.
         devices = sorted(jax.devices(), key=lambda device: hosts.index(hosts[device.process_index]))
-    if config.pipe > 1:
-        raise UserError(
-            f"mesh.pipe={config.pipe}: there is no pipeline over devices yet (its schedules can be "
-            "simulated): use mesh.pipe=1"
-        )
     larger = {axis: size for axis, size in sizes.items() if size > 1}
     if config.num_devices > len(devices):
         product = " x ".join(f"{axis} {size}" for axis, size in larger.items())

@@ -2,9 +2,10 @@
 
 A schedule is one list of actions a rank; nothing here runs a model. The executor turns the lists
 into ticks, the planner turns them into seconds, and the tests read them without a device. Knows no
-JAX. Four schedules: 1F1B (Narayanan et al., arXiv 2104.04473), ZB1P (ZB-H1 of Qi et al.,
-arXiv 2401.10241), and DualPipe and DualPipeV. The last two are our own re-statement of the eight
-steps of DeepSeek's MIT-licensed github.com/deepseek-ai/DualPipe (V3 report, section 3.2.1).
+JAX. Five schedules: 1F1B and interleaved 1F1B (Narayanan et al., arXiv 2104.04473), ZB1P (ZB-H1 of
+Qi et al., arXiv 2401.10241), and DualPipe and DualPipeV. The last two are our own re-statement of
+the eight steps of DeepSeek's MIT-licensed github.com/deepseek-ai/DualPipe (V3 report, section
+3.2.1).
 
 By simulation the published bubbles are exact where W <= F and W <= I (1F1B always), and
 DualPipe's needs F = I besides: (PP/2 - 1)(F&B + B - 3W) is 21 for F, I, W = 2, 3, 1 and 8 ranks,
@@ -60,11 +61,11 @@ class Schedule:
     `parameter_copies` counts how often the model is held by the ranks together. Under
     `placement` "straight" stage s lives on rank s; under "bidirectional" on ranks s (for the first
     half of the micro-batches) and num_ranks-1-s (for the second); under "v" a rank holds stages r
-    and 2*num_ranks-1-r.
+    and 2*num_ranks-1-r; under "looped" stage s lives on rank s % num_ranks.
     """
 
     name: str
-    placement: Literal["straight", "bidirectional", "v"]
+    placement: Literal["straight", "bidirectional", "v", "looped"]
     num_ranks: int
     num_stages: int
     num_microbatches: int
@@ -81,7 +82,7 @@ class Schedule:
             return stage if stage < self.num_ranks else self.num_stages - 1 - stage
         if self.placement == "bidirectional" and microbatch >= self.num_microbatches // 2:
             return self.num_ranks - 1 - stage
-        return stage
+        return stage % self.num_ranks
 
     def in_units(self) -> Schedule:
         """The same schedule with every B and FB taken apart into F, I and W.
@@ -159,6 +160,39 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
     return Schedule("1f1b", "straight", num_ranks, num_ranks, num_microbatches, tuple(rows))
 
 
+def interleaved(num_ranks: int, num_microbatches: int, chunks: int = 2) -> Schedule:
+    """Interleaved 1F1B: each rank holds `chunks` stages, num_ranks apart, which halves the bubble.
+
+    num_microbatches is a multiple of num_ranks, as micro-batches go through a chunk in groups of
+    so many.
+    """
+    _check(num_ranks, num_microbatches, at_least=1)
+    if num_microbatches % num_ranks:
+        raise ValueError(
+            f"interleaved 1F1B needs num_microbatches={num_microbatches} to be a multiple of "
+            f"num_ranks={num_ranks}"
+        )
+    total = chunks * num_microbatches
+
+    def place(turn: int, rank: int, backward: bool) -> tuple[int, int]:
+        group, within = divmod(turn, num_ranks * chunks)
+        chunk, m = divmod(within, num_ranks)
+        chunk = chunks - 1 - chunk if backward else chunk
+        return chunk * num_ranks + rank, group * num_ranks + m
+
+    rows = []
+    for rank in range(num_ranks):
+        warm_up = min(2 * (num_ranks - rank - 1) + (chunks - 1) * num_ranks, total)
+        row = [Action("F", *place(turn, rank, False)) for turn in range(warm_up)]
+        for turn in range(total):
+            if warm_up + turn < total:
+                row.append(Action("F", *place(warm_up + turn, rank, False)))
+            row.append(Action("B", *place(turn, rank, True)))
+        rows.append(tuple(row))
+    name, stages = "interleaved", chunks * num_ranks
+    return Schedule(name, "looped", num_ranks, stages, num_microbatches, tuple(rows))
+
+
 def zb1p(num_ranks: int, num_microbatches: int) -> Schedule:
     """ZB1P: as 1F1B, but rank r puts off its weight gradients by r, to fill the last bubble."""
     _check(num_ranks, num_microbatches, at_least=1)
@@ -228,6 +262,7 @@ def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
 
 SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
     "1f1b": one_f_one_b,
+    "interleaved": interleaved,
     "zb1p": zb1p,
     "dualpipe": dualpipe,
     "dualpipev": dualpipev,

@@ -63,6 +63,9 @@ class Layout:
     rules: Rules = RULES["train"]
     expert: ExpertParallelConfig = ANY_EXCHANGE
     config: ShardingConfig = ANY_STATE
+    # Axes that a surrounding shard_map has made manual, as a pipeline does with `pipe`: what is
+    # inside of it lies on one of their ranks, and is not cut over them.
+    outer: Axes = ()
 
     @property
     def one_device(self) -> bool:
@@ -122,6 +125,10 @@ class Layout:
         where = self._bound(self.spec(*dims))
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, where), x)
 
+    def place(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
+        """x, laid out as a spec that may name any axis of the mesh, when inside jit."""
+        return jax.lax.with_sharding_constraint(x, self._bound(spec))
+
     def _bound(self, spec: PartitionSpec) -> NamedSharding:
         """The sharding to constrain an array to: inside an outer shard_map, over its mesh."""
         context = jax.sharding.get_abstract_mesh()
@@ -176,7 +183,11 @@ class Layout:
         cut: list[Axes] = [_as_axes(entry) for entry in spec]
         cut += [()] * (len(shape) - len(cut))
         used = {axis for axes in cut for axis in axes}
-        free = tuple(a for a, size in self.mesh.shape.items() if size > 1 and a not in used)
+        free = tuple(
+            axis
+            for axis, size in self.mesh.shape.items()
+            if size > 1 and axis not in used and axis not in self.outer
+        )
 
         def place(axes: Axes) -> bool:
             def shards(dim: int) -> int:

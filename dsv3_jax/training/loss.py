@@ -44,23 +44,39 @@ def training_loss(
     V3 report, eqs. 17 and 23-25. The balance loss is summed over layers, MTP's included (its
     reduction is not published).
     """
-    tokens, targets = rows[:, :-1], rows[:, 1:]
-    segments = document_numbers(tokens, config) if config.data.mask_documents else None
+    segments = documents(rows, config)
     how = training_pass(config, layout)
     params = gathered_ends(variables["params"], how)
-    states = hidden_states({**variables, "params": params}, tokens, how, segments=segments)
+    states = hidden_states({**variables, "params": params}, rows[:, :-1], how, segments=segments)
+    nats, ce, mtp = prediction_nats(params, states, rows, mtp_loss_weight, segments, layout)
+    load, balance, rounds = _router_stats(states)
+    loss = nats + config.schedule.balance_loss_weight * balance
+    return loss, LossTerms(ce, mtp, balance, load, rounds)
+
+
+def documents(rows: Int[Array | np.ndarray, "B T1"], config: Config) -> Int[Array, "B T"] | None:
+    """The document of each token that is read, where attention must not cross; else None."""
+    return document_numbers(rows[:, :-1], config) if config.data.mask_documents else None
+
+
+def prediction_nats(
+    params: dict[str, Any],
+    states: States,
+    rows: Int[Array | np.ndarray, "B T1"],
+    mtp_loss_weight: Float[Array, ""],
+    segments: Int[Array, "B T"] | None,
+    layout: Layout,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """(ce + lambda * mtp, ce, mtp), nats a token, of the main head and the mean of MTP's."""
     depths = len(states.mtp_hidden)
     nats, (ce, *mtp) = head_nats(
         jnp.stack([states.hidden, *states.mtp_hidden], axis=1),
         params["lm_head"],
-        *_targets_of_heads(targets, segments, depths, layout),
+        *_targets_of_heads(rows[:, 1:], segments, depths, layout),
         jnp.stack([jnp.ones(()), *[mtp_loss_weight / max(depths, 1)] * depths]),
         layout,
     )
-    mtp = sum(mtp, jnp.zeros(())) / max(depths, 1)
-    load, balance, rounds = _router_stats(states)
-    loss = nats + config.schedule.balance_loss_weight * balance
-    return loss, LossTerms(ce, mtp, balance, load, rounds)
+    return nats, ce, sum(mtp, jnp.zeros(())) / max(depths, 1)
 
 
 def mean_nats(

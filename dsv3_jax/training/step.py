@@ -18,12 +18,13 @@ from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import RECIPES
 from dsv3_jax.training.loss import (
     LossTerms,
-    document_numbers,
+    documents,
     mean_nats,
     training_loss,
     training_pass,
 )
 from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.pipelined import pipelined_gradients
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.state import TrainState
 
@@ -123,8 +124,7 @@ def eval_step(
     layout: Layout = ONE_DEVICE,
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the main model, nats a token, of rows of T + 1 tokens."""
-    tokens = rows[:, :-1]
-    segments = document_numbers(tokens, config) if config.data.mask_documents else None
+    segments = documents(rows, config)
     variables = {"params": _gathered_once(params, layout), "router": router}
     how = dataclasses.replace(training_pass(config, layout), remat="none")
     return mean_nats(variables, rows, how, segments)
@@ -151,6 +151,9 @@ def _mean_over_micro_batches(state, rows, settings: StepSettings, config: Config
     # which changes no bit without FP8. As shares of a mean, gradients of many tokens lie so far
     # under FP8's floor, 1e-4 for a tile's largest, that E4M3 has few bits or none left for them.
     per_token = float(1 << ((rows.shape[1] * (rows.shape[2] - 1)).bit_length() - 1))
+
+    if layout.mesh.shape["pipe"] > 1:
+        return _pipelined(state, rows, settings, config, layout, per_token)
 
     # What every micro-batch multiplies by is made before the first of them, and only once.
     params, made = _gathered_once(state.params, layout), None
@@ -186,3 +189,16 @@ def _mean_over_micro_batches(state, rows, settings: StepSettings, config: Config
     count = settings.num_micro_batches.astype(jnp.float32)
     means = jax.tree.map(lambda x: x / count, (loss, terms._replace(load={}), grads))
     return means[0], means[1]._replace(load=terms.load), means[2]
+
+
+def _pipelined(state, rows, settings, config: Config, layout: Layout, per_token: float):
+    """`_mean_over_micro_batches` by the ranks of `pipe`."""
+    terms, grads = pipelined_gradients(
+        state.params, state.router, rows, settings, config, layout, per_token
+    )
+    count = settings.num_micro_batches.astype(jnp.float32)
+    means = jax.tree.map(lambda x: x / count, terms._replace(load={}))
+    balance = config.schedule.balance_loss_weight * means.balance
+    loss = means.ce + settings.mtp_loss_weight * means.mtp + balance
+    grads = _as_stored(jax.tree.map(lambda g: g / (per_token * count), grads), layout)
+    return loss, means._replace(load=terms.load), grads

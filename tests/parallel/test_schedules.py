@@ -11,6 +11,7 @@ from dsv3_jax.parallel.schedules import (
     Schedule,
     dualpipe,
     dualpipev,
+    interleaved,
     make_schedule,
     one_f_one_b,
     simulate,
@@ -30,6 +31,8 @@ TIMES = [
 @pytest.mark.parametrize("ranks, microbatches", SIZES)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_stage_runs_each_microbatch_once_on_its_own_rank(name, ranks, microbatches):
+    if name == "interleaved":  # in whole groups
+        microbatches = -(-microbatches // ranks) * ranks
     schedule = make_schedule(name, ranks, microbatches)
     ran = Counter()
     for rank, row in enumerate(schedule.actions):
@@ -56,6 +59,15 @@ def test_bubbles_equal_the_published_formulas(ranks, microbatches, times):
     assert max(simulate(dualpipe(ranks, microbatches), times).bubbles) == pytest.approx(dual)
     folded = simulate(dualpipev(ranks // 2, microbatches), times)
     assert max(folded.bubbles) == pytest.approx(dual)
+
+
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_interleaving_has_the_bubble_of_half_stages(ranks):
+    times = Durations(1, 1, 1)
+    bubbles = simulate(interleaved(ranks, 4 * ranks), times).bubbles
+    assert set(bubbles) == {(ranks - 1) * (times.forward + times.backward)}  # of half a rank's work
+    peaks = simulate(interleaved(ranks, 4 * ranks), times).peak_activations
+    assert peaks == tuple(3 * ranks - 2 * r - 1 for r in range(ranks))
 
 
 def test_dualpipe_formula_is_an_approximation_where_input_gradients_outlast_forwards():

@@ -1,0 +1,128 @@
+"""A backward pass in two parts: the gradient of the input first, that of the weights later.
+
+The pullback of `jax.vjp` is a program from saved numbers and the output's cotangent to all
+gradients. What the input's gradient needs of it runs first; the rest, which makes the weights'
+gradients, runs later from what was saved and from a few values of the first part: the cotangents of
+the products. Nothing is computed twice. (Qi et al., arXiv 2401.10241, split layers by hand.)
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as jcore
+
+# Calls whose body is taken apart, too.
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "remat", "checkpoint")
+
+
+class SplitBackward(NamedTuple):
+    """The two parts of a pullback.
+
+    first(*inputs) gives (gradients of the input, early, frontier): early are the gradients of
+    weights that the first part makes anyway, by their place among all; the frontier is what
+    second(frontier, *inputs) needs besides the inputs for the others, None in the place of those.
+    """
+
+    first: Callable[..., tuple[list[Any], dict[int, Any], list[Any]]]
+    second: Callable[..., list[Any]]
+
+
+def split_backward(
+    pullback: Callable[..., tuple[list[Any], list[Any]]], *inputs: Any
+) -> SplitBackward:
+    """The parts of pullback(*inputs) -> (gradients of the input, gradients of the weights).
+
+    Both are lists of arrays; `inputs` are arrays or their shapes. A call that cannot be taken
+    apart, such as a shard_map, is in the first part as a whole if the input's gradient needs it.
+    """
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
+    flat, structure = jax.tree.flatten(shapes)
+    counts: list[int] = []
+
+    def flat_pullback(*leaves):
+        of_input, of_weights = pullback(*jax.tree.unflatten(structure, leaves))
+        counts.append(len(of_input))
+        return [*of_input, *of_weights]
+
+    closed = _inlined(jax.make_jaxpr(flat_pullback)(*flat), flat)
+    jaxpr, made_by = closed.jaxpr, {}
+    for number, eqn in enumerate(closed.jaxpr.eqns):
+        made_by |= dict.fromkeys(eqn.outvars, number)
+    of_input, of_weights = jaxpr.outvars[: counts[0]], jaxpr.outvars[counts[0] :]
+    first = _reached(jaxpr, made_by, of_input)
+    early = [i for i, v in enumerate(of_weights) if not _reached(jaxpr, made_by, [v]) - first]
+    late = [v for i, v in enumerate(of_weights) if i not in early]
+    second = _reached(jaxpr, made_by, late) - first
+    made_first = {v for number in first for v in jaxpr.eqns[number].outvars}
+    used = [v for number in sorted(second) for v in jaxpr.eqns[number].invars]
+    frontier = [v for v in dict.fromkeys(filter(_is_variable, [*used, *late])) if v in made_first]
+
+    def run_first(*inputs):
+        wanted = [*of_input, *(of_weights[i] for i in early), *frontier]
+        values = _run(closed, sorted(first), jax.tree.leaves(inputs), {}, wanted)
+        gradients, rest = values[: len(of_input)], values[len(of_input) :]
+        return gradients, dict(zip(early, rest)), rest[len(early) :]
+
+    def run_second(frontier_values, *inputs):
+        known = dict(zip(frontier, frontier_values))
+        values = iter(_run(closed, sorted(second), jax.tree.leaves(inputs), known, late))
+        return [None if i in early else next(values) for i in range(len(of_weights))]
+
+    return SplitBackward(run_first, run_second)
+
+
+def _is_variable(atom: Any) -> bool:
+    return isinstance(atom, jcore.Var)
+
+
+def _reached(jaxpr: Any, made_by: dict[Any, int], outputs: Iterable[Any]) -> set[int]:
+    """The equations, by number, that the outputs are made by."""
+    found: set[int] = set()
+    left = [v for v in outputs if _is_variable(v)]
+    while left:
+        number = made_by.get(left.pop())
+        if number is not None and number not in found:
+            found.add(number)
+            left += filter(_is_variable, jaxpr.eqns[number].invars)
+    return found
+
+
+def _run(closed: Any, numbers: Iterable[int], inputs, known: dict[Any, Any], wanted) -> list[Any]:
+    """The wanted variables after these equations."""
+    values = dict(zip(closed.jaxpr.constvars, closed.consts))
+    values |= dict(zip(closed.jaxpr.invars, inputs)) | known
+    for number in numbers:
+        eqn = closed.jaxpr.eqns[number]
+        values |= zip(eqn.outvars, _bind(eqn, [_read(values, atom) for atom in eqn.invars]))
+    return [_read(values, atom) for atom in wanted]
+
+
+def _read(values: dict[Any, Any], atom: Any) -> Any:
+    return values[atom] if _is_variable(atom) else atom.val
+
+
+def _bind(eqn: Any, operands: list[Any]) -> list[Any]:
+    parameters = eqn.primitive.get_bind_params(eqn.params)
+    results = eqn.primitive.bind(*operands, **parameters)
+    return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _inlined(closed: Any, shapes: list[Any]) -> Any:
+    """The same program without calls that only wrap a body."""
+
+    def evaluate(jaxpr, consts, operands):
+        values = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, operands))
+        for eqn in jaxpr.eqns:
+            inputs = [_read(values, atom) for atom in eqn.invars]
+            if eqn.primitive.name in _CALLS:
+                body = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
+                is_closed = isinstance(body, jcore.ClosedJaxpr)
+                inner = (body.jaxpr, body.consts) if is_closed else (body, ())
+                outputs = evaluate(*inner, inputs)
+            else:
+                outputs = _bind(eqn, inputs)
+            values |= zip(eqn.outvars, outputs)
+        return [_read(values, atom) for atom in jaxpr.outvars]
+
+    return jax.make_jaxpr(lambda *leaves: evaluate(closed.jaxpr, closed.consts, leaves))(*shapes)

@@ -1,0 +1,213 @@
+"""A pipeline schedule as tables of ticks: what the one SPMD program does, rank by rank.
+
+In one program all ranks meet at every hand-over, so time is cut into ticks of one F, I or W each.
+The tables say, for every tick and rank, what to do and which slot of which buffer it reads and
+writes. A slot is taken when something comes to life and is free when its last reader is done, so
+that there are as many as the schedule holds at its peak, however many micro-batches it runs. Knows
+no JAX.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+from jaxtyping import Int32
+
+from dsv3_jax.parallel.schedules import Action, Schedule
+
+IDLE, FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD = range(4)
+_OPS = {"F": FORWARD, "I": INPUT_BACKWARD, "W": WEIGHT_BACKWARD}
+
+
+@dataclass(frozen=True)
+class TickTables:
+    """Tables of [ticks, ranks] int32 and the sizes of the buffers they point into.
+
+    Fields:
+        op: IDLE, FORWARD, INPUT_BACKWARD or WEIGHT_BACKWARD.
+        chunk: which of the stages that the rank holds.
+        microbatch: whose turn it is.
+        saved: slot of what the forward keeps for both backward passes.
+        received: slot of the mail that is read: a forward's input, or the gradient of its output
+            (of the last stage, its own output, from which the loss is taken). A stage without a
+            sender reads the slot that nobody writes.
+        from_above, from_below, from_self: slot that what comes from rank - 1, from rank + 1 and
+            from the rank itself is put into after the tick; the last slot, if nothing comes.
+        num_saved, num_mail: slots of the two buffers; mail has one more, for what nobody reads.
+    """
+
+    op: Int32[np.ndarray, "ticks ranks"]
+    chunk: Int32[np.ndarray, "ticks ranks"]
+    microbatch: Int32[np.ndarray, "ticks ranks"]
+    saved: Int32[np.ndarray, "ticks ranks"]
+    received: Int32[np.ndarray, "ticks ranks"]
+    from_above: Int32[np.ndarray, "ticks ranks"]
+    from_below: Int32[np.ndarray, "ticks ranks"]
+    from_self: Int32[np.ndarray, "ticks ranks"]
+    num_saved: int
+    num_mail: int
+
+    @property
+    def idle(self) -> tuple[int, ...]:
+        """Ticks in which each rank does nothing."""
+        return tuple((self.op == IDLE).sum(0).tolist())
+
+    def columns(self) -> dict[str, Int32[np.ndarray, "ticks ranks"]]:
+        """The tables by name."""
+        return {
+            f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), np.ndarray)
+        }
+
+
+def chunk_of(schedule: Schedule, stage: int) -> int:
+    """Which of its rank's stages this is, counted in the order of the model."""
+    return stage // schedule.num_ranks
+
+
+def stages_of_rank(schedule: Schedule, rank: int) -> list[int]:
+    """The stages that a rank holds, by chunk."""
+    return [s for s in range(schedule.num_stages) if schedule.rank_of(s, 0) == rank]
+
+
+def unit_ticks(schedule: Schedule) -> list[list[Action | None]]:
+    """What each rank does in each tick: its next action, once all that it needs has been made.
+
+    ValueError for a schedule whose ranks wait for each other.
+    """
+    schedule = schedule.in_units()
+    done: set[tuple[str, int, int]] = set()
+    position = [0] * schedule.num_ranks
+    ticks: list[list[Action | None]] = []
+    while any(p < len(row) for p, row in zip(position, schedule.actions)):
+        row: list[Action | None] = []
+        for rank, actions in enumerate(schedule.actions):
+            action = actions[position[rank]] if position[rank] < len(actions) else None
+            ready = action is not None and all(need in done for need in _needs(schedule, action))
+            row.append(action if ready else None)
+        if not any(row):
+            waiting = [a[p] for a, p in zip(schedule.actions, position) if p < len(a)]
+            raise ValueError(f"schedule {schedule.name!r} deadlocks at {waiting[0]}")
+        for rank, action in enumerate(row):
+            if action is not None:
+                done.add((action.op, action.stage, action.microbatch))
+                position[rank] += 1
+        ticks.append(row)
+    return ticks
+
+
+def tick_tables(schedule: Schedule) -> TickTables:
+    """The tables of a schedule whose ranks hold each stage once (not "bidirectional")."""
+    if schedule.placement == "bidirectional":
+        raise ValueError(
+            f"{schedule.name} holds every stage on two ranks, which the executor does not: use "
+            "dualpipev, which has its bubbles with one copy of the weights"
+        )
+    ticks = unit_ticks(schedule)
+    shape = (len(ticks), schedule.num_ranks)
+    names = ("op", "chunk", "microbatch", "saved", "received")
+    tables = {name: np.zeros(shape, np.int32) for name in names}
+    for t, row in enumerate(ticks):
+        for rank, action in enumerate(row):
+            if action is not None:
+                tables["op"][t, rank] = _OPS[action.op]
+                tables["chunk"][t, rank] = chunk_of(schedule, action.stage)
+                tables["microbatch"][t, rank] = action.microbatch
+    when = {(a.op, a.stage, a.microbatch): t for t, row in enumerate(ticks) for a in row if a}
+    num_saved = _place_saved(schedule, when, tables["saved"])
+    arrivals = {name: np.full(shape, -1, np.int32) for name in ("above", "below", "self")}
+    num_mail = _place_mail(schedule, when, tables["received"], arrivals)
+    for table in arrivals.values():
+        table[table < 0] = num_mail
+    return TickTables(
+        **tables,
+        **{f"from_{name}": table for name, table in arrivals.items()},
+        num_saved=num_saved,
+        num_mail=num_mail,
+    )
+
+
+def _needs(schedule: Schedule, action: Action) -> Iterator[tuple[str, int, int]]:
+    stage, m = action.stage, action.microbatch
+    if action.op == "F" and stage > 0:
+        yield "F", stage - 1, m
+    if action.op == "I":
+        yield "F", stage, m
+        if stage + 1 < schedule.num_stages:
+            yield "I", stage + 1, m
+    if action.op == "W":
+        yield "I", stage, m
+
+
+def _place_saved(schedule: Schedule, when, saved) -> int:
+    """Slots from a forward to the end of its weight gradient, of each rank."""
+    lives: list[list] = [[] for _ in range(schedule.num_ranks)]
+    for stage in range(schedule.num_stages):
+        for m in range(schedule.num_microbatches):
+            made, used, freed = (when[op, stage, m] for op in "FIW")
+            lives[schedule.rank_of(stage, m)].append((made, freed, (made, used, freed)))
+    return max(_allot(life, saved[:, rank]) for rank, life in enumerate(lives))
+
+
+def _place_mail(schedule: Schedule, when, received, arrivals) -> int:
+    """Slots from the tick after which a message arrives to the tick that reads it."""
+    last = schedule.num_stages - 1
+    lives: list[list] = [[] for _ in range(schedule.num_ranks)]
+    arrival = []  # (tick, rank, direction, place in lives)
+    for m in range(schedule.num_microbatches):
+        for stage in range(schedule.num_stages):
+            routes = [("F", stage, "F", stage + 1) if stage < last else ("F", stage, "I", stage)]
+            routes += [("I", stage, "I", stage - 1)] if stage else []
+            for op, source, reader, target in routes:
+                sent, read = when[op, source, m], when[reader, target, m]
+                here, there = (schedule.rank_of(s, m) for s in (source, target))
+                way = _way(schedule, op, here, there)
+                arrival.append((sent, there, way, len(lives[there])))
+                lives[there].append((sent, read, (read,)))
+    slots: list[list[int]] = []
+    num = 0
+    for rank, life in enumerate(lives):
+        column = received[:, rank]
+        taken: list[int] = []
+        num = max(num, _allot(life, column, taken))
+        slots.append(taken)
+    for tick, rank, way, place in arrival:
+        arrivals[way][tick, rank] = slots[rank][place]
+    return num
+
+
+def _way(schedule: Schedule, op: str, here: int, there: int) -> str:
+    """Where a message comes from as its receiver sees it: ranks are a ring."""
+    if here == there:
+        return "self"
+    if schedule.placement == "v":
+        return "above" if there > here else "below"
+    return "above" if op == "F" else "below"
+
+
+def _allot(lives, column, slots: list[int] | None = None) -> int:
+    """Gives each (start, end, ticks) a slot that nobody holds meanwhile; returns their number.
+
+    Writes it to the column at the ticks, and in the order of `lives` to `slots`. What starts in the
+    tick another ends in is put away after that one was read, so the slot is free for it.
+    """
+    order = sorted(range(len(lives)), key=lambda i: lives[i][:2])
+    free: list[int] = []
+    held: list[tuple[int, int]] = []  # (end, slot)
+    given = [0] * len(lives)
+    count = 0
+    for i in order:
+        start, end, ticks = lives[i]
+        free += sorted((slot for until, slot in held if until <= start), reverse=True)
+        held = [(until, slot) for until, slot in held if until > start]
+        if not free:
+            free.append(count)
+            count += 1
+        given[i] = free.pop()
+        held.append((end, given[i]))
+        for tick in ticks:
+            column[tick] = given[i]
+    if slots is not None:
+        slots += given
+    return count

@@ -1,0 +1,145 @@
+"""A pipelined step against the same step on one device: losses, gradients, loads, idle ranks."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import (
+    Config,
+    ExpertParallelConfig,
+    ParallelConfig,
+    PipelineConfig,
+    ShardingConfig,
+    TrainConfig,
+    UserError,
+)
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.sharding import make_layout
+from dsv3_jax.training.schedule import StepSettings
+from dsv3_jax.training.stages import NO_LAYER, plan_stages
+from dsv3_jax.training.state import init_state
+from dsv3_jax.training.step import train_step
+from tests.helpers import TOLERANCE, relative_error, tiny_model
+
+MICROBATCHES, ROWS, LENGTH = 4, 4, 8
+# Five layers, one of them dense: no two stages are alike.
+MODEL = tiny_model(
+    num_hidden_layers=5, first_k_dense_replace=1, num_attention_heads=4, vocab_size=38
+)
+
+
+def run_config(schedule="1f1b", remat="none", state="replicated", factor=2.0, **mesh) -> Config:
+    return Config(
+        model=MODEL,
+        mesh=ParallelConfig(**mesh),
+        pipeline=PipelineConfig(schedule=schedule),
+        sharding=ShardingConfig(state=state),
+        expert_parallel=ExpertParallelConfig(transport="padded", capacity_factor=factor),
+        train=TrainConfig(
+            batch_size=MICROBATCHES * ROWS, micro_batch_size=ROWS, seq_len=LENGTH, remat=remat
+        ),
+    ).validate()
+
+
+def settings(microbatches: int) -> StepSettings:
+    rate, speed, weight = np.float32(1e-2), np.float32(1e-3), np.float32(0.3)
+    return StepSettings(rate, speed, weight, np.int32(microbatches))
+
+
+@pytest.fixture(scope="module")
+def start():
+    state = jax.jit(partial(init_state, config=run_config()))(jax.random.key(0))
+    shape = (MICROBATCHES, ROWS, LENGTH + 1)
+    return state, jax.random.randint(jax.random.key(1), shape, 0, MODEL.vocab_size, jnp.int32)
+
+
+def compiled(config: Config, start):
+    layout = make_layout(make_mesh(config.mesh), config.sharding, config.expert_parallel)
+    step = jax.jit(partial(train_step, config=config, layout=layout))
+    return step.lower(*start, settings(MICROBATCHES)).compile()
+
+
+@pytest.fixture(scope="module")
+def whole(start):
+    """The step of one device, for any number of micro-batches."""
+    return compiled(run_config(), start)
+
+
+def check_equal(got, want):
+    (state, metrics), (state_1, metrics_1) = got, want
+    assert relative_error(metrics.loss, metrics_1.loss) < 1e-6
+    assert relative_error(metrics.grad_norm, metrics_1.grad_norm) < TOLERANCE["f32_gradient"]
+    for name, load in metrics_1.terms.load.items():
+        np.testing.assert_array_equal(metrics.terms.load[name], load)
+    jax.tree.map(np.testing.assert_array_equal, state.router, state_1.router)
+    # Adam's first step is the sign of the gradient: its first moment is the gradient.
+    moments = zip(*(jax.tree.leaves(s.opt_state[1].mu) for s in (state, state_1)), strict=True)
+    assert max(relative_error(a, b) for a, b in moments) < TOLERANCE["f32_gradient"]
+
+
+FAST = [run_config("zb1p", "full", "zero1", factor=1.0, pipe=2, local=2)]
+SLOW = [
+    run_config("1f1b", pipe=2),
+    run_config("interleaved", "dots", "zero1", pipe=2, tensor=2),
+    run_config("dualpipev", "none", "fsdp", pipe=2, data=2),
+    run_config("zb1p", "none", "fsdp", pipe=4, context=2),
+    run_config("1f1b", "full", "zero1", pipe=2, node=2, local=2),
+]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [*FAST, *(pytest.param(config, marks=pytest.mark.slow) for config in SLOW)],
+    ids=lambda c: f"{c.pipeline.schedule}-{c.mesh.pipe}-{c.sharding.state}-{c.train.remat}",
+)
+def test_a_pipelined_step_is_the_step(config, start, whole):
+    step = compiled(config, start)
+    check_equal(step(*start, settings(MICROBATCHES)), whole(*start, settings(MICROBATCHES)))
+    # The ramp's steps have fewer micro-batches, and compile nothing.
+    check_equal(step(*start, settings(2)), whole(*start, settings(2)))
+
+
+def test_every_layer_is_in_one_stage_in_the_models_order():
+    for schedule, ranks in (("1f1b", 4), ("interleaved", 2), ("dualpipev", 2)):
+        plan = plan_stages(run_config(schedule, pipe=ranks))
+        numbers: dict[str, dict[int, list[int]]] = {"dense_layers": {}, "moe_layers": {}}
+        for kind, layers in plan.layers.items():
+            for stages, of_rank in zip(plan.stages, layers):
+                for stage, slots in zip(stages, of_rank):
+                    numbers[kind][int(stage)] = [n for n in slots.tolist() if n != NO_LAYER]
+        assert sorted(plan.stages.ravel()) == list(range(plan.schedule.num_stages))
+        in_order = [
+            (kind, n)
+            for stage in range(plan.schedule.num_stages)
+            for kind in ("dense_layers", "moe_layers")
+            for n in numbers[kind][stage]
+        ]
+        assert in_order == [("dense_layers", 0)] + [("moe_layers", n) for n in range(4)]
+
+
+@pytest.mark.slow
+def test_temporary_memory_does_not_grow_with_microbatches(start):
+    def temporary(microbatches: int) -> int:
+        config = run_config("1f1b", pipe=2)
+        train = dataclasses.replace(config.train, batch_size=microbatches * ROWS)
+        config = dataclasses.replace(config, train=train)
+        rows = jnp.zeros((microbatches, ROWS, LENGTH + 1), jnp.int32)
+        return compiled(config, (start[0], rows)).memory_analysis().temp_size_in_bytes
+
+    few, many = temporary(4), temporary(16)
+    assert many < 1.02 * few + 16 * ROWS * (LENGTH + 1) * 4 * 8  # the rows themselves
+
+
+def test_what_does_not_fit_is_told_together():
+    with pytest.raises(UserError) as failed:
+        run_config("dualpipev", pipe=4)
+    message = str(failed.value)
+    assert "mesh.pipe=4 under dualpipev needs 8 stages" in message
+    assert "use mesh.pipe=3 or less" in message
+    assert "at least 2 x mesh.pipe = 8 micro-batches" in message
+    with pytest.raises(UserError, match=r"groups of mesh.pipe=3.*use 6"):
+        run_config("interleaved", pipe=3)
