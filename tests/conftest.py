@@ -21,6 +21,10 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 
+from tests import signatures  # noqa: E402
+
+signatures.install("dsv3_jax")
+
 jax.config.update("jax_disable_most_optimizations", jax.config.jax_platforms == "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.devices()

@@ -167,8 +167,8 @@ def choose(
     params: Variables,
     hidden: Float[Array, "B D"],
     key: PRNGKeyArray,
-    temperature: float,
-    top_p: float,
+    temperature: float | Float[Array, ""],
+    top_p: float | Float[Array, ""],
     layout: Layout = ONE_DEVICE,
 ) -> Int[Array, " B"]:
     """The next token of each sequence, by `sample`, whole on every device and so for every host."""

@@ -77,7 +77,7 @@ class PagedCache:
     block_table: Int[Array, "B S"]
     layers: int = 1  # L, static
 
-    def with_table(self, block_table: Int[Array, "B S"]) -> "PagedCache":
+    def with_table(self, block_table: Int[Array | np.ndarray, "B S"]) -> "PagedCache":
         """The same pool, and other pages of it."""
         return dataclasses.replace(self, block_table=block_table)
 

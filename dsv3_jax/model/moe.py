@@ -55,7 +55,7 @@ def expert_ffn(
     recipe: Recipe = BF16,
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's experts: SwiGLU feed-forwards over grouped rows."""
-    here = Exchange((), len(down_EDF), None, ())
+    here = Exchange((), down_EDF.shape[0], None, ())
     operands = (x_TD, routing.weights_TK, gate_up_E2FD, down_EDF)
     return _expert_round(operands, routing.experts_TK, None, recipe=recipe, exchange=here)[0]
 
@@ -181,7 +181,7 @@ def routed_experts(
         how.recipe,
         layout,
         tokens=x.shape[0] * x.shape[1] // (layout.size("batch") * layout.size("residual")),
-        num_places=len(weights.down),
+        num_places=weights.down.shape[0],
         takes_quantized_rows=as_projection(weights.gate_up).takes_quantized_rows,
     )
     tokens: Any = layout.spec("batch", "residual")

@@ -8,7 +8,7 @@ implements the same five methods; being a pytree of arrays, it goes through jit,
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jax.sharding import PartitionSpec
@@ -38,6 +38,7 @@ class ProductLayout(NamedTuple):
 WHOLE = ProductLayout(ONE_DEVICE, (), (None,))
 
 
+@runtime_checkable
 class Projection(Protocol):
     """What products ask of a weight; `linear` and `grouped_linear` say what each returns."""
 
@@ -80,12 +81,6 @@ class Projection(Protocol):
     def astype(self, dtype: Any) -> Array:
         """The weight as an array, for what is not a product: absorbing kv_b_proj."""
         ...
-
-    def reshape(self, *shape: int) -> "Projection":
-        """The same weight with dims of N or of K put together; -1 may stand for one size."""
-        ...
-
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -132,7 +127,7 @@ class Plain:
         return self.array.astype(dtype)
 
     def reshape(self, *shape):
-        """As `Projection.reshape`."""
+        """The same weight with dims put together; -1 may stand for one size."""
         return Plain(self.array.reshape(*shape))
 
     def __len__(self) -> int:
