@@ -26,8 +26,10 @@ import jax.numpy as jnp
 
 from dsv3_jax.config import Config, QuantConfig, load_config
 from dsv3_jax.kernels import backend
+from dsv3_jax.model.step_weights import with_made
 from dsv3_jax.model.transformer import init_variables
 from dsv3_jax.training.loss import training_loss
+from dsv3_jax.training.step import for_products
 
 MOVED = 2e-3  # what rounding a product to bfloat16 costs
 SLACK = 1.25  # between two draws of the same noise
@@ -59,13 +61,17 @@ def gradients(variables: Any, rows: jax.Array, config: Config) -> tuple[jax.Arra
     """The loss of rows of tokens, and its gradients summed over tokens, as in training."""
     tokens = float(rows.shape[0] * (rows.shape[1] - 1))
 
+    params, made = for_products(variables["params"], config)
+
     def loss_of(params):
         weight = jnp.float32(config.schedule.mtp_loss_weight)
-        loss, _ = training_loss(variables | {"params": params}, rows, weight, config)
+        loss, _ = training_loss(
+            variables | {"params": with_made(params, made)}, rows, weight, config
+        )
         return loss * tokens, loss
 
-    (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
-    return loss, grads
+    (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
 
 def moved(params: Any, by: float) -> Any:

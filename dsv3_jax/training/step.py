@@ -82,7 +82,7 @@ def train_step(
 
     A step whose loss or gradient norm is not finite changes nothing but the counters.
     """
-    loss, terms, grads = _mean_over_micro_batches(state, rows, settings, config, layout)
+    loss, terms, grads = gradients(state, rows, settings, config, layout)
     grad_norm = optax.tree.norm(grads)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = make_optimizer(config.optimizer).update(
@@ -144,7 +144,24 @@ def _as_stored(grads: Any, layout: Layout) -> Any:
     return layout.constrain_tree(grads, shardings(grads, layout, stored=True))
 
 
-def _mean_over_micro_batches(state, rows, settings: StepSettings, config: Config, layout: Layout):
+def for_products(params: Any, config: Config, layout: Layout = ONE_DEVICE) -> tuple[Any, Any]:
+    """What a step differentiates with respect to, and what was made of it for all of its products.
+
+    `with_made` puts the two together. Where nothing is made, layers cast and quantise themselves.
+    """
+    if not layout.one_device:
+        return params, jax.tree.map(lambda _: None, params)
+    of_step = RECIPES[config.quant.preset], config.model.dtype
+    return in_model_dtype(params, *of_step), made_for_step(params, *of_step)
+
+
+def gradients(
+    state: TrainState,
+    rows: Int[Array, "A B T1"],
+    settings: StepSettings,
+    config: Config,
+    layout: Layout = ONE_DEVICE,
+) -> tuple[Float[Array, ""], LossTerms, Any]:
     """(loss, terms, gradients): means over the step's micro-batches, and sums of the loads."""
 
     # The backward pass is that of the loss summed over tokens, or of the next lower power of two,
@@ -156,15 +173,10 @@ def _mean_over_micro_batches(state, rows, settings: StepSettings, config: Config
         return _pipelined(state, rows, settings, config, layout, per_token)
 
     # What every micro-batch multiplies by is made before the first of them, and only once.
-    params, made = _gathered_once(state.params, layout), None
-    if layout.one_device:
-        of_step = RECIPES[config.quant.preset], config.model.dtype
-        made = made_for_step(params, *of_step)
-        params = in_model_dtype(params, *of_step)
+    params, made = for_products(_gathered_once(state.params, layout), config, layout)
 
     def loss_of(params, micro_rows):
-        params = params if made is None else with_made(params, made)
-        variables = {"params": params, "router": state.router}
+        variables = {"params": with_made(params, made), "router": state.router}
         loss, terms = training_loss(variables, micro_rows, settings.mtp_loss_weight, config, layout)
         return loss * per_token, (loss, terms)
 
