@@ -78,7 +78,8 @@ def stage(config: Config) -> tuple[Callable[[], Any], float]:
         ]
         return jax.tree.unflatten(structure, drawn)
 
-    shape = (train.batch_size, train.micro_batch_size, train.seq_len, model.hidden_size)
+    micro = train.micro_batch_size or train.batch_size
+    shape = (train.batch_size // micro, micro, train.seq_len, model.hidden_size)
     rows, d_rows = (
         jax.jit(partial(jax.random.normal, shape=shape, dtype=jnp.bfloat16))(jax.random.key(i))
         for i in (1, 2)

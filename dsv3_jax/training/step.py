@@ -157,7 +157,7 @@ def for_products(params: Any, config: Config, layout: Layout = ONE_DEVICE) -> tu
 
 def gradients(
     state: TrainState,
-    rows: Int[Array, "A B T1"],
+    rows: Int[Array | np.ndarray, "A B T1"],
     settings: StepSettings,
     config: Config,
     layout: Layout = ONE_DEVICE,
