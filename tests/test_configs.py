@@ -142,9 +142,9 @@ def test_the_defaults_of_the_architecture_are_v3_s():
 
 
 def test_unknown_fields_are_refused_by_name():
-    with pytest.raises(UserError, match=r"unknown configuration field model\.n_experts"):
+    with pytest.raises(UserError, match=r"the configuration: unknown field model\.n_experts"):
         config_from_dict({"model": {"n_experts": 4}})
-    with pytest.raises(UserError, match="unknown configuration field 'modle'"):
+    with pytest.raises(UserError, match="unknown field modle"):
         config_from_dict({"modle": {}})
 
 

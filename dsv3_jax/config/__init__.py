@@ -12,7 +12,7 @@ from dsv3_jax.config.mesh import (
     PipelineConfig,
     ShardingConfig,
 )
-from dsv3_jax.config.model import ModelConfig, RopeScaling
+from dsv3_jax.config.model import LIMITS, ModelConfig, RopeScaling
 from dsv3_jax.config.rules import DType, RunError, UserError
 from dsv3_jax.config.run import Config, by_name, config_from_dict, load_config, to_json
 from dsv3_jax.config.training import (
@@ -26,6 +26,7 @@ from dsv3_jax.config.training import (
 )
 
 __all__ = [
+    "LIMITS",
     "CheckpointConfig",
     "Config",
     "DType",

@@ -8,6 +8,30 @@ from typing import Literal
 
 from dsv3_jax.config.rules import DType, require_positive, round_up
 
+# The largest each count may be: several times what any published model of the family has, and small
+# enough that a table of all expected tensors can be made. Configurations come from strangers too.
+LIMITS = {
+    "vocab_size": 1 << 22,
+    "hidden_size": 1 << 17,
+    "num_hidden_layers": 1 << 10,
+    "max_position_embeddings": 1 << 30,
+    "num_attention_heads": 1 << 12,
+    "q_lora_rank": 1 << 16,
+    "kv_lora_rank": 1 << 16,
+    "qk_nope_head_dim": 1 << 12,
+    "qk_rope_head_dim": 1 << 12,
+    "v_head_dim": 1 << 12,
+    "intermediate_size": 1 << 20,
+    "moe_intermediate_size": 1 << 20,
+    "first_k_dense_replace": 1 << 10,
+    "n_routed_experts": 1 << 12,
+    "n_shared_experts": 1 << 8,
+    "num_experts_per_tok": 1 << 10,
+    "n_group": 1 << 12,
+    "topk_group": 1 << 12,
+    "num_nextn_predict_layers": 16,
+}
+
 
 @dataclass(frozen=True)
 class RopeScaling:
@@ -124,6 +148,9 @@ class ModelConfig:
             found.append(
                 f"q_lora_rank={self.q_lora_rank} must be positive, or None for no query compression"
             )
+        for name, most in LIMITS.items():
+            if (getattr(self, name) or 0) > most:
+                found.append(f"{name}={getattr(self, name)} exceeds {most}")
         if found:
             return found  # the rules below divide by these
         if self.qk_rope_head_dim % 2:

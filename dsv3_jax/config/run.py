@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv3_jax.config.files import build
 from dsv3_jax.config.mesh import (
     DistributedConfig,
     ExpertParallelConfig,
@@ -16,7 +17,7 @@ from dsv3_jax.config.mesh import (
     PipelineConfig,
     ShardingConfig,
 )
-from dsv3_jax.config.model import ModelConfig, RopeScaling
+from dsv3_jax.config.model import ModelConfig
 from dsv3_jax.config.rules import UserError, round_up
 from dsv3_jax.config.training import (
     CheckpointConfig,
@@ -155,16 +156,16 @@ def by_name(values: Any, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def config_from_dict(values: dict[str, Any]) -> Config:
-    """The Config that `dataclasses.asdict` made `values` from; UserError names unknown fields."""
-    groups = {f.name: f for f in dataclasses.fields(Config)}
-    made: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in groups:
-            raise UserError(f"unknown configuration field {name!r}")
-        kind = _GROUPS.get(name)
-        made[name] = _group_from_dict(kind, value, name) if kind else value
-    return Config(**made)
+def config_from_dict(values: Any, where: str | Path = "the configuration") -> Config:
+    """The Config that `dataclasses.asdict` made `values` from, as read back from JSON.
+
+    UserError, which begins with `where`, names a field that is unknown or of another type, and an
+    architecture that does not fit together or is larger than any there is.
+    """
+    config = build(Config, values, where)
+    if found := config.model.problems():
+        raise UserError(f"{where}: model.{'; model.'.join(found)}")
+    return config
 
 
 def load_config(path: str | Path) -> Config:
@@ -188,34 +189,3 @@ def load_config(path: str | Path) -> Config:
             f"--config {path}: get_config() returned {type(config).__name__}, not Config"
         )
     return config
-
-
-def _group_from_dict(kind: type, values: dict[str, Any], prefix: str) -> Any:
-    known = {f.name for f in dataclasses.fields(kind)}
-    if unknown := sorted(set(values) - known):
-        raise UserError(f"unknown configuration field {prefix}.{unknown[0]}")
-    values = dict(values)
-    if isinstance(values.get("rope_scaling"), dict):
-        values["rope_scaling"] = _group_from_dict(
-            RopeScaling, values["rope_scaling"], "rope_scaling"
-        )
-    if isinstance(values.get("eos_token_id"), list):  # JSON has no tuples
-        values["eos_token_id"] = tuple(values["eos_token_id"])
-    return kind(**values)
-
-
-_GROUPS: dict[str, type] = {
-    "model": ModelConfig,
-    "quant": QuantConfig,
-    "mesh": ParallelConfig,
-    "expert_parallel": ExpertParallelConfig,
-    "sharding": ShardingConfig,
-    "pipeline": PipelineConfig,
-    "data": DataConfig,
-    "train": TrainConfig,
-    "optimizer": OptimizerConfig,
-    "schedule": ScheduleConfig,
-    "checkpoint": CheckpointConfig,
-    "distributed": DistributedConfig,
-    "watchdog": WatchdogConfig,
-}

@@ -24,6 +24,8 @@ class DataConfig:
     val_fraction: float = 0.02  # of the documents, chosen by a hash of each
     fim_rate: float = 0.1  # fraction of training documents in fill-in-the-middle (PSM) order
     mask_documents: bool = False  # True: no attention across documents of a row (V3: False)
+    verify: Literal["auto", "all", "sizes"] = "auto"
+    """When opened, token files are hashed: up to 1 GiB a side, "all" of them, or none."""
 
     def problems(self) -> list[str]:
         """Fractions outside their range."""

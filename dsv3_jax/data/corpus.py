@@ -24,10 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config import DataConfig, ModelConfig, UserError
+from dsv3_jax.config.files import build, file_inside, read_json, shown
 from dsv3_jax.data.documents import Inputs, find_files, read_documents, stdlib_files
 from dsv3_jax.data.packing import Recipe, in_validation, pack_documents
 from dsv3_jax.data.shards import (
     INDEX_FILE,
+    VERIFY_BYTES,
     DamagedShards,
     ShardIndex,
     ShardWriter,
@@ -39,10 +41,9 @@ from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from dsv3_jax.data.tokens import Tokenizer
 
 RECIPE_FILE = "recipe.json"
+_MAX_RECIPE_BYTES = 1 << 20
 # Part of every cache key: raise it when the same texts would give other tokens.
 CACHE_FORMAT = 1
-# Smaller caches are hashed whole whenever they are opened (0.1 s); of larger ones, sizes only.
-VERIFY_BELOW_BYTES = 256 * 2**20
 
 log = logging.getLogger(__name__)
 
@@ -135,15 +136,15 @@ def open_corpus(data: DataConfig, seed: int, cache_dir: str | Path | None = None
     folder = root / f"corpus-{_cache_key(inputs, tokenizer, recipe, data.path)}"
     with _locked(folder):
         try:
-            return _open_cached(folder, tokenizer)
-        except DamagedShards as error:
+            return _open_splits(folder, tokenizer, data)
+        except UserError as error:  # nobody but this program writes there
             if folder.exists():
                 log.warning("rebuilding the token cache: %s", error)
                 _remove(folder)
         log.info("tokenising %s into %s", data.path, folder)
         summary = _prepare(inputs, folder, tokenizer, recipe, "text")
         log.info("%s", summary)
-        return _open_cached(folder, tokenizer)
+        return _open_splits(folder, tokenizer, data)
 
 
 def _bpe_size(spec: str) -> int | None:
@@ -160,16 +161,24 @@ def _trained_bpe(inputs: Inputs, size: int, data: DataConfig, root: Path) -> Tok
     """The corpus' own tokenizer, from the cache or trained on what is not validation text."""
     key = _hash([CACHE_FORMAT, "bpe", size, data.val_fraction, _fingerprints(inputs, data.path)])
     file = root / f"bpe-{key}.json"
+    seal = file.with_suffix(".sha256")
     with _locked(file):
-        if not file.exists():
-            log.info("training a tokenizer of %d ids on %s", size, data.path)
-            documents = (
-                text
-                for text in read_documents(inputs)
-                if not in_validation(text, data.val_fraction)
-            )
-            train_tokenizer(documents, size, file)
-        return load_tokenizer(file)
+        if file.exists():
+            try:
+                tokenizer = load_tokenizer(file)
+                if seal.read_text() == tokenizer.fingerprint:
+                    return tokenizer
+                problem = "does not hold what was written"
+            except (OSError, ValueError) as error:  # UserError among them
+                problem = str(error).removeprefix(f"{file}: ")
+            log.warning("training the cached tokenizer again: %s: %s", file, problem)
+        log.info("training a tokenizer of %d ids on %s", size, data.path)
+        documents = (
+            text for text in read_documents(inputs) if not in_validation(text, data.val_fraction)
+        )
+        tokenizer = train_tokenizer(documents, size, file)
+        seal.write_text(tokenizer.fingerprint)
+        return tokenizer
 
 
 def check_model(model: ModelConfig, corpus: Corpus) -> None:
@@ -234,34 +243,58 @@ def _write_splits(
 
 
 def _open_prepared(path: Path, tokenizer: Tokenizer, data: DataConfig) -> Corpus:
-    corpus = Corpus(TokenShards(path / "train"), TokenShards(path / "val"), tokenizer)
-    index = corpus.train.index
-    if index.tokenizer_sha256 != tokenizer.fingerprint:
-        fits = "byte" if index.tokenizer == "byte" else path / "tokenizer.json"
-        raise UserError(
-            f"{path} was prepared with tokenizer {index.tokenizer} "
-            f"(sha256 {index.tokenizer_sha256[:12]}...), but data.tokenizer={data.tokenizer} is "
-            f"another: use data.tokenizer={fits}"
-        )
-    try:
-        made = json.loads((path / RECIPE_FILE).read_bytes())
-    except (OSError, ValueError) as error:
-        raise DamagedShards(f"{path / RECIPE_FILE}: missing or damaged: {error}") from error
+    corpus = _open_splits(path, tokenizer, data)
+    made = _read_recipe(path)
     for name in ("val_fraction", "fim_rate"):
-        if made.get(name) != getattr(data, name):
+        if getattr(made, name) != getattr(data, name):
             log.warning(
                 "%s was prepared with %s=%s, which stays; data.%s=%s has no effect",
-                *(path, name, made.get(name), name, getattr(data, name)),
+                *(path, name, getattr(made, name), name, getattr(data, name)),
             )
     return corpus
 
 
-def _open_cached(folder: Path, tokenizer: Tokenizer) -> Corpus:
-    corpus = Corpus(TokenShards(folder / "train"), TokenShards(folder / "val"), tokenizer)
+def _open_splits(path: Path, tokenizer: Tokenizer, data: DataConfig) -> Corpus:
+    """A folder's two sides, their files verified as `data.verify` says."""
+    corpus = Corpus(TokenShards(path / "train"), TokenShards(path / "val"), tokenizer)
+    own = path / "tokenizer.json"
     for shards in (corpus.train, corpus.val):
-        if shards.num_bytes < VERIFY_BELOW_BYTES:
-            shards.verify()
+        index = shards.index
+        if index.tokenizer_sha256 != tokenizer.fingerprint:
+            if tokenizer.path is not None and own.exists() and own.samefile(tokenizer.path):
+                raise DamagedShards(f"{own} does not hold what was written: prepare it again")
+            fits = "byte" if index.tokenizer == "byte" else own
+            raise UserError(
+                f"{path} was prepared with tokenizer {shown(index.tokenizer)[1:-1]} "
+                f"(sha256 {index.tokenizer_sha256[:12]}...), but data.tokenizer={data.tokenizer} "
+                f"is another: use data.tokenizer={fits}"
+            )
+        if index.vocab_size != tokenizer.vocab_size:
+            raise DamagedShards(
+                f"{shards.folder / INDEX_FILE}: vocab_size={index.vocab_size}, but its tokenizer "
+                f"has {tokenizer.vocab_size} ids: prepare the folder again"
+            )
+        if data.verify == "sizes":
+            continue
+        done = shards.verify(None if data.verify == "all" else VERIFY_BYTES)
+        if done < len(index.shards):
+            log.warning(
+                "%s: %d of %d files were hashed and are whole; `python -m dsv3_jax verify %s` or "
+                "data.verify=all reads the others too",
+                *(shards.folder, done, len(index.shards), path),
+            )
     return corpus
+
+
+def _read_recipe(path: Path) -> Recipe:
+    file = path / RECIPE_FILE
+    try:
+        made = read_json(file_inside(path, RECIPE_FILE), _MAX_RECIPE_BYTES)
+        made.pop("skipped", None)
+        return build(Recipe, made, file)
+    except (OSError, UserError) as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise DamagedShards(f"{file}: missing or damaged: {reason}") from error
 
 
 def _cache_key(inputs: Inputs, tokenizer: Tokenizer, recipe: Recipe, path: str) -> str:

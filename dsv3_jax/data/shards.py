@@ -11,24 +11,29 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Int32
 
-from dsv3_jax.config import UserError
+from dsv3_jax.config import LIMITS, UserError
+from dsv3_jax.config.files import build, file_inside, read_json, shown
 from dsv3_jax.data.tokens import Tokenizer
 
 INDEX_FILE = "index.json"
 FORMAT = 1
 # 64 Mi tokens: 128 MiB as uint16, so that one damaged file is small beside a corpus.
 TOKENS_PER_SHARD = 64 * 2**20
+# What `verify` hashes at most when a corpus is opened: about a second on one core.
+VERIFY_BYTES = 2**30
+_MAX_INDEX_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Shard:
 class ShardIndex:
     """What a folder of shards holds; the content of its index.json."""
 
-    dtype: str  # "uint16" or "uint32"
+    dtype: Literal["uint16", "uint32"]
     vocab_size: int  # of the tokenizer
     tokenizer: str
     tokenizer_sha256: str
@@ -109,7 +114,7 @@ class ShardWriter:
         if self._file is not None:
             self._end_shard()
         index = ShardIndex(
-            dtype=self._dtype.name,
+            dtype="uint16" if self._dtype.itemsize == 2 else "uint32",
             vocab_size=self._tokenizer.vocab_size,
             tokenizer=self._tokenizer.name,
             tokenizer_sha256=self._tokenizer.fingerprint,
@@ -148,7 +153,7 @@ class TokenShards:
                 state = "is missing" if size is None else f"has {size:,} bytes, not {expected:,}"
                 raise DamagedShards(f"{path} {state}: prepare the folder again")
         self._maps = [
-            np.memmap(self.folder / shard.file, dtype, mode="r", shape=(shard.tokens,))
+            np.memmap(file_inside(self.folder, shard.file), dtype, mode="r", shape=(shard.tokens,))
             for shard in self.index.shards
         ]
         # starts[i] is the position of shard i's first token; the last entry is the length.
@@ -167,6 +172,7 @@ class TokenShards:
         """The tokens [start, stop) as int32, across files where need be.
 
         ValueError when the range does not lie within the folder: a short answer would shift rows.
+        DamagedShards when an id is not one of the tokenizer's: it has no row in an embedding.
         """
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"tokens [{start}, {stop}) are not within the {len(self)} there are")
@@ -175,15 +181,30 @@ class TokenShards:
         while start < stop:
             base = int(self._starts[shard])
             end = min(stop, int(self._starts[shard + 1]))
-            parts.append(self._maps[shard][start - base : end - base])
+            part = self._maps[shard][start - base : end - base]
+            if (most := int(part.max())) >= self.index.vocab_size:
+                raise DamagedShards(
+                    f"{self.folder / self.index.shards[shard].file} holds the id {most}, but its "
+                    f"tokenizer has {self.index.vocab_size}: prepare the folder again"
+                )
+            parts.append(part)
             start, shard = end, shard + 1
         if not parts:
             return np.zeros(0, np.int32)
         return np.concatenate(parts, dtype=np.int32, casting="unsafe")
 
-    def verify(self) -> None:
-        """Reads every file and compares its sha256 with the index; DamagedShards names the file."""
-        for shard in self.index.shards:
+    def verify(self, max_bytes: int | None = None) -> int:
+        """Reads files and compares their sha256 with the index; returns how many files those were.
+
+        At most about `max_bytes`, of files taken at random, so that every start looks at others;
+        None reads all. DamagedShards names the file.
+        """
+        shards = list(self.index.shards)
+        random.Random(os.urandom(8)).shuffle(shards)
+        read = 0
+        for done, shard in enumerate(shards):
+            if max_bytes is not None and read >= max_bytes:
+                return done
             path = self.folder / shard.file
             with path.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -192,6 +213,8 @@ class TokenShards:
                     f"{path} does not hold what was written (sha256 {found[:12]}..., expected "
                     f"{shard.sha256[:12]}...): prepare the folder again"
                 )
+            read += path.stat().st_size
+        return len(shards)
 
 
 def check_vocab(index: ShardIndex, vocab_size: int) -> None:
@@ -231,44 +254,36 @@ def _umask() -> int:
 
 def _read_index(folder: Path) -> ShardIndex:
     path = folder / INDEX_FILE
+    if not path.exists():
+        raise DamagedShards(f"{folder}: no {INDEX_FILE}, so not a folder of token shards")
     try:
-        values = json.loads(path.read_bytes())
-        if values["format"] != FORMAT:
-            raise UserError(f"{path}: format {values['format']!r}; this version reads {FORMAT}")
-        index = ShardIndex(**{**values, "shards": tuple(Shard(**s) for s in values["shards"])})
-    except FileNotFoundError as error:
-        raise DamagedShards(
-            f"{folder}: no {INDEX_FILE}, so not a folder of token shards"
-        ) from error
+        values = read_json(file_inside(folder, INDEX_FILE), _MAX_INDEX_BYTES)
+        if (made := values.get("format", FORMAT)) != FORMAT:
+            raise UserError(f"{path}: format {shown(made)}; this version reads {FORMAT}")
+        index = build(ShardIndex, values, path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise DamagedShards(
-            f"{path}: not a shard index: {type(error).__name__}: {error}"
-        ) from error
+    except UserError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise DamagedShards(f"{path}: not a shard index: {reason}") from error
     if problem := _index_problem(index):
-        raise DamagedShards(f"{path}: {problem}")
+        raise DamagedShards(f"{path}: not a shard index: {problem}")
     return index
 
 
 def _index_problem(index: ShardIndex) -> str | None:
     """The first value no index of ours would hold; a hostile index is refused by name."""
-    if index.dtype not in ("uint16", "uint32"):
-        return f"dtype {index.dtype!r} is neither uint16 nor uint32"
-    for name in ("vocab_size", "documents", "text_bytes"):
-        if not _is_count(getattr(index, name)):
-            return f"{name}={getattr(index, name)!r} is not a count"
+    for name in ("documents", "text_bytes"):
+        if getattr(index, name) < 0:
+            return f"{name}={getattr(index, name)} is not a count"
+    if not 0 < index.vocab_size <= LIMITS["vocab_size"]:
+        return f"vocab_size={index.vocab_size} is not in [1, {LIMITS['vocab_size']}]"
+    files = {shard.file for shard in index.shards}
+    if len(files) < len(index.shards):
+        return "a file is listed twice"
     for shard in index.shards:
-        if not isinstance(shard.file, str) or Path(shard.file).name != shard.file:
-            return f"file {shard.file!r} is not a bare file name"
-        if not _is_count(shard.tokens) or shard.tokens == 0:
-            return f"{shard.file}: tokens={shard.tokens!r} is not a count"
-        if not isinstance(shard.sha256, str):
-            return f"{shard.file}: no sha256"
+        if Path(shard.file).name != shard.file or not shard.file.isprintable():
+            return f"file {shown(shard.file)} is not a bare file name"
+        if shard.tokens <= 0:
+            return f"{shard.file}: tokens={shard.tokens} is not a count"
     return None
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dsv3_jax.config import ModelConfig, UserError, config_from_dict
-from dsv3_jax.config.files import refuse_lfs_pointer
+from dsv3_jax.config import ModelConfig, UserError
+from dsv3_jax.config.files import file_inside, read_json, shown
 from dsv3_jax.interop.folder import describes_a_model, no_weights
 from dsv3_jax.interop.hf_config import (
     EosTokenId,
@@ -27,6 +27,7 @@ from dsv3_jax.interop.hf_config import (
     model_config_from_hf,
     scale_format_of_hf,
 )
+from dsv3_jax.interop.import_manifest import MANIFEST, leaf_file, leaf_problem, read_manifest
 from dsv3_jax.interop.name_map import (
     IGNORED,
     Place,
@@ -41,7 +42,6 @@ from dsv3_jax.interop.safetensors import (
     MAX_TENSORS,
     StoredTensor,
     num_bytes,
-    parse_json,
     read_header,
 )
 from dsv3_jax.interop.stored import SCALE_DTYPES, split_experts
@@ -50,9 +50,8 @@ from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled
 log = logging.getLogger(__name__)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-MANIFEST = "dsv3_jax_weights.json"
 GENERATION = "generation_config.json"
-MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 1 << 20, 64 << 20
+MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 1 << 20, 32 << 20
 FP8 = "F8_E4M3"
 _SHOWN = 8  # problems listed before "and N more"
 
@@ -151,7 +150,7 @@ def is_weights_folder(folder: str | Path) -> bool:
 def open_hf(folder: str | Path) -> Checkpoint:
     """The checkpoint in a Hugging Face folder: config.json, and one or many safetensors files."""
     folder = Path(folder)
-    values = read_json(folder, "config.json", MAX_CONFIG_BYTES)
+    values = read_json(file_inside(folder, "config.json"), MAX_CONFIG_BYTES)
     try:
         config = model_config_from_hf(values)
     except UserError as error:
@@ -165,19 +164,17 @@ def open_hf(folder: str | Path) -> Checkpoint:
 def open_imported(folder: str | Path) -> Checkpoint:
     """The checkpoint that `import_hf` wrote: sizes checked here, contents by `verify_imported`."""
     folder = Path(folder)
-    manifest = read_json(folder, MANIFEST, 4 * MAX_INDEX_BYTES)
-    if manifest.get("format") != 1:
-        raise UserError(f"{folder / MANIFEST}: format {manifest.get('format')!r} is not 1")
-    config = config_from_dict({"model": manifest["model"]}).model
+    manifest = read_manifest(folder)
+    config = manifest.model
+    if (count := num_places(config)) > MAX_TENSORS:
+        raise UserError(f"{folder / MANIFEST}: describes {count} tensors, over {MAX_TENSORS}")
     stacked: dict[tuple[str, ...], dict[str, StoredTensor]] = {}
     lead = {}
     for path, leaf in leaves(config).items():
         stored, _ = read_header(file_inside(folder, leaf_file(path)))
         lead[path] = leaf.lead
-        if "values" in stored and math.prod(stored["values"].shape) != math.prod(
-            leaf.lead + leaf.shape
-        ):
-            raise UserError(f"{folder / leaf_file(path)}: is not {leaf.lead + leaf.dims} values")
+        if problem := leaf_problem(leaf, stored):
+            raise UserError(f"{folder / leaf_file(path)}: {problem}")
         stacked[path] = stored
     tensors: dict[str, StoredTensor] = {}
     for name, place in places(config).items():
@@ -192,7 +189,7 @@ def open_imported(folder: str | Path) -> Checkpoint:
             tensors[scale_name(name)] = scales.at(position, scale_shape(place.shape))
     config, tensors = _checked(folder, config, tensors)
     ends_with = _ends_with(folder, config)
-    return Checkpoint(config, tensors, folder, manifest.get("scale_fmt"), ends_with)
+    return Checkpoint(config, tensors, folder, manifest.scale_fmt, ends_with)
 
 
 def from_variables(
@@ -252,11 +249,6 @@ def same_numbers(checkpoint: Checkpoint, name: str, other: str, rows: int = 1024
     )
 
 
-def leaf_file(path: tuple[str, ...]) -> str:
-    """Where an import keeps a leaf, relative to its folder."""
-    return f"weights/{'.'.join(path)}.safetensors"
-
-
 def position_in(lead: tuple[int, ...], index: tuple[int, ...]) -> int:
     """The number of leaf[index] when the matrices of a leaf are counted through."""
     position = 0
@@ -265,36 +257,11 @@ def position_in(lead: tuple[int, ...], index: tuple[int, ...]) -> int:
     return position
 
 
-def file_inside(folder: Path, name: str) -> Path:
-    """The path of a file of the folder; UserError when it is missing or a link that leaves it.
-
-    Links into the `blobs` of the Hugging Face cache that the folder is part of are its normal form.
-    """
-    path, home = folder / name, folder.resolve()
-    roots = [home] + ([home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [])
-    real = path.resolve()
-    if not any(real.is_relative_to(root) for root in roots):
-        raise UserError(f"{path} is a link to {real}, outside its folder: it is not followed")
-    if not real.is_file():
-        raise UserError(f"{path}: no such file")
-    return path
-
-
-def read_json(folder: Path, name: str, max_bytes: int) -> dict[str, Any]:
-    """A JSON object in a file of the folder that is no larger than `max_bytes`."""
-    path = file_inside(folder, name)
-    if (size := path.stat().st_size) > max_bytes:
-        raise UserError(f"{path}: {size} bytes exceed the {max_bytes} allowed")
-    raw = path.read_bytes()
-    refuse_lfs_pointer(raw, path)
-    return parse_json(raw, path)
-
-
 def _ends_with(folder: Path, config: ModelConfig) -> EosTokenId | None:
     """What generation_config.json, where there is one, says that texts end with."""
     if not (folder / GENERATION).exists():
         return None
-    values = read_json(folder, GENERATION, MAX_CONFIG_BYTES)
+    values = read_json(file_inside(folder, GENERATION), MAX_CONFIG_BYTES)
     try:
         return eos_of_generation_config(values, config.vocab_size)
     except UserError as error:
@@ -309,13 +276,13 @@ def _hf_tensors(folder: Path) -> dict[str, StoredTensor]:
         return read_header(file_inside(folder, SINGLE))[0]
     if (folder / SINGLE).exists():
         raise UserError(f"{folder}: has both {SINGLE} and {INDEX}: remove the one not meant")
-    weight_map = read_json(folder, INDEX, MAX_INDEX_BYTES).get("weight_map")
+    weight_map = read_json(file_inside(folder, INDEX), MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{folder / INDEX}: has no weight_map")
     for name, file in weight_map.items():
         if not _is_bare(file):
             raise UserError(
-                f"{folder / INDEX}: puts {name!r} in {file!r}, which is no file name here"
+                f"{folder / INDEX}: puts {shown(name)} in {shown(file)}, which is no file name here"
             )
     tensors: dict[str, StoredTensor] = {}
     found: list[str] = []
@@ -330,7 +297,7 @@ def _hf_tensors(folder: Path) -> dict[str, StoredTensor]:
                 )
                 found.append(f"{name} is in {file}, which {where}")
     found += [
-        f"{n} is not in {f}, where the index puts it"
+        f"{shown(n)[1:-1]} is not in {f}, where the index puts it"
         for n, f in weight_map.items()
         if n not in tensors
     ]
@@ -343,7 +310,8 @@ def _is_bare(name: Any) -> bool:
         isinstance(name, str)
         and name.endswith(".safetensors")
         and not name.startswith(".")
-        and not set(name) & set("/\\\0")
+        and name.isprintable()
+        and not set(name) & set("/\\")
     )
 
 

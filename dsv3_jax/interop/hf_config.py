@@ -9,33 +9,32 @@ cannot compute is refused by name, and `auto_map`, which names code, is not look
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
-from dsv3_jax.config import ModelConfig, RopeScaling, UserError
+from dsv3_jax.config import LIMITS, ModelConfig, RopeScaling, UserError
+from dsv3_jax.config.files import shown
 from dsv3_jax.interop.hf_keys import DEFAULTS, features_switched_on, unknown
 
 log = logging.getLogger(__name__)
 
-# The largest each count may be: several times what any published model of the family has, and small
-# enough that a table of all expected tensors can be made.
-_BOUNDS = {
-    "vocab_size": 1 << 22,
-    "hidden_size": 1 << 17,
-    "num_hidden_layers": 1 << 10,
-    "max_position_embeddings": 1 << 30,
-    "num_attention_heads": 1 << 12,
-    "kv_lora_rank": 1 << 16,
-    "qk_nope_head_dim": 1 << 12,
-    "qk_rope_head_dim": 1 << 12,
-    "v_head_dim": 1 << 12,
-    "intermediate_size": 1 << 20,
-    "moe_intermediate_size": 1 << 20,
-    "n_routed_experts": 1 << 12,
-    "num_experts_per_tok": 1 << 10,
-}
-_BOUNDS_FROM_ZERO = {"first_k_dense_replace": 1 << 10, "n_shared_experts": 1 << 8}
+# Counts that a file must state, and those that may be 0; LIMITS says how large each may be.
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "n_routed_experts",
+    "num_experts_per_tok",
+)
+_COUNTS_FROM_ZERO = ("first_k_dense_replace", "n_shared_experts")
 
 # Options that this model does not have, with the only value that means the same computation.
 _FIXED = {
@@ -79,7 +78,7 @@ _ROPE_FIELDS = (
     "mscale_all_dim",
 )
 _READ = frozenset(
-    (*_BOUNDS, *_BOUNDS_FROM_ZERO, *_FIXED, *_COPIED, *_ALIASES)
+    (*_COUNTS, *_COUNTS_FROM_ZERO, *_FIXED, *_COPIED, *_ALIASES)
     + ("num_key_value_heads", "qk_head_dim", "mlp_layer_types", "layer_types")
     + ("rope_theta", "rope_scaling", "rope_parameters", "quantization_config")
 )
@@ -96,14 +95,13 @@ def model_config_from_hf(values: dict[str, Any]) -> ModelConfig:
     kind = read.choice("model_type", tuple(DEFAULTS), None)
     defaults = DEFAULTS.get(kind, DEFAULTS["deepseek_v3"])
     read.found += [f"{told} is not supported" for told in features_switched_on(values)]
-    fields: dict[str, Any] = {name: read.integer(name, 1, top) for name, top in _BOUNDS.items()}
-    for name, top in _BOUNDS_FROM_ZERO.items():
-        fields[name] = read.integer(name, 0, top, defaults.get(name))
+    fields: dict[str, Any] = {name: read.integer(name, 1, LIMITS[name]) for name in _COUNTS}
+    for name in _COUNTS_FROM_ZERO:
+        fields[name] = read.integer(name, 0, LIMITS[name], defaults.get(name))
     # 0 is how some runtimes spell "no query compression" (interop with llama.cpp needs it).
-    fields["q_lora_rank"] = read.integer("q_lora_rank", 0, 1 << 16, null=True) or None
-    fields["num_nextn_predict_layers"] = read.integer(
-        "num_nextn_predict_layers", 0, 16, defaults["num_nextn_predict_layers"]
-    )
+    fields["q_lora_rank"] = read.integer("q_lora_rank", 0, LIMITS["q_lora_rank"], null=True) or None
+    mtp = "num_nextn_predict_layers"
+    fields[mtp] = read.integer(mtp, 0, LIMITS[mtp], defaults[mtp])
     fields["eos_token_id"] = read.tokens("eos_token_id", defaults["eos_token_id"])
     # Where no token begins a text, the end of the one before does, as in our tokenizers.
     begins = _ids(read.tokens("bos_token_id", defaults["bos_token_id"]))
@@ -200,7 +198,7 @@ def model_config_to_hf(
         "torch_dtype": dtype,
         "use_cache": True,
     }
-    for name in (*_BOUNDS, *_BOUNDS_FROM_ZERO, *_COPIED):
+    for name in (*_COUNTS, *_COUNTS_FROM_ZERO, *_COPIED):
         values[name] = getattr(config, name)
     if fp8:
         values["quantization_config"] = {
@@ -234,7 +232,7 @@ class _Reader:
 
     def number(self, name: str, default: float | None = None) -> float:
         value = self.values.get(name, default)
-        if type(value) in (int, float) and math.isfinite(value) and 0 < value < 1e12:
+        if type(value) in (int, float) and 0 < value < 1e12:  # NaN is not
             return float(value)
         return self._missing_or(name, "must be a positive number", 1.0)
 
@@ -260,7 +258,7 @@ class _Reader:
             raise UserError("config.json cannot be used:\n  - " + "\n  - ".join(self.found))
 
     def _missing_or(self, name: str, rule: str, stand_in: Any) -> Any:
-        value = repr(self.values[name])[:60] if name in self.values else None
+        value = shown(self.values[name]) if name in self.values else None
         self.found.append(f"{name} is missing" if value is None else f"{name}={value} {rule}")
         return stand_in
 
@@ -280,12 +278,14 @@ def _rope(values: dict[str, Any], read: _Reader) -> tuple[float, RopeScaling | N
     if kind == "default":
         return theta, None
     if kind != "yarn":
-        inner.found.append(f"type={kind!r} must be yarn")
+        inner.found.append(f"type={shown(kind)} must be yarn")
     known = {"type", "rope_type", "rope_theta", *_ROPE_FIELDS}
     extra = sorted(name for name in scaling if name not in known and scaling[name] is not None)
     off = {"truncate": True, "partial_rotary_factor": 1}  # the values that mean no difference
     inner.found += [
-        f"{n}={scaling[n]!r} is not supported" for n in extra if scaling[n] != off.get(n)
+        f"{shown(n)[1:-1]}={shown(scaling[n])} is not supported"
+        for n in extra
+        if scaling[n] != off.get(n)
     ]
     # As in the published code: mscale is 1 where it is not given, for cosines and sines alone;
     # without mscale_all_dim (or with 0 or null) the softmax scale is left alone.
@@ -378,4 +378,4 @@ def _check_quantization(quantization: Any, read: _Reader) -> None:
     }
     for name, allowed in expected.items():
         if (value := quantization.get(name)) not in allowed:
-            read.found.append(f"quantization_config.{name}={value!r} must be {allowed[0]!r}")
+            read.found.append(f"quantization_config.{name}={shown(value)} must be {allowed[0]!r}")

@@ -26,15 +26,14 @@ import numpy as np
 
 from dsv3_jax.config import UserError
 from dsv3_jax.interop.checkpoint import (
-    MANIFEST,
     Checkpoint,
-    leaf_file,
     open_hf,
     open_imported,
     position_in,
     same_numbers,
 )
 from dsv3_jax.interop.hf_config import model_config_to_hf
+from dsv3_jax.interop.import_manifest import MANIFEST, leaf_file
 from dsv3_jax.interop.name_map import Place, leaves, scale_shape
 from dsv3_jax.interop.safetensors import StoredTensor, Writer, num_bytes
 from dsv3_jax.interop.stored import count_non_finite

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import ml_dtypes
 import numpy as np
 
 from dsv3_jax.config import UserError
-from dsv3_jax.config.files import LFS_START, refuse_lfs_pointer
+from dsv3_jax.config.files import LFS_START, no_duplicates, refuse_lfs_pointer, shown
 
 DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -48,9 +49,11 @@ DTYPES: dict[str, np.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # V3's 163 headers are about 70 KB each; a whole Kimi-K2 in one file would need 15 MB.
-MAX_HEADER_BYTES = 64 << 20
+MAX_HEADER_BYTES = 32 << 20
 MAX_TENSORS = 1 << 18
 _MAX_DIMS = 16
+# Characters that are parsed at once: about, and at most.
+_PIECE, _MAX_PIECE = 1 << 16, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -121,26 +124,50 @@ def read_header(path: str | Path) -> tuple[dict[str, StoredTensor], dict[str, st
         text = file.read(length)
     if not text.startswith(b"{"):
         raise UserError(f"{path}: the header does not start with '{{'")
-    header = parse_json(text, path)
-    metadata = header.pop("__metadata__", {})
+    tensors: dict[str, StoredTensor] = {}
+    metadata: Any = None
+    pieces = _pieces(text, path)
+    del text  # `_pieces` lets go of it once it is decoded
+    for piece in pieces:
+        for name, entry in piece.items():
+            if name in tensors or (name == "__metadata__" and metadata is not None):
+                raise UserError(f"{path}: {shown(name)} appears twice")
+            if name == "__metadata__":
+                metadata = entry
+                continue
+            if not name.isprintable():
+                raise UserError(f"{path}: {shown(name)} is no name of a tensor")
+            if len(tensors) == MAX_TENSORS:
+                raise UserError(f"{path}: more than {MAX_TENSORS} tensors")
+            tensors[name] = _checked_entry(path, name, entry, 8 + length)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise UserError(f"{path}: __metadata__ must hold strings only")
-    if len(header) > MAX_TENSORS:
-        raise UserError(f"{path}: {len(header)} tensors exceed {MAX_TENSORS}")
-    tensors = {name: _checked_entry(path, name, header[name], 8 + length) for name in header}
     _check_layout(path, tensors, 8 + length, file_size)
     return tensors, metadata
 
 
-def parse_json(text: bytes | str, path: Path) -> dict[str, Any]:
-    """The JSON object in `text`; UserError for anything else, a key given twice, or NaN."""
+def _pieces(header: bytes, path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a header, some hundreds at a time, so that parsing takes bounded memory.
+
+    Parsed as a whole, 50 MB of "[]," become 1.8 GB of lists.
+    """
     try:
-        value = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+        text = header.decode().rstrip(" \t\n\r")
+        del header
+        at, end = 1, len(text) - 1
+        while at < end:
+            border = _BORDER.search(text, at + _PIECE, at + _MAX_PIECE)
+            stop, following = (border.start() + 1, border.end() - 1) if border else (end, end)
+            if stop - at > _MAX_PIECE:
+                raise ValueError(f"an entry is longer than {_MAX_PIECE - _PIECE} characters")
+            yield _DECODER.decode("{" + text[at:stop] + ("}" if border else text[end]))
+            at = following
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds no JSON object")
-    return value
+        if isinstance(error, UserError):
+            raise
+        reason = "nested too deep" if isinstance(error, RecursionError) else error
+        raise UserError(f"{path}: the header is no JSON object: {reason}") from None
 
 
 def encode_header(
@@ -242,22 +269,26 @@ def _write_at(fd: int, data: memoryview, offset: int) -> None:
 
 
 def _checked_entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor:
-    where = f"{path}: tensor {name!r}"
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise UserError(f"{where} must have dtype, shape and data_offsets")
+    if problem := _entry_problem(entry):
+        raise UserError(f"{path}: tensor {shown(name)} {problem}")
+    return StoredTensor(
+        path, entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0]
+    )
+
+
+def _entry_problem(entry: Any) -> str | None:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return "must have dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UserError(f"{where} has dtype {dtype!r}; known are {', '.join(DTYPES)}")
+        return f"has dtype {shown(dtype)}; known are {', '.join(DTYPES)}"
     if not _are_sizes(shape) or len(shape) > _MAX_DIMS:
-        raise UserError(f"{where} has an impossible shape")
+        return "has an impossible shape"
     if not _are_sizes(offsets) or len(offsets) != 2:
-        raise UserError(f"{where} has impossible data_offsets")
-    if offsets[1] - offsets[0] != num_bytes(dtype, tuple(shape)):
-        raise UserError(
-            f"{where} is {dtype} {shape} of {num_bytes(dtype, tuple(shape))} bytes, "
-            f"but its data_offsets are {offsets}"
-        )
-    return StoredTensor(path, dtype, tuple(shape), data + offsets[0])
+        return "has impossible data_offsets"
+    if offsets[1] - offsets[0] != (size := num_bytes(dtype, tuple(shape))):
+        return f"is {dtype} {shape} of {size} bytes, but its data_offsets are {offsets}"
+    return None
 
 
 def _check_layout(path: Path, tensors: dict[str, StoredTensor], data: int, file_size: int) -> None:
@@ -265,7 +296,7 @@ def _check_layout(path: Path, tensors: dict[str, StoredTensor], data: int, file_
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if tensor.start != expected:
             what = "overlaps the one before it" if tensor.start < expected else "leaves a gap"
-            raise UserError(f"{path}: tensor {name!r} {what}")
+            raise UserError(f"{path}: tensor {shown(name)} {what}")
         expected = tensor.start + tensor.nbytes
     if expected != file_size:
         raise UserError(
@@ -282,14 +313,6 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in made:
-            raise ValueError(f"{name!r} appears twice")
-        made[name] = value
-    return made
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number")
+_DECODER = json.JSONDecoder(object_pairs_hook=no_duplicates)
+# Between two entries. Within a string it would need its quotation mark escaped.
+_BORDER = re.compile(r"\}\s*,\s*\"")

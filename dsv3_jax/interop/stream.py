@@ -23,8 +23,8 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import UserError
-from dsv3_jax.config.files import refuse_lfs_pointer
-from dsv3_jax.interop.checkpoint import FP8, Checkpoint, Tensor, file_inside
+from dsv3_jax.config.files import file_inside, refuse_lfs_pointer
+from dsv3_jax.interop.checkpoint import FP8, Checkpoint, Tensor
 from dsv3_jax.interop.name_map import Place, scale_name, scale_shape
 from dsv3_jax.interop.safetensors import DTYPES, StoredTensor, num_bytes
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, ScaleFormat, quantize

@@ -10,11 +10,29 @@ import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from dsv3_jax.config import UserError
+from dsv3_jax.config.files import build, file_inside, read_json
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY = ".orbax-checkpoint-tmp"  # orbax renames `<step>` + this to `<step>` when it commits
+
+
+_MAX_BYTES = 64 << 20  # a file takes some 150 bytes
+
+
+@dataclass(frozen=True)
+class _File:
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    format: int
+    files: dict[str, _File]
 
 
 def steps_in(folder: str | Path) -> list[int]:
@@ -23,7 +41,8 @@ def steps_in(folder: str | Path) -> list[int]:
     if not folder.is_dir():
         return []
     names = [p.name for p in folder.iterdir() if p.is_dir()]
-    return sorted(int(n) for n in names if n.isascii() and n.isdigit() and n == str(int(n)))
+    steps = [n for n in names if n.isascii() and n.isdigit() and len(n) < 19]
+    return sorted(int(n) for n in steps if n == str(int(n)))
 
 
 def damage(step_folder: str | Path) -> str | None:
@@ -39,19 +58,23 @@ def damage(step_folder: str | Path) -> str | None:
         empty = not any(step_folder.iterdir())
         return "the folder is empty" if empty else f"no {MANIFEST}: the save did not finish"
     try:
-        files: dict[str, dict[str, Any]] = json.loads(manifest.read_bytes())["files"]
-        expected = {name: (int(f["size"]), str(f["sha256"])) for name, f in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+        values = read_json(file_inside(step_folder, MANIFEST), _MAX_BYTES)
+        expected = build(_Manifest, values, manifest).files
+    except (UserError, OSError) as error:
+        return f"{MANIFEST} cannot be read ({str(error).removeprefix(f'{manifest}: ')})"
+    if not expected:
+        return f"{MANIFEST} lists no files"
 
     def check(name: str) -> str | None:
-        path, (size, digest) = step_folder / name, expected[name]
+        record = expected[name]
         try:
-            if (found := path.stat().st_size) != size:
-                return f"{name} has {found} bytes instead of {size}"
-            return None if _sha256(path) == digest else f"{name} does not match its sha256"
-        except FileNotFoundError:
-            return f"{name} is missing"
+            path = file_inside(step_folder, name)
+            if (found := path.stat().st_size) != record.size:
+                return f"{name} has {found} bytes instead of {record.size}"
+            return None if _sha256(path) == record.sha256 else f"{name} does not match its sha256"
+        except UserError as error:
+            missing = f"{step_folder / name}: no such file"
+            return f"{name} is missing" if str(error) == missing else str(error)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
 

@@ -12,6 +12,7 @@ import pytest
 
 from dsv3_jax.config import DataConfig, UserError
 from dsv3_jax.data import corpus as corpus_module
+from dsv3_jax.data import shards as shards_module
 from dsv3_jax.data.corpus import default_cache_dir, open_corpus, prepare
 from dsv3_jax.data.shards import DamagedShards
 from dsv3_jax.data.tokenizer import ByteTokenizer, train_tokenizer
@@ -141,6 +142,97 @@ def test_a_damaged_cache_is_rebuilt_with_a_warning(text_folder, tmp_path, caplog
     assert "rebuilding the token cache" in caplog.text
     assert content(folder) == before
     assert len(list((tmp_path / "cache").iterdir())) == 2  # the corpus and its lock
+
+
+def flip(path, byte, bit=0):
+    raw = bytearray(path.read_bytes())
+    raw[byte] ^= 1 << bit
+    path.write_bytes(raw)
+
+
+def test_prepared_data_with_one_flipped_bit_are_refused_by_name(text_folder, tmp_path):
+    bpe = train_tokenizer([p.read_text() for p in text_folder.iterdir()], 300, tmp_path / "t.json")
+    prepare([text_folder], tmp_path / "out", bpe, **OPTIONS)
+    data = replace(DATA, path=str(tmp_path / "out"), tokenizer=str(tmp_path / "out"))
+    expected = tokens_of(open_corpus(data, 0).train).tolist()
+    for name, message in (
+        ("train/tokens-00000.bin", r"train/tokens-00000\.bin does not hold what was written"),
+        ("val/tokens-00000.bin", r"val/tokens-00000\.bin does not hold what was written"),
+        ("tokenizer.json", r"tokenizer\.json"),
+    ):
+        path = tmp_path / "out" / name
+        for bit in (0, 7):
+            flip(path, 100, bit)
+            with pytest.raises(DamagedShards if "bin" in name else UserError, match=message):
+                open_corpus(data, 0)
+            flip(path, 100, bit)
+    assert tokens_of(open_corpus(data, 0).train).tolist() == expected
+
+
+def test_sizes_alone_are_looked_at_when_asked(text_folder, tmp_path):
+    prepare([text_folder], tmp_path / "out", ByteTokenizer(), **OPTIONS)
+    flip(tmp_path / "out/train/tokens-00000.bin", 100)
+    data = replace(DATA, path=str(tmp_path / "out"), verify="sizes")
+    open_corpus(data, 0)
+    for verify in ("auto", "all"):
+        with pytest.raises(DamagedShards, match="does not hold"):
+            open_corpus(replace(data, verify=verify), 0)
+
+
+def test_large_prepared_data_say_how_much_was_verified(text_folder, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(shards_module.ShardWriter.__init__, "__defaults__", (500,))
+    monkeypatch.setattr(corpus_module, "VERIFY_BYTES", 2000)
+    prepare([text_folder], tmp_path / "out", ByteTokenizer(), **OPTIONS)
+    data = replace(DATA, path=str(tmp_path / "out"))
+    corpus = open_corpus(data, 0)
+    assert f"out/train: 2 of {len(corpus.train.index.shards)} files were hashed" in caplog.text
+    caplog.clear()
+    open_corpus(replace(data, verify="all"), 0)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"vocab_size": 260}, "vocab_size=260, but its tokenizer has 261 ids"),
+        ({"tokenizer_sha256": "0" * 64}, "prepared with tokenizer byte .sha256 000000000000"),
+        ({"tokenizer": "\x1b[31m"}, None),
+        ({"shards": []}, None),
+    ],
+)
+def test_an_index_that_lies_about_its_tokenizer_is_refused(text_folder, tmp_path, change, message):
+    prepare([text_folder], tmp_path / "out", ByteTokenizer(), **OPTIONS)
+    path = tmp_path / "out/val/index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    data = replace(DATA, path=str(tmp_path / "out"))
+    if message is None:
+        open_corpus(data, 0)
+        return
+    with pytest.raises(UserError, match=message):
+        open_corpus(data, 0)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "seal", "no seal"])
+def test_a_damaged_cached_tokenizer_is_trained_again_with_a_line(
+    text_folder, tmp_path, caplog, damage
+):
+    data = replace(DATA, path=str(text_folder), tokenizer="bpe:300")
+    expected = open_corpus(data, 0, tmp_path / "cache").tokenizer.fingerprint
+    (path,) = (tmp_path / "cache").glob("bpe-*.json")
+    seal = path.with_suffix(".sha256")
+    if damage == "flip":
+        flip(path, path.read_bytes().index(b"merges") + 30)
+    elif damage == "cut":
+        path.write_bytes(path.read_bytes()[:-10])
+    elif damage == "seal":
+        seal.write_text("0")
+    else:
+        seal.unlink()
+    assert open_corpus(data, 0, tmp_path / "cache").tokenizer.fingerprint == expected
+    assert "training the cached tokenizer again" in caplog.text
+    caplog.clear()
+    assert open_corpus(data, 0, tmp_path / "cache").tokenizer.fingerprint == expected
+    assert not caplog.records
 
 
 def test_processes_that_build_at_once_share_one_whole_cache(text_folder, tmp_path):

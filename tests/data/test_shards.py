@@ -87,6 +87,38 @@ def test_a_flipped_bit_is_found_by_verify(folder):
         TokenShards(folder).verify()
 
 
+def test_of_a_large_corpus_some_files_are_verified_and_others_the_next_time(folder):
+    raw = bytearray((folder / "tokens-00001.bin").read_bytes())
+    raw[3] ^= 1
+    (folder / "tokens-00001.bin").write_bytes(raw)
+    found = set()
+    for _ in range(200):
+        try:
+            found.add(TokenShards(folder).verify(max_bytes=14))
+        except DamagedShards:
+            found.add("damaged")
+    assert found == {1, 2, "damaged"}  # files of 14, 14 and 12 bytes: one of 14, or 12 and 14
+    assert TokenShards(folder).verify(max_bytes=0) == 0
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_where_it_enters(folder):
+    path = folder / "tokens-00001.bin"
+    raw = bytearray(path.read_bytes())
+    raw[3] ^= 0x80  # 8 becomes 32776
+    path.write_bytes(raw)
+    shards = TokenShards(folder)
+    assert shards.slice(0, 8).tolist() == list(range(8))
+    with pytest.raises(DamagedShards, match=r"tokens-00001\.bin holds the id 32776.* has 261"):
+        shards.slice(5, 12)
+
+
+def test_a_linked_file_from_elsewhere_is_not_read(folder, tmp_path):
+    (folder / "tokens-00000.bin").rename(tmp_path / "elsewhere")
+    (folder / "tokens-00000.bin").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="outside its folder"):
+        TokenShards(folder)
+
+
 def test_a_truncated_or_missing_file_is_named(folder):
     path = folder / "tokens-00002.bin"
     path.write_bytes(path.read_bytes()[:-1])
@@ -101,11 +133,16 @@ def test_a_truncated_or_missing_file_is_named(folder):
     "changes, message",
     [
         ({"format": 99}, "format 99; this version reads 1"),
-        ({"dtype": "float64"}, "dtype 'float64'"),
+        ({"dtype": "float64"}, "dtype='float64' is not 'uint16' or 'uint32'"),
         ({"file": "../tokens-00000.bin"}, "not a bare file name"),
         ({"tokens": -7}, "not a count"),
-        ({"tokens": 7.0}, "not a count"),
-        ({"vocab_size": "261"}, "vocab_size='261' is not a count"),
+        ({"tokens": 7.5}, r"shards\[0\]\.tokens=7\.5 is not an integer"),
+        ({"tokens": 1 << 63}, r"shards\[0\]\.tokens=9223372036854775808 is not an integer of 64"),
+        ({"vocab_size": "261"}, "vocab_size='261' is not an integer"),
+        ({"vocab_size": 1 << 40}, "vocab_size=1099511627776 is not in"),
+        ({"file": "tokens-00001.bin"}, "a file is listed twice"),
+        ({"file": "a\0b"}, "not a bare file name"),
+        ({"shards": 3}, "shards=3 is not a list"),
         ({"surprise": 1}, "not a shard index"),
     ],
 )

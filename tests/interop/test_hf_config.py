@@ -20,7 +20,7 @@ from dsv3_jax.config import (
     to_json,
 )
 from dsv3_jax.interop.hf_config import (
-    _BOUNDS,
+    _COUNTS,
     model_config_from_hf,
     model_config_to_hf,
     scale_format_of_hf,
@@ -373,7 +373,7 @@ def test_impossible_values_are_refused_by_name(field):
 def test_every_size_is_required_and_all_problems_are_said_at_once():
     with pytest.raises(UserError) as error:
         model_config_from_hf({"model_type": "deepseek_v3"})
-    for name in (*_BOUNDS, "q_lora_rank", "first_k_dense_replace", "rope_theta"):
+    for name in (*_COUNTS, "q_lora_rank", "first_k_dense_replace", "rope_theta"):
         assert f"{name} is missing" in str(error.value)
 
 

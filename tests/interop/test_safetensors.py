@@ -104,7 +104,18 @@ BAD = {
     "trailing bytes": (raw({"a": entry([1], 0, 4)}, b"12345"), "after the last"),
     "extra key": (raw({"a": entry([1], 0, 4) | {"x": 1}}, b"1234"), "'a' must have"),
     "metadata of numbers": (raw({"__metadata__": {"a": 1}}), "__metadata__"),
-    "NaN": (raw(b'{"a":NaN}'), "NaN is not a number"),
+    "NaN": (raw(b'{"a":NaN}'), "'a' must have"),
+    "half a surrogate pair": (raw(b'{"\\ud800":1}'), "is no name of a tensor"),
+    "terminal escape": (raw({"\x1b[31m": entry([1], 0, 4)}, b"1234"), r"'\\x1b.*is no name"),
+    "key twice in an entry": (raw(b'{"a":{"dtype":"F32","dtype":"F32"}}'), "'dtype' appears twice"),
+    "metadata twice": (
+        raw(b'{"__metadata__":{},"__metadata__":{}}'),
+        "metadata__' appears twice",
+    ),
+    "comma at the end": (raw(b'{"a":{},}'), "no JSON object"),
+    "two objects": (raw(b"{}{}"), "no JSON object"),
+    "long entry": (raw({"a": entry([1] * (1 << 19), 0, 4)}, b"1234"), "longer than 983040"),
+    "many dims": (raw({"a": entry([1] * 17, 0, 4)}, b"1234"), "impossible shape"),
 }
 
 
@@ -120,10 +131,12 @@ def test_bad_header_is_refused_by_name(tmp_path, monkeypatch, case):
     assert str(tmp_path / "x") in str(error.value)
 
 
-def test_too_many_tensors_are_refused_before_any_is_looked_at(tmp_path, monkeypatch):
+def test_too_many_tensors_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(codec, "MAX_TENSORS", 3)
-    (tmp_path / "x").write_bytes(raw({str(i): "not even an entry" for i in range(4)}))
-    with pytest.raises(UserError, match="4 tensors exceed 3"):
+    (tmp_path / "x").write_bytes(raw({str(i): entry([0], 0, 0) for i in range(3)}))
+    assert len(codec.read_header(tmp_path / "x")[0]) == 3
+    (tmp_path / "x").write_bytes(raw({str(i): entry([0], 0, 0) for i in range(4)}))
+    with pytest.raises(UserError, match="more than 3 tensors"):
         codec.read_header(tmp_path / "x")
 
 
