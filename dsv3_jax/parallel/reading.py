@@ -69,7 +69,7 @@ class Reading:
 class Places(NamedTuple):
     """Where rows of all peers lie on this device, and which peers need this device's."""
 
-    slots: Int[Array, "N*R K"]
+    slots: Int[Array, "NR K"]
     source: Int[Array, " M"]  # the row of all that lies there; N*R for none
     free: Int[Array, "E 2"]
     needed: Bool[Array, "R N"]
@@ -131,7 +131,7 @@ _carried.defvjp(lambda x, places, *static: (_carried(x, places, *static), places
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def return_sums(
-    rows: Float[Array, "M D"], weights: Float[Array, "N*R K"], places: Places, reading: Reading
+    rows: Float[Array, "M D"], weights: Float[Array, "NR K"], places: Places, reading: Reading
 ) -> Float[Array, "R D"]:
     """The weighted sums of the experts' rows, at their tokens' devices, in the rows' dtype."""
     return reading.sum_back(rows, weights, places)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from dsv3_jax.parallel.expert import _give_back, _send
+from dsv3_jax.parallel.collectives import vary
+from dsv3_jax.parallel.expert import _give_back, _send, dispatch
 from dsv3_jax.quantization.recipe import RECIPES
 from tests.parallel.exchanges import (
     AXES,
@@ -88,6 +89,25 @@ def test_one_round_if_and_only_if_the_largest_load_fits():
     want = [max(-(-most // capacity), 1) for most in range(1, TOKENS + 1)]
     assert [rounds["rounds", most] for most in range(1, TOKENS + 1)] == want
     assert [rounds["error", most] for most in range(1, TOKENS + 1)] == [min(w, 2) for w in want]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_no_array_of_a_handle_is_empty(transport):
+    """As a residual in a scan one makes XLA's partitioner crash (jax 0.11.2)."""
+    mesh, split = mesh_of(1, 8), PartitionSpec(AXES)
+    exchange = exchange_over(mesh, TRANSPORTS[transport], PER_TOKEN)
+    handle = jax.eval_shape(
+        jax.shard_map(
+            lambda *arrays: dispatch(*vary(arrays, AXES), exchange, 8)[2],
+            mesh=mesh,
+            in_specs=(split,) * 3,
+            out_specs=split,
+        ),
+        jnp.zeros((8 * TOKENS, DIM)),
+        jnp.zeros((8 * TOKENS, PER_TOKEN)),
+        jnp.zeros((8 * TOKENS, PER_TOKEN), jnp.int32),
+    )
+    assert all(leaf.size for leaf in jax.tree.leaves(handle))
 
 
 def test_two_runs_are_bitwise_equal():

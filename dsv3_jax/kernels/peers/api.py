@@ -2,8 +2,8 @@
 
 For devices that can read each other's memory (GPUs over NVLink). Everything runs inside
 `jax.shard_map`; the N peers are the devices along mesh axes, the first axis being the slowest, and
-every device has R rows. Letters: K choices of a row, M grouped rows of a device's experts, E of
-its experts, D channels.
+every device has R rows, NR in all. Letters: K choices of a row, M grouped rows of a device's
+experts, E of its experts, D channels.
 
 `gather_rows` and `return_rows` are told by `slots` [N*R, K] where the results of every peer's rows
 lie on this device: row p * R + r is row r of peer p, and a slot of M or more stands for none.
@@ -24,7 +24,7 @@ Axes = tuple[str, ...]
 
 def gather_rows(
     x: Array,
-    slots: Int[Array, "N*R K"],
+    slots: Int[Array, "NR K"],
     free: Int[Array, "E 2"],
     num_rows: int,
     *,
@@ -54,8 +54,8 @@ def gather_rows(
 
 def return_rows(
     rows: Float[Array, "M D"],
-    weights: Float[Array, "N*R K"] | None,
-    slots: Int[Array, "N*R K"],
+    weights: Float[Array, "NR K"] | None,
+    slots: Int[Array, "NR K"],
     needed: Bool[Array, "R N"],
     *,
     sent_as: Any,

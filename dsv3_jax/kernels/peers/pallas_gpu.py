@@ -96,7 +96,7 @@ class Peers(NamedTuple):
 
 def gather_rows(
     x: Array,
-    slots: Int[Array, "N*R K"],
+    slots: Int[Array, "NR K"],
     free: Int[Array, "E 2"],
     *,
     num_rows: int,
@@ -109,8 +109,8 @@ def gather_rows(
 
 def return_rows(
     rows: Float[Array, "M D"],
-    weights: Float[Array, "N*R K"] | None,
-    slots: Int[Array, "N*R K"],
+    weights: Float[Array, "NR K"] | None,
+    slots: Int[Array, "NR K"],
     needed: Bool[Array, "R N"],
     *,
     sent_as: Any,
@@ -126,7 +126,7 @@ def return_rows(
 def gather_from(
     peers: Peers,
     x: Array,
-    slots: Int[Array, "N*R K"],
+    slots: Int[Array, "NR K"],
     free: Int[Array, "E 2"],
     num_rows: int,
     multiprocessors: int,
@@ -263,7 +263,7 @@ def sum_slots(
 
 def sum_from(
     peers: Peers,
-    partial: Float[Array, "N*R D"],
+    partial: Float[Array, "NR D"],
     needed: Bool[Array, "R N"],
     dtype: Any,
     multiprocessors: int,

@@ -11,7 +11,7 @@ Axes = tuple[str, ...]
 
 def gather_rows(
     x: Array,
-    slots: Int[Array, "N*R K"],
+    slots: Int[Array, "NR K"],
     free: Int[Array, "E 2"],
     *,
     num_rows: int,
@@ -29,8 +29,8 @@ def gather_rows(
 
 def return_rows(
     rows: Float[Array, "M D"],
-    weights: Float[Array, "N*R K"] | None,
-    slots: Int[Array, "N*R K"],
+    weights: Float[Array, "NR K"] | None,
+    slots: Int[Array, "NR K"],
     needed: Bool[Array, "R N"],
     *,
     sent_as: Any,
