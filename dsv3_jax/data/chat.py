@@ -22,6 +22,7 @@ from typing import Any
 from dsv3_jax.config import UserError
 
 ROLES = ("system", "user", "assistant")
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
 MAX_TEMPLATE_CHARACTERS = 2**20
 MAX_RENDERED_CHARACTERS = 32 * 2**20
 MAX_SECONDS = 10.0  # for one conversation; watched where the main thread renders
@@ -168,7 +169,7 @@ def load_chat_template(folder: Path, special: Mapping[str, str]) -> ChatTemplate
     chat_template.jinja comes before the field of tokenizer_config.json, as in transformers; of
     several named ones, "default" counts. Raises as `ChatTemplate`.
     """
-    file, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    file, config = folder / CHAT_TEMPLATE_FILE, folder / "tokenizer_config.json"
     try:
         if file.is_file():
             return ChatTemplate(file.read_text(encoding="utf-8"), special)

@@ -68,6 +68,8 @@ class Summary:
                 "too few documents to split: the last "
                 f"{self.recipe.val_fraction:.1%} of each is its validation part"
             )
+        if self.recipe.split_by == "repeat":
+            lines.append("too few documents to split: validation repeats the training documents")
         lines += [f"skipped {count:,}: {reason}" for reason, count in sorted(self.skipped.items())]
         return "\n".join(lines)
 
@@ -260,6 +262,11 @@ def _open_splits(path: Path, tokenizer: Tokenizer, data: DataConfig) -> Corpus:
     own = path / "tokenizer.json"
     for shards in (corpus.train, corpus.val):
         index = shards.index
+        if shards.is_supervised:
+            raise UserError(
+                f"{path} holds conversations with targets, and training does not take its loss "
+                "over targets alone yet: prepare plain text"
+            )
         if index.tokenizer_sha256 != tokenizer.fingerprint:
             if tokenizer.path is not None and own.exists() and own.samefile(tokenizer.path):
                 raise DamagedShards(f"{own} does not hold what was written: prepare it again")

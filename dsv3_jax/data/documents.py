@@ -101,6 +101,25 @@ def read_documents(
             skipped["unreadable file"] += 1
 
 
+def read_records(inputs: Inputs) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, record) of every JSON line and parquet row, in order.
+
+    The place is "file:line" or "file: row N". UserError for another kind of file, and for whatever
+    is no record.
+    """
+    for file in inputs.files:
+        reader = _RECORDS.get(_kind(file.path))
+        if reader is None:
+            raise UserError(
+                f"{file.path}: conversations come in .jsonl, .jsonl.gz or .parquet, and this is "
+                "none of them: prepare plain text apart"
+            )
+        try:
+            yield from reader(file.path)
+        except OSError as error:
+            raise UserError(f"cannot read {file.path}: {error.strerror or error}") from error
+
+
 class NotText(UserError):
     """A file that holds no text."""
 
@@ -144,39 +163,78 @@ def _decode(path: Path, raw: bytes) -> str:
         raise NotText(path, "bytes that are not UTF-8", error.start) from error
 
 
-def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+def _text_of_records(path: Path, text_field: str) -> Iterator[str]:
+    for place, record in _RECORDS[_kind(path)](path):
+        text = record.get(text_field)
+        if not isinstance(text, str):
+            raise _no_text(place, text_field, record)
+        yield text
+
+
+def _jsonl_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as file:
-        yield from _json_texts(path, file, text_field)
+        yield from _json_records(path, file)
 
 
-def _read_jsonl_gz(path: Path, text_field: str) -> Iterator[str]:
+def _jsonl_gz_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         with gzip.open(path, "rb") as file:
-            yield from _json_texts(path, file, text_field)
+            yield from _json_records(path, file)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: damaged gzip file: {error}") from error
 
 
-def _json_texts(path: Path, lines: Iterable[bytes], text_field: str) -> Iterator[str]:
+def _json_records(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         place = f"{path}:{number}"
         try:
-            record = json.loads(line.rstrip().decode())
+            record = _without_surrogates(json.loads(line.rstrip().decode()))
         except UnicodeDecodeError as error:
             raise UserError(f"{place}: not UTF-8 at byte {error.start} of the line") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"{place}: not JSON: {error}") from error
         if not isinstance(record, dict):
             raise UserError(f"{place}: a {type(record).__name__}, not a JSON object")
-        if not isinstance(text := record.get(text_field), str):
-            raise _no_text(place, text_field, record)
-        # JSON can spell half a surrogate pair, which no UTF-8 can hold.
-        yield re.sub("[\ud800-\udfff]", "\ufffd", text)
+        yield place, record
+
+
+def _without_surrogates(value: Any) -> Any:
+    """JSON can spell half a surrogate pair, which no UTF-8 can hold: U+FFFD instead."""
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    if isinstance(value, list):
+        return [_without_surrogates(item) for item in value]
+    if isinstance(value, dict):
+        return {_without_surrogates(k): _without_surrogates(v) for k, v in value.items()}
+    return value
+
+
+def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for place, row in _parquet_rows(path, None):
+        # Lists of objects, as messages are, bring every object's fields: null where it has none.
+        yield place, _without_nulls(row)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+    return value
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    for place, row in _parquet_rows(path, text_field):
+        text = row[text_field]
+        if not isinstance(text, str):
+            raise UserError(f"{place}: {text_field!r} is {type(text).__name__}, not text")
+        yield text
+
+
+def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) with one column, or with all of them."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -184,18 +242,16 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
         raise UserError(
             f"{path}: .parquet needs pyarrow: pip install 'dsv3_jax[parquet]'"
         ) from error
-    row = 0
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            if text_field not in (names := file.schema_arrow.names):
-                raise _no_text(str(path), text_field, names)
-            for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    row += 1
-                    if not isinstance(text, str):
-                        kind = type(text).__name__
-                        raise UserError(f"{path}: row {row}: {text_field!r} is {kind}, not text")
-                    yield text
+            if column is not None and column not in (names := file.schema_arrow.names):
+                raise _no_text(str(path), column, names)
+            columns = None if column is None else [column]
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not a readable parquet file: {error}") from error
 
@@ -207,9 +263,14 @@ def _no_text(place: str, text_field: str, fields: Iterable[Any]) -> UserError:
     )
 
 
+_RECORDS = {
+    ".jsonl": _jsonl_records,
+    ".jsonl.gz": _jsonl_gz_records,
+    ".parquet": _parquet_records,
+}
 _READERS = {
     "text": _read_text,
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl_gz,
+    ".jsonl": _text_of_records,
+    ".jsonl.gz": _text_of_records,
     ".parquet": _read_parquet,
 }

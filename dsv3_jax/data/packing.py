@@ -32,8 +32,9 @@ class Recipe:
     val_fraction: float  # of the documents, chosen by a hash of their content
     fim_rate: float  # of the training documents
     seed: int  # of FIM only: the split does not move with it
-    # Fewer documents than it takes to fill both sides: the end of each is its validation part.
-    split_by: Literal["document", "tail"] = "document"
+    # Fewer documents than it takes to fill both sides: the end of each is its validation part, or
+    # of conversations, which are not cut, both sides hold all.
+    split_by: Literal["document", "tail", "repeat"] = "document"
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32, Int64
 
 from dsv3_jax.config import LIMITS, UserError
 from dsv3_jax.config.files import build, file_inside, read_json, shown
+from dsv3_jax.data.supervision import Supervision, SupervisionIndex, SupervisionWriter
 from dsv3_jax.data.tokens import Tokenizer
 
 INDEX_FILE = "index.json"
@@ -57,6 +58,7 @@ class ShardIndex:
     text_bytes: int  # of all documents in UTF-8, without special tokens
     shards: tuple[Shard, ...]
     format: int = FORMAT
+    supervision: SupervisionIndex | None = None  # of supervised data only
 
     @property
     def tokens(self) -> int:
@@ -65,8 +67,14 @@ class ShardIndex:
 
     @property
     def sha256(self) -> str:
-        """A fingerprint of the whole stream: two corpora with the same one hold the same tokens."""
-        return hashlib.sha256("".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+        """A fingerprint of the whole stream: two corpora with the same one hold the same tokens.
+
+        Of supervised ones, also the same targets and documents.
+        """
+        parts = [shard.sha256 for shard in self.shards]
+        if self.supervision is not None:
+            parts += [self.supervision.targets_sha256, self.supervision.documents_sha256]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 class DamagedShards(UserError):
@@ -76,11 +84,15 @@ class DamagedShards(UserError):
 class ShardWriter:
     """Writes a stream of tokens into an existing, empty folder; `close` writes the index.
 
-    Memory is bounded by the largest array added.
+    Memory is bounded by the largest array added. With `supervised`, each document brings targets.
     """
 
     def __init__(
-        self, folder: Path, tokenizer: Tokenizer, tokens_per_shard: int = TOKENS_PER_SHARD
+        self,
+        folder: Path,
+        tokenizer: Tokenizer,
+        tokens_per_shard: int = TOKENS_PER_SHARD,
+        supervised: bool = False,
     ):
         self._folder = folder
         self._tokenizer = tokenizer
@@ -92,9 +104,18 @@ class ShardWriter:
         self._tokens = 0  # in the open file
         self._documents = 0
         self._text_bytes = 0
+        self._supervision = SupervisionWriter(folder) if supervised else None
 
-    def add(self, ids: Int32[np.ndarray, " T"], text_bytes: int) -> None:
-        """Appends one document of `text_bytes` bytes of text."""
+    def add(
+        self,
+        ids: Int32[np.ndarray, " T"],
+        text_bytes: int,
+        targets: Bool[np.ndarray, " T"] | None = None,
+    ) -> None:
+        """Appends one document of `text_bytes` bytes of text, with its targets where asked for."""
+        assert (targets is None) == (self._supervision is None)
+        if self._supervision is not None and targets is not None:
+            self._supervision.add(targets)
         assert ids.size == 0 or (ids.min() >= 0 and ids.max() < self._tokenizer.vocab_size)
         self._documents += 1
         self._text_bytes += text_bytes
@@ -121,6 +142,7 @@ class ShardWriter:
             documents=self._documents,
             text_bytes=self._text_bytes,
             shards=tuple(self._shards),
+            supervision=None if self._supervision is None else self._supervision.close(),
         )
         text = json.dumps(dataclasses.asdict(index), indent=2) + "\n"
         (self._folder / INDEX_FILE).write_text(text)
@@ -158,6 +180,29 @@ class TokenShards:
         ]
         # starts[i] is the position of shard i's first token; the last entry is the length.
         self._starts = np.cumsum([0] + [shard.tokens for shard in self.index.shards])
+        self._supervision = None
+        if self.index.supervision is not None:
+            try:
+                self._supervision = Supervision(self.folder, self.index.documents, len(self))
+            except (OSError, ValueError) as error:
+                raise DamagedShards(f"{error}: prepare the folder again") from error
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the folder says which tokens are targets."""
+        return self._supervision is not None
+
+    @property
+    def document_starts(self) -> Int64[np.ndarray, " starts"]:
+        """Where each document of supervised shards begins, and the length at the end."""
+        assert self._supervision is not None
+        return self._supervision.document_starts
+
+    def targets(self, start: int, stop: int) -> Bool[np.ndarray, " T"]:
+        """Whether each token of [start, stop) is a target; all are where nothing says otherwise."""
+        if self._supervision is None:
+            return np.ones(stop - start, bool)
+        return self._supervision.targets(start, stop)
 
     def __len__(self) -> int:
         """Tokens in the folder."""
@@ -199,6 +244,11 @@ class TokenShards:
         At most about `max_bytes`, of files taken at random, so that every start looks at others;
         None reads all. DamagedShards names the file.
         """
+        if self._supervision is not None and self.index.supervision is not None:
+            try:
+                self._supervision.verify(self.index.supervision)
+            except ValueError as error:
+                raise DamagedShards(f"{error}: prepare the folder again") from error
         shards = list(self.index.shards)
         random.Random(os.urandom(8)).shuffle(shards)
         read = 0

@@ -6,6 +6,7 @@ text: only this package puts real ones in.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from dsv3_jax.config import UserError
 from dsv3_jax.data.tiktoken_model import TiktokenTokenizer
@@ -94,6 +95,8 @@ class HFTokenizer(Tokenizer):
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        special = [t["content"] for t in spec["added_tokens"] if t["special"] and t["content"]]
+        self._special_pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")
         to_bytes, adds_space = _piece_reader(spec.get("decoder"), path)
         super().__init__(
             name=path.name,
@@ -109,6 +112,30 @@ class HFTokenizer(Tokenizer):
         """The ids of each text, on all cores."""
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    @functools.cached_property
+    def _reads_special(self) -> Any:
+        """The same tokenizer, to which "</s>" is the special token: in a rendered chat it is."""
+        return _tokenizers_library().Tokenizer.from_str(self._tokenizer.to_str())
+
+    def encode_with_special(
+        self, text: str
+    ) -> tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " T"]]:
+        """The ids of a text in which special tokens are spelt, and the character each begins at."""
+        encoding = self._reads_special.encode(text, add_special_tokens=False)
+        starts = np.array([start for start, _ in encoding.offsets], np.int64)
+        return np.array(encoding.ids, np.int32), starts
+
+    def spells_special(self, text: str) -> str | None:
+        """The first special token that a text spells out; None for none."""
+        found = self._special_pattern.search(text)
+        return found[0] if found else None
+
+    @property
+    def special_spellings(self) -> dict[str, str]:
+        """bos_token and eos_token as a chat template writes them."""
+        ids = {"bos_token": self.bos_token_id, "eos_token": self.eos_token_id}
+        return {name: self._tokenizer.id_to_token(i) or "" for name, i in ids.items()}
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:

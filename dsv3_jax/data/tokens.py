@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from dsv3_jax.config import UserError
 from dsv3_jax.config.files import refuse_lfs_pointer
@@ -69,6 +69,29 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> Int32[np.ndarray, " T"]:
         """The ids of a text, no special token added."""
         return self.encode_batch([text])[0]
+
+    def encode_with_special(
+        self, text: str
+    ) -> tuple[Int32[np.ndarray, " T"], Int64[np.ndarray, " T"]]:
+        """The ids of a text in which special tokens are spelt, and the character each begins at.
+
+        As transformers reads what a chat template wrote. A tokenizer whose special tokens have no
+        spelling reads text only.
+        """
+        ids = self.encode(text)
+        ends = np.cumsum([len(self.token_bytes(int(i))) for i in ids])
+        characters = np.cumsum([0, *(len(c.encode()) for c in text)])
+        starts = np.searchsorted(characters, np.concatenate([[0], ends[:-1]]), side="right") - 1
+        return ids, starts.astype(np.int64)
+
+    def spells_special(self, text: str) -> str | None:
+        """The first special token that a text spells out; None for none."""
+        return None
+
+    @property
+    def special_spellings(self) -> dict[str, str]:
+        """bos_token and eos_token as a chat template writes them; empty without a spelling."""
+        return {"bos_token": "", "eos_token": ""}
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids without special tokens; bytes that are no UTF-8 become U+FFFD."""

@@ -180,7 +180,7 @@ def test_sizes_alone_are_looked_at_when_asked(text_folder, tmp_path):
 
 
 def test_large_prepared_data_say_how_much_was_verified(text_folder, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(shards_module.ShardWriter.__init__, "__defaults__", (500,))
+    monkeypatch.setattr(shards_module.ShardWriter.__init__, "__defaults__", (500, False))
     monkeypatch.setattr(corpus_module, "VERIFY_BYTES", 2000)
     prepare([text_folder], tmp_path / "out", ByteTokenizer(), **OPTIONS)
     data = replace(DATA, path=str(tmp_path / "out"))
