@@ -38,6 +38,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 if jax.config.jax_compilation_cache_dir is None:
     cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(cache_home / "dsv3_jax" / "compiled"))
+# The processes that tests start use it too.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = jax.config.jax_compilation_cache_dir
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

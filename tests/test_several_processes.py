@@ -20,6 +20,7 @@ import train
 from tests.helpers import TOLERANCE, write_small_run
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow  # up to four processes at a time, each compiling for itself
 STEPS = 14
 
 CONFIG = """

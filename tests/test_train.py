@@ -116,6 +116,7 @@ def whole_state(config_file, run) -> str:
     return state_sha256(state)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_exits_143_and_the_run_goes_on(config_file, tmp_path):
     run = tmp_path / "stopped"
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(config_file)]

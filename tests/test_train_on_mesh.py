@@ -46,6 +46,7 @@ def lines_of(run: Path) -> list[dict]:
     return [line for line in lines if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_resumes_bitwise_and_its_model_writes(config_file, tmp_path, capsys):
     run = tmp_path / "run"
     argv = ["--config", str(config_file), "--run-dir", str(run), *MESH]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # a process with 32 devices
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = Path(__file__).parent / "count_copies.py"
 

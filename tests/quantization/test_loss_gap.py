@@ -100,6 +100,7 @@ def runs(tmp_path_factory):
         yield folder, ["--config", str(path), "--seeds", "0", "--steps", "100"], trainers
 
 
+@pytest.mark.slow
 def test_fp8_training_stays_near_bf16(runs):
     """The short form of what docs/numerics.md shows over 400 steps of three seeds."""
     folder = runs[0]
@@ -111,6 +112,7 @@ def test_fp8_training_stays_near_bf16(runs):
     assert abs(gap) < SHORT_RUN, gap
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_not_repeated_and_one_of_another_config_is(runs, monkeypatch, capsys):
     folder, options, _ = runs
     done = {path: path.read_text() for path in folder.glob("*.jsonl")}
@@ -132,6 +134,7 @@ def test_a_complete_run_is_not_repeated_and_one_of_another_config_is(runs, monke
     (folder / "bf16-seed0.jsonl").write_text(done[folder / "bf16-seed0.jsonl"])
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_line_a_run(runs):
     figure = plot_loss_gap(read_losses(runs[0]))
     left, right = figure.axes
@@ -144,6 +147,7 @@ def test_the_figure_shows_a_gap_of_any_size():
     assert figure.axes[1].get_ylim()[1] > 5.0  # percent, smoothed
 
 
+@pytest.mark.slow
 def test_logfmt_beats_fp8_formats_on_what_trained_experts_send(runs):
     """The order that the paper's section 3.2 found, on outputs of routed experts."""
     trainer = runs[2]["bf16"]

@@ -36,6 +36,12 @@ MESHES = {
 }
 
 
+# One mesh in every run of the tests; all of them where minutes do not count.
+ON_MESHES = [
+    pytest.param(name, marks=() if name == "2 x 4" else pytest.mark.slow) for name in MESHES
+]
+
+
 class Run:
     """A compiled step on one mesh."""
 
@@ -88,7 +94,7 @@ def losses(metrics):
     return np.array([m.loss for m in metrics])
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", ON_MESHES)
 def test_twenty_steps_on_a_mesh_have_the_losses_of_one_device(name):
     (want_state, want), (got_state, got) = whole_run(None), whole_run(name)
     np.testing.assert_allclose(losses(got), losses(want), rtol=1e-5)
@@ -103,7 +109,7 @@ def test_twenty_steps_on_a_mesh_have_the_losses_of_one_device(name):
             np.testing.assert_array_equal(shard.data, wanted)
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", ON_MESHES)
 def test_copies_of_one_weight_stay_equal(name):
     state, _ = whole_run(name)
     for leaf in jax.tree.leaves(state):
@@ -137,6 +143,7 @@ def test_each_device_holds_its_share_of_the_state(state):
     assert bytes_per_device(replicated.abstract) > 0.5 * whole
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
     first, second = run_on("zero1, gathered context"), run_on("2 x 4")
     state, _ = first.train(first.start(), range(10))

@@ -143,6 +143,7 @@ def test_the_loss_falls():
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 def test_fp8_keeps_gradients_that_are_small():
     """A tile's scale has a floor; gradients of a late step, here 1e-9 a token, stay well above it.
 
