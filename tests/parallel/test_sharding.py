@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.config import ParallelConfig
+from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig, UserError
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.transformer import forward
 from dsv3_jax.parallel.mesh import AXES, make_mesh
-from dsv3_jax.parallel.sharding import ONE_DEVICE, RULES, Layout
+from dsv3_jax.parallel.sharding import ONE_DEVICE, RULES, Layout, make_layout
 from tests.helpers import TOLERANCE, random_tokens, random_variables, relative_error, tiny_model
 
 
@@ -90,3 +91,18 @@ def test_the_model_on_a_mesh_equals_the_model_on_one_device():
     want, got = run(variables, tokens, model), run(variables, tokens, Pass(model, layout=layout))
     assert got.logits.sharding.shard_shape(got.logits.shape)[0] == 1
     assert relative_error(got, want) < TOLERANCE["f32_model"]
+
+
+def test_the_ring_is_refused_on_gpus_before_anything_runs():
+    """Until a training step with it has come back from them: said, never left to hang."""
+
+    class Gpu:
+        platform = "gpu"
+
+    class OnGpus:
+        shape = dict.fromkeys(AXES, 1) | {"context": 2}
+        devices = np.array([Gpu(), Gpu()])
+
+    mesh: Any = OnGpus()
+    with pytest.raises(UserError, match=r"ring.*on GPUs.*use --sharding.context allgather"):
+        make_layout(mesh, ShardingConfig(context="ring"), ExpertParallelConfig())
