@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -56,6 +57,8 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         if expected and not os.environ.get("DSV3_DEBUG"):
             print(f"error: {error}", file=sys.stderr, flush=True)
         elif _one_of_several_processes():
+            if type(error).__name__ == "JaxRuntimeError":
+                time.sleep(2)  # of another's death `parallel/peers.py` tells, and ends this process
             traceback.print_exc()
         else:
             raise

@@ -167,7 +167,10 @@ def run_of_two(config_file, tmp_path_factory):
         killed = time.monotonic()
         codes = pair.exit_codes(60)
         assert codes[1] == -signal.SIGKILL
-        assert codes[0] != 0, pair.said()
+        assert codes[0] == 1, pair.said()
+        last = [line for line in pair.said(0).splitlines() if not line.startswith("[Gloo]")][-1]
+        assert last.startswith("error: process 1 was killed, so process 0 ends too"), pair.said(0)
+        assert "Traceback" not in pair.said(0) and "stack trace" not in pair.said(0)
         print(f"the other ended {time.monotonic() - killed:.1f} s later with {codes[0]}")
         assert f"resumed from the checkpoint of step {stopped}" in pair.said(0)
     saved = saved_step(run)

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import DistributedConfig, RunError, UserError, by_name
+from dsv3_jax.parallel import peers
 
 log = logging.getLogger(__name__)
 
@@ -126,6 +127,7 @@ def start(options: DistributedConfig) -> None:
         initialization_timeout=options.start_timeout,
         heartbeat_timeout_seconds=options.heartbeat_timeout,
     )
+    peers.watch(processes.coordinator)
 
 
 def check_coordinator(processes: Processes, timeout: float) -> None:
@@ -243,6 +245,7 @@ def leave(code: int) -> NoReturn:
     Process 0, whose end ends the others, goes last: they may have the same to say.
     """
     if jax.distributed.is_initialized():
+        peers.say_goodbye(failed=code != 0)
         sys.stdout.flush()
         sys.stderr.flush()
         if jax.process_index() == 0:

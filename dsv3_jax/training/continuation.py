@@ -23,7 +23,6 @@ from dsv3_jax.training.restore import (
     PyTree,
     architecture_differences,
     latest_valid,
-    process_0_says,
     read_saved,
     valid_step,
 )
@@ -93,7 +92,7 @@ def find_continuation(
         step = valid_step(folder, config.resume)
     if step is None:
         return Continuation(None, TrainingSchedule(config), [])
-    saved: dict[str, Any] = process_0_says(lambda: read_saved(folder / str(step)))
+    saved = read_saved(folder / str(step))  # on every process: orbax waits for all
     path, meta = folder / str(step), saved["meta"]
     old = _saved_config(meta)
     refuse_another_run(path, saved, config, identity(corpus), abstract_state)

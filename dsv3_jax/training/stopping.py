@@ -43,6 +43,7 @@ class StopRequest:
         self._saving = False
         self._clock = clock
         self._received: int | None = None
+        self._told = threading.Event()
         self._largest = LargestOfAll() if jax.process_count() > 1 else None
         self._old: dict[int, object] = {}
 
@@ -106,6 +107,7 @@ class StopRequest:
         if self._largest is None:
             self.signal = number
         log.warning("%s heard: %s", name, self._what_next())
+        self._told.set()
 
     def _what_next(self) -> str:
         if not self._saving:
@@ -119,6 +121,18 @@ class StopRequest:
         return f"{what}. A second signal ends it at once, without saving"
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        if not self._saving:
-            raise Stopped(128 + number)
+        if self._saving:
+            return
+        self._told.wait(2)
+        # Raised inside an event loop, as orbax' reading is one, it would come with pages of others.
+        if _in_event_loop(frame):
+            os._exit(128 + number)
+        raise Stopped(128 + number)
+
+
+def _in_event_loop(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if "asyncio" in frame.f_code.co_filename:
+            return True
+        frame = frame.f_back
+    return False

@@ -28,9 +28,9 @@ with StopRequest(clock) as stop, stop.saving(), clock("compile"):
 """
 
 
-def start(calls: int) -> subprocess.Popen:
+def start(program: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-c", BUSY.format(calls=calls)],
+        [sys.executable, "-c", program],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
@@ -41,7 +41,7 @@ def start(calls: int) -> subprocess.Popen:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_one_signal_while_compiling_is_told_at_once_and_a_second_ends(number):
-    with start(calls=100) as process:
+    with start(BUSY.format(calls=100)) as process:
         assert process.stdout.readline() == "compiling\n"
         process.send_signal(number)
         said = process.stdout.readline()
@@ -54,7 +54,7 @@ def test_one_signal_while_compiling_is_told_at_once_and_a_second_ends(number):
 
 
 def test_one_signal_lets_the_step_end():
-    with start(calls=2) as process:
+    with start(BUSY.format(calls=2)) as process:
         assert process.stdout.readline() == "compiling\n"
         process.send_signal(signal.SIGTERM)
         assert process.stdout.read().endswith("requested True\n")
@@ -70,3 +70,29 @@ def test_with_nothing_to_save_a_signal_stops_at_once(caplog):
     assert stopped.value.code == 143
     assert "SIGTERM heard: nothing is left to save" in caplog.text
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+READING = """
+import asyncio
+from dsv3_jax.training.metrics import Clock
+from dsv3_jax.training.run_log import set_up_logging
+from dsv3_jax.training.stopping import StopRequest
+set_up_logging()
+
+async def read():
+    print("reading", flush=True)
+    while True:
+        await asyncio.sleep(0)
+
+with StopRequest(Clock()):
+    asyncio.run(read())
+"""
+
+
+def test_a_signal_while_a_checkpoint_is_read_leaves_one_line():
+    with start(READING) as process:
+        assert process.stdout.readline() == "reading\n"
+        process.send_signal(signal.SIGTERM)
+        said = process.stdout.read()
+        assert said == "warning: SIGTERM heard: nothing is left to save, the run ends\n"
+        assert process.wait(timeout=20) == 143
