@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from dsv3_jax.config import (
     Config,
@@ -143,7 +144,10 @@ def _trained_on_bytes(run_dir: Path) -> bool:
 
 
 def with_redundant_experts(
-    model: Model, number: int, load_LE: str | Path, prompts: Sequence[Sequence[int]] = ()
+    model: Model,
+    number: int,
+    load_LE: str | Path,
+    prompts: Sequence[Sequence[int | np.integer]] = (),
 ) -> Model:
     """The model with `number` more places for busy experts in every MoE layer.
 

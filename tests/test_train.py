@@ -211,7 +211,7 @@ BAD_TRAINING = {
     "dimensions": (["--model.n-group", "3", "--model.qk-rope-head-dim", "5"], 2, "use 6"),
     "mesh": (["--mesh.data", "4096", "--train.batch-size", "4096"], 2, "4096 devices"),
     "axis": (["--mesh.tensor", "3"], 2, "multiple of mesh.tensor=3"),
-    "pipeline": (["--mesh.pipe", "2"], 2, "mesh.pipe=2"),
+    "pipeline": (["--mesh.pipe", "64"], 2, "under 1f1b needs 64 stages"),
     "vocabulary": (["--model.vocab-size", "258"], 2, "258"),
     "corpus": (["--data.path", "no/such/place"], 2, "no/such/place"),
     "config": (["--config", "no_such_config.py"], 2, "no_such_config.py"),

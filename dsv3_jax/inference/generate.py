@@ -34,7 +34,7 @@ PROMPT_MULTIPLE = 32
 
 def generate(
     variables: Variables,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int | np.integer]],
     config: ModelConfig,
     *,
     max_new_tokens: int,

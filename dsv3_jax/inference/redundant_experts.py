@@ -96,7 +96,7 @@ def _placed(layer, placement: Placement, layout: Layout):
 
 def measure_load(
     variables: Variables,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int | np.integer]],
     config: ModelConfig,
     layout: Layout = ONE_DEVICE,
 ) -> Int[np.ndarray, "L E"]:

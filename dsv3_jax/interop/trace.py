@@ -25,7 +25,7 @@ from dsv3_jax.model.transformer import Variables
 
 
 def trace(
-    variables: Variables, tokens: Int[Array, "B T"], config: ModelConfig
+    variables: Variables, tokens: Int[Array | np.ndarray, "B T"], config: ModelConfig
 ) -> dict[str, np.ndarray]:
     """Logits and the inside of every layer for whole rows of tokens, as NumPy arrays by name.
 

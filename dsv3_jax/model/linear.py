@@ -14,13 +14,13 @@ from dsv3_jax.model.activation import swiglu
 from dsv3_jax.model.fp8 import can_fuse, fp8_feed_forward, fp8_grouped_feed_forward
 from dsv3_jax.model.projection import WHOLE, ProductLayout, Projection, add_up, as_projection
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
-from dsv3_jax.quantization.block_scaled import StraightThrough
+from dsv3_jax.quantization.block_scaled import StepWeight, StraightThrough
 from dsv3_jax.quantization.recipe import LinearRecipe
 
 
 def linear(
     x: Float[Array, "*B K"] | StraightThrough,
-    weight: Float[Array, "*N K"] | Projection,
+    weight: Float[Array, "*N K"] | Projection | StepWeight,
     recipe: LinearRecipe | None = None,
     activation: Callable[[Array], Array] | None = None,
     where: ProductLayout = WHOLE,
@@ -43,8 +43,8 @@ Recipes = tuple[LinearRecipe | None, LinearRecipe | None]  # of gate and up, and
 
 def feed_forward(
     x: Float[Array, "B T D"] | StraightThrough,
-    gate_up: Float[Array, "2 F D"] | Projection,
-    down: Float[Array, "D F"] | Projection,
+    gate_up: Float[Array, "2 F D"] | Projection | StepWeight,
+    down: Float[Array, "D F"] | Projection | StepWeight,
     recipes: Recipes,
     layout: Layout = ONE_DEVICE,
 ) -> Float[Array, "B T D"]:
@@ -71,8 +71,8 @@ def feed_forward(
 
 def grouped_feed_forward(
     rows: Float[Array, "M D"] | StraightThrough,
-    gate_up: Float[Array, "E 2 F D"] | Projection,
-    down: Float[Array, "E D F"] | Projection,
+    gate_up: Float[Array, "E 2 F D"] | Projection | StepWeight,
+    down: Float[Array, "E D F"] | Projection | StepWeight,
     group_sizes: Int[Array, " E"],
     alignment: int,
     recipes: Recipes,
@@ -96,7 +96,7 @@ def _is_one_operation(x, gate_up, down, recipes: Recipes, layout: Layout) -> boo
 
 def grouped_linear(
     rows: Float[Array, "M *J K"] | StraightThrough,
-    weights: Float[Array, "E *N K"] | Projection,
+    weights: Float[Array, "E *N K"] | Projection | StepWeight,
     group_sizes: Int[Array, " E"],
     alignment: int,
     recipe: LinearRecipe | None = None,

@@ -29,7 +29,7 @@ from dsv3_jax.parallel.expert import Exchange, combine, dispatch, make_exchange,
 from dsv3_jax.parallel.hops import NOBODY
 from dsv3_jax.parallel.rounds import fits_or_nan, in_rounds
 from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.quantization.block_scaled import PER_TOKEN
+from dsv3_jax.quantization.block_scaled import PER_TOKEN, StepWeight
 from dsv3_jax.quantization.recipe import BF16, Recipe, TileFormat
 
 
@@ -50,8 +50,8 @@ class MoEStats(NamedTuple):
 def expert_ffn(
     x_TD: Float[Array, "T D"],
     routing: Routing,
-    gate_up_E2FD: Float[Array, "E 2 F D"] | Projection,
-    down_EDF: Float[Array, "E D F"] | Projection,
+    gate_up_E2FD: Float[Array, "E 2 F D"] | Projection | StepWeight,
+    down_EDF: Float[Array, "E D F"] | Projection | StepWeight,
     recipe: Recipe = BF16,
 ) -> Float[Array, "T D"]:
     """The weighted sum of each token's experts: SwiGLU feed-forwards over grouped rows."""
@@ -63,8 +63,8 @@ def expert_ffn(
 def exchanged_expert_ffn(
     x_TD: Float[Array, "T D"],
     routing: Routing,
-    gate_up_E2FD: Float[Array, "E 2 F D"] | Projection,
-    down_EDF: Float[Array, "E D F"] | Projection,
+    gate_up_E2FD: Float[Array, "E 2 F D"] | Projection | StepWeight,
+    down_EDF: Float[Array, "E D F"] | Projection | StepWeight,
     recipe: Recipe,
     exchange: Exchange,
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
@@ -150,8 +150,8 @@ class MoEWeights(NamedTuple):
     gate: Float[Array, "E D"]
     bias: Float[Array, " E"] | None
     # In the places of experts; P = E unless some have replicas.
-    gate_up: Float[Array, "P 2 F D"] | Projection
-    down: Float[Array, "P D F"] | Projection
+    gate_up: Float[Array, "P 2 F D"] | Projection | StepWeight
+    down: Float[Array, "P D F"] | Projection | StepWeight
     places: tuple[Int[Array, "E C"], Int[Array, " E"]] | None = None  # see choose_places
 
 

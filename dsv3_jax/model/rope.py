@@ -32,7 +32,7 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 
 
 def rope_tables(
-    positions: Int[Array, "B T"], config: ModelConfig
+    positions: Int[Array | np.ndarray, "B T"], config: ModelConfig
 ) -> tuple[Float[Array, "B T R2"], Float[Array, "B T R2"]]:
     """Cosines and sines of every position's angles, f32; R2 is half of qk_rope_head_dim."""
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)

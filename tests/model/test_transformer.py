@@ -1,5 +1,6 @@
 """The whole model against the f64 oracle, and its forms against each other."""
 
+import dataclasses
 from functools import partial
 
 import jax

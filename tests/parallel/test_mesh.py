@@ -58,11 +58,6 @@ def test_given_devices_are_taken_in_their_order(caplog):
         make_mesh(ParallelConfig(data=8), devices)
 
 
-def test_a_pipeline_is_refused():
-    with pytest.raises(UserError, match=r"mesh\.pipe=2: .* use mesh\.pipe=1"):
-        make_mesh(ParallelConfig(pipe=2))
-
-
 @dataclasses.dataclass(frozen=True)
 class Device:
     """As much of a device as the check of hosts looks at."""
