@@ -21,6 +21,7 @@ from dsv3_jax.config import (
     DistributedConfig,
     ExpertParallelConfig,
     ParallelConfig,
+    RunError,
     ShardingConfig,
     UserError,
 )
@@ -30,6 +31,7 @@ from dsv3_jax.inference.streaming import print_ids, print_text
 from dsv3_jax.loading import find_tokenizer, load, with_redundant_experts
 from dsv3_jax.model.fp8_weights import describe_weights
 from dsv3_jax.parallel import hosts
+from dsv3_jax.verifying import verify
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class InferOptions:
     cache_length: int | None = None  # tokens the cache holds; None: what the longest prompt needs
     step: str = "auto"  # "auto": the newest valid checkpoint; or its number
     tokenizer: str | None = None  # None: the one the model was trained with
+    verify: bool = False
+    """First read all of the checkpoint and compare it with its checksums, as the command does."""
     fp8: bool = False
     """Hold the projections as FP8 (a byte a number, and scales) and multiply in FP8."""
     fp8_cache: bool = False
@@ -78,6 +82,8 @@ def main(argv: Sequence[str]) -> int:
 
 def write(options: InferOptions) -> int:
     """Loads the model and prints what it writes; returns the exit code."""
+    if options.verify and (damaged := verify(options.checkpoint).damaged):
+        raise RunError("\n".join(damaged))
     tokenizer = None
     if not options.token_ids:
         tokenizer = find_tokenizer(options.checkpoint, options.tokenizer)

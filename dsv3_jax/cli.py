@@ -55,7 +55,7 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
     except Exception as error:
         expected = isinstance(error, UserError | RunError | OSError | NotImplementedError)
         if expected and not os.environ.get("DSV3_DEBUG"):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         elif _one_of_several_processes():
             if type(error).__name__ == "JaxRuntimeError":
                 time.sleep(2)  # of another's death `parallel/peers.py` tells, and ends this process
@@ -64,6 +64,11 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
             raise
         _leave(EXIT_USER if isinstance(error, UserError) else EXIT_ENVIRONMENT)
     sys.exit(code)
+
+
+def printable(text: str) -> str:
+    """The text with what would move a terminal's cursor spelt out: names come from strangers."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _one_of_several_processes() -> bool:
@@ -202,6 +207,24 @@ def report(options: ReportOptions) -> None:
         print(path)
 
 
+@dataclass(frozen=True)
+class VerifyOptions:
+    """Read a run, an import, a Hugging Face folder or prepared data whole; name what is damaged."""
+
+    folder: Path
+
+
+def verify(options: VerifyOptions) -> int:
+    """python -m dsv3_jax verify DIR: exit code 0 when all is whole, 1 when something is damaged."""
+    from dsv3_jax import verifying
+
+    kind, damaged = verifying.verify(options.folder)
+    for problem in damaged:
+        print(f"damaged: {printable(problem)}")
+    print(f"{options.folder} is {kind}: " + (f"{len(damaged)} damaged" if damaged else "whole"))
+    return EXIT_ENVIRONMENT if damaged else 0
+
+
 def open_run(run_dir: Path, step: str) -> OpenedRun:
     """A run's checkpoint in f32, its tokenizer.json (None for bytes) and its numbers then."""
     from dsv3_jax.interop.companions import RunFacts
@@ -247,6 +270,7 @@ COMMANDS = {
     "report": Command(ReportOptions, report),
     "import-hf": Command(ImportOptions, import_hf, positional=True),
     "export-hf": Command(ExportOptions, export_hf, positional=True),
+    "verify": Command(VerifyOptions, verify, positional=True),
     "logits": Command(LogitsOptions, logits),
     **{name: Command(options, run) for name, (options, run) in ANALYSES.items()},
 }

@@ -14,7 +14,8 @@ ROWS = [
     {"parallel"},
     {"model", "analysis"},
     {"training", "inference", "interop"},
-    {"cli", "loading"},
+    {"loading", "verifying"},
+    {"cli"},
     {"__main__"},
 ]
 ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}

@@ -38,7 +38,7 @@ from dsv3_jax.data.shards import (
     check_vocab,
 )
 from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
-from dsv3_jax.data.tokens import Tokenizer
+from dsv3_jax.data.tokens import Tokenizer, read_capped
 
 RECIPE_FILE = "recipe.json"
 _MAX_RECIPE_BYTES = 1 << 20
@@ -291,6 +291,29 @@ def _open_splits(path: Path, tokenizer: Tokenizer, data: DataConfig) -> Corpus:
                 *(shards.folder, done, len(index.shards), path),
             )
     return corpus
+
+
+def damage_of_prepared(path: Path) -> list[str]:
+    """What is wrong with each file of a folder that `prepare` wrote; reads all of it."""
+    found: list[str] = []
+    own = path / "tokenizer.json"
+    try:
+        _read_recipe(path)
+    except UserError as error:
+        found.append(str(error))
+    for split in ("train", "val"):
+        try:
+            shards = TokenShards(path / split)
+        except UserError as error:
+            found.append(str(error))
+            continue
+        found += shards.damage()
+        expected = shards.index.tokenizer_sha256
+        if own.is_file() and hashlib.sha256(read_capped(own)).hexdigest() != expected:
+            found.append(f"{own} is not the tokenizer that made {shards.folder}")
+        if not own.is_file() and load_tokenizer("byte").fingerprint != expected:
+            found.append(f"{own} is missing")
+    return found
 
 
 def _read_recipe(path: Path) -> Recipe:

@@ -8,6 +8,7 @@ so that a folder in its place is always complete.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -244,27 +245,44 @@ class TokenShards:
         At most about `max_bytes`, of files taken at random, so that every start looks at others;
         None reads all. DamagedShards names the file.
         """
-        if self._supervision is not None and self.index.supervision is not None:
-            try:
-                self._supervision.verify(self.index.supervision)
-            except ValueError as error:
-                raise DamagedShards(f"{error}: prepare the folder again") from error
+        self._verify_supervision()
         shards = list(self.index.shards)
         random.Random(os.urandom(8)).shuffle(shards)
         read = 0
         for done, shard in enumerate(shards):
             if max_bytes is not None and read >= max_bytes:
                 return done
-            path = self.folder / shard.file
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard.sha256:
-                raise DamagedShards(
-                    f"{path} does not hold what was written (sha256 {found[:12]}..., expected "
-                    f"{shard.sha256[:12]}...): prepare the folder again"
-                )
-            read += path.stat().st_size
+            self._verify_file(shard)
+            read += (self.folder / shard.file).stat().st_size
         return len(shards)
+
+    def damage(self) -> list[str]:
+        """What is wrong with each file whose sha256 differs from the index; reads all."""
+        found = []
+        looks = [functools.partial(self._verify_file, shard) for shard in self.index.shards]
+        for look in [self._verify_supervision, *looks]:
+            try:
+                look()
+            except DamagedShards as error:
+                found.append(str(error))
+        return found
+
+    def _verify_file(self, shard: Shard) -> None:
+        path = self.folder / shard.file
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != shard.sha256:
+            raise DamagedShards(
+                f"{path} does not hold what was written (sha256 {found[:12]}..., expected "
+                f"{shard.sha256[:12]}...): prepare the folder again"
+            )
+
+    def _verify_supervision(self) -> None:
+        if self._supervision is not None and self.index.supervision is not None:
+            try:
+                self._supervision.verify(self.index.supervision)
+            except ValueError as error:
+                raise DamagedShards(f"{error}: prepare the folder again") from error
 
 
 def check_vocab(index: ShardIndex, vocab_size: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from dsv3_jax.interop.checkpoint import FP8, INDEX, Checkpoint
 from dsv3_jax.interop.companions import CARD, RunFacts, model_card, write_run_files
+from dsv3_jax.interop.digests import compared
 from dsv3_jax.interop.hf_config import model_config_to_hf
 from dsv3_jax.interop.name_map import Place, places
 from dsv3_jax.interop.safetensors import Writer, num_bytes, open_writer
@@ -47,10 +48,12 @@ def export_hf(
 
     "stored" and FP8 from FP8 keep every byte; "fp8" quantises what V3 published in FP8, in 128x128
     blocks, with power-of-two scales if `source.scale_fmt` is "ue8m0". Raises UserError when `dst`
-    exists, OSError when the disk is too small or fails, and then leaves nothing behind.
+    exists, OSError when the disk is too small or fails, RunError when a matrix of an import does
+    not match its sha256, and then leaves nothing behind.
     `tokenizer` is a tokenizer.json to add, for sources that bring no such files along; `facts` are
     the numbers of a run, for the model card.
     """
+    source = compared(source)
     table = places(source.config)
     originals = {place.path: name for name, place in table.items() if not place.copy}
     # A copy is written from its original, which an imported or trained checkpoint holds once.

@@ -28,10 +28,10 @@ from dsv3_jax.config import UserError
 from dsv3_jax.interop.checkpoint import (
     Checkpoint,
     open_hf,
-    open_imported,
     position_in,
     same_numbers,
 )
+from dsv3_jax.interop.digests import sha256_of
 from dsv3_jax.interop.hf_config import model_config_to_hf
 from dsv3_jax.interop.import_manifest import MANIFEST, leaf_file
 from dsv3_jax.interop.name_map import Place, leaves, scale_shape
@@ -94,14 +94,6 @@ def import_hf(
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=0) + "\n")
         (folder / PROGRESS).unlink()
     return Path(dst)
-
-
-def verify_imported(folder: str | Path) -> list[str]:
-    """Every published name whose bytes differ from its sha256; reads all of an import."""
-    folder = Path(folder)
-    checkpoint = open_imported(folder)
-    expected = json.loads((folder / MANIFEST).read_bytes())["sha256"]
-    return [n for n, t in checkpoint.tensors.items() if n in expected and _sha256(t) != expected[n]]
 
 
 def _leaf_specs(source: Checkpoint, dtype: StorageDType) -> dict[tuple[str, ...], Specs]:
@@ -254,20 +246,12 @@ def _completed(
             slot, before = _slot(writer.specs, tensor, name, position)
             parts[tensor] = writer.tensors[slot].at(before, spec[1])
         writer.close(sync=False)
-        if made == {tensor: _sha256(part) for tensor, part in parts.items()}:
+        if made == {tensor: sha256_of(part) for tensor, part in parts.items()}:
             kept.update(made)
     log.info("continuing an import: %d tensors are there already", len(kept))
     # A line cut off by the kill would spoil the next one.
     progress.write_text("\n".join(json.dumps(line) for line in recorded if line) + "\n")
     return kept
-
-
-def _sha256(tensor: Any, rows: int = 4096) -> str:
-    digest = hashlib.sha256()
-    for first in range(0, tensor.shape[0], rows):
-        part = tensor.read(first, min(first + rows, tensor.shape[0]))
-        digest.update(part.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 def _json_or_none(line: str) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from dsv3_jax.config.files import file_inside, refuse_lfs_pointer
 from dsv3_jax.interop.checkpoint import FP8, Checkpoint, Tensor
 from dsv3_jax.interop.name_map import Place, scale_name, scale_shape
 from dsv3_jax.interop.safetensors import DTYPES, StoredTensor, num_bytes
+from dsv3_jax.interop.stored import count_non_finite
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, ScaleFormat, quantize
 
 log = logging.getLogger(__name__)
@@ -149,6 +150,25 @@ def tell_not_finite(bad: Counter[str], what: str) -> None:
         shown = ", ".join(f"{name} ({count})" for name, count in bad.most_common(4))
         more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
         log.warning("%s: NaN or infinite numbers in %s%s", what, shown, more)
+
+
+def not_finite(checkpoint: Checkpoint) -> Counter[str]:
+    """How many numbers of each tensor are NaN or infinite, of those that have any; reads all."""
+    bad: Counter[str] = Counter()
+
+    def look(name: str) -> int:
+        tensor = checkpoint.tensors[name]
+        step = max(CHUNK_BYTES // max(num_bytes(tensor.dtype, tensor.shape[1:]), 1), 1)
+        for first in range(0, tensor.shape[0], step):
+            rows = tensor.read(first, min(first + step, tensor.shape[0]))
+            if count := count_non_finite(rows):
+                bad[name] += count
+        return tensor.nbytes
+
+    names = in_file_order(checkpoint.tensors.items())
+    size = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    for_each(names, look, size, f"reading {checkpoint.folder}")
+    return bad
 
 
 def in_file_order(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:

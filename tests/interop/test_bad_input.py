@@ -16,8 +16,9 @@ import pytest
 from dsv3_jax.config import UserError
 from dsv3_jax.interop import importing, safetensors, stream
 from dsv3_jax.interop.checkpoint import from_variables, open_checkpoint, open_hf
+from dsv3_jax.interop.digests import verify_imported
 from dsv3_jax.interop.exporting import export_hf
-from dsv3_jax.interop.importing import import_hf, verify_imported
+from dsv3_jax.interop.importing import import_hf
 from dsv3_jax.interop.load import load_hf
 from dsv3_jax.interop.safetensors import load_file, save_file
 

@@ -10,8 +10,9 @@ import pytest
 
 from dsv3_jax.interop import load as load_module
 from dsv3_jax.interop.checkpoint import from_variables, open_checkpoint, open_hf
+from dsv3_jax.interop.digests import verify_imported
 from dsv3_jax.interop.exporting import export_hf
-from dsv3_jax.interop.importing import import_hf, verify_imported
+from dsv3_jax.interop.importing import import_hf
 from dsv3_jax.interop.load import load, load_hf
 from dsv3_jax.interop.safetensors import load_file, read_header, save_file
 from dsv3_jax.interop.stream import dequantize_rows
