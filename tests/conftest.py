@@ -48,7 +48,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 def what_signatures_check(request):
     """A test of what the package itself says of operands that do not fit gets past beartype."""
     disabled = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", bool(request.node.get_closest_marker("misuse")))
+    misuse = bool(request.node.get_closest_marker("misuse"))
+    jaxtyping.config.update("jaxtyping_disable", disabled or misuse)
     yield
     jaxtyping.config.update("jaxtyping_disable", disabled)
 
