@@ -60,6 +60,7 @@ class Checkpoints:
         self._saving: int | None = None  # the step under way, or the last one saved
         self._failure: BaseException | None = None
         self._trusted: int | None = None
+        self._wanted = 0  # bytes of the save under way
         process_0_says(self._open)
 
     def __enter__(self) -> Checkpoints:
@@ -174,7 +175,8 @@ class Checkpoints:
         self._saving = step
         try:
             # Found out by orbax, a full disk prints a traceback for every array from C++ threads.
-            process_0_says(lambda: self._free_for(state_bytes(state)))
+            self._wanted = state_bytes(state)
+            process_0_says(lambda: self._free_for(self._wanted))
             manager = self._manager
             if manager is None:
                 options = ocp.CheckpointManagerOptions(save_root_metadata=False)
@@ -285,8 +287,8 @@ class Checkpoints:
         good = [s for s in steps_in(self.folder) if (self.folder / str(s) / MANIFEST).exists()]
         last = f"the last good one is step {good[-1]}" if good else "there is none before it"
         return CheckpointError(
-            f"saving the checkpoint of step {step} in {self.folder} failed ({_cause(error)}); "
-            + last
+            f"saving the checkpoint of step {step}, about {_gigabytes(self._wanted)}, in "
+            f"{self.folder} failed ({_cause(error)}); " + last
         )
 
     def _set_aside(self, after: int) -> None:

@@ -382,7 +382,8 @@ def test_a_failed_save_is_told_at_the_next_call(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, limits[1]))  # writes beyond fail
     try:
         with pytest.raises(
-            CheckpointError, match=r"step 2 .*File too large\); the last good one is step 1"
+            CheckpointError,
+            match=r"step 2, about 0.0168 GB, .*File too large\); the last good one is step 1",
         ):
             checkpoints.save(2, big_state(2), {})
             checkpoints.save(3, big_state(3), {})
@@ -415,7 +416,7 @@ def test_a_disk_that_fills_while_training_is_told_before_the_save(tmp_path, monk
     checkpoints.wait()
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
-    with pytest.raises(CheckpointError, match=r"step 2 .*only 1e-07 GB .*the last good .* step 1"):
+    with pytest.raises(CheckpointError, match=r"step 2, .*only 1e-07 GB .*the last good .* step 1"):
         checkpoints.save(2, make_state(2), {})
     assert [p.name for p in tmp_path.iterdir()] == ["1"]  # orbax has written nothing
     checkpoints.close()
