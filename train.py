@@ -35,7 +35,7 @@ from dsv3_jax.training.record import Throughput, step_values
 from dsv3_jax.training.restore import state_bytes
 from dsv3_jax.training.run_folder import RunFolder
 from dsv3_jax.training.run_log import keep_log, set_up_logging
-from dsv3_jax.training.schedule import TrainingSchedule
+from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import TrainState, abstract_state, create_state
 from dsv3_jax.training.step import jit_train_step
 from dsv3_jax.training.stopping import StopRequest
@@ -116,7 +116,7 @@ class Run(NamedTuple):
     config: Config
     layout: Layout
     corpus: Corpus
-    schedule: TrainingSchedule
+    schedule: Schedule
     checkpoints: Checkpoints
     metrics: MetricsLog
     clock: Clock

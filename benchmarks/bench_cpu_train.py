@@ -27,7 +27,7 @@ from dsv3_jax.config import Config, ModelConfig, load_config
 from dsv3_jax.parallel.mesh import batch_sharding, fill_mesh, make_mesh
 from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.training.dry_run import count_parameters
-from dsv3_jax.training.schedule import TrainingSchedule
+from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import abstract_state, create_state
 from dsv3_jax.training.step import jit_train_step
 
@@ -56,7 +56,7 @@ def ours(config: Config, rows: np.ndarray) -> Contestant:
     mesh = make_mesh(config.mesh)
     layout = make_layout(mesh, config.sharding, config.expert_parallel)
     abstract = abstract_state(config, layout)
-    settings = TrainingSchedule(config).settings(0)
+    settings = Schedule(config).settings(0)
     compiled = jit_train_step(config, layout, abstract)
     batch = jax.device_put(rows[None], batch_sharding(mesh, batch_dim=1))
     held = [create_state(config, abstract)]

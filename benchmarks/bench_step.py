@@ -31,7 +31,7 @@ from dsv3_jax.model.stack import run_layers
 from dsv3_jax.model.step_weights import with_made
 from dsv3_jax.model.transformer import init_variables
 from dsv3_jax.training.loss import training_loss, training_pass
-from dsv3_jax.training.schedule import TrainingSchedule
+from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import init_state
 from dsv3_jax.training.step import for_products, gradients, jit_train_step
 
@@ -121,7 +121,7 @@ def mean_loss(state: Any, rows: jax.Array, settings: Any, config: Config) -> jax
 
 def time_slice(config: Config) -> None:
     """Prints the slice's row: the step, and its parts by differences of nested programs."""
-    schedule, train = TrainingSchedule(config), config.train
+    schedule, train = Schedule(config), config.train
     shape = (schedule.max_micro_batches, schedule.micro_batch_size, train.seq_len + 1)
     rows = jax.random.randint(jax.random.key(1), shape, 0, config.model.vocab_size, jnp.int32)
     state = jax.jit(partial(init_state, config=config))(jax.random.key(0))

@@ -26,7 +26,7 @@ from dsv3_jax.model.moe import MoE
 from dsv3_jax.parallel.mesh import batch_sharding, make_mesh
 from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.quantization.recipe import RECIPES
-from dsv3_jax.training.schedule import TrainingSchedule
+from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import abstract_state, init_state
 from dsv3_jax.training.step import jit_train_step
 
@@ -168,7 +168,7 @@ def _step(count: int, run: Run, quick: bool):
         config = _small(config)
     mesh = make_mesh(config.mesh)
     layout = make_layout(mesh, config.sharding, config.expert_parallel)
-    state, schedule = abstract_state(config, layout), TrainingSchedule(config)
+    state, schedule = abstract_state(config, layout), Schedule(config)
     shape = (schedule.max_micro_batches, schedule.micro_batch_size, config.train.seq_len + 1)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, batch_dim=1))
     settings = schedule.settings(0)

@@ -32,7 +32,7 @@ from dsv3_jax.data.batches import Rows
 from dsv3_jax.data.corpus import open_corpus
 from dsv3_jax.kernels import backend
 from dsv3_jax.quantization.recipe import RECIPES
-from dsv3_jax.training.schedule import TrainingSchedule
+from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import TrainState, init_state
 from dsv3_jax.training.step import train_step
 
@@ -48,7 +48,7 @@ class Trainer:
 
     def losses(self, seed: int) -> Iterator[float]:
         """Next-token cross-entropy, nats a token, of one step after the other."""
-        train, schedule = self.config.train, TrainingSchedule(self.config)
+        train, schedule = self.config.train, Schedule(self.config)
         shape = (schedule.max_micro_batches, schedule.micro_batch_size, train.seq_len + 1)
         rows = Rows(open_corpus(self.config.data, seed).train, train.seq_len + 1, seed)
         self.state, previous = self._init(jax.random.key(seed)), None

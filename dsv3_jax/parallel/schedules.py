@@ -55,7 +55,7 @@ class Action:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class PipelineSchedule:
     """The actions of every rank, and where each stage lives.
 
     `parameter_copies` counts how often the model is held by the ranks together. Under
@@ -84,14 +84,14 @@ class Schedule:
             return self.num_ranks - 1 - stage
         return stage % self.num_ranks
 
-    def in_units(self) -> Schedule:
+    def in_units(self) -> PipelineSchedule:
         """The same schedule with every B and FB taken apart into F, I and W.
 
         For an executor whose ticks are all one unit long: there a fused FB tick makes every other
         rank wait for the longest branch.
         """
         rows = tuple(tuple(part for a in row for part in a.parts) for row in self.actions)
-        return Schedule(
+        return PipelineSchedule(
             self.name, self.placement, self.num_ranks, self.num_stages, self.num_microbatches, rows
         )
 
@@ -145,7 +145,7 @@ class Timeline:
         return tuple(_peak(row) for row in self.spans)
 
 
-def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
+def one_f_one_b(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
     """1F1B: a warm-up of forwards, then one forward and one backward in turn."""
     _check(num_ranks, num_microbatches, at_least=1)
     rows = []
@@ -157,10 +157,10 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
                 row.append(Action("F", rank, warm_up + m))
             row.append(Action("B", rank, m))
         rows.append(tuple(row))
-    return Schedule("1f1b", "straight", num_ranks, num_ranks, num_microbatches, tuple(rows))
+    return PipelineSchedule("1f1b", "straight", num_ranks, num_ranks, num_microbatches, tuple(rows))
 
 
-def interleaved(num_ranks: int, num_microbatches: int, chunks: int = 2) -> Schedule:
+def interleaved(num_ranks: int, num_microbatches: int, chunks: int = 2) -> PipelineSchedule:
     """Interleaved 1F1B: each rank holds `chunks` stages, num_ranks apart, which halves the bubble.
 
     num_microbatches is a multiple of num_ranks, as micro-batches go through a chunk in groups of
@@ -190,10 +190,10 @@ def interleaved(num_ranks: int, num_microbatches: int, chunks: int = 2) -> Sched
             row.append(Action("B", *place(turn, rank, True)))
         rows.append(tuple(row))
     name, stages = "interleaved", chunks * num_ranks
-    return Schedule(name, "looped", num_ranks, stages, num_microbatches, tuple(rows))
+    return PipelineSchedule(name, "looped", num_ranks, stages, num_microbatches, tuple(rows))
 
 
-def zb1p(num_ranks: int, num_microbatches: int) -> Schedule:
+def zb1p(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
     """ZB1P: as 1F1B, but rank r puts off its weight gradients by r, to fill the last bubble."""
     _check(num_ranks, num_microbatches, at_least=1)
     rows = []
@@ -210,10 +210,10 @@ def zb1p(num_ranks: int, num_microbatches: int) -> Schedule:
             Action("W", rank, m) for m in range(max(num_microbatches - rank, 0), num_microbatches)
         ]
         rows.append(tuple(row))
-    return Schedule("zb1p", "straight", num_ranks, num_ranks, num_microbatches, tuple(rows))
+    return PipelineSchedule("zb1p", "straight", num_ranks, num_ranks, num_microbatches, tuple(rows))
 
 
-def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
+def dualpipe(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
     """DualPipe: half of the micro-batches enter at each end, so every rank holds two stages.
 
     `num_microbatches` counts both directions; it and `num_ranks` are even, and it is at least
@@ -237,12 +237,12 @@ def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
 
         main = num_microbatches // 2 - num_ranks + mirrored + 1
         rows.append(_eight_steps(2 * inner, mirrored + 1, inner, main, inner == 0, place))
-    return Schedule(
+    return PipelineSchedule(
         "dualpipe", "bidirectional", num_ranks, num_ranks, num_microbatches, tuple(rows)
     )
 
 
-def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
+def dualpipev(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
     """DualPipeV: DualPipe cut in half, 2*num_ranks stages folded into a V on num_ranks ranks.
 
     Needs num_microbatches >= 2 * num_ranks. One copy of the parameters, as two stages a rank.
@@ -257,10 +257,12 @@ def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
 
         main = num_microbatches - 2 * num_ranks + rank + 1
         rows.append(_eight_steps(2 * inner, rank + 1, inner, main, inner == 0, place))
-    return Schedule("dualpipev", "v", num_ranks, 2 * num_ranks, num_microbatches, tuple(rows))
+    return PipelineSchedule(
+        "dualpipev", "v", num_ranks, 2 * num_ranks, num_microbatches, tuple(rows)
+    )
 
 
-SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
+SCHEDULES: dict[str, Callable[[int, int], PipelineSchedule]] = {
     "1f1b": one_f_one_b,
     "interleaved": interleaved,
     "zb1p": zb1p,
@@ -269,7 +271,7 @@ SCHEDULES: dict[str, Callable[[int, int], Schedule]] = {
 }
 
 
-def make_schedule(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
+def make_schedule(name: str, num_ranks: int, num_microbatches: int) -> PipelineSchedule:
     """The schedule called `name`; ValueError names the nearest one for an unknown name."""
     if name not in SCHEDULES:
         near = difflib.get_close_matches(name.lower(), SCHEDULES, n=1, cutoff=0.0)
@@ -277,7 +279,7 @@ def make_schedule(name: str, num_ranks: int, num_microbatches: int) -> Schedule:
     return SCHEDULES[name](num_ranks, num_microbatches)
 
 
-def simulate(schedule: Schedule, durations: Durations = Durations()) -> Timeline:
+def simulate(schedule: PipelineSchedule, durations: Durations = Durations()) -> Timeline:
     """When every action runs if each starts as soon as its rank and its inputs are free.
 
     Each rank keeps its own order. Raises ValueError on a schedule whose actions wait for each

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from jaxtyping import Int32
 
-from dsv3_jax.parallel.schedules import Action, Schedule
+from dsv3_jax.parallel.schedules import Action, PipelineSchedule
 
 IDLE, FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD = range(4)
 _OPS = {"F": FORWARD, "I": INPUT_BACKWARD, "W": WEIGHT_BACKWARD}
@@ -61,17 +61,17 @@ class TickTables:
         }
 
 
-def chunk_of(schedule: Schedule, stage: int) -> int:
+def chunk_of(schedule: PipelineSchedule, stage: int) -> int:
     """Which of its rank's stages this is, counted in the order of the model."""
     return stage // schedule.num_ranks
 
 
-def stages_of_rank(schedule: Schedule, rank: int) -> list[int]:
+def stages_of_rank(schedule: PipelineSchedule, rank: int) -> list[int]:
     """The stages that a rank holds, by chunk."""
     return [s for s in range(schedule.num_stages) if schedule.rank_of(s, 0) == rank]
 
 
-def unit_ticks(schedule: Schedule) -> list[list[Action | None]]:
+def unit_ticks(schedule: PipelineSchedule) -> list[list[Action | None]]:
     """What each rank does in each tick: its next action, once all that it needs has been made.
 
     ValueError for a schedule whose ranks wait for each other.
@@ -97,7 +97,7 @@ def unit_ticks(schedule: Schedule) -> list[list[Action | None]]:
     return ticks
 
 
-def tick_tables(schedule: Schedule) -> TickTables:
+def tick_tables(schedule: PipelineSchedule) -> TickTables:
     """The tables of a schedule whose ranks hold each stage once (not "bidirectional")."""
     if schedule.placement == "bidirectional":
         raise ValueError(
@@ -128,7 +128,7 @@ def tick_tables(schedule: Schedule) -> TickTables:
     )
 
 
-def _needs(schedule: Schedule, action: Action) -> Iterator[tuple[str, int, int]]:
+def _needs(schedule: PipelineSchedule, action: Action) -> Iterator[tuple[str, int, int]]:
     stage, m = action.stage, action.microbatch
     if action.op == "F" and stage > 0:
         yield "F", stage - 1, m
@@ -140,7 +140,7 @@ def _needs(schedule: Schedule, action: Action) -> Iterator[tuple[str, int, int]]
         yield "I", stage, m
 
 
-def _place_saved(schedule: Schedule, when, saved) -> int:
+def _place_saved(schedule: PipelineSchedule, when, saved) -> int:
     """Slots from a forward to the end of its weight gradient, of each rank."""
     lives: list[list] = [[] for _ in range(schedule.num_ranks)]
     for stage in range(schedule.num_stages):
@@ -150,7 +150,7 @@ def _place_saved(schedule: Schedule, when, saved) -> int:
     return max(_allot(life, saved[:, rank]) for rank, life in enumerate(lives))
 
 
-def _place_mail(schedule: Schedule, when, received, arrivals) -> int:
+def _place_mail(schedule: PipelineSchedule, when, received, arrivals) -> int:
     """Slots from the tick after which a message arrives to the tick that reads it."""
     last = schedule.num_stages - 1
     lives: list[list] = [[] for _ in range(schedule.num_ranks)]
@@ -177,7 +177,7 @@ def _place_mail(schedule: Schedule, when, received, arrivals) -> int:
     return num
 
 
-def _way(schedule: Schedule, op: str, here: int, there: int) -> str:
+def _way(schedule: PipelineSchedule, op: str, here: int, there: int) -> str:
     """Where a message comes from as its receiver sees it: ranks are a ring."""
     if here == there:
         return "self"

@@ -9,7 +9,7 @@ import jax
 from dsv3_jax.analysis.hardware import peak_bf16_flops
 from dsv3_jax.config import Config
 from dsv3_jax.training.dry_run import parameter_counts
-from dsv3_jax.training.schedule import TrainingSchedule
+from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import TrainState
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax.checkpoint", "numpy")
@@ -36,7 +36,7 @@ def banner(config: Config, abstract: TrainState) -> list[str]:
     ]
 
 
-def batch_line(config: Config, schedule: TrainingSchedule, start: int | None) -> str:
+def batch_line(config: Config, schedule: Schedule, start: int | None) -> str:
     """How many rows a step reads, and in how many passes."""
     first, last, micro = (
         schedule.rows(start or 0),

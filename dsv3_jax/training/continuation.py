@@ -26,7 +26,7 @@ from dsv3_jax.training.restore import (
     read_saved,
     valid_step,
 )
-from dsv3_jax.training.schedule import START, Position, TrainingSchedule
+from dsv3_jax.training.schedule import START, Position, Schedule
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class Continuation(NamedTuple):
     """Where a run goes on."""
 
     step: int | None  # of the checkpoint; None: a new run
-    schedule: TrainingSchedule
+    schedule: Schedule
     losses: list[float]  # the ordinary ones before it, newest last
 
 
@@ -58,7 +58,7 @@ def identity(corpus: Corpus) -> dict[str, str]:
 def checkpoint_meta(
     config: Config,
     corpus: Corpus,
-    schedule: TrainingSchedule,
+    schedule: Schedule,
     step: int,
     losses: Iterable[float] = (),
 ) -> dict[str, Any]:
@@ -84,14 +84,14 @@ def find_continuation(
     and as `restore` does.
     """
     if config.resume == "never":
-        return Continuation(None, TrainingSchedule(config), [])
+        return Continuation(None, Schedule(config), [])
     folder = Path(run_dir).absolute() / "checkpoints"
     if config.resume == "auto":
         step = latest_valid(folder)
     else:
         step = valid_step(folder, config.resume)
     if step is None:
-        return Continuation(None, TrainingSchedule(config), [])
+        return Continuation(None, Schedule(config), [])
     saved = read_saved(folder / str(step))  # on every process: orbax waits for all
     path, meta = folder / str(step), saved["meta"]
     old = _saved_config(meta)
@@ -201,7 +201,7 @@ def saved_place(path: Path, step: int, meta: dict[str, Any], old: Config) -> Pla
         # Those versions took a batch-size ramp without micro-batches for no ramp.
         micro = old.train.micro_batch_size or old.train.batch_size
         train = dataclasses.replace(old.train, micro_batch_size=micro)
-        schedule = TrainingSchedule(dataclasses.replace(old, train=train))
+        schedule = Schedule(dataclasses.replace(old, train=train))
         position, begun = schedule.position(step), START
         log.warning(
             "%s, of an earlier version, does not hold its position in the data: by its options it "
@@ -219,7 +219,7 @@ def _bounded(*counts: int) -> bool:
     return all(0 <= count < 2**62 for count in counts)
 
 
-def schedule_from(place: Place, config: Config, old: Config) -> TrainingSchedule:
+def schedule_from(place: Place, config: Config, old: Config) -> Schedule:
     """The schedule of `config` for a run that is at `place`.
 
     It is the plan begun earlier where that leads here with the same length and batches; otherwise
@@ -227,11 +227,11 @@ def schedule_from(place: Place, config: Config, old: Config) -> TrainingSchedule
     """
     position = place.position
     if _rows_of_plan(old) == _rows_of_plan(config):
-        schedule = TrainingSchedule(config, place.begun)
+        schedule = Schedule(config, place.begun)
         if schedule.position(position.step) == position:
             return schedule
     row = -(-position.row * place.tokens_per_row // config.train.seq_len)
-    return TrainingSchedule(config, position._replace(row=row))
+    return Schedule(config, position._replace(row=row))
 
 
 def _rows_of_plan(config: Config) -> tuple[Any, ...]:
@@ -251,7 +251,7 @@ def check_rate(path: Path, place: Place, config: Config, old: Config) -> None:
     step, last = place.position.step, place.learning_rate
     before = schedule_from(place, old, old)
 
-    def rate(plan: TrainingSchedule, at: int) -> float:
+    def rate(plan: Schedule, at: int) -> float:
         return float(plan.settings(at).learning_rate)
 
     planned = rate(before, step)

@@ -14,7 +14,7 @@ from dsv3_jax.model.placement import shardings
 from dsv3_jax.parallel.mesh import batch_sharding
 from dsv3_jax.parallel.picture import draw
 from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.training.schedule import TrainingSchedule
+from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import TrainState, abstract_state
 from dsv3_jax.training.step import jit_train_step
 
@@ -61,7 +61,7 @@ def dry_run_report(config: Config, layout: Layout) -> str:
     lines += [f"  {name:<40} {value:10.3f}" for name, value in rows.items()]
     lines.append("  " + fit_line(_peak(memory), device_bytes(layout)))
     axes = ", ".join(f"{axis} {size}" for axis, size in dataclasses.asdict(config.mesh).items())
-    schedule = TrainingSchedule(config)
+    schedule = Schedule(config)
     lines += [
         f"mesh: {axes}",
         f"a step reads {config.train.batch_size} rows of {config.train.seq_len} tokens in "
@@ -121,7 +121,7 @@ def _by_name(tree: Any) -> dict[str, Any]:
 
 
 def _compiled(config: Config, layout: Layout, state: TrainState) -> Any:
-    schedule = TrainingSchedule(config)
+    schedule = Schedule(config)
     shape = (schedule.max_micro_batches, schedule.micro_batch_size, config.train.seq_len + 1)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(layout.mesh, 1))
     step = jit_train_step(config, layout, state)

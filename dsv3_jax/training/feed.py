@@ -10,11 +10,11 @@ from dsv3_jax.config import Config
 from dsv3_jax.data.batches import Rows
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.parallel.mesh import batch_sharding
-from dsv3_jax.training.schedule import TrainingSchedule
+from dsv3_jax.training.schedule import Schedule
 
 
 def batches(
-    config: Config, corpus: Corpus, schedule: TrainingSchedule, mesh: Mesh, start: int
+    config: Config, corpus: Corpus, schedule: Schedule, mesh: Mesh, start: int
 ) -> Iterator[jax.Array]:
     """The rows of each step from `start` on, int32 [A, B, T + 1] over the mesh's data axes.
 

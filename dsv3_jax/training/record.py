@@ -8,13 +8,13 @@ import numpy as np
 from dsv3_jax.analysis.hardware import peak_bf16_flops
 from dsv3_jax.analysis.latency import mfu
 from dsv3_jax.training.metrics import Clock, expert_stats
-from dsv3_jax.training.schedule import TrainingSchedule
+from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.step import StepMetrics, router_bias
 
 
 def step_values(
-    state: TrainState, metrics: StepMetrics, schedule: TrainingSchedule, step: int
+    state: TrainState, metrics: StepMetrics, schedule: Schedule, step: int
 ) -> dict[str, Any]:
     """The keys that every line has, of step number `step` (from 0), and those of each MoE layer."""
     told = schedule.settings(step)

@@ -37,7 +37,7 @@ class Position(NamedTuple):
 START = Position()
 
 
-class TrainingSchedule:
+class Schedule:
     """The plan of a run from `begun` on; steps count from the run's own start.
 
     It is `schedule.steps` long, or `train.steps`; past its end the last phase goes on.

@@ -18,7 +18,7 @@ from dsv3_jax.analysis.memory import split_into_stages
 from dsv3_jax.config import Config
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.stack import DENSE, MOE
-from dsv3_jax.parallel.schedules import Schedule, make_schedule
+from dsv3_jax.parallel.schedules import PipelineSchedule, make_schedule
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.parallel.ticks import TickTables, stages_of_rank, tick_tables
 
@@ -36,7 +36,7 @@ class StagePlan:
             in a slot without one; kinds that the model has not are left out.
     """
 
-    schedule: Schedule
+    schedule: PipelineSchedule
     tables: TickTables
     stages: Int[np.ndarray, "R V"]
     layers: dict[str, Int[np.ndarray, "R V slots"]]

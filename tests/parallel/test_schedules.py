@@ -8,7 +8,7 @@ from dsv3_jax.parallel.schedules import (
     SCHEDULES,
     Action,
     Durations,
-    Schedule,
+    PipelineSchedule,
     dualpipe,
     dualpipev,
     interleaved,
@@ -107,7 +107,9 @@ def test_a_slow_transfer_lengthens_the_pipe_once_a_hop():
 
 
 def test_a_schedule_that_waits_for_itself_is_refused():
-    backwards = Schedule("bad", "straight", 1, 1, 1, ((Action("B", 0, 0), Action("F", 0, 0)),))
+    backwards = PipelineSchedule(
+        "bad", "straight", 1, 1, 1, ((Action("B", 0, 0), Action("F", 0, 0)),)
+    )
     with pytest.raises(ValueError, match="'bad' deadlocks: rank 0 waits"):
         simulate(backwards)
 

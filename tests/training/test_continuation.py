@@ -16,7 +16,7 @@ from dsv3_jax.training.continuation import (
     schedule_from,
     tell_differences,
 )
-from dsv3_jax.training.schedule import START, Position, TrainingSchedule
+from dsv3_jax.training.schedule import START, Position, Schedule
 from tests.helpers import tiny_config
 
 PATH = Path("runs/x/checkpoints/12")
@@ -35,28 +35,26 @@ def changed(config: Config, **groups) -> Config:
     return dataclasses.replace(config, **new)
 
 
-def meta_of(config: Config, schedule: TrainingSchedule, step: int) -> dict:
+def meta_of(config: Config, schedule: Schedule, step: int) -> dict:
     made = {"config": dataclasses.asdict(config), **OURS, "backend": "cpu"}
     made |= {"position": schedule.position(step)._asdict(), "plan": schedule.begun._asdict()}
     made["learning_rate"] = float(schedule.settings(step - 1).learning_rate)
     return json.loads(json.dumps(made))
 
 
-def resumed(
-    config: Config, asked: Config, step: int, schedule: TrainingSchedule | None = None
-) -> TrainingSchedule:
-    meta = meta_of(config, schedule or TrainingSchedule(config), step)
+def resumed(config: Config, asked: Config, step: int, schedule: Schedule | None = None) -> Schedule:
+    meta = meta_of(config, schedule or Schedule(config), step)
     return schedule_from(saved_place(PATH, step, meta, config), asked, config)
 
 
-def rates(schedule: TrainingSchedule, steps: range) -> list[float]:
+def rates(schedule: Schedule, steps: range) -> list[float]:
     return [float(schedule.settings(step).learning_rate) for step in steps]
 
 
 def test_the_same_options_go_on_with_the_same_plan():
     ramp = {"batch_start_ratio": 0.25, "batch_ramp_end": 0.5}
     config = changed(CONFIG, schedule=ramp, train={"micro_batch_size": 1})
-    whole = TrainingSchedule(config)
+    whole = Schedule(config)
     assert whole.rows(0) == 2 and whole.rows(99) == 8
     for step in (1, 13, 60, 99):
         again = resumed(config, config, step)
@@ -79,7 +77,7 @@ CHANGES = {
 @pytest.mark.parametrize("ramp", [1.0, 0.25])
 def test_other_batches_go_on_behind_the_rows_that_were_read(change, ramp):
     config = changed(CONFIG, schedule={"batch_start_ratio": ramp, "batch_ramp_end": 0.5})
-    read = TrainingSchedule(config).position(30)
+    read = Schedule(config).position(30)
     asked = changed(config, **CHANGES[change])
     again = resumed(config, asked, 30)
     assert again.position(30) == read
@@ -117,13 +115,13 @@ def test_a_checkpoint_of_an_earlier_version_counts_steps_and_says_so(caplog):
     [{"step": 29, "row": 1, "tokens": 1}, {"step": 30, "row": -1, "tokens": 1}],
 )
 def test_a_position_that_cannot_be_is_refused(position):
-    meta = meta_of(CONFIG, TrainingSchedule(CONFIG), 30) | {"position": position}
+    meta = meta_of(CONFIG, Schedule(CONFIG), 30) | {"position": position}
     with pytest.raises(UserError, match="is not one of step 30"):
         saved_place(PATH, 30, meta, CONFIG)
 
 
 def refusal(config: Config, asked: Config, step: int) -> str | None:
-    place = saved_place(PATH, step, meta_of(config, TrainingSchedule(config), step), config)
+    place = saved_place(PATH, step, meta_of(config, Schedule(config), step), config)
     try:
         check_rate(PATH, place, asked, config)
     except UserError as error:
@@ -163,7 +161,7 @@ def test_another_peak_rate_has_to_be_asked_for():
 
 
 def saved(**meta) -> dict:
-    made = meta_of(CONFIG, TrainingSchedule(CONFIG), 12) | meta
+    made = meta_of(CONFIG, Schedule(CONFIG), 12) | meta
     return {"meta": made, "arrays": {}, "jax": "0.0.1"}
 
 
@@ -246,4 +244,4 @@ def test_the_same_run_is_told_nothing(caplog):
         refuse_another_run(PATH, same, CONFIG, OURS, {})
         tell_differences(PATH, same, CONFIG, OURS, CONFIG)
     assert caplog.messages == []
-    assert TrainingSchedule(CONFIG).begun == START
+    assert Schedule(CONFIG).begun == START

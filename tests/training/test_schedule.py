@@ -8,7 +8,7 @@ import pytest
 
 from configs.deepseek_v3 import get_config
 from dsv3_jax.config import ParallelConfig, ScheduleConfig
-from dsv3_jax.training.schedule import TrainingSchedule, plan_batch_sizes
+from dsv3_jax.training.schedule import Schedule, plan_batch_sizes
 from tests.helpers import tiny_config
 
 CONFIG = get_config()
@@ -16,7 +16,7 @@ CONFIG = get_config()
 
 @pytest.fixture(scope="module")
 def schedule():
-    return TrainingSchedule(CONFIG)
+    return Schedule(CONFIG)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def test_rows_of_steps_follow_each_other_without_gaps(schedule):
 
 
 def test_a_short_run_goes_through_the_same_phases():
-    schedule = TrainingSchedule(tiny_config(steps=1000, batch_size=4))
+    schedule = Schedule(tiny_config(steps=1000, batch_size=4))
     settings = [schedule.settings(s) for s in range(1000)]
     rates = np.array([s.learning_rate for s in settings], np.float64)
     assert rates[2] == rates[675] == pytest.approx(1e-2)
@@ -90,7 +90,7 @@ def test_a_short_run_goes_through_the_same_phases():
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_the_shortest_runs_have_a_plan(steps):
-    schedule = TrainingSchedule(tiny_config(steps=steps))
+    schedule = Schedule(tiny_config(steps=steps))
     for step in range(steps):
         assert math.isfinite(schedule.settings(step).learning_rate)
         assert schedule.rows(step) == 4
@@ -104,7 +104,7 @@ def test_no_ramp_means_the_full_batch_from_the_start():
 def test_a_ramp_without_micro_batches_gets_some():
     config = tiny_config(steps=1000, batch_size=64)
     ramp = dataclasses.replace(config.schedule, batch_start_ratio=0.2, batch_ramp_end=0.2)
-    schedule = TrainingSchedule(dataclasses.replace(config, schedule=ramp))
+    schedule = Schedule(dataclasses.replace(config, schedule=ramp))
     sizes = [schedule.rows(step) for step in range(1000)]
     assert sizes[0] == 12 and sizes[-1] == 64 and sizes == sorted(sizes)
     assert len(set(sizes)) == 14  # 12, 16, ... 64
@@ -138,7 +138,7 @@ def test_the_micro_batch_of_a_ramp_fits_batch_and_mesh(asked, micro):
 def test_past_its_end_the_plan_s_last_phase_goes_on():
     config = tiny_config(steps=30)
     config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, steps=20))
-    planned, longer = TrainingSchedule(tiny_config(steps=20)), TrainingSchedule(config)
+    planned, longer = Schedule(tiny_config(steps=20)), Schedule(config)
     for step in range(20):
         assert longer.settings(step) == planned.settings(step)
     for step in (20, 25, 29):
