@@ -14,7 +14,7 @@ ROWS = [
     {"parallel"},
     {"model", "analysis"},
     {"training", "inference", "interop"},
-    {"loading", "verifying"},
+    {"loading", "verifying", "notebook"},
     {"cli"},
     {"__main__"},
 ]

@@ -30,7 +30,7 @@ case "$*" in
 esac
 """
 TOOLS = ["awk", "cat", "cksum", "cp", "dirname", "flock", "mkdir", "mv", "rm", "sed", "sh", "sleep"]
-TOOLS += ["tail", "tr"]
+TOOLS += ["id", "tail", "tr", "uname"]
 
 
 class Checkout:
@@ -334,6 +334,33 @@ def test_what_DSV3_PYTHON_lacks_is_named(checkout):
     done = checkout.run("train", DSV3_PYTHON=str(image))
     assert done.returncode == 1
     assert "lacks: tyro rich" in done.stderr
+
+
+def test_notebooks_open_in_their_folder_with_a_home_that_can_be_written(checkout):
+    (checkout.root / "notebooks").mkdir()
+    (checkout.root / ".cache").mkdir()
+    script = '#!/bin/sh\ncase $1 in -c) ;; *) echo "$PWD $HOME $*" ;; esac\n'
+    env = {"DSV3_PYTHON": str(checkout.add_tool("image-python", script))}
+    done = checkout.run("notebook", "1_mla.ipynb", "--port", "9000", **env)
+    folder, home, *words = done.stdout.split()
+    assert (folder, home) == (f"{checkout.root}/notebooks", checkout.env["HOME"])
+    assert words[:2] == ["-m", "jupyterlab"] and words[-3:] == ["1_mla.ipynb", "--port", "9000"]
+    assert ("--allow-root" in words) == (os.getuid() == 0)
+    done = checkout.run("notebook", HOME="/nonexistent", **env)
+    home = f"{checkout.root}/.cache/home"
+    assert done.stdout.split()[1] == home
+    told = f"run: HOME=/nonexistent cannot be written: settings and caches go to {home}"
+    assert told in done.stderr.splitlines()
+
+
+def test_a_container_serves_to_outside(checkout):
+    (checkout.root / "notebooks").mkdir()
+    image = checkout.add_tool("image-python", '#!/bin/sh\ncase $1 in -c) ;; *) echo "$*" ;; esac\n')
+    env = {"DSV3_PYTHON": str(image), "KUBERNETES_SERVICE_HOST": "10.0.0.1", "DISPLAY": ":0"}
+    assert "--ip=0.0.0.0 --no-browser" in checkout.run("notebook", **env).stdout
+    missing = checkout.add_tool("bare-python", "#!/bin/sh\necho jupyterlab\n")
+    done = checkout.run("notebook", DSV3_PYTHON=str(missing))
+    assert done.returncode == 1 and "lacks: jupyterlab" in done.stderr
 
 
 def test_a_second_call_costs_under_a_tenth_of_a_second(checkout):
