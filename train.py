@@ -22,6 +22,7 @@ from dsv3_jax.inference.generate import generate
 from dsv3_jax.parallel import hosts
 from dsv3_jax.parallel.mesh import fill_mesh, make_mesh, mesh_of
 from dsv3_jax.parallel.sharding import Layout, make_layout
+from dsv3_jax.starting import open_origin
 from dsv3_jax.training.banner import banner, batch_line
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.continuation import checkpoint_meta, find_continuation
@@ -36,7 +37,7 @@ from dsv3_jax.training.restore import state_bytes
 from dsv3_jax.training.run_folder import RunFolder
 from dsv3_jax.training.run_log import keep_log, set_up_logging
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.state import TrainState, abstract_state, create_state
+from dsv3_jax.training.state import TrainState, abstract_state
 from dsv3_jax.training.step import jit_train_step
 from dsv3_jax.training.stopping import StopRequest
 from dsv3_jax.training.watchdog import Watchdog
@@ -73,6 +74,7 @@ def main(argv: Sequence[str]) -> int:
             hosts.check_agreement(config, data_sha256=corpus.train.index.sha256)
             # What was saved is compared with what is asked before anything there is touched.
             start, schedule, losses = find_continuation(run_dir, config, corpus, abstract)
+            origin = open_origin(config, start)
             if folder.has_nothing_to_do(start, steps):
                 log.info("nothing to do: at step %d of %d; --train.steps N goes on", start, steps)
                 return 0
@@ -86,14 +88,9 @@ def main(argv: Sequence[str]) -> int:
             checkpoints.probe(state_bytes(abstract))
             restored, _ = checkpoints.resume_from(start, abstract._asdict())
             folder.claim(config, corpus.tokenizer, new=start is None)
-            state = TrainState(**restored) if restored else create_state(config, abstract)
-        metrics = MetricsLog(
-            run_dir,
-            steps=steps,
-            resumed_from=start,
-            primary=process == 0,
-            tensorboard=config.tensorboard,
-        )
+            state = TrainState(**restored) if restored else origin.create_state(abstract)
+        told = {"primary": process == 0, "tensorboard": config.tensorboard}
+        metrics = MetricsLog(run_dir, steps=steps, resumed_from=start, **told)
         with checkpoints, metrics:
             run = Run(config, layout, corpus, schedule, checkpoints, metrics, clock, stop)
             state = train(run, state, start or 0, losses)
@@ -166,6 +163,8 @@ def train(run: Run, state: TrainState, start: int, losses: list[float]) -> Train
             if stop.requested:
                 break
         profile.close()
+        if plan.steps == 0:
+            checkpoints.save(0, state._asdict(), checkpoint_meta(config, corpus, schedule, 0))
         with clock("checkpoint"):
             checkpoints.wait()
     return state

@@ -113,8 +113,27 @@ def parse_config(argv: Sequence[str], *, default_config: Path, description: str)
             path, argv[i : i + 1] = Path(word.removeprefix("--config=")), []
             break
     config = load_config(path or default_config)
+    if folder := _init_from(argv) or config.init_from:
+        from dsv3_jax.starting import with_model_of
+
+        config = with_model_of(config, folder)
     description += "\n\n--config FILE picks a Python file with a get_config(), as in configs/."
-    return parse_options(Config, argv, default=config, description=description).validate()
+    config = parse_options(Config, argv, default=config, description=description)
+    if config.init_from:
+        from dsv3_jax.starting import check_model
+
+        check_model(config)
+    return config.validate()
+
+
+def _init_from(argv: Sequence[str]) -> str | None:
+    """What --init-from names: the defaults of all other options depend on it."""
+    for i, word in enumerate(argv):
+        option, _, value = word.replace("_", "-", 2).partition("=")
+        if option == "--init-from":
+            value = word.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
+            return value or None
+    return None
 
 
 def use_virtual_devices(count: int | None, *, all_cores: bool = False) -> None:
@@ -228,6 +247,7 @@ def verify(options: VerifyOptions) -> int:
 def open_run(run_dir: Path, step: str) -> OpenedRun:
     """A run's checkpoint in f32, its tokenizer.json (None for bytes) and its numbers then."""
     from dsv3_jax.interop.companions import RunFacts
+    from dsv3_jax.interop.published_scales import SCALES_FILE
     from dsv3_jax.model.transformer import abstract_variables
     from dsv3_jax.training.metrics import newest_numbers
     from dsv3_jax.training.restore import read_meta, restore
@@ -236,9 +256,14 @@ def open_run(run_dir: Path, step: str) -> OpenedRun:
     config = config_from_dict(meta["config"])
     abstract = abstract_variables(config.model)
     variables, _ = restore(run_dir / "checkpoints", found, abstract, partial=True)
-    tokenizer = run_dir / "tokenizer.json"  # where the run's tokenizer has a file
+    names = ("tokenizer.json", "tiktoken.model")  # where the run's tokenizer has a file
+    files = [run_dir / name for name in names if (run_dir / name).exists()]
     facts = RunFacts(found, config, newest_numbers(run_dir / "metrics.jsonl", found))
-    return OpenedRun(config.model, variables, tokenizer if tokenizer.exists() else None, facts)
+    scales = run_dir / SCALES_FILE
+    return OpenedRun(
+        *(config.model, variables, files[0] if files else None, facts),
+        scales if scales.exists() else None,
+    )
 
 
 def import_hf(options: ImportOptions) -> None:

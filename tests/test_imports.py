@@ -14,7 +14,7 @@ ROWS = [
     {"parallel"},
     {"model", "analysis"},
     {"training", "inference", "interop"},
-    {"loading", "verifying", "notebook"},
+    {"loading", "starting", "verifying", "notebook"},
     {"cli"},
     {"__main__"},
 ]

@@ -47,6 +47,8 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    # A Hugging Face folder, an import or a run, with whose weights and model a new run begins.
+    init_from: str | None = None
     run_dir: str = "runs/default"
     seed: int = 0
     resume: str = "auto"  # "auto": the newest valid checkpoint; "never": start anew; or a step

@@ -41,7 +41,7 @@ class DataConfig:
 class TrainConfig:
     """Length and shape of a run, and what is looked at on the way."""
 
-    steps: int = 1000
+    steps: int = 1000  # 0: the state before the first step is saved, and no more
     batch_size: int = 16  # sequences a step, once the batch-size ramp is over
     # Sequences a forward pass. None: the whole batch, or as many as the batch-size ramp needs to
     # take its steps (Config.micro_batch_size).
@@ -58,8 +58,10 @@ class TrainConfig:
     def problems(self) -> list[str]:
         """What is wrong with the sizes of a step."""
         found: list[str] = []
-        names = "steps batch_size seq_len log_every eval_every eval_batches max_nonfinite_steps"
+        names = "batch_size seq_len log_every eval_every eval_batches max_nonfinite_steps"
         require_positive(found, self, names.split())
+        if self.steps < 0:
+            found.append(f"steps={self.steps} must not be negative")
         micro = self.micro_batch_size
         if micro is not None and (micro <= 0 or self.batch_size % micro):
             found.append(

@@ -107,6 +107,8 @@ class Checkpoint:
     folder: Path | None = None  # where its other files, such as the tokenizer's, are
     scale_fmt: str | None = None  # "ue8m0" when all FP8 scales are powers of two, as in V3.1
     ends_with: EosTokenId | None = None  # of generation_config.json, where it says so
+    # Of what it was trained from (interop/published_scales.py); what has none there was no FP8.
+    published_scales: Mapping[str, Tensor] | None = None
 
     @property
     def config_to_generate(self) -> ModelConfig:

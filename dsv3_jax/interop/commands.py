@@ -22,12 +22,14 @@ if TYPE_CHECKING:
 
 
 class OpenedRun(NamedTuple):
-    """A run's checkpoint in memory, its tokenizer.json where it has one, and its numbers."""
+    """A run's checkpoint in memory, its tokenizer's file where it has one, its numbers, and the FP8
+    scales of the weights that it began with."""
 
     config: ModelConfig
     variables: dict[str, Any]
     tokenizer: Path | None
     facts: RunFacts | None = None
+    published_scales: Path | None = None
 
 
 OpenRun = Callable[[Path, str], OpenedRun]
@@ -130,13 +132,17 @@ def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
 
 def _open(folder: Path, step: str, open_run: OpenRun) -> tuple[Checkpoint, OpenedRun | None]:
     from dsv3_jax.interop.checkpoint import from_variables, is_weights_folder, open_checkpoint
+    from dsv3_jax.interop.published_scales import with_published_scales
 
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if is_weights_folder(folder):
         return open_checkpoint(folder), None
     run = open_run(folder, step)
-    return from_variables(run.variables, run.config), run
+    checkpoint = from_variables(run.variables, run.config)
+    if run.published_scales is not None:
+        checkpoint = with_published_scales(checkpoint, run.published_scales)
+    return checkpoint, run
 
 
 def _say(what: str, folder: Path, start: float) -> None:

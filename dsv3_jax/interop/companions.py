@@ -20,7 +20,7 @@ from dsv3_jax.interop.checkpoint import GENERATION
 log = logging.getLogger(__name__)
 
 CARD = "README.md"
-CHAT_TEMPLATE = "chat_template.jinja"
+CHAT_TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 # Post-processors that put special tokens around a text.
 _PLACING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 
@@ -72,7 +72,7 @@ def write_run_files(folder: Path, config: ModelConfig, tokenizer: Path | None) -
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.max_position_embeddings,
     }
-    _write(folder / "tokenizer_config.json", told)
+    _write(folder / TOKENIZER_CONFIG, told)
     if (tokenizer.parent / CHAT_TEMPLATE).is_file():
         shutil.copyfile(tokenizer.parent / CHAT_TEMPLATE, folder / CHAT_TEMPLATE)
 

@@ -13,7 +13,13 @@ from collections import Counter
 from pathlib import Path
 
 from dsv3_jax.interop.checkpoint import FP8, INDEX, Checkpoint
-from dsv3_jax.interop.companions import CARD, RunFacts, model_card, write_run_files
+from dsv3_jax.interop.companions import (
+    CARD,
+    TOKENIZER_CONFIG,
+    RunFacts,
+    model_card,
+    write_run_files,
+)
 from dsv3_jax.interop.digests import compared
 from dsv3_jax.interop.hf_config import model_config_to_hf
 from dsv3_jax.interop.name_map import Place, places
@@ -84,7 +90,7 @@ def export_hf(
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
         carry_along(source.folder, folder)
         if source.folder is None:
-            write_run_files(folder, source.config, tokenizer)
+            _files_of_run(folder, source, tokenizer)
         if not (folder / CARD).exists():
             stored = {name: specs[name][name] for name, place in table.items() if not place.copy}
             count = sum(math.prod(shape) for _, shape in stored.values())
@@ -92,6 +98,14 @@ def export_hf(
             card = model_card(Path(dst).name, source.config, count, kinds, facts)
             (folder / CARD).write_text(card, encoding="utf-8")
     return Path(dst)
+
+
+def _files_of_run(folder: Path, source: Checkpoint, tokenizer: Path | None) -> None:
+    """The tokenizer's and similar files: those that a run took over, or those that it needs."""
+    if tokenizer is not None and (tokenizer.parent / TOKENIZER_CONFIG).exists():
+        carry_along(tokenizer.parent, folder)
+    if not (folder / TOKENIZER_CONFIG).exists():
+        write_run_files(folder, source.config, tokenizer)
 
 
 def _copy_one(

@@ -26,6 +26,7 @@ from dsv3_jax.config import UserError
 from dsv3_jax.config.files import file_inside, refuse_lfs_pointer
 from dsv3_jax.interop.checkpoint import FP8, Checkpoint, Tensor
 from dsv3_jax.interop.name_map import Place, scale_name, scale_shape
+from dsv3_jax.interop.published_scales import as_published
 from dsv3_jax.interop.safetensors import DTYPES, StoredTensor, num_bytes
 from dsv3_jax.interop.stored import count_non_finite
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, ScaleFormat, quantize
@@ -75,10 +76,16 @@ def specs_of(checkpoint: Checkpoint, name: str, place: Place, dtype: StorageDTyp
     elif place.path[0] == "router":
         target = "F32"
     else:
-        target = {"bf16": "BF16", "f32": "F32", "fp8": FP8 if place.fp8 else "BF16"}[dtype]
+        published = checkpoint.published_scales
+        as_fp8 = place.fp8 and (published is None or scale_name(name) in published)
+        target = {"bf16": "BF16", "f32": "F32", "fp8": FP8 if as_fp8 else "BF16"}[dtype]
     specs = {name: (target, place.shape)}
     if target == FP8:
-        scales = checkpoint.tensors[scale_name(name)].dtype if stored == FP8 else "F32"
+        scales = "F32"
+        if stored == FP8:
+            scales = checkpoint.tensors[scale_name(name)].dtype
+        elif checkpoint.published_scales and checkpoint.scale_fmt == "ue8m0":
+            scales = checkpoint.published_scales[scale_name(name)].dtype
         specs[scale_name(name)] = (scales, scale_shape(place.shape))
     return specs
 
@@ -87,7 +94,8 @@ def chunks(
     checkpoint: Checkpoint, name: str, place: Place, dtype: StorageDType
 ) -> Iterator[tuple[str, int, np.ndarray]]:
     """(tensor name, first row, rows) of a weight in `dtype`, in order, with its scales if FP8."""
-    target = specs_of(checkpoint, name, place, dtype)[name][0]
+    specs = specs_of(checkpoint, name, place, dtype)
+    target = specs[name][0]
     tensor = checkpoint.tensors[name]
     scales = None
     if tensor.dtype == FP8:
@@ -102,9 +110,15 @@ def chunks(
             yield name, first, rows
         elif target == FP8:
             scale_format = "ue8m0" if checkpoint.scale_fmt == "ue8m0" else "f32"
-            made = quantize_rows(rows, scale_format)
-            yield name, first, np.asarray(made.values)
-            yield scale_name(name), first // BLOCK, np.asarray(made.scales)
+            quantized = quantize_rows(rows, scale_format)
+            made = np.asarray(quantized.values), np.asarray(quantized.scales)
+            if checkpoint.published_scales:
+                blocks = first // BLOCK, -(-(first + len(rows)) // BLOCK)
+                old = checkpoint.published_scales[scale_name(name)].read(*blocks)
+                made = as_published(rows, *made, old, BLOCK)
+            kind = specs[scale_name(name)][0]
+            yield name, first, made[0]
+            yield scale_name(name), first // BLOCK, made[1].astype(DTYPES[kind], copy=False)
         elif scales is not None:
             of_rows = scales[first // BLOCK : -(-(first + len(rows)) // BLOCK)]
             yield name, first, dequantize_rows(rows, of_rows, target)
@@ -201,8 +215,16 @@ def for_each(names: list[str], work: Callable[[str], int], total: int, what: str
 
 def carry_along(source: Path | None, folder: Path) -> None:
     """Copies the tokenizer's and similar files of `source` to `folder`, links resolved."""
-    for name in CARRIED if source else ():
-        assert source is not None
+    for path in carried_files(source) if source else ():
+        shutil.copyfile(path, folder / path.name)
+
+
+def carried_files(source: Path) -> Iterator[Path]:
+    """The files of a folder that belong to its model besides the weights.
+
+    UserError for one that is too large, a Git LFS pointer, or a link out of the folder.
+    """
+    for name in CARRIED:
         if not (source / name).exists():
             continue
         path = file_inside(source, name)
@@ -210,7 +232,7 @@ def carry_along(source: Path | None, folder: Path) -> None:
             raise UserError(f"{path}: {path.stat().st_size} bytes exceed {MAX_CARRIED_BYTES}")
         with path.open("rb") as file:
             refuse_lfs_pointer(file.read(1024), path)
-        shutil.copyfile(path, folder / name)
+        yield path
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def checkpoint_meta(
         "backend": jax.default_backend(),
         "position": schedule.position(step)._asdict(),
         "plan": schedule.begun._asdict(),
-        "learning_rate": float(schedule.settings(step - 1).learning_rate),
+        "learning_rate": float(schedule.settings(step - 1).learning_rate) if step else None,
         "losses": list(losses),
     }
 
@@ -209,7 +209,9 @@ def saved_place(path: Path, step: int, meta: dict[str, Any], old: Config) -> Pla
             *(path, position.row, f"{position.tokens:,}"),
         )
     rate = meta.get("learning_rate")
-    if not isinstance(rate, int | float):
+    if not step:
+        rate = 0.0  # nothing was learnt yet
+    elif not isinstance(rate, int | float):
         plan = schedule_from(Place(position, begun, old.train.seq_len, 0.0), old, old)
         rate = plan.settings(max(step - 1, plan.begun.step)).learning_rate
     return Place(position, begun, old.train.seq_len, float(rate))
@@ -249,6 +251,8 @@ def check_rate(path: Path, place: Place, config: Config, old: Config) -> None:
     step, and to the one that would come next.
     """
     step, last = place.position.step, place.learning_rate
+    if not step:
+        return
     before = schedule_from(place, old, old)
 
     def rate(plan: Schedule, at: int) -> float:

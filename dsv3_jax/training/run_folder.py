@@ -24,7 +24,23 @@ log = logging.getLogger(__name__)
 
 LOCK = ".lock"
 # What a run writes besides its checkpoints, and what would be another run's under the same name.
-OWN_FILES = ("config.json", "tokenizer.json", "metrics.jsonl", "sample.txt", "tensorboard")
+OWN_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tiktoken.model",
+    "metrics.jsonl",
+    "sample.txt",
+    "tensorboard",
+    # of the weights that it began with
+    "origin.json",
+    "published_scales.safetensors",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
 
 
 class RunFolder:
@@ -77,7 +93,8 @@ class RunFolder:
             self._set_aside()
         write_whole(self.path / "config.json", to_json(config).encode())
         if tokenizer.path is not None:
-            write_whole(self.path / "tokenizer.json", Path(tokenizer.path).read_bytes())
+            name = "tiktoken.model" if tokenizer.path.suffix == ".model" else "tokenizer.json"
+            write_whole(self.path / name, Path(tokenizer.path).read_bytes())
 
     def _set_aside(self) -> None:
         old = [self.path / name for name in OWN_FILES if (self.path / name).exists()]

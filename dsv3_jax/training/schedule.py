@@ -62,7 +62,7 @@ class Schedule:
 
     def settings(self, step: int) -> StepSettings:
         """The settings of step number `step` (from 0)."""
-        done = self.tokens(step) / self._planned_tokens
+        done = self.tokens(step) / max(self._planned_tokens, 1)
         plan = self._schedule
         late = done >= plan.mtp_switch
         return StepSettings(
@@ -128,7 +128,7 @@ def plan_batch_sizes(
     sequences have been read before the first of these steps.
     """
     start = plan.batch_start_ratio * batch_size
-    if start >= batch_size or plan.batch_ramp_end <= 0:
+    if start >= batch_size or plan.batch_ramp_end <= 0 or not steps:
         return np.full(steps, float(batch_size))
     total = behind + float(steps * batch_size)
     sizes = np.full(steps, float(batch_size))

@@ -1,5 +1,6 @@
 """The state of a run: what a checkpoint holds, made before the first step, or as shapes alone."""
 
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,11 +38,41 @@ def init_state(key: PRNGKeyArray, config: Config) -> TrainState:
 
 def create_state(config: Config, abstract: TrainState) -> TrainState:
     """`init_state` of the run's seed: every leaf is made where the abstract one lies."""
-    key = jax.random.key(config.seed)
+    return _made(partial(init_state, config=config), abstract, config.seed)
+
+
+def fresh_variables(config: Config, abstract: TrainState, parts: Collection[str]) -> Any:
+    """The parts of `create_state`'s variables that are named, such as "mtp_0"; no others."""
+
+    def pick(params, router):
+        trees = {"params": params, "router": router}
+        return {
+            kind: {name: tree[name] for name in parts if name in tree}
+            for kind, tree in trees.items()
+        }
+
+    def make(key):
+        variables = init_variables(key, config.model)
+        return pick(variables["params"], variables["router"])
+
+    return _made(make, pick(abstract.params, abstract.router), config.seed)
+
+
+def state_from(params: Any, router: Any, config: Config, abstract: TrainState) -> TrainState:
+    """The state before the first step with these weights, which lie as the abstract ones."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    lowered = jax.jit(partial(init_state, config=config), out_shardings=places).lower(key)
+    begin = jax.jit(make_optimizer(config.optimizer).init, out_shardings=places.opt_state)
+    zeros = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=places.step)
+    return TrainState(zeros(), params, router, begin(params), zeros(), zeros())
+
+
+def _made(make: Callable[[Any], Any], abstract: Any, seed: int) -> Any:
+    """What `make` draws from the seed's key, each leaf where the abstract one lies."""
+    key = jax.random.key(seed)
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    lowered = jax.jit(make, out_shardings=places).lower(key)
     # XLA:CPU spends 1.2 s on optimising each leaf's random numbers, which are drawn once.
-    on_cpu = mesh_of(abstract.step).devices.flat[0].platform == "cpu"
+    on_cpu = mesh_of(jax.tree.leaves(abstract)[0]).devices.flat[0].platform == "cpu"
     options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
     return lowered.compile(compiler_options=options)(key)
 
