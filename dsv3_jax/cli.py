@@ -19,6 +19,8 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import tyro
 
 from dsv3_jax.analysis.commands import COMMANDS as ANALYSES
+from dsv3_jax.compiling.command import CompileOptions
+from dsv3_jax.compiling.command import run as run_compile
 from dsv3_jax.config import (
     Config,
     RunError,
@@ -281,6 +283,20 @@ def logits(options: LogitsOptions) -> None:
     run_logits(options, open_run)
 
 
+def compile_for(argv: Sequence[str]) -> int:
+    """python -m dsv3_jax compile --config FILE --topology NAME [options of train.py]"""
+    options, of_run = tyro.cli(
+        CompileOptions,
+        args=list(argv),
+        prog="python -m dsv3_jax compile",
+        return_unknown_args=True,
+    )
+    config = parse_config(
+        of_run, default_config=options.config, description="Options of the run that is compiled."
+    )
+    return run_compile(options, config)
+
+
 @dataclass(frozen=True)
 class Command:
     """One sub-command: its options and what runs it."""
@@ -297,6 +313,7 @@ COMMANDS = {
     "export-hf": Command(ExportOptions, export_hf, positional=True),
     "verify": Command(VerifyOptions, verify, positional=True),
     "logits": Command(LogitsOptions, logits),
+    "compile": Command(CompileOptions, lambda options: run_compile(options, Config())),
     **{name: Command(options, run) for name, (options, run) in ANALYSES.items()},
 }
 
@@ -305,6 +322,8 @@ def main(argv: Sequence[str]) -> int | None:
     """`python -m dsv3_jax COMMAND ...`: parses the sub-command's options and runs it."""
     if not argv:
         argv = ["--help"]
+    if argv[0] == "compile":  # it takes a run's options too
+        return compile_for(argv[1:])
     choices = tuple(
         Annotated[
             Annotated[c.options, tyro.conf.PositionalRequiredArgs] if c.positional else c.options,

@@ -14,7 +14,7 @@ ROWS = [
     {"parallel"},
     {"model", "analysis"},
     {"training", "inference", "interop"},
-    {"loading", "starting", "verifying", "notebook"},
+    {"loading", "starting", "verifying", "notebook", "compiling"},
     {"cli"},
     {"__main__"},
 ]

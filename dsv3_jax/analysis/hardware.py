@@ -173,6 +173,21 @@ ACCELERATORS: dict[str, Accelerator] = {
                 "for 8 chips); the torus is counted as a crossbar, so all-to-alls are too fast"
             ),
         ),
+        Accelerator(
+            "tpu-7x",
+            bf16_flops=2307 / 2 * TERA,
+            fp8_flops=4614 / 2 * TERA,
+            hbm_bytes=96 * 2**30,
+            hbm_bandwidth=7380 / 2 * GB,
+            scale_up_bandwidth=300 * GB,
+            scale_up_domain=9216 * 2,
+            scale_out_bandwidth=None,
+            source=(
+                "Google Cloud TPU7x (Ironwood) documentation, half a chip, as JAX has two devices "
+                "on each (192 GiB, 7.38 TB/s and ICI 1200 GB/s both ways a chip); the torus is "
+                "counted as a crossbar, so all-to-alls are too fast"
+            ),
+        ),
     )
 }
 

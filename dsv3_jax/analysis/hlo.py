@@ -135,15 +135,15 @@ def executions(
 ) -> tuple[Counter[str], list[Loop]]:
     """How often each computation runs in one run of the program, and its loops, outermost first.
 
-    `trips` gives the count of loops whose trip count is data, by a part of their `source`; of
-    several that match, the longest. A loop that nothing tells about counts once. Both branches of
-    a conditional count.
+    `trips` gives the count of loops whose trip count is data, by a regular expression that is found
+    in their `source`; of several, the longest. A loop that nothing tells about counts once. Both
+    branches of a conditional count.
     """
     counts: Counter[str] = Counter()
     loops: list[Loop] = []
 
     def told(source: str) -> int:
-        matching = [part for part in trips or {} if part in source]
+        matching = [part for part in trips or {} if re.search(part, source)]
         return (trips or {})[max(matching, key=len)] if matching else 1
 
     def run(name: str, times: int) -> None:

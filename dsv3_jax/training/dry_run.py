@@ -49,7 +49,7 @@ def dry_run_report(config: Config, layout: Layout) -> str:
     main, mtp = parameter_counts(state)
     lines.append(f"  {main:,} in the main model, {mtp:,} more in MTP")
 
-    memory = _compiled(config, layout, state).memory_analysis()
+    memory = lowered_step(config, layout, state).compile().memory_analysis()
     gib = 2.0**30
     rows = {
         "master weights, f32": _bytes((state.params, state.router)) / gib,
@@ -120,12 +120,15 @@ def _by_name(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _compiled(config: Config, layout: Layout, state: TrainState) -> Any:
+def lowered_step(config: Config, layout: Layout, state: TrainState) -> Any:
+    """The step of a full batch as `train.py` runs it, lowered for the layout's devices.
+
+    They may be devices that programs are only compiled for.
+    """
     schedule = Schedule(config)
     shape = (schedule.max_micro_batches, schedule.micro_batch_size, config.train.seq_len + 1)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(layout.mesh, 1))
-    step = jit_train_step(config, layout, state)
-    return step.lower(state, rows, schedule.settings(0)).compile()
+    return jit_train_step(config, layout, state).lower(state, rows, schedule.settings(0))
 
 
 def _bytes(tree: Any) -> int:

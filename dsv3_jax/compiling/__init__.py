@@ -1,0 +1,1 @@
+"""Programs compiled for devices that are not here, and what they would take on each of them."""

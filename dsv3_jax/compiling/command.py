@@ -1,0 +1,105 @@
+"""`python -m dsv3_jax compile`: a program for devices that are not here, and what it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dsv3_jax.analysis.output import write_json
+from dsv3_jax.compiling.text import GIB, lines, over
+from dsv3_jax.config import Config, UserError
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """Compile a step for GPUs or TPUs that are not here: memory, FLOPs and bytes between devices.
+
+    Every option of train.py is understood too, such as --mesh.data 32 or --quant.preset bf16.
+    """
+
+    config: Path  # a Python file with get_config(), as in configs/
+    topology: str  # h200:256x8, h100:32x8, v5p:8x16x16, v6e:16x16, tpu7x:4x4x8, ...
+    program: Literal["train", "prefill", "decode"] = "train"
+    batch: int | None = None  # prefill, decode: sequences on all devices; None: one (32) a device
+    context: int = 4096  # prefill: tokens of a prompt; decode: of the cache
+    redundant_experts: int = 0  # prefill, decode: places for experts beyond one each
+    fp8_weights: bool = True  # prefill, decode: projections held in FP8, as published
+    fp8_cache: bool = False  # decode: latents held in FP8
+    remedies: int = 2  # tried when it does not fit; each is compiled
+    json: Path | None = None
+    plot: Path | None = None
+    hlo: Path | None = None  # keep the compiled program's text
+
+
+def run(options: CompileOptions, config: Config) -> int:
+    """Compiles, prints and writes; 1 when the program does not fit the topology's devices."""
+    from dsv3_jax.compiling import targets
+
+    target = targets.parse_topology(options.topology)
+    devices = targets.devices_of(target)
+    # The rest imports jax; that must come after the platform was chosen.
+    from dsv3_jax.compiling import programs, remedies
+    from dsv3_jax.compiling.report import compile_program
+
+    def serving() -> programs.Serving | None:
+        if options.program == "train":
+            for name, default in {
+                "batch": None,
+                "redundant_experts": 0,
+                "fp8_cache": False,
+            }.items():
+                if getattr(options, name) != default:
+                    flag = "--" + name.replace("_", "-")
+                    raise UserError(f"{flag} is for --program prefill or decode")
+            return None
+        each = 32 if options.program == "decode" else 1
+        tokens_on = config.mesh.data * config.mesh.node * config.mesh.local
+        return programs.Serving(
+            options.batch or each * tokens_on,
+            options.context,
+            options.redundant_experts,
+            options.fp8_weights,
+            options.fp8_cache,
+        )
+
+    def compiled(config: Config, what: programs.Serving | None, hlo: Path | None):
+        layout = programs.layout_on(config, devices)
+        if what is None:
+            built = programs.training(config, layout)
+        else:
+            built = programs.serving(config, layout, what, options.program == "decode")
+        return compile_program(built, target, hlo)
+
+    what = serving()
+    report = compiled(config, what, options.hlo)
+    for line in lines(report, target.accelerator):
+        print(line)
+    tried = []
+    if not report.fits:
+        print(f"\ndoes not fit: {over(report.peak, report.capacity)}")
+        offers = remedies.of_training(config) if what is None else remedies.of_serving(config, what)
+        for remedy in offers[: options.remedies]:
+            after = compiled(remedy.config, remedy.serving or what, None)
+            tried.append({"option": remedy.option, "peak": after.peak, "fits": after.fits})
+            verdict = "fits" if after.fits else over(after.peak, after.capacity)
+            print(
+                f"with {remedy.option}: {after.peak / GIB:.1f} GiB instead of "
+                f"{report.peak / GIB:.1f}, {verdict} ({remedy.costs})"
+            )
+        if not tried:
+            print("nothing cheap is left to try: more devices, or a smaller batch")
+    if options.json:
+        values = dataclasses.asdict(report) | {
+            "fits": report.fits,
+            "config": config,
+            "serving": what,
+            "remedies": tried,
+        }
+        write_json(options.json, values)
+    if options.plot:
+        from dsv3_jax.compiling.picture import draw
+
+        print(f"wrote {draw(report, target.accelerator, options.plot)}")
+    return 0 if report.fits else 1

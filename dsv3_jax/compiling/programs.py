@@ -1,0 +1,193 @@
+"""The programs that `compile` compiles, built by the functions that a run on the devices calls."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dsv3_jax.config import Config, UserError
+from dsv3_jax.inference import generate
+from dsv3_jax.inference.kv_cache import NO_PAGE
+from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
+from dsv3_jax.model.cache import init_model_cache, init_paged_cache
+from dsv3_jax.model.forward_pass import Pass
+from dsv3_jax.model.fp8_weights import to_fp8_weights
+from dsv3_jax.model.placement import shardings
+from dsv3_jax.model.transformer import abstract_variables
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.sharding import Layout, make_layout, serving_layouts
+from dsv3_jax.training.dry_run import lowered_step
+from dsv3_jax.training.schedule import Schedule
+from dsv3_jax.training.state import abstract_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Serving:
+    """What a prefill or decode program is compiled for.
+
+    Fields:
+        batch: sequences on all devices.
+        context: tokens of a prompt, or of the cache when decoding.
+        redundant_experts: places for experts beyond one each (ISCA paper, section 2.3).
+        fp8_weights: projections held in FP8, as published.
+        fp8_cache: latents held in FP8, in pages.
+    """
+
+    batch: int
+    context: int = 4096
+    redundant_experts: int = 0
+    fp8_weights: bool = True
+    fp8_cache: bool = False
+
+
+class Built(NamedTuple):
+    """A program before it is compiled: what lowers it, its arguments by name, loops to count."""
+
+    lower: Any  # () -> jax.stages.Lowered
+    arguments: Any  # a dict of trees of ShapeDtypeStructs with shardings
+    layout: Layout
+    trips: dict[str, int]
+
+
+def layout_on(config: Config, devices: Sequence[Any]) -> Layout:
+    """The layout that `train.py` would make on these devices; UserError if some are left."""
+    if config.mesh.data == 0:
+        others = dataclasses.replace(config.mesh, data=1).num_devices
+        mesh = dataclasses.replace(config.mesh, data=max(len(devices) // others, 1))
+        config = dataclasses.replace(config, mesh=mesh)
+    if config.mesh.num_devices != len(devices):
+        sizes = (
+            " x ".join(f"{k} {v}" for k, v in vars(config.mesh).items() if v > 1) or "one device"
+        )
+        rest = config.mesh.num_devices // config.mesh.data
+        fix = (
+            f": use --mesh.data {len(devices) // rest}"
+            if len(devices) % rest == 0
+            else f", which {rest} (the axes but data) does not divide"
+        )
+        raise UserError(
+            f"the mesh is {sizes} = {config.mesh.num_devices:,} devices, and the topology has "
+            f"{len(devices):,}{fix}"
+        )
+    return make_layout(make_mesh(config.mesh, devices), config.sharding, config.expert_parallel)
+
+
+def training(config: Config, layout: Layout) -> Built:
+    """The step of `train.py`, with as many micro-batches as the full batch has."""
+    state = abstract_state(config, layout)
+    return Built(
+        partial(lowered_step, config, layout, state),
+        {"state": state._asdict()},
+        layout,
+        # A batch-size ramp makes this loop's count data; further rounds run only where rows do not
+        # fit into buffers.
+        {
+            r"^jit\(train_step\)/while$": Schedule(config).max_micro_batches,
+            r"/experts/.*while$": 0,
+        },
+    )
+
+
+def serving(config: Config, layout: Layout, what: Serving, decode: bool) -> Built:
+    """`inference.generate`'s start (a prompt) or step (one token of each sequence)."""
+    of_prompts, of_steps = serving_layouts(layout)
+    layout = of_steps if decode else of_prompts
+    devices, context = layout.size("batch"), layout.size("cache")
+    if what.batch % devices or what.batch <= 0:
+        raise UserError(
+            f"batch={what.batch} sequences must be a positive multiple of the {devices} devices "
+            f"that they are spread over: use {max(-(-what.batch // devices), 1) * devices}"
+        )
+    if what.context % (PAGE * context):
+        raise UserError(f"context={what.context} must be a multiple of {PAGE * context}")
+    how = Pass(config.model, layout=layout)
+    variables = _weights(config, layout, what)
+    cache = _cache(config, of_steps, what, paged=decode)
+    by_sequence = layout.sharding("batch")
+    lengths = jax.ShapeDtypeStruct((what.batch,), jnp.int32, sharding=by_sequence)
+    trips = {r"/experts/.*while$": 0}
+    arguments = {"weights": variables, "cache": cache}
+    if decode:
+        hidden = (what.batch, config.model.hidden_size)
+        hidden = jax.ShapeDtypeStruct(hidden, config.model.dtype, sharding=by_sequence)
+        parts: Any = (cache, lengths, hidden)
+        state = generate.State(*parts)
+        ids = jax.ShapeDtypeStruct((what.batch, 1), jnp.int32, sharding=by_sequence)
+        return Built(
+            lambda: generate.step.lower(variables, state, ids, how), arguments, layout, trips
+        )
+    ids = jax.ShapeDtypeStruct((what.batch, what.context), jnp.int32, sharding=by_sequence)
+    return Built(
+        lambda: generate.start.lower(variables, ids, lengths, cache, how), arguments, layout, trips
+    )
+
+
+def _weights(config: Config, layout: Layout, what: Serving) -> Any:
+    """Shapes of weights as published, in BF16 or FP8, with places for redundant experts."""
+    model = config.model
+    variables = abstract_variables(model)
+    variables["params"] = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, model.dtype), variables["params"]
+    )
+    if what.redundant_experts:
+        variables = _with_places(variables, model.n_routed_experts + what.redundant_experts, layout)
+    if what.fp8_weights:
+        variables = jax.eval_shape(partial(to_fp8_weights, config=model), variables)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        variables,
+        shardings(variables, layout),
+    )
+
+
+def _with_places(variables: Any, places: int, layout: Layout) -> Any:
+    """The shapes that `redundant_experts.replicate_experts` makes of these."""
+    devices = layout.size("expert")
+    if places % devices:
+        raise UserError(
+            f"{places} places of experts, redundant ones included, must be a multiple of the "
+            f"{devices} devices that they are spread over"
+        )
+
+    def wider(leaf, experts: int, dim: int):
+        shape = (*leaf.shape[:dim], experts, *leaf.shape[dim + 1 :])
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    layers = variables["params"]["moe_layers"]
+    experts = layers["mlp"]["experts"]
+    num_layers, num_experts = jax.tree.leaves(experts)[0].shape[:2]
+    mlp = {**layers["mlp"], "experts": jax.tree.map(lambda x: wider(x, places, 1), experts)}
+    params = {**variables["params"], "moe_layers": {**layers, "mlp": mlp}}
+    most = places - num_experts + 1  # all redundant places may be one expert's
+
+    def table(*shape: int):
+        return jax.ShapeDtypeStruct((num_layers, *shape), jnp.int32)
+
+    names = {
+        "expert": table(places),
+        "place": table(num_experts, most),
+        "count": table(num_experts),
+    }
+    return {**variables, "params": params, "placement": {"moe_layers": {"mlp": names}}}
+
+
+def _cache(config: Config, layout: Layout, what: Serving, paged: bool) -> Any:
+    model = config.model
+    if not paged:
+        make = partial(init_model_cache, model, what.batch, what.context)
+        place = layout.sharding(None, "batch", "cache")
+    else:
+        width = what.context // PAGE
+        table = np.full((what.batch, width), NO_PAGE, np.int32)
+        make = partial(init_paged_cache, model, table, what.batch * width, PAGE, what.fp8_cache)
+        place = layout.sharding("batch")
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        jax.eval_shape(make),
+    )

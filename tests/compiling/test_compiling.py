@@ -1,0 +1,193 @@
+"""`compile`: programs for devices that are not here, what is said of them, and of bad input."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dsv3_jax import cli
+from dsv3_jax.analysis.compiled import Buffer
+from dsv3_jax.analysis.hardware import ACCELERATORS
+from dsv3_jax.compiling import programs, remedies, targets
+from dsv3_jax.compiling.naming import WeightNames, describe, pass_of
+from dsv3_jax.compiling.picture import draw
+from dsv3_jax.compiling.report import Report, _refused, compile_program
+from dsv3_jax.compiling.text import leaves_host, lines
+from dsv3_jax.config import ParallelConfig, ShardingConfig, UserError
+from dsv3_jax.parallel.mesh import AXES
+from tests.helpers import tiny_config, tiny_model
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+TINY = tiny_model(num_hidden_layers=2, num_nextn_predict_layers=0)
+
+
+@pytest.fixture(scope="module")
+def on_cpus() -> programs.Built:
+    """A training step on eight CPU devices, in two micro-batches of eight rows."""
+    config = dataclasses.replace(
+        tiny_config(TINY, batch_size=16, micro_batch_size=8),
+        mesh=ParallelConfig(data=4, node=2),
+        sharding=ShardingConfig(state="fsdp"),
+    )
+    return programs.training(config, programs.layout_on(config, jax.devices()[:8]))
+
+
+@pytest.fixture(scope="module")
+def report(on_cpus, tmp_path_factory) -> Report:
+    target = targets.Target("eight CPUs", "cpu", (8,), 8, ACCELERATORS["h200"])
+    return compile_program(on_cpus, target, tmp_path_factory.mktemp("hlo") / "step.txt")
+
+
+def test_a_report_says_what_a_device_holds_and_sends(on_cpus, report):
+    held = sum(_bytes_on_a_device(leaf) for leaf in jax.tree.leaves(on_cpus.arguments))
+    assert sum(report.held.values()) == held
+    assert held <= report.arguments < 1.2 * held + 4096  # rows and settings come besides
+    assert report.arguments < report.peak and report.fits
+    loops = {loop.source: loop.trips for loop in report.program.loops}
+    assert loops["jit(train_step)/while"] == 2  # micro-batches
+    assert {axis for axes, _ in report.program.sent_by_axes() for axis in axes} == {"data", "node"}
+    text = "\n".join(lines(report, ACCELERATORS["h200"]))
+    assert "eight CPUs: 8 x h200; mesh data 4, node 2" in text
+    assert "data + node" in text and "peak / capacity: 0.0 %" in text
+
+
+def _bytes_on_a_device(leaf) -> int:
+    return jnp.zeros(leaf.sharding.shard_shape(leaf.shape), leaf.dtype).nbytes
+
+
+def test_the_report_is_drawn(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert draw(report, ACCELERATORS["h200"], tmp_path / "step.png").stat().st_size > 10_000
+
+
+def test_buffers_are_named_by_what_they_are_in_the_model(on_cpus):
+    names = WeightNames(on_cpus.arguments["state"]["params"], on_cpus.layout)
+    D, V = TINY.hidden_size, TINY.vocab_size
+    source = "jit(train_step)/while/body/transpose(jvp())/Block/mlp/experts/shard_map/psum"
+    assert names.of((V, D)).startswith("embed_tokens")
+    assert describe(Buffer(1, f"f32[{V},{D}]{{1,0}}", "all-gather", "x/jvp()/y"), names).endswith(
+        "forward (y)"
+    )
+    other = describe(Buffer(1, "f32[977,31]", "fusion", source), names)
+    assert other == "routed experts, backward (psum)"
+    assert pass_of("jit(f)/transpose(jvp())/checkpoint/rematted_computation/x") == "computed again"
+
+
+def test_a_program_that_a_tpu_refuses_is_told_by_its_allocations():
+    said = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 26.44G of 15.75G hbm. Exceeded hbm capacity by 10.69G.\n\n"
+        "Largest program allocations in hbm:\n\n"
+        "  1. Size: 4.00G\n     Shape: f32[129280,7168]{1,0}\n     Unpadded size: 4.00G\n"
+    )
+    costs = {
+        "topology": "v5e:2x2",
+        "num_devices": 4,
+        "mesh": {"data": 4},
+        "capacity": 16e9,
+        "held": {"weights": 5},
+        "choices": [],
+        "findings": [],
+    }
+    report = _refused(said, 5, **costs)
+    assert not report.fits and report.peak == int(26.44 * 2**30)
+    assert report.buffers[0].num_bytes == 4 * 2**30
+    assert "does not" not in "\n".join(lines(report, ACCELERATORS["tpu-v5e"]))
+
+
+def test_remedies_come_cheapest_first_and_are_valid():
+    config = dataclasses.replace(
+        tiny_config(TINY, batch_size=32, micro_batch_size=16), mesh=ParallelConfig(data=8)
+    )
+    options = [remedy.option for remedy in remedies.of_training(config)]
+    assert options == [
+        "--optimizer.moment-dtype bfloat16",
+        "--sharding.state fsdp",
+        "--train.micro-batch-size 8",
+        "--train.remat v3",
+    ]
+    assert all(not remedy.config.problems() for remedy in remedies.of_training(config))
+
+
+def test_devices_along_inner_axes_share_a_host():
+    mesh = dict(zip(AXES, (1, 32, 8, 8, 1, 1)))
+    h200 = ACCELERATORS["h200"]
+    assert not leaves_host(("local",), mesh, h200)
+    assert leaves_host(("node",), mesh, h200) and leaves_host(("data", "local"), mesh, h200)
+    assert not leaves_host(("data",), mesh, ACCELERATORS["tpu-v5p"])  # one torus
+
+
+@pytest.mark.parametrize(
+    "name, platform, count",
+    [("h200:256x8", "gpu", 2048), ("v5p:8x16x16", "tpu", 2048), ("tpu7x:4x4x8", "tpu", 256)],
+)
+def test_topologies_are_understood(name, platform, count):
+    target = targets.parse_topology(name)
+    assert (target.platform, target.num_devices) == (platform, count)
+
+
+@pytest.mark.parametrize("name", ["h20:1x8", "h200", "h200:8", "v5p:8x16", "h200:0x8", "v6e:axb"])
+def test_an_unknown_topology_names_the_known_ones(name):
+    with pytest.raises(UserError, match=r"h200:256x8 \(hosts x GPUs of each\)"):
+        targets.parse_topology(name)
+
+
+def test_a_missing_compiler_comes_with_its_install_line(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    version = jax.__version__
+    with pytest.raises(UserError, match=rf"aot-gpu.*jax\[cuda13-local\]=={version}"):
+        targets.devices_of(targets.parse_topology("h200:1x8"))
+    with pytest.raises(UserError, match=rf"aot-tpu.*jax\[tpu\]=={version}"):
+        targets.devices_of(targets.parse_topology("v5p:2x2x1"))
+
+
+def test_a_mesh_that_does_not_multiply_out_says_what_would():
+    config = dataclasses.replace(tiny_config(TINY), mesh=ParallelConfig(data=3, node=2))
+    with pytest.raises(UserError, match=r"= 6 devices, and the topology has 8: use --mesh.data 4"):
+        programs.layout_on(config, jax.devices()[:8])
+    config = dataclasses.replace(config, mesh=ParallelConfig(data=2, tensor=3))
+    with pytest.raises(UserError, match=r"which 3 .* does not divide"):
+        programs.layout_on(config, jax.devices()[:8])
+
+
+def test_serving_programs_check_their_sizes():
+    config = dataclasses.replace(tiny_config(TINY), mesh=ParallelConfig(node=8))
+    layout = programs.layout_on(config, jax.devices()[:8])
+    with pytest.raises(UserError, match=r"batch=12 .* multiple of the 8 devices .* use 16"):
+        programs.serving(config, layout, programs.Serving(12), decode=True)
+    with pytest.raises(UserError, match="context=100 must be a multiple of 64"):
+        programs.serving(config, layout, programs.Serving(8, 100), decode=True)
+    with pytest.raises(UserError, match=r"11 places .* multiple of the 8 devices"):
+        programs.serving(config, layout, programs.Serving(8, 64, 3), decode=True)
+
+
+def test_an_option_that_nobody_has_is_refused(capsys):
+    argv = ["compile", "--config", str(CONFIGS / "tiny.py"), "--topology", "h200:1x8"]
+    with pytest.raises(SystemExit):
+        cli.main([*argv, "--mesh.dtaa", "8"])
+    assert "--mesh.data" in capsys.readouterr().err
+
+
+AOT = {
+    "h200:1x8": ["--mesh.data", "2", "--mesh.node", "2", "--mesh.local", "2"],
+    "v5p:2x2x1": ["--mesh.data", "2", "--mesh.node", "1", "--mesh.local", "2"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", AOT)
+def test_a_tiny_model_is_compiled_for_devices_that_are_not_here(topology, tmp_path):
+    platform = targets.parse_topology(topology).platform
+    if reason := targets.missing(platform):
+        pytest.skip(reason)
+    out = tmp_path / "report.json"
+    argv = ["--config", str(CONFIGS / "tiny.py"), "--topology", topology, "--json", str(out)]
+    options = ["--sharding.state", "fsdp", "--model.num-nextn-predict-layers", "0"]
+    assert cli.main(["compile", *argv, *AOT[topology], *options]) == 0
+    report = json.loads(out.read_text())
+    assert report["fits"] and 0 < report["arguments"] < report["peak"] < report["capacity"]
+    assert any(each["op"] == "all-to-all" for each in report["program"]["collectives"])
+    assert report["lowering_seconds"] + report["compile_seconds"] < 40
