@@ -24,7 +24,7 @@ ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 MODEL_ROWS = [
     {"activation"},
     {"remat"},
-    {"fp8", "step_weights"},
+    {"fp8", "plain_products", "step_weights"},
     {"projection"},
     {"fp8_weights"},
     {"norm", "rope", "linear", "cache", "router", "placement", "parameters"},

@@ -24,7 +24,7 @@ from dsv3_jax.model.quantized_inputs import norm_for
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
 from dsv3_jax.parallel.context import attention_to_cache, self_attention
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
-from dsv3_jax.quantization.block_scaled import StraightThrough
+from dsv3_jax.quantization.block_scaled import StepWeight, StraightThrough
 from dsv3_jax.quantization.recipe import LinearRecipe
 
 
@@ -33,7 +33,7 @@ def mla_expand(
     q_rope_BTNR: Float[Array, "B T N R"],
     latent_BSC: Float[Array, "B S C"] | StraightThrough,
     k_rope_BSR: Float[Array, "B S R"],
-    kv_b_proj: Float[Array, "N HU C"],
+    kv_b_proj: Float[Array, "N HU C"] | StepWeight,
     scale: float,
     *,
     offset: int | Int[Array, ""] = 0,

@@ -14,8 +14,8 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul
 from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
+from dsv3_jax.model.plain_products import grouped_product, product
 from dsv3_jax.model.remat import named_product
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.block_scaled import StraightThrough
@@ -106,9 +106,7 @@ class Plain:
 
             return multiply_on_mesh(of_device, x, weight, where.layout.spec(*where.weight), where)
         assert not isinstance(x, StraightThrough)
-        x = x if activation is None else activation(x)
-        contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
-        return jax.lax.dot_general(x, weight.astype(x.dtype), contract)
+        return product(x if activation is None else activation(x), weight)
 
     def multiply_groups(self, rows, group_sizes, alignment, recipe, activation):
         """As `Projection.multiply_groups`."""
@@ -117,8 +115,8 @@ class Plain:
         assert not isinstance(rows, StraightThrough)
         rows = rows if activation is None else activation(rows)
         experts, *out_dims, contracted = self.array.shape
-        weights = self.array.reshape(experts, -1, contracted).astype(rows.dtype)
-        y = grouped_matmul(rows, weights, group_sizes, alignment=alignment)
+        weights = self.array.reshape(experts, -1, contracted)
+        y = grouped_product(rows, weights, group_sizes, alignment)
         y = named_product(y, weights.shape)
         return y.reshape(-1, *out_dims)
 

@@ -16,39 +16,25 @@ from dsv3_jax.kernels.fused.api import quantize_blocks
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, StepWeight
 from dsv3_jax.quantization.recipe import LinearRecipe, Recipe
 
-# Looked up in, multiplied in f32; the head's gradient stays f32, as MTP's tokens add to it.
-NOT_PROJECTIONS = ("embedding", "head", "router")
-
-
-def in_model_dtype(params: Any, recipe: Recipe, dtype: Any) -> Any:
-    """The parameters with those that only products in `dtype` read cast to it.
-
-    Gradients with respect to them are what a product's are: rounded to dtype once.
-    """
-
-    def cast(path, leaf):
-        weight = _weight(path)
-        if weight is None or not weight.is_matrix or weight.part in NOT_PROJECTIONS:
-            return leaf
-        return leaf if recipe_of(weight, recipe) else leaf.astype(dtype)
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+# Looked up in; multiplied in f32.
+NOT_COPIED = ("embedding", "router")
 
 
 def made_for_step(params: Any, recipe: Recipe, dtype: Any) -> Any:
     """(numbers, transposed) of a StepWeight for each parameter that is to be one; None elsewhere.
 
-    Those that the recipe quantises in tiles of 128 x 128, and the head, as it is in `dtype`.
+    Those that the recipe quantises in tiles of 128 x 128; other matrices are copied to `dtype`,
+    where they are not in it.
     """
 
     def make(path, leaf):
         weight = _weight(path)
-        if weight is None:
+        if weight is None or not weight.is_matrix or weight.part in NOT_COPIED:
             return None
-        if weight.part == "head":
-            return leaf.astype(dtype), None
         of_weight = recipe_of(weight, recipe)
-        if of_weight is None or of_weight.weight.tile != PER_BLOCK:
+        if of_weight is None:
+            return None if leaf.dtype == dtype else (leaf.astype(dtype), None)
+        if of_weight.weight.tile != PER_BLOCK:
             return None
         rows, columns = map(len, weight.matrix)
         rows += weight.lead[-1:] == ("2",)  # gate's rows, and up's

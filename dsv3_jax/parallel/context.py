@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.parallel.collectives import Axes
 from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.quantization.block_scaled import StepWeight
 
 Tree = TypeVar("Tree")
 
@@ -35,7 +36,7 @@ def self_attention(
     attend: Callable[..., tuple[Array, Array]],
     queries: Any,
     keys: Any,
-    weight: Float[Array, "N HU C"],
+    weight: Float[Array, "N HU C"] | StepWeight,
     documents: Int[Array, "B T"] | None,
     layout: Layout,
 ) -> Float[Array, "B T N U"]:

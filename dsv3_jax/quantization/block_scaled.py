@@ -111,8 +111,8 @@ class StepWeight:
     Fields:
         master: the weight that is trained, [*E, *N, *K]. A step's products do not read its values;
             its cotangent is the gradient.
-        numbers: the matrix [*E, N, K], in tiles of 128 x 128 with zeros up to whole ones, or in
-            the dtype of the model's activations.
+        numbers: the matrix [*E, N, K], in tiles of 128 x 128 with zeros up to whole ones; or the
+            weight, shaped as the master, in the dtype of the model's activations.
         transposed: the very same BlockScaled numbers as [*E, K, N]; None where they are not that.
     """
 
@@ -145,7 +145,9 @@ class StepWeight:
 
     def reshape(self, *shape: int) -> "StepWeight":
         """The same matrix known by another shape."""
-        return StepWeight(self.master.reshape(*shape), self.numbers, self.transposed)
+        scaled = isinstance(self.numbers, BlockScaled)
+        numbers = self.numbers if scaled else self.numbers.reshape(*shape)
+        return StepWeight(self.master.reshape(*shape), numbers, self.transposed)
 
 
 def quantize(

@@ -22,12 +22,10 @@ from dsv3_jax.model.ends import embed_tokens, gathered_ends
 from dsv3_jax.model.forward_pass import Pass, Tokens
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.stack import DENSE, MOE
-from dsv3_jax.model.step_weights import in_model_dtype
 from dsv3_jax.model.transformer import finish, tokens_of
 from dsv3_jax.parallel.pipeline import RankActs, run_ticks
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.parallel.split_backward import SplitBackward, split_backward
-from dsv3_jax.quantization.recipe import RECIPES
 from dsv3_jax.training.loss import LossTerms, documents, prediction_nats, training_pass
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.stages import NO_LAYER, StagePlan, from_stages, plan_stages, to_stages
@@ -62,8 +60,6 @@ def pipelined_gradients(
     Those are of the losses times per_token. Weights come as `step` holds them.
     """
     plan = plan_stages(config)
-    # Cast before they are handed out: half the bytes, and no copy of a weight is ever saved.
-    params = in_model_dtype(params, RECIPES[config.quant.preset], config.model.dtype)
     inside = dataclasses.replace(layout, outer=("pipe",))
     kinds = tuple(plan.layers)
     stacks = {

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import Config
 from dsv3_jax.model.placement import gathered, shardings
 from dsv3_jax.model.router import update_router_bias
-from dsv3_jax.model.step_weights import in_model_dtype, made_for_step, with_made
+from dsv3_jax.model.step_weights import made_for_step, with_made
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import RECIPES
 from dsv3_jax.training.loss import (
@@ -145,14 +145,13 @@ def _as_stored(grads: Any, layout: Layout) -> Any:
 
 
 def for_products(params: Any, config: Config, layout: Layout = ONE_DEVICE) -> tuple[Any, Any]:
-    """What a step differentiates with respect to, and what was made of it for all of its products.
+    """The weights, and what was made of them for all of a step's products.
 
     `with_made` puts the two together. Where nothing is made, layers cast and quantise themselves.
     """
     if not layout.one_device:
         return params, jax.tree.map(lambda _: None, params)
-    of_step = RECIPES[config.quant.preset], config.model.dtype
-    return in_model_dtype(params, *of_step), made_for_step(params, *of_step)
+    return params, made_for_step(params, RECIPES[config.quant.preset], config.model.dtype)
 
 
 def gradients(

@@ -74,6 +74,22 @@ def test_gradients_are_those_of_the_groups(implementation, rng, running):
             assert relative_error(d_weights[expert], exact) < BF16_LIMIT
 
 
+@pytest.mark.parametrize("implementation", [*GEMM_IMPLEMENTATIONS, "blocks"])
+def test_the_rows_gradient_alone(implementation, rng, running):
+    _, weights = operands(rng, scaled=False)
+    d_out = normal(rng, ROWS, 64).astype(jnp.bfloat16)
+    with running(implementation):
+        d_rows = api.grouped_dgrad(
+            d_out,
+            weights,
+            SIZES,
+            alignment=64 if implementation == "blocks" else 128,
+            implementation=implementation,
+        )
+    assert relative_error(d_rows, in_groups(d_out, weights.mT, SIZES)) < BF16_LIMIT
+    assert not np.asarray(d_rows[int(SIZES.sum()) :]).any(), "rows of nobody are zero"
+
+
 @INTERPRETER_IS_NEWER
 def test_columns_that_cut_a_tile_lower_for_a_gpu(rng):
     rows, weights = operands(rng, scaled=True, n=200)

@@ -70,6 +70,34 @@ def grouped_matmul(
     )
 
 
+def grouped_dgrad(
+    d_out: Float[Array, "M N"],
+    weights: Float[Array, "E N K"],
+    group_sizes: Int[Array, " E"],
+    *,
+    alignment: int = KERNEL_ALIGNMENT,
+    implementation: str | None = None,
+) -> Float[Array, "M K"]:
+    """The rows' gradient of `grouped_matmul` of plain operands: d_out @ weights[group].
+
+    Weights are read as they lie; operands share a dtype, which is the result's.
+    """
+    if d_out.ndim != 2 or weights.ndim != 3 or d_out.shape[1] != weights.shape[1]:
+        raise ValueError(f"d_out {d_out.shape} and weights {weights.shape} must share N")
+    if d_out.dtype != weights.dtype:
+        raise ValueError(f"d_out is {d_out.dtype} and weights {weights.dtype}; they must agree")
+    return backend.run(
+        PACKAGE,
+        "grouped_dgrad",
+        d_out,
+        weights,
+        group_sizes,
+        alignment=alignment,
+        order=ORDER,
+        implementation=implementation,
+    )
+
+
 def masked_grouped_matmul(
     rows: Float[Array, "E M K"] | BlockScaled,
     weights: Float[Array, "E N K"] | BlockScaled,

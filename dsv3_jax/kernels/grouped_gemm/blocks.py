@@ -36,6 +36,26 @@ def grouped_matmul(
     return _looped(rows, weights, group_sizes, alignment)
 
 
+def grouped_dgrad(
+    d_out: Float[Array, "M N"],
+    weights: Float[Array, "E N K"],
+    group_sizes: Int[Array, " E"],
+    *,
+    alignment: int,
+) -> Float[Array, "M K"]:
+    """What `api.grouped_dgrad` returns; M must be a multiple of alignment."""
+    if d_out.shape[0] % alignment:
+        raise NotImplementedError(f"{d_out.shape[0]} rows are no multiple of {alignment=}")
+    block_group, used = _blocks(d_out.shape[0], group_sizes, alignment)
+
+    def body(i, d_x):
+        product = _rows(d_out, i, alignment) @ weights[block_group[i]]
+        return jax.lax.dynamic_update_slice(d_x, product, (i * alignment, 0))
+
+    start = jnp.zeros_like(d_out, shape=(d_out.shape[0], weights.shape[2]))
+    return jax.lax.fori_loop(0, used, body, start)
+
+
 def grouped_wgrad(
     a: Float[Array, "N M"] | BlockScaled,
     b: Float[Array, "K M"] | BlockScaled,

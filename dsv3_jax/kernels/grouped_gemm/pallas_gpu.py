@@ -46,6 +46,23 @@ def grouped_matmul(
     )
 
 
+def grouped_dgrad(
+    d_out: Float[Array, "M N"],
+    weights: Float[Array, "E N K"],
+    group_sizes: Int[Array, " E"],
+    *,
+    alignment: int = 128,
+    tile: Tile | None = None,
+) -> Float[Array, "M K"]:
+    """The rows' gradient; see `api.grouped_dgrad`."""
+    _require(d_out.dtype, alignment, *weights.shape[1:])
+    if d_out.dtype != jnp.bfloat16 or d_out.shape[0] % 8:
+        raise NotImplementedError(f"{d_out.dtype} {d_out.shape} must be bfloat16, 8 rows at a time")
+    tile = tile or tiles.BF16
+    work = contiguous_work(group_sizes, d_out.shape[0], tile)
+    return matmul(d_out, weights, tile, work=work, b_rows_first=True)
+
+
 def grouped_wgrad(
     a: Float[Array, "N M"] | BlockScaled,
     b: Float[Array, "K M"] | BlockScaled,
@@ -87,8 +104,7 @@ def _forward(rows, weights, group_sizes, tile):
 
 def _backward(tile, residuals, d_out):
     rows, weights, group_sizes = residuals
-    work = contiguous_work(group_sizes, rows.shape[0], tile)
-    d_rows = matmul(d_out, weights, tile, work=work, b_rows_first=True)
+    d_rows = grouped_dgrad(d_out, weights, group_sizes, tile=tile)
     d_weights = grouped_wgrad(d_out.mT, rows.mT, group_sizes).astype(weights.dtype)
     return d_rows, d_weights, np.zeros(group_sizes.shape, jax.dtypes.float0)
 

@@ -65,6 +65,19 @@ def masked_grouped_matmul(
     return out.reshape(experts, m, -1)
 
 
+def grouped_dgrad(
+    d_out: Float[Array, "M N"],
+    weights: Float[Array, "E N K"],
+    group_sizes: Int[Array, " E"],
+    *,
+    alignment: int = ROWS,
+) -> Float[Array, "M K"]:
+    """The rows' gradient; see `api.grouped_dgrad`."""
+    _require(alignment, d_out, weights)
+    work = tpu_matmul.expert_of_tile(group_sizes, -(-d_out.shape[0] // ROWS), ROWS)
+    return tpu_matmul.matmul(d_out, weights, *work, ROWS, b_rows_first=True)
+
+
 def grouped_wgrad(
     a: Float[Array, "N M"] | BlockScaled,
     b: Float[Array, "K M"] | BlockScaled,
@@ -103,8 +116,7 @@ def _forward(rows, weights, group_sizes):
 
 def _backward(residuals, d_out):
     rows, weights, group_sizes = residuals
-    work = tpu_matmul.expert_of_tile(group_sizes, -(-rows.shape[0] // ROWS), ROWS)
-    d_rows = tpu_matmul.matmul(d_out, weights, *work, ROWS, b_rows_first=True)
+    d_rows = grouped_dgrad(d_out, weights, group_sizes)
     extra = -rows.shape[0] % ROWS
     d_out, rows = (jnp.pad(x, ((0, extra), (0, 0))) for x in (d_out, rows))
     d_weights = grouped_wgrad(d_out.mT, rows.mT, group_sizes).astype(weights.dtype)

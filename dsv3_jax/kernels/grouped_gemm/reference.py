@@ -39,6 +39,17 @@ def grouped_matmul(
     return out.astype(dtype)
 
 
+def grouped_dgrad(
+    d_out: Float[Array, "M N"],
+    weights: Float[Array, "E N K"],
+    group_sizes: Int[Array, " E"],
+    *,
+    alignment: int = 1,
+) -> Float[Array, "M K"]:
+    """The rows' gradient; see `api.grouped_dgrad`. Any sizes, aligned or not."""
+    return grouped_matmul(d_out, weights.mT, group_sizes, alignment=alignment)
+
+
 def masked_grouped_matmul(
     rows: Float[Array, "E M K"] | BlockScaled,
     weights: Float[Array, "E N K"] | BlockScaled,

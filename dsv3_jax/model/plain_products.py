@@ -1,0 +1,118 @@
+"""Linear operations in the activations' dtype, with weights that are trained in a wider one.
+
+The one idea: a weight's gradient is a sum over all tokens of a step, and stays in the float32 that
+tensor cores add it up in. JAX's own derivative of a BF16 product would round it to BF16 first, for
+every micro-batch and every device anew. What is read of the weight is a copy in the activations'
+dtype, made here or once a step (a StepWeight).
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from dsv3_jax.kernels.grouped_gemm.api import grouped_dgrad, grouped_matmul, grouped_wgrad
+from dsv3_jax.parallel.collectives import vary
+from dsv3_jax.quantization.block_scaled import StepWeight
+
+
+def product(
+    x: Float[Array, "*B K"], weight: Float[Array, "*N K"] | StepWeight
+) -> Float[Array, "..."]:
+    """x times the transposed weight, [*B, *N] in x's dtype; the weight's gradient in its own."""
+    if weight.dtype == x.dtype and not isinstance(weight, StepWeight):
+        return _times(x, weight)
+    x, weight = _together(x, weight)
+    y: Array = _product(x, *_master_and_copy(weight))
+    return y
+
+
+def grouped_product(
+    rows: Float[Array, "M K"],
+    weights: Float[Array, "E N K"] | StepWeight,
+    group_sizes: Int[Array, " E"],
+    alignment: int,
+) -> Float[Array, "M N"]:
+    """`product` of each row with its group's weights, as `kernels.grouped_gemm` has them."""
+    if weights.dtype == rows.dtype and not isinstance(weights, StepWeight):
+        return grouped_matmul(rows, weights, group_sizes, alignment=alignment)
+    rows, weights = _together(rows, weights)
+    master, copy = _master_and_copy(weights)
+    y: Array = _grouped_product(rows, master, copy, group_sizes, alignment)
+    return y
+
+
+def _together(*operands):
+    """The operands, inside a shard_map marked as differing along the axes that any one does."""
+    leaves = jax.tree.leaves(operands)
+    return vary(operands, [a for leaf in leaves for a in jax.typeof(leaf).manual_axis_type.varying])
+
+
+def _master_and_copy(weight):
+    if isinstance(weight, StepWeight):
+        return weight.master, weight.numbers
+    return weight, None
+
+
+def _times(x, weight):
+    contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, contract)
+
+
+def _in_dtype_of(x, master, copy):
+    return master.astype(x.dtype) if copy is None else copy
+
+
+@jax.custom_vjp
+def _product(x, master, copy):
+    return _times(x, _in_dtype_of(x, master, copy))
+
+
+def _product_forward(x, master, copy):
+    # The master itself is kept, not the copy of it that is made here: it is there anyway.
+    return _product(x, master, copy), (x, *_kept(master, copy))
+
+
+def _product_backward(residuals, dy):
+    x, master, copy = residuals
+    weight = _in_dtype_of(x, master, copy)
+    batch, outputs = tuple(range(x.ndim - 1)), weight.ndim - 1
+    of_outputs = tuple(range(len(batch), dy.ndim)), tuple(range(outputs))
+    dx = jax.lax.dot_general(dy, weight, (of_outputs, ((), ())))
+    d_weight = jax.lax.dot_general(
+        dy, x, ((batch, batch), ((), ())), preferred_element_type=master.dtype
+    )
+    return dx, d_weight, None
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _grouped_product(rows, master, copy, group_sizes, alignment):
+    weights = _in_dtype_of(rows, master, copy)
+    return grouped_matmul(rows, weights, group_sizes, alignment=alignment)
+
+
+def _grouped_forward(rows, master, copy, group_sizes, alignment):
+    y = _grouped_product(rows, master, copy, group_sizes, alignment)
+    return y, (rows, *_kept(master, copy), group_sizes)
+
+
+def _grouped_backward(alignment, residuals, dy):
+    rows, master, copy, group_sizes = residuals
+    weights = _in_dtype_of(rows, master, copy)
+    d_rows = grouped_dgrad(dy, weights, group_sizes, alignment=alignment)
+    d_weights = grouped_wgrad(dy.mT, rows.mT, group_sizes, alignment=alignment)
+    no_gradient = np.zeros(group_sizes.shape, jax.dtypes.float0)
+    return d_rows, d_weights.astype(master.dtype), None, no_gradient
+
+
+_grouped_product.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _kept(master, copy):
+    """The weight for the backward pass; of a master that has a copy, its dtype alone."""
+    return (master, None) if copy is None else (jnp.zeros((), master.dtype), copy)
