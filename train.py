@@ -42,15 +42,12 @@ from dsv3_jax.training.step import jit_train_step
 from dsv3_jax.training.stopping import StopRequest
 from dsv3_jax.training.watchdog import Watchdog
 
-ROOT = Path(__file__).parent
 log = logging.getLogger("dsv3_jax.train")
 
 
 def main(argv: Sequence[str]) -> int:
     """Trains; returns the exit code."""
-    config = cli.parse_config(
-        argv, default_config=ROOT / "configs/tiny.py", description="Train a DeepSeek-V3 model."
-    )
+    config = cli.parse_config(argv, description="Train a DeepSeek-V3 model.")
     clock = Clock()
     with clock("init"):
         cli.use_virtual_devices(config.devices, all_cores=config.mesh.data == 0)

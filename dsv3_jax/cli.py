@@ -1,10 +1,14 @@
 """Command lines: options on frozen dataclasses (tyro), exit codes, and `python -m dsv3_jax`.
 
+`python -m dsv3_jax train ...` and `infer ...` run train.py and infer.py, which an installed package
+has inside.
+
 Exit codes: 0 done, 1 the environment failed (disk, backend, damaged files), 2 the user's mistake,
 143 and 130 stopped by SIGTERM and SIGINT with the state saved. A traceback is shown only for our
 own bugs, or with DSV3_DEBUG=1.
 """
 
+import importlib.util
 import logging
 import os
 import sys
@@ -25,14 +29,12 @@ from dsv3_jax.config import (
     Config,
     RunError,
     UserError,
-    config_from_dict,
     load_config,
 )
 from dsv3_jax.interop.commands import (
     ExportOptions,
     ImportOptions,
     LogitsOptions,
-    OpenedRun,
     run_export,
     run_import,
     run_logits,
@@ -98,7 +100,9 @@ def parse_options(
     return tyro.cli(kind, args=list(argv), config=(tyro.conf.AvoidSubcommands,), **given, **about)
 
 
-def parse_config(argv: Sequence[str], *, default_config: Path, description: str) -> Config:
+def parse_config(
+    argv: Sequence[str], *, default_config: str | Path = "tiny", description: str
+) -> Config:
     """The run's Config: that of --config FILE (or of default_config), overridden by the options.
 
     Raises UserError for a config file that cannot be used or values that do not fit together.
@@ -119,7 +123,10 @@ def parse_config(argv: Sequence[str], *, default_config: Path, description: str)
         from dsv3_jax.starting import with_model_of
 
         config = with_model_of(config, folder)
-    description += "\n\n--config FILE picks a Python file with a get_config(), as in configs/."
+    description += (
+        "\n\n--config FILE picks a Python file with a get_config(), as in configs/, or one of "
+        "those by its name."
+    )
     config = parse_options(Config, argv, default=config, description=description)
     if config.init_from:
         from dsv3_jax.starting import check_model
@@ -246,28 +253,6 @@ def verify(options: VerifyOptions) -> int:
     return EXIT_ENVIRONMENT if damaged else 0
 
 
-def open_run(run_dir: Path, step: str) -> OpenedRun:
-    """A run's checkpoint in f32, its tokenizer.json (None for bytes) and its numbers then."""
-    from dsv3_jax.interop.companions import RunFacts
-    from dsv3_jax.interop.published_scales import SCALES_FILE
-    from dsv3_jax.model.transformer import abstract_variables
-    from dsv3_jax.training.metrics import newest_numbers
-    from dsv3_jax.training.restore import read_meta, restore
-
-    found, meta = read_meta(run_dir / "checkpoints", step)
-    config = config_from_dict(meta["config"])
-    abstract = abstract_variables(config.model)
-    variables, _ = restore(run_dir / "checkpoints", found, abstract, partial=True)
-    names = ("tokenizer.json", "tiktoken.model")  # where the run's tokenizer has a file
-    files = [run_dir / name for name in names if (run_dir / name).exists()]
-    facts = RunFacts(found, config, newest_numbers(run_dir / "metrics.jsonl", found))
-    scales = run_dir / SCALES_FILE
-    return OpenedRun(
-        *(config.model, variables, files[0] if files else None, facts),
-        scales if scales.exists() else None,
-    )
-
-
 def import_hf(options: ImportOptions) -> None:
     """python -m dsv3_jax import-hf SRC DST"""
     run_import(options)
@@ -275,11 +260,15 @@ def import_hf(options: ImportOptions) -> None:
 
 def export_hf(options: ExportOptions) -> None:
     """python -m dsv3_jax export-hf SRC DST"""
+    from dsv3_jax.loading import open_run
+
     run_export(options, open_run)
 
 
 def logits(options: LogitsOptions) -> None:
     """python -m dsv3_jax logits --checkpoint DIR --tokens FILE --out FILE"""
+    from dsv3_jax.loading import open_run
+
     run_logits(options, open_run)
 
 
@@ -318,12 +307,29 @@ COMMANDS = {
 }
 
 
+SCRIPTS = ("train", "infer")
+
+
+def run_script(name: str, argv: Sequence[str]) -> int:
+    """The exit code of train.py or infer.py: of the repository, or inside an installed package."""
+    package = Path(__file__).parent
+    inside, beside = package / "scripts" / f"{name}.py", package.parent / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, inside if inside.exists() else beside)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[name] = script  # dataclasses look their module up
+    spec.loader.exec_module(script)
+    return script.main(argv)
+
+
 def main(argv: Sequence[str]) -> int | None:
     """`python -m dsv3_jax COMMAND ...`: parses the sub-command's options and runs it."""
     if not argv:
         argv = ["--help"]
     if argv[0] == "compile":  # it takes a run's options too
         return compile_for(argv[1:])
+    if argv[0] in SCRIPTS:
+        return run_script(argv[0], argv[1:])
     choices = tuple(
         Annotated[
             Annotated[c.options, tyro.conf.PositionalRequiredArgs] if c.positional else c.options,

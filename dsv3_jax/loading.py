@@ -17,6 +17,7 @@ import numpy as np
 
 from dsv3_jax.config import (
     Config,
+    DataConfig,
     ExpertParallelConfig,
     ModelConfig,
     ParallelConfig,
@@ -28,14 +29,18 @@ from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.data.tokens import Tokenizer
 from dsv3_jax.inference.redundant_experts import measure_load, plan_places, replicate_experts
 from dsv3_jax.interop.checkpoint import is_weights_folder, open_checkpoint
+from dsv3_jax.interop.commands import OpenedRun
+from dsv3_jax.interop.companions import RunFacts
 from dsv3_jax.interop.load import LoadDType, abstract_leaves, stores_fp8
 from dsv3_jax.interop.load import load as load_checkpoint
+from dsv3_jax.interop.published_scales import SCALES_FILE
 from dsv3_jax.model.fp8_weights import to_fp8_weights
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import Variables, abstract_variables
 from dsv3_jax.parallel.load_balancer import logged_load
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import Layout, make_layout
+from dsv3_jax.training.metrics import newest_numbers
 from dsv3_jax.training.restore import read_meta, restore
 
 
@@ -78,7 +83,8 @@ def load(
 
 def _published(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
     checkpoint = open_checkpoint(folder)
-    config = Config(model=checkpoint.config_to_generate)
+    tokenizer = DataConfig(tokenizer=str(folder))
+    config = Config(model=checkpoint.config_to_generate, data=tokenizer)
     layout = layout_for(config.model, *how)
     dtype: LoadDType = "fp8" if fp8 and stores_fp8(checkpoint) else "bf16"
     places = shardings(abstract_leaves(checkpoint, dtype), layout)
@@ -94,6 +100,22 @@ def _of_run(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
     abstract = abstract_variables(config.model, layout)
     variables, _ = restore(folder / "checkpoints", number, abstract, partial=True)
     return Model(config, layout, variables)
+
+
+def open_run(run_dir: Path, step: str) -> OpenedRun:
+    """A run's checkpoint in f32, its tokenizer.json (None for bytes) and its numbers then."""
+    found, meta = read_meta(run_dir / "checkpoints", step)
+    config = config_from_dict(meta["config"])
+    abstract = abstract_variables(config.model)
+    variables, _ = restore(run_dir / "checkpoints", found, abstract, partial=True)
+    names = ("tokenizer.json", "tiktoken.model")  # where the run's tokenizer has a file
+    files = [run_dir / name for name in names if (run_dir / name).exists()]
+    facts = RunFacts(found, config, newest_numbers(run_dir / "metrics.jsonl", found))
+    scales = run_dir / SCALES_FILE
+    return OpenedRun(
+        *(config.model, variables, files[0] if files else None, facts),
+        scales if scales.exists() else None,
+    )
 
 
 def layout_for(

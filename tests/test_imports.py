@@ -15,6 +15,7 @@ ROWS = [
     {"model", "analysis"},
     {"training", "inference", "interop"},
     {"loading", "starting", "verifying", "notebook", "compiling"},
+    {"saving"},
     {"cli"},
     {"__main__"},
 ]

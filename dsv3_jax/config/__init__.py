@@ -14,7 +14,14 @@ from dsv3_jax.config.mesh import (
 )
 from dsv3_jax.config.model import LIMITS, ModelConfig, RopeScaling
 from dsv3_jax.config.rules import DType, RunError, UserError
-from dsv3_jax.config.run import Config, by_name, config_from_dict, load_config, to_json
+from dsv3_jax.config.run import (
+    Config,
+    by_name,
+    config_from_dict,
+    load_config,
+    shipped_configs,
+    to_json,
+)
 from dsv3_jax.config.training import (
     CheckpointConfig,
     DataConfig,
@@ -48,5 +55,6 @@ __all__ = [
     "by_name",
     "config_from_dict",
     "load_config",
+    "shipped_configs",
     "to_json",
 ]

@@ -170,14 +170,29 @@ def config_from_dict(values: Any, where: str | Path = "the configuration") -> Co
     return config
 
 
+def shipped_configs() -> dict[str, Path]:
+    """The files of the configs that ship, by name: the repository's, or an installed package's."""
+    package = Path(__file__).parents[1]
+    folders = [package / "configs", package.parent / "configs"]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("[a-z]*.py"))}
+
+
 def load_config(path: str | Path) -> Config:
     """The Config that the `get_config()` of a Python file returns.
 
-    Raises UserError when the file is missing, fails, or returns something else.
+    A bare name, such as "tiny", is that of a config that ships. Raises UserError when the file is
+    missing, fails, or returns something else.
+
+    >>> load_config("tiny").model.n_routed_experts
+    8
     """
-    path = Path(path)
+    path, shipped = Path(path), shipped_configs()
+    if not path.is_file() and str(path) in shipped:
+        path = shipped[str(path)]
     if not path.is_file():
-        raise UserError(f"--config {path}: no such file")
+        raise UserError(
+            f"--config {path}: no such file; by name there are {', '.join(sorted(shipped))}"
+        )
     namespace: dict[str, Any] = {"__file__": str(path), "__name__": path.stem}
     try:
         exec(compile(path.read_text(), str(path), "exec"), namespace)

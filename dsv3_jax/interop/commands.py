@@ -88,7 +88,7 @@ def run_export(options: ExportOptions, open_run: OpenRun) -> None:
     from dsv3_jax.interop.exporting import export_hf
 
     start = time.monotonic()
-    source, run = _open(options.src, options.step, open_run)
+    source, run = open_source(options.src, options.step, open_run)
     export_hf(
         source,
         options.dst,
@@ -116,7 +116,7 @@ def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
     from dsv3_jax.interop.load import load
     from dsv3_jax.interop.trace import read_tokens, trace
 
-    source, _ = _open(options.checkpoint, options.step, open_run)
+    source, _ = open_source(options.checkpoint, options.step, open_run)
     dtype = {"bf16": "bfloat16", "f32": "float32"}[options.dtype]
     config = dataclasses.replace(source.config, dtype=dtype)
     tokens = read_tokens(options.tokens, config)
@@ -130,7 +130,11 @@ def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
     print(f"wrote {options.out}")
 
 
-def _open(folder: Path, step: str, open_run: OpenRun) -> tuple[Checkpoint, OpenedRun | None]:
+def open_source(folder: Path, step: str, open_run: OpenRun) -> tuple[Checkpoint, OpenedRun | None]:
+    """The checkpoint of a run, an import or a Hugging Face folder; and the run, if it is one.
+
+    UserError when there is no such folder.
+    """
     from dsv3_jax.interop.checkpoint import from_variables, is_weights_folder, open_checkpoint
     from dsv3_jax.interop.published_scales import with_published_scales
 
