@@ -7,10 +7,10 @@ It joins rooms that do not see each other: `training` reads a run's checkpoints,
 weights, and `inference` places redundant experts.
 """
 
-import json
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,11 +21,13 @@ from dsv3_jax.config import (
     ExpertParallelConfig,
     ModelConfig,
     ParallelConfig,
+    RunError,
     ShardingConfig,
     UserError,
     config_from_dict,
 )
-from dsv3_jax.data.tokenizer import load_tokenizer
+from dsv3_jax.config.files import file_inside, read_json
+from dsv3_jax.data.tokenizer import TIKTOKEN_FILE, TOKENIZER_FILE, load_tokenizer
 from dsv3_jax.data.tokens import Tokenizer
 from dsv3_jax.inference.redundant_experts import measure_load, plan_places, replicate_experts
 from dsv3_jax.interop.checkpoint import is_weights_folder, open_checkpoint
@@ -40,8 +42,11 @@ from dsv3_jax.model.transformer import Variables, abstract_variables
 from dsv3_jax.parallel.load_balancer import logged_load
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import Layout, make_layout
+from dsv3_jax.training.manifest import steps_in
 from dsv3_jax.training.metrics import newest_numbers
-from dsv3_jax.training.restore import read_meta, restore
+from dsv3_jax.training.restore import read_meta, read_saved, restore
+
+_MAX_CONFIG_BYTES = 1 << 20
 
 
 class Model(NamedTuple):
@@ -92,10 +97,10 @@ def _published(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
 
 
 def _of_run(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
-    if step != "auto" and not step.isdigit():
+    if step != "auto" and not step.isdecimal():
         raise UserError(f"step {step} must be auto or a step number")
     number, meta = read_meta(folder / "checkpoints", step)
-    config = config_from_dict(meta["config"])
+    config = config_from_dict(meta.get("config"), folder / "checkpoints" / str(number))
     layout = layout_for(config.model, *how)
     abstract = abstract_variables(config.model, layout)
     variables, _ = restore(folder / "checkpoints", number, abstract, partial=True)
@@ -105,7 +110,7 @@ def _of_run(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
 def open_run(run_dir: Path, step: str) -> OpenedRun:
     """A run's checkpoint in f32, its tokenizer.json (None for bytes) and its numbers then."""
     found, meta = read_meta(run_dir / "checkpoints", step)
-    config = config_from_dict(meta["config"])
+    config = config_from_dict(meta.get("config"), run_dir / "checkpoints" / str(found))
     abstract = abstract_variables(config.model)
     variables, _ = restore(run_dir / "checkpoints", found, abstract, partial=True)
     names = ("tokenizer.json", "tiktoken.model")  # where the run's tokenizer has a file
@@ -141,13 +146,14 @@ def find_tokenizer(folder: Path, asked_for: str | None = None) -> Tokenizer:
     """
     if asked_for:
         return load_tokenizer(asked_for)
-    if (folder / "tokenizer.json").exists():
-        return load_tokenizer(folder)
-    if not is_weights_folder(folder) and _trained_on_bytes(folder):
+    has_own = any((folder / name).exists() for name in (TOKENIZER_FILE, TIKTOKEN_FILE))
+    if not has_own and not is_weights_folder(folder) and _trained_on_bytes(folder):
         return load_tokenizer("byte")
     try:
         return load_tokenizer(folder)
     except UserError as error:
+        if (folder / TOKENIZER_FILE).exists():
+            raise
         if is_weights_folder(folder):
             open_checkpoint(folder)  # what is wrong with the weights comes first
         raise UserError(
@@ -157,12 +163,19 @@ def find_tokenizer(folder: Path, asked_for: str | None = None) -> Tokenizer:
 
 
 def _trained_on_bytes(run_dir: Path) -> bool:
-    """Whether a run's config.json names the byte tokenizer, or is not there to say."""
-    try:
-        values = json.loads((run_dir / "config.json").read_text())
-        return values["data"]["tokenizer"] == "byte"
-    except (OSError, ValueError, KeyError, TypeError):
-        return True
+    """Whether a run's config.json, or else its newest checkpoint, names the byte tokenizer.
+
+    True also where there is no checkpoint: that is what loading will say.
+    """
+    steps = steps_in(run_dir / "checkpoints")
+    looks: list[Callable[[], Any]] = [
+        lambda: read_json(file_inside(run_dir, "config.json"), _MAX_CONFIG_BYTES),
+        lambda: read_saved(run_dir / "checkpoints" / str(steps[-1]))["meta"]["config"],
+    ]
+    for look in looks:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError, RunError):
+            return look()["data"]["tokenizer"] == "byte"
+    return not steps
 
 
 def with_redundant_experts(

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from dsv3_jax.config import UserError
+from dsv3_jax.config.files import read_json
 
+_MAX_FILE_BYTES = 1 << 20
 GB = 1e9
 TERA = 1e12
 
@@ -216,11 +217,9 @@ def accelerator(name: str) -> Accelerator:
 
 def _from_file(path: Path) -> Accelerator:
     try:
-        values = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"accelerator file {path}: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"accelerator file {path}: must hold one object of fields")
+        values = read_json(path, _MAX_FILE_BYTES)
+    except (OSError, UserError) as error:
+        raise UserError(f"accelerator file {error}") from error
     fields = {f.name: f for f in dataclasses.fields(Accelerator)}
     for unknown in sorted(set(values) - set(fields)):
         raise UserError(

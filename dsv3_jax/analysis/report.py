@@ -7,7 +7,7 @@ can be told apart with any colour vision.
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,11 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.config import UserError
+from dsv3_jax.config.files import file_inside, read_json
+from dsv3_jax.config.records import read_records
 
+log = logging.getLogger(__name__)
+_MAX_CONFIG_BYTES = 1 << 20
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 MAX_LAYERS = 64  # panels of the load heatmap; a deeper model shows this many, evenly chosen
 MAX_COLUMNS = 300  # points in time of the load heatmap
@@ -83,14 +87,9 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
         raise UserError(f"no such run: {run_dir}")
     if not path.is_file():
         raise UserError(f"{run_dir} is not a run: it has no metrics.jsonl")
-    records = []
-    for line in path.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            records.append(record)
+    records, torn = read_records(path)
+    if torn:
+        log.warning("%s: %d line(s) are not whole and are left out", path, torn)
     if not records:
         raise UserError(f"{path} holds no metrics yet")
     return records
@@ -318,7 +317,7 @@ def _edges(steps: np.ndarray) -> np.ndarray:
 def _layer_names(run_dir: Path, num_rows: int) -> list[str]:
     """ "layer 3", ..., "MTP 1": numbered as in the model where config.json tells the dense ones."""
     try:
-        model = json.loads((run_dir / "config.json").read_text())["model"]
+        model = read_json(file_inside(run_dir, "config.json"), _MAX_CONFIG_BYTES)["model"]
         first, last = int(model["first_k_dense_replace"]), int(model["num_hidden_layers"])
     except (OSError, ValueError, KeyError, TypeError):
         return [f"MoE layer {row + 1}" for row in range(num_rows)]

@@ -8,13 +8,15 @@ and says so: give your own in JSON.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsv3_jax.analysis.hardware import nearest
 from dsv3_jax.config import UserError
+from dsv3_jax.config.files import read_json
+
+_MAX_FILE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -128,12 +130,10 @@ FITTED_PRICES = PriceBook(
 def load_price_book(path: str | Path) -> PriceBook:
     """The PriceBook in a JSON file with the fields switch, link, endpoint_link and source."""
     try:
-        values = json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"price book {path}: {error}") from error
+        values = read_json(Path(path), _MAX_FILE_BYTES)
+    except (OSError, UserError) as error:
+        raise UserError(f"price book {error}") from error
     fields = [f.name for f in dataclasses.fields(PriceBook)]
-    if not isinstance(values, dict):
-        raise UserError(f"price book {path}: must hold one object of fields")
     for unknown in sorted(set(values) - set(fields)):
         raise UserError(f"price book {path}: no field {unknown!r}: {nearest(unknown, fields)}")
     if missing := [f for f in fields if f not in values]:

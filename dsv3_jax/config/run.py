@@ -86,7 +86,7 @@ class Config:
             value = getattr(self, group.name)
             if hasattr(value, "problems"):
                 found += [f"{group.name}.{problem}" for problem in value.problems()]
-        if self.resume not in ("auto", "never") and not self.resume.isdigit():
+        if self.resume not in ("auto", "never") and not self.resume.isdecimal():
             found.append(f"resume={self.resume!r} must be auto, never or a step number")
         if self.devices is not None and self.devices <= 0:
             found.append(f"devices={self.devices} must be positive")

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from dsv3_jax.config import UserError
+from dsv3_jax.config.files import read_bytes, read_json
+from dsv3_jax.data.tokens import MAX_CONFIG_BYTES
 
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -172,11 +174,11 @@ def load_chat_template(folder: Path, special: Mapping[str, str]) -> ChatTemplate
     file, config = folder / CHAT_TEMPLATE_FILE, folder / "tokenizer_config.json"
     try:
         if file.is_file():
-            return ChatTemplate(file.read_text(encoding="utf-8"), special)
+            return ChatTemplate(read_bytes(file, MAX_CONFIG_BYTES).decode(), special)
         if not config.is_file():
             return None
-        source = json.loads(config.read_bytes()).get("chat_template")
-    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        source = read_json(config, MAX_CONFIG_BYTES).get("chat_template")
+    except (OSError, ValueError) as error:
         raise TemplateFailed(f"{folder}: no readable chat template: {_line(error)}") from error
     if isinstance(source, list):  # several, by name
         named = {

@@ -8,23 +8,25 @@ decides its tokens.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import logging
-import os
-import platform
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from dsv3_jax.config import DataConfig, ModelConfig, UserError
 from dsv3_jax.config.files import build, file_inside, read_json, shown
+from dsv3_jax.data.cache import (
+    default_cache_dir,
+    fingerprints,
+    locked,
+    remove,
+    short_hash,
+    told_when_full,
+)
 from dsv3_jax.data.documents import Inputs, find_files, read_documents, stdlib_files
 from dsv3_jax.data.packing import Recipe, in_validation, pack_documents
 from dsv3_jax.data.shards import (
@@ -37,7 +39,12 @@ from dsv3_jax.data.shards import (
     atomic_folder,
     check_vocab,
 )
-from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
+from dsv3_jax.data.tokenizer import (
+    TIKTOKEN_FILE,
+    TOKENIZER_FILE,
+    load_tokenizer,
+    train_tokenizer,
+)
 from dsv3_jax.data.tokens import Tokenizer, read_capped
 
 RECIPE_FILE = "recipe.json"
@@ -124,8 +131,7 @@ def open_corpus(data: DataConfig, seed: int, cache_dir: str | Path | None = None
     bpe_size = _bpe_size(data.tokenizer)
     marks = (path / RECIPE_FILE, path / "train" / INDEX_FILE)
     if data.path != "stdlib" and any(mark.exists() for mark in marks):
-        has_own = (path / "tokenizer.json").exists()
-        own = path if has_own else "byte"
+        own = path if _own_tokenizer(path) else "byte"
         tokenizer = load_tokenizer(data.tokenizer if bpe_size is None else own)
         return _open_prepared(path, tokenizer, data)
     recipe = Recipe(data.val_fraction, data.fim_rate, seed)
@@ -136,13 +142,13 @@ def open_corpus(data: DataConfig, seed: int, cache_dir: str | Path | None = None
     else:
         tokenizer = _trained_bpe(inputs, bpe_size, data, root)
     folder = root / f"corpus-{_cache_key(inputs, tokenizer, recipe, data.path)}"
-    with _locked(folder):
+    with locked(folder):
         try:
             return _open_splits(folder, tokenizer, data)
         except UserError as error:  # nobody but this program writes there
             if folder.exists():
                 log.warning("rebuilding the token cache: %s", error)
-                _remove(folder)
+                remove(folder)
         log.info("tokenising %s into %s", data.path, folder)
         summary = _prepare(inputs, folder, tokenizer, recipe, "text")
         log.info("%s", summary)
@@ -161,10 +167,12 @@ def _bpe_size(spec: str) -> int | None:
 
 def _trained_bpe(inputs: Inputs, size: int, data: DataConfig, root: Path) -> Tokenizer:
     """The corpus' own tokenizer, from the cache or trained on what is not validation text."""
-    key = _hash([CACHE_FORMAT, "bpe", size, data.val_fraction, _fingerprints(inputs, data.path)])
+    key = short_hash(
+        [CACHE_FORMAT, "bpe", size, data.val_fraction, fingerprints(inputs, data.path)]
+    )
     file = root / f"bpe-{key}.json"
     seal = file.with_suffix(".sha256")
-    with _locked(file):
+    with locked(file):
         if file.exists():
             try:
                 tokenizer = load_tokenizer(file)
@@ -200,24 +208,22 @@ def check_model(model: ModelConfig, corpus: Corpus) -> None:
             )
 
 
-def default_cache_dir() -> Path:
-    """dsv3_jax in the user's cache folder: $XDG_CACHE_HOME, else ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv3_jax"
-
-
 def _prepare(
     inputs: Inputs, out: Path, tokenizer: Tokenizer, recipe: Recipe, text_field: str
 ) -> Summary:
-    """Writes the corpus, in a second pass split by tails when the first left one side empty."""
-    with atomic_folder(out) as folder:
+    """Writes the corpus, in a second pass split by tails when the first left one side empty.
+
+    OSError for a full disk, with the place and about how many bytes are wanted there.
+    """
+    with told_when_full(out, inputs, tokenizer.vocab_size), atomic_folder(out) as folder:
         summary = _write_splits(inputs, folder, tokenizer, recipe, text_field)
         if not (summary.train.documents and summary.val.documents):
             for split in ("train", "val"):
                 shutil.rmtree(folder / split)
             recipe = dataclasses.replace(recipe, split_by="tail")
             summary = _write_splits(inputs, folder, tokenizer, recipe, text_field)
-        if tokenizer.path is not None:
-            shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+        for name, path in tokenizer.files.items():
+            shutil.copyfile(path, folder / name)
         made = {**dataclasses.asdict(recipe), "skipped": summary.skipped}
         (folder / RECIPE_FILE).write_text(json.dumps(made, indent=2) + "\n")
     return summary
@@ -259,7 +265,7 @@ def _open_prepared(path: Path, tokenizer: Tokenizer, data: DataConfig) -> Corpus
 def _open_splits(path: Path, tokenizer: Tokenizer, data: DataConfig) -> Corpus:
     """A folder's two sides, their files verified as `data.verify` says."""
     corpus = Corpus(TokenShards(path / "train"), TokenShards(path / "val"), tokenizer)
-    own = path / "tokenizer.json"
+    own = _own_tokenizer(path)
     for shards in (corpus.train, corpus.val):
         index = shards.index
         if shards.is_supervised:
@@ -268,9 +274,9 @@ def _open_splits(path: Path, tokenizer: Tokenizer, data: DataConfig) -> Corpus:
                 "over targets alone yet: prepare plain text"
             )
         if index.tokenizer_sha256 != tokenizer.fingerprint:
-            if tokenizer.path is not None and own.exists() and own.samefile(tokenizer.path):
+            if own is not None and any(own.samefile(file) for file in tokenizer.files.values()):
                 raise DamagedShards(f"{own} does not hold what was written: prepare it again")
-            fits = "byte" if index.tokenizer == "byte" else own
+            fits = "byte" if index.tokenizer == "byte" else own or f"that of {path}, which is lost"
             raise UserError(
                 f"{path} was prepared with tokenizer {shown(index.tokenizer)[1:-1]} "
                 f"(sha256 {index.tokenizer_sha256[:12]}...), but data.tokenizer={data.tokenizer} "
@@ -296,7 +302,6 @@ def _open_splits(path: Path, tokenizer: Tokenizer, data: DataConfig) -> Corpus:
 def damage_of_prepared(path: Path) -> list[str]:
     """What is wrong with each file of a folder that `prepare` wrote; reads all of it."""
     found: list[str] = []
-    own = path / "tokenizer.json"
     try:
         _read_recipe(path)
     except UserError as error:
@@ -308,12 +313,30 @@ def damage_of_prepared(path: Path) -> list[str]:
             found.append(str(error))
             continue
         found += shards.damage()
-        expected = shards.index.tokenizer_sha256
-        if own.is_file() and hashlib.sha256(read_capped(own)).hexdigest() != expected:
-            found.append(f"{own} is not the tokenizer that made {shards.folder}")
-        if not own.is_file() and load_tokenizer("byte").fingerprint != expected:
-            found.append(f"{own} is missing")
+        if problem := _tokenizer_problem(path, shards.index.tokenizer_sha256):
+            found.append(f"{problem}, of {shards.folder}")
     return found
+
+
+def _own_tokenizer(path: Path) -> Path | None:
+    """The tokenizer's file that lies in a prepared folder, where one does."""
+    files = (path / name for name in (TOKENIZER_FILE, TIKTOKEN_FILE))
+    return next((file for file in files if file.is_file()), None)
+
+
+def _tokenizer_problem(path: Path, expected: str) -> str | None:
+    own = _own_tokenizer(path)
+    if own is None:
+        lost = load_tokenizer("byte").fingerprint != expected
+        return f"{path / TOKENIZER_FILE} is missing" if lost else None
+    if own.name == TIKTOKEN_FILE:
+        try:
+            found = load_tokenizer(own).fingerprint
+        except UserError as error:
+            return str(error)
+    else:
+        found = hashlib.sha256(read_capped(own)).hexdigest()
+    return None if found == expected else f"{own} is not the tokenizer that made the tokens"
 
 
 def _read_recipe(path: Path) -> Recipe:
@@ -329,47 +352,5 @@ def _read_recipe(path: Path) -> Recipe:
 
 def _cache_key(inputs: Inputs, tokenizer: Tokenizer, recipe: Recipe, path: str) -> str:
     """A hash of all that decides the tokens."""
-    files = _fingerprints(inputs, path)
-    return _hash([CACHE_FORMAT, tokenizer.fingerprint, dataclasses.asdict(recipe), files])
-
-
-def _fingerprints(inputs: Inputs, path: str) -> list[list[Any]]:
-    """What tells files apart: path, size and time of change.
-
-    The standard library's files count by name and size, with Python's version.
-    """
-    files: list[list[Any]] = []
-    for file in inputs.files:
-        status = file.path.stat()
-        if path == "stdlib":
-            files.append([platform.python_version(), file.path.name, status.st_size])
-        else:
-            files.append([str(file.path.resolve()), status.st_size, status.st_mtime_ns])
-    return files
-
-
-def _hash(made_of: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:20]
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds a lock beside a cache folder, so that of several processes one builds, others wait."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_suffix(".lock").open("w")
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError as error:
-        raise UserError(
-            f"cannot use the token cache {folder.parent}: {error.strerror or error}; set "
-            "XDG_CACHE_HOME to a folder that can be written, or give a prepared folder"
-        ) from error
-    with lock:  # closing it lets go of the lock
-        yield
-
-
-def _remove(folder: Path) -> None:
-    # Renamed first: whoever has the files open keeps them, and no half-removed cache is ever seen.
-    grave = Path(tempfile.mkdtemp(prefix=f".{folder.name}.damaged-", dir=folder.parent))
-    folder.rename(grave / folder.name)
-    shutil.rmtree(grave)
+    files = fingerprints(inputs, path)
+    return short_hash([CACHE_FORMAT, tokenizer.fingerprint, dataclasses.asdict(recipe), files])

@@ -2,12 +2,14 @@
 
 A file that the user names must be readable; in a folder, files that are not text are skipped, and
 `skipped` counts them by reason. Damaged structured data (a bad JSON line, a missing field) is an
-error everywhere. Memory is bounded by the largest document.
+error everywhere. Memory is bounded by the largest document; one of a line or a row has at most
+MAX_RECORD_BYTES, however little of a compressed file it takes.
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import os
 import re
@@ -17,9 +19,13 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dsv3_jax.config import UserError
+from dsv3_jax.config.files import MAX_VALUES
+from dsv3_jax.data.parquet import parquet_columns, parquet_rows
+
+MAX_RECORD_BYTES = 64 << 20
 
 # Folders of the standard library that are not its source: tests, installed packages, caches.
 _NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -184,12 +190,20 @@ def _jsonl_gz_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: damaged gzip file: {error}") from error
 
 
-def _json_records(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(lines, start=1):
+def _json_records(
+    path: Path, file: IO[bytes] | gzip.GzipFile
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number in itertools.count(1):
+        line = file.readline(MAX_RECORD_BYTES + 1)
+        if not line:
+            return
+        place = f"{path}:{number}"
+        if len(line) > MAX_RECORD_BYTES:
+            raise UserError(f"{place}: a line of more than {MAX_RECORD_BYTES:,} bytes")
         if not line.strip():
             continue
-        place = f"{path}:{number}"
         try:
+            _check_number_of_values(line)
             record = _without_surrogates(json.loads(line.rstrip().decode()))
         except UnicodeDecodeError as error:
             raise UserError(f"{place}: not UTF-8 at byte {error.start} of the line") from error
@@ -198,6 +212,15 @@ def _json_records(path: Path, lines: Iterable[bytes]) -> Iterator[tuple[str, dic
         if not isinstance(record, dict):
             raise UserError(f"{place}: a {type(record).__name__}, not a JSON object")
         yield place, record
+
+
+def _check_number_of_values(line: bytes) -> None:
+    """ValueError for JSON of more than MAX_VALUES values, before it is parsed into memory."""
+    if sum(map(line.count, (b",", b"[", b"{"))) <= MAX_VALUES:
+        return
+    outside = re.sub(rb'"[^"\\]*(?:\\.[^"\\]*)*"', b"", line)  # a text may hold many commas
+    if sum(map(outside.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES:,} values")
 
 
 def _without_surrogates(value: Any) -> Any:
@@ -212,7 +235,7 @@ def _without_surrogates(value: Any) -> Any:
 
 
 def _parquet_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for place, row in _parquet_rows(path, None):
+    for place, row in parquet_rows(path):
         # Lists of objects, as messages are, bring every object's fields: null where it has none.
         yield place, _without_nulls(row)
 
@@ -226,34 +249,14 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    for place, row in _parquet_rows(path, text_field):
+    columns = parquet_columns(path)
+    if text_field not in columns:
+        raise _no_text(str(path), text_field, columns)
+    for place, row in parquet_rows(path, text_field):
         text = row[text_field]
         if not isinstance(text, str):
             raise UserError(f"{place}: {text_field!r} is {type(text).__name__}, not text")
         yield text
-
-
-def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place, row) with one column, or with all of them."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(
-            f"{path}: .parquet needs pyarrow: pip install 'dsv3_jax[parquet]'"
-        ) from error
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if column is not None and column not in (names := file.schema_arrow.names):
-                raise _no_text(str(path), column, names)
-            columns = None if column is None else [column]
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}: row {number}", row
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable parquet file: {error}") from error
 
 
 def _no_text(place: str, text_field: str, fields: Iterable[Any]) -> UserError:

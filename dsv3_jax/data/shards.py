@@ -60,6 +60,13 @@ class ShardIndex:
     shards: tuple[Shard, ...]
     format: int = FORMAT
     supervision: SupervisionIndex | None = None  # of supervised data only
+    seal: str | None = None  # sha256 of all the other fields; None in folders made before there was
+
+    def sealed(self) -> ShardIndex:
+        """The same index with its seal."""
+        values = dataclasses.asdict(dataclasses.replace(self, seal=None))
+        text = json.dumps(values, sort_keys=True)
+        return dataclasses.replace(self, seal=hashlib.sha256(text.encode()).hexdigest())
 
     @property
     def tokens(self) -> int:
@@ -144,7 +151,7 @@ class ShardWriter:
             text_bytes=self._text_bytes,
             shards=tuple(self._shards),
             supervision=None if self._supervision is None else self._supervision.close(),
-        )
+        ).sealed()
         text = json.dumps(dataclasses.asdict(index), indent=2) + "\n"
         (self._folder / INDEX_FILE).write_text(text)
         return index
@@ -354,4 +361,8 @@ def _index_problem(index: ShardIndex) -> str | None:
             return f"file {shown(shard.file)} is not a bare file name"
         if shard.tokens <= 0:
             return f"{shard.file}: tokens={shard.tokens} is not a count"
+    if index.documents > index.tokens:
+        return f"documents={index.documents}, but there are {index.tokens} tokens"
+    if index.seal is not None and index.seal != index.sealed().seal:
+        return "it does not hold what was written (its seal is another's)"
     return None

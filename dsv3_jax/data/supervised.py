@@ -80,8 +80,8 @@ def prepare_supervised(
                 shutil.rmtree(folder / split)
             recipe = dataclasses.replace(recipe, split_by="repeat")
             summary = _write(files, folder, tokenizer, template, recipe, on_error)
-        if tokenizer.path is not None:
-            shutil.copyfile(tokenizer.path, folder / "tokenizer.json")
+        for name, path in tokenizer.files.items():
+            shutil.copyfile(path, folder / name)
         if template is not None:
             (folder / CHAT_TEMPLATE_FILE).write_text(template.source, encoding="utf-8")
         made = {**dataclasses.asdict(recipe), "skipped": summary.skipped}

@@ -15,8 +15,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from dsv3_jax.config.files import file_inside
+
 TARGETS_FILE, DOCUMENTS_FILE = "targets.bin", "documents.bin"
 _LENGTH = np.dtype("<u4")
+_PIECE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,8 @@ class Supervision:
             if found != size:
                 state = "is missing" if found is None else f"has {found:,} bytes, not {size:,}"
                 raise ValueError(f"{path} {state}")
-        lengths = np.fromfile(paths[1], _LENGTH).astype(np.int64)
-        if int(lengths.sum()) != tokens or not lengths.all():
-            raise ValueError(f"{paths[1]} sums up to {int(lengths.sum()):,} tokens, not {tokens:,}")
-        self.document_starts: Int64[np.ndarray, " starts"] = np.cumsum([0, *lengths.tolist()])
+            file_inside(folder, path.name)
+        self.document_starts: Int64[np.ndarray, " starts"] = _starts(paths[1], tokens)
         self._bytes = np.memmap(paths[0], np.uint8, mode="r") if tokens else np.zeros(0, np.uint8)
 
     def targets(self, start: int, stop: int) -> Bool[np.ndarray, " T"]:
@@ -88,6 +89,21 @@ class Supervision:
                     f"{self._folder / name} does not hold what was written (sha256 "
                     f"{found[:12]}..., expected {expected[:12]}...)"
                 )
+
+
+def _starts(path: Path, tokens: int) -> Int64[np.ndarray, " starts"]:
+    """Where each document begins, and `tokens`; a hole in the file ends the reading."""
+    parts, total = [np.zeros(1, np.int64)], 0
+    with path.open("rb") as file:
+        while raw := file.read(_PIECE_BYTES):
+            lengths = np.frombuffer(raw, _LENGTH).astype(np.int64)
+            if not lengths.all():
+                raise ValueError(f"{path} has a document without tokens")
+            parts.append(total + np.cumsum(lengths))
+            total = int(parts[-1][-1])
+    if total != tokens:
+        raise ValueError(f"{path} sums up to {total:,} tokens, not {tokens:,}")
+    return np.concatenate(parts)
 
 
 class _HashedFile:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import json
+import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,14 +24,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
-from dsv3_jax.config import UserError
+from dsv3_jax.config import LIMITS, UserError
+from dsv3_jax.config.files import parse_json
 from dsv3_jax.data.tokens import SpecialTokens, Tokenizer, read_capped
 
 FILE, CONFIG = "tiktoken.model", "tokenizer_config.json"
 # The classes whose pattern and cuts are the ones below.
 CODE_FILES = ("tokenization_kimi.py", "tokenization_moonshot.py")
 CLASS = "TikTokenTokenizer"
-MAX_TOKENS = 1 << 22
+MAX_TOKENS = LIMITS["vocab_size"]
 
 _WORD = r"[^\r\n\p{L}\p{N}]?"
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]"
@@ -87,6 +88,11 @@ class TiktokenTokenizer(Tokenizer):
             fingerprint=hashlib.sha256(raw + config_raw).hexdigest(),
             pieces=pieces,
             special=SpecialTokens(**roles),
+            files={
+                name: path.with_name(name)
+                for name in (FILE, CONFIG, *CODE_FILES)
+                if path.with_name(name).is_file()
+            },
             prompt_prefix=(),  # the publisher's class puts nothing before a text
         )
 
@@ -113,19 +119,14 @@ def _read_config(path: Path) -> tuple[dict[str, Any], bytes]:
     if not beside.is_file():
         raise UserError(f"{path}: needs the {CONFIG} beside it, which holds its special tokens")
     raw = read_capped(beside)
-    try:
-        config = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{beside}: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{beside}: holds no JSON object")
-    return config, raw
+    return parse_json(raw, beside), raw
 
 
 def _read_ranks(raw: bytes, path: Path) -> dict[bytes, int]:
     """Token bytes to rank; every byte alone is a token, and ranks count from 0 without a gap."""
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(raw.splitlines(), 1):
+    for number, line in enumerate(io.BytesIO(raw), 1):
+        line = line.rstrip(b"\r\n")
         if not line:
             continue
         found = _LINE.fullmatch(line)

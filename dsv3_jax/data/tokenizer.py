@@ -18,10 +18,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from dsv3_jax.config import UserError
+from dsv3_jax.config import LIMITS, UserError
+from dsv3_jax.config.files import parse_json, read_json, shown
+from dsv3_jax.data.pieces import piece_reader
 from dsv3_jax.data.tiktoken_model import TiktokenTokenizer
-from dsv3_jax.data.tokens import SpecialTokens, Tokenizer, read_capped
+from dsv3_jax.data.tokens import MAX_CONFIG_BYTES, SpecialTokens, Tokenizer, read_capped
 
+# Gemma's 262,144 tokens and 514,906 merges are the most there is: some 1.8 million values.
+_MAX_VALUES = 1 << 22
 TOKENIZER_FILE, TIKTOKEN_FILE = "tokenizer.json", "tiktoken.model"
 # Of tokenizers that are not read: sentencepiece, Mistral's, and what tokenizer.json was made from.
 OTHER_FILES = (
@@ -82,14 +86,13 @@ class HFTokenizer(Tokenizer):
         library = _tokenizers_library()
         raw = read_capped(path)
         try:
-            spec = json.loads(raw)
+            spec = parse_json(raw, f"{path}: not a usable tokenizer.json", _MAX_VALUES)
             special_ids = _mark_special(spec, path)
             # The marks are in `spec` only, so the library reads that, not the file.
             self._tokenizer = library.Tokenizer.from_str(json.dumps(spec))
         except UserError:
             raise
-        # RecursionError: nested too deep. The library raises bare Exceptions for what it refuses.
-        except Exception as error:
+        except Exception as error:  # the library raises bare ones for what it refuses
             raise UserError(f"{path}: not a usable tokenizer.json: {error}") from error
         # "</s>" within a document is text and must not end it.
         self._tokenizer.encode_special_tokens = True
@@ -97,13 +100,14 @@ class HFTokenizer(Tokenizer):
         self._tokenizer.no_padding()
         special = [t["content"] for t in spec["added_tokens"] if t["special"] and t["content"]]
         self._special_pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")
-        to_bytes, adds_space = _piece_reader(spec.get("decoder"), path)
+        to_bytes, adds_space = piece_reader(spec.get("decoder"), path)
         super().__init__(
             name=path.name,
             fingerprint=hashlib.sha256(raw).hexdigest(),
-            pieces=_pieces(self._tokenizer, spec, to_bytes),
+            pieces=_pieces(self._tokenizer, spec, to_bytes, path),
             special=special_ids,
             path=path,
+            files={TOKENIZER_FILE: path},
             adds_space=adds_space,
             prompt_prefix=_prompt_prefix(self._tokenizer, path, special_ids.bos),
         )
@@ -199,7 +203,11 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, out_path: str | P
         partial.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
         partial.replace(out_path)
     except OSError as error:
-        raise UserError(f"cannot write the tokenizer to {out_path}: {error.strerror}") from error
+        partial.unlink(missing_ok=True)
+        size = len(tokenizer.to_str(pretty=True).encode())
+        raise UserError(
+            f"cannot write the tokenizer to {out_path}: {error.strerror}; {size:,} bytes are wanted"
+        ) from error
     return HFTokenizer(out_path)
 
 
@@ -251,68 +259,26 @@ def _prompt_prefix(tokenizer: Any, path: Path, bos: int) -> tuple[int, ...] | No
     if not beside.is_file():
         return None
     try:
-        config = json.loads(read_capped(beside))
-        return (bos,) if config.get("add_bos_token") else ()
-    except (ValueError, RecursionError, AttributeError) as error:
-        raise UserError(f"{beside}: {error}") from error
+        config = read_json(beside, MAX_CONFIG_BYTES)
+    except OSError as error:
+        raise UserError(f"cannot read {beside}: {error.strerror}") from error
+    return (bos,) if config.get("add_bos_token") else ()
 
 
-def _piece_reader(decoder: Any, path: Path) -> tuple[Any, bool]:
-    """(the function from a token's spelling to its bytes, whether encoding adds a first space)."""
-    decoder = decoder or {}
-    parts = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
-    kinds = {part.get("type") for part in parts}
-    if kinds == {"ByteLevel"}:
-        return _byte_level_bytes, False
-    if kinds & {"Replace", "Metaspace"} and kinds <= {
-        *("Replace", "Metaspace", "ByteFallback", "Fuse", "Strip")
-    }:
-        adds_space = any(
-            (part["type"] == "Strip" and part.get("start", 0) > 0)
-            or (part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never")
-            for part in parts
-        )
-        return _metaspace_bytes, adds_space
-    raise UserError(
-        f"{path}: its decoder ({', '.join(sorted(map(str, kinds)))}) does not give back the exact "
-        "text; byte-level BPE and sentencepiece-like (metaspace) tokenizers do"
-    )
-
-
-def _pieces(tokenizer: Any, spec: dict[str, Any], to_bytes: Any) -> list[bytes]:
+def _pieces(tokenizer: Any, spec: dict[str, Any], to_bytes: Any, path: Path) -> list[bytes]:
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    pieces = [b""] * (max(vocabulary.values()) + 1)
+    most = max(vocabulary.values())
+    if most >= LIMITS["vocab_size"]:
+        raise UserError(f"{path}: the id {most} exceeds the {LIMITS['vocab_size']} allowed")
+    pieces = [b""] * (most + 1)
     for token, token_id in vocabulary.items():
         pieces[token_id] = to_bytes(token)
     for token in spec["added_tokens"]:  # spelt as they are, not in the model's alphabet
-        pieces[token["id"]] = b"" if token["special"] else token["content"].encode()
+        name, token_id = token["content"], token["id"]
+        if vocabulary.get(name, token_id) != token_id or token_id > most:
+            raise UserError(
+                f"{path}: the added token {shown(name)} has the id {token_id}, but the vocabulary "
+                f"gives it {vocabulary.get(name)}"
+            )
+        pieces[token_id] = b"" if token["special"] else name.encode()
     return pieces
-
-
-def _byte_level_bytes(token: str) -> bytes:
-    """The bytes that a token of GPT-2's printable alphabet spells."""
-    try:
-        return bytes([_BYTE_OF_CHARACTER[character] for character in token])
-    except KeyError:
-        return token.encode()
-
-
-def _metaspace_bytes(token: str) -> bytes:
-    """The bytes of a sentencepiece-like token: <0x0A> is a byte, ▁ is a space."""
-    if byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
-        return bytes([int(byte[1], 16)])
-    return token.replace("▁", " ").encode()
-
-
-def _gpt2_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable Latin-1 as itself, the rest from U+0100 on.
-
-    Origin: openai/gpt-2, src/encoder.py, bytes_to_unicode.
-    """
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-_BYTE_OF_CHARACTER = _gpt2_alphabet()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ from dsv3_jax.config.files import refuse_lfs_pointer
 
 # The largest published tokenizer.json files are near 40 MB; more is a mistake or an attack.
 MAX_FILE_BYTES = 128 * 2**20
+# Of a tokenizer_config.json; Kimi-K2's has 4 kB, and one with every added token some 200.
+MAX_CONFIG_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,15 @@ class Tokenizer(ABC):
         special: SpecialTokens,
         *,
         path: Path | None = None,
+        files: Mapping[str, Path] | None = None,
         adds_space: bool = False,
         prompt_prefix: tuple[int, ...] | None = None,
     ):
         self.name = name
         self.fingerprint = fingerprint  # sha256 of what defines it
         self.path = path  # its file, where it has one
+        # What a folder needs to hold to be read as this tokenizer: the names there, and the files.
+        self.files = dict(files or {})
         self.vocab_size = len(pieces)  # the highest id + 1
         self.bos_token_id = special.bos
         self.eos_token_id = special.eos

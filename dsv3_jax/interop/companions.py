@@ -13,13 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv3_jax.config import Config, ModelConfig
-from dsv3_jax.config.files import refuse_lfs_pointer
+from dsv3_jax.config import Config, ModelConfig, UserError
+from dsv3_jax.config.files import read_json
 from dsv3_jax.interop.checkpoint import GENERATION
 
 log = logging.getLogger(__name__)
 
 CARD = "README.md"
+MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES = 128 << 20, 1 << 22
 CHAT_TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 # Post-processors that put special tokens around a text.
 _PLACING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
@@ -51,10 +52,12 @@ def write_run_files(folder: Path, config: ModelConfig, tokenizer: Path | None) -
     _write(folder / GENERATION, generation)
     if tokenizer is None:
         return
-    raw = tokenizer.read_bytes()
-    refuse_lfs_pointer(raw, tokenizer)
-    spec = json.loads(raw)
-    names = {token["id"]: token["content"] for token in spec.get("added_tokens") or []}
+    spec = read_json(tokenizer, MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES)
+    added = spec.get("added_tokens") or []
+    try:
+        names = {token["id"]: token["content"] for token in added}
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{tokenizer}: added_tokens is no list of tokens") from error
     bos = names.get(config.bos_token_id)
     eos = next((names[i] for i in config.eos_token_ids if i in names), None)
     if bos is None or eos is None:

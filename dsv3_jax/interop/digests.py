@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from dsv3_jax.config import RunError
+from dsv3_jax.config import RunError, UserError
+from dsv3_jax.config.files import file_inside, read_bytes
 from dsv3_jax.interop.checkpoint import Checkpoint, Tensor, open_imported
 from dsv3_jax.interop.import_manifest import MANIFEST, read_manifest
 from dsv3_jax.interop.name_map import scale_name
-from dsv3_jax.interop.stream import for_each, in_file_order
+from dsv3_jax.interop.stream import MAX_CARRIED_BYTES, for_each, in_file_order
 
 
 def sha256_of(tensor: Tensor, rows: int = 4096) -> str:
@@ -43,15 +44,36 @@ def verify_imported(folder: str | Path) -> list[str]:
     names = in_file_order((n, checkpoint.tensors[n]) for n in _with_digest(checkpoint))
     size = sum(checkpoint.tensors[name].nbytes for name in names)
     for_each(names, look, size, f"verifying {folder}")
-    return sorted(wrong)
+    return damaged_files(folder) + sorted(wrong)
+
+
+def damaged_files(folder: str | Path) -> list[str]:
+    """The files beside an import's weights (its tokenizer and such) that are not as imported.
+
+    Imports of before that was kept have none to compare.
+    """
+    folder, wrong = Path(folder), []
+    for name, expected in read_manifest(folder).files.items():
+        try:
+            raw = read_bytes(file_inside(folder, name), MAX_CARRIED_BYTES)
+        except UserError:
+            wrong.append(name)
+            continue
+        if hashlib.sha256(raw).hexdigest() != expected:
+            wrong.append(name)
+    return wrong
 
 
 def compared(checkpoint: Checkpoint) -> Checkpoint:
     """The checkpoint of an import with matrices that are compared with their sha256 as they are
     read from first row to last: RunError names one that differs. Others are returned as they are.
+    The files beside the weights are compared at once.
     """
     if checkpoint.folder is None or not (checkpoint.folder / MANIFEST).exists():
         return checkpoint
+    if wrong := damaged_files(checkpoint.folder):
+        names = ", ".join(wrong)
+        raise RunError(f"{checkpoint.folder}: {names} not as imported: import it again")
     expected = read_manifest(checkpoint.folder).sha256
     tensors = dict(checkpoint.tensors)
     for name in _with_digest(checkpoint):

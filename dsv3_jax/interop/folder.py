@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from dsv3_jax.config import UserError
+from dsv3_jax.config.files import read_json
+
+_MAX_CONFIG_BYTES = 1 << 20
 
 _OTHER_FORMS = (
     ".bin",
@@ -33,8 +35,8 @@ def describes_a_model(folder: Path) -> bool:
     """Whether the folder has a config.json of the Hugging Face form, or weights of another form."""
     path = folder / "config.json"
     try:
-        values = json.loads(path.read_bytes()[: 1 << 20]) if path.is_file() else {}
-    except (ValueError, RecursionError, OSError):
+        values = read_json(path, _MAX_CONFIG_BYTES) if path.is_file() else {}
+    except (UserError, OSError):
         return True  # reading it as one says what is wrong with it
     return "model_type" in values or bool(other_weights(folder))
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +31,14 @@ class ImportManifest:
     model: ModelConfig
     scale_fmt: Literal["ue8m0"] | None
     sha256: dict[str, str]  # of every published matrix, scales among them, by name
+    files: dict[str, str] = field(default_factory=dict)  # sha256 of config.json, tokenizer and such
+    seal: str | None = None  # sha256 of all the other fields; imports of before have neither
+
+    def sealed(self) -> ImportManifest:
+        """The same manifest with its seal."""
+        values = dataclasses.asdict(dataclasses.replace(self, seal=None))
+        text = json.dumps(values, sort_keys=True)
+        return dataclasses.replace(self, seal=hashlib.sha256(text.encode()).hexdigest())
 
 
 def read_manifest(folder: str | Path) -> ImportManifest:
@@ -36,6 +47,8 @@ def read_manifest(folder: str | Path) -> ImportManifest:
     manifest = build(ImportManifest, read_json(path, MAX_MANIFEST_BYTES), path)
     if manifest.format != 1:
         raise UserError(f"{path}: format {manifest.format} is not 1")
+    if manifest.seal is not None and manifest.seal != manifest.sealed().seal:
+        raise UserError(f"{path}: does not hold what was written: import it again")
     if found := manifest.model.problems():
         raise UserError(f"{path}: model.{'; model.'.join(found)}")
     return manifest

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.config import UserError
+from dsv3_jax.config.files import file_inside, parse_json, read_bytes
 from dsv3_jax.interop.checkpoint import (
     Checkpoint,
     open_hf,
@@ -33,7 +34,7 @@ from dsv3_jax.interop.checkpoint import (
 )
 from dsv3_jax.interop.digests import sha256_of
 from dsv3_jax.interop.hf_config import model_config_to_hf
-from dsv3_jax.interop.import_manifest import MANIFEST, leaf_file
+from dsv3_jax.interop.import_manifest import MANIFEST, MAX_MANIFEST_BYTES, ImportManifest, leaf_file
 from dsv3_jax.interop.name_map import Place, leaves, scale_shape
 from dsv3_jax.interop.safetensors import StoredTensor, Writer, num_bytes
 from dsv3_jax.interop.stored import count_non_finite
@@ -45,6 +46,7 @@ from dsv3_jax.interop.stream import (
     finished_folder,
     for_each,
     in_file_order,
+    most_not_finite,
     specs_of,
     tell_not_finite,
     unconverted,
@@ -75,9 +77,15 @@ def import_hf(
     plan = _leaf_specs(source, dtype)
     size = sum(num_bytes(*spec) for specs in plan.values() for spec in specs.values())
     with finished_folder(Path(dst), size, overwrite=overwrite, resume=True) as folder:
-        bad: Counter[str] | None = Counter() if allow_non_finite else None
+        bad: Counter[str] = Counter()
         digests = _copy_all(source, plan, dtype, folder, size, bad)
-        tell_not_finite(bad or Counter(), f"imported from {src}")
+        if bad and not allow_non_finite:
+            raise UserError(
+                f"{src}: {len(bad)} tensors hold NaN or infinite numbers, damaged in transit or "
+                f"trained to ruin: {most_not_finite(bad)}. --allow-non-finite imports them all "
+                "the same"
+            )
+        tell_not_finite(bad, f"imported from {src}")
         carry_along(source.folder, folder)
         fp8 = any(spec[0] == "F8_E4M3" for specs in plan.values() for spec in specs.values())
         hf_dtype = "float32" if dtype == "f32" else "bfloat16"
@@ -85,13 +93,17 @@ def import_hf(
         kept = unconverted(source, dtype)
         values = model_config_to_hf(source.config, hf_dtype, fp8, scale_fmt, kept)
         (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        manifest = {
-            "format": 1,
-            "model": dataclasses.asdict(source.config),
-            "scale_fmt": scale_fmt,
-            "sha256": dict(sorted(digests.items())),
-        }
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=0) + "\n")
+        beside = [path for path in sorted(folder.iterdir()) if path.is_file()]
+        files = {p.name: p.read_bytes() for p in beside if p.name not in (PROGRESS, MANIFEST)}
+        manifest = ImportManifest(
+            format=1,
+            model=source.config,
+            scale_fmt="ue8m0" if scale_fmt == "ue8m0" else None,
+            sha256=dict(sorted(digests.items())),
+            files={n: hashlib.sha256(r).hexdigest() for n, r in files.items()},
+        )
+        text = json.dumps(dataclasses.asdict(manifest.sealed()), indent=0)
+        (folder / MANIFEST).write_text(text + "\n")
         (folder / PROGRESS).unlink()
     return Path(dst)
 
@@ -135,9 +147,13 @@ def _copy_all(
     dtype: StorageDType,
     folder: Path,
     size: int,
-    bad: Counter[str] | None,
+    bad: Counter[str],
 ) -> dict[str, str]:
-    """Writes all leaves but what an earlier attempt completed; returns all digests."""
+    """Writes all leaves but what an earlier attempt completed; returns all digests.
+
+    Tensors with numbers that are not finite are counted in `bad`, and not as completed: another
+    attempt would not know of them.
+    """
     stacks = leaves(source.config)
     originals = {p.path: n for n, p in source.places.items() if not p.copy}
     (folder / "weights").mkdir(exist_ok=True)
@@ -164,8 +180,9 @@ def _copy_all(
             made = _copy_one(source, name, place, dtype, writers[place.path], position, bad)
             with lock:
                 digests.update(made)
-                progress.write(json.dumps(made) + "\n")
-                progress.flush()
+                if not bad.keys() & made.keys():
+                    progress.write(json.dumps(made) + "\n")
+                    progress.flush()
             return source.tensors[name].nbytes
 
         names = in_file_order((name, source.tensors[name]) for name in source.places)
@@ -182,22 +199,16 @@ def _copy_one(
     dtype: StorageDType,
     writer: Writer,
     position: int,
-    bad: Counter[str] | None,
+    bad: Counter[str],
 ) -> dict[str, str]:
     """Writes one weight (and scales) as the `position`-th matrix of its leaf; returns digests.
 
-    Numbers that are not finite are counted in `bad`; without it they are a UserError.
+    Numbers that are not finite are counted in `bad`.
     """
     specs = specs_of(source, name, place, dtype)
     sums = {tensor: hashlib.sha256() for tensor in specs}
     for tensor, first, rows in chunks(source, name, place, dtype):
-        count = count_non_finite(rows)
-        if count and bad is None:
-            raise UserError(
-                f"{tensor}: {count} of its numbers from row {first} on are NaN or infinite: "
-                "damaged in transit or trained to ruin. --allow-non-finite imports it all the same"
-            )
-        if count and bad is not None:
+        if count := count_non_finite(rows):
             bad[tensor] += count
         target, shape = specs[tensor]
         slot, before = _slot(writer.specs, tensor, name, position)
@@ -223,8 +234,10 @@ def _completed(
         "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
     }
     progress = folder / PROGRESS
-    lines = progress.read_text().splitlines() if progress.exists() else []
-    recorded = [_json_or_none(line) for line in lines]
+    recorded: list[dict[str, Any] | None] = []
+    if progress.exists():
+        lines = read_bytes(file_inside(folder, PROGRESS), MAX_MANIFEST_BYTES).splitlines()
+        recorded = [_json_or_none(line) for line in lines]
     if not recorded or recorded[0] != identity:
         if recorded:
             log.warning("%s was left by another import: starting clean", folder)
@@ -254,8 +267,8 @@ def _completed(
     return kept
 
 
-def _json_or_none(line: str) -> dict[str, Any] | None:
+def _json_or_none(line: bytes) -> dict[str, Any] | None:
     try:
-        return json.loads(line)
-    except ValueError:
+        return parse_json(line, PROGRESS)
+    except UserError:
         return None

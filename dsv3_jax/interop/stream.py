@@ -161,9 +161,13 @@ def unconverted(checkpoint: Checkpoint, dtype: StorageDType) -> list[str]:
 def tell_not_finite(bad: Counter[str], what: str) -> None:
     """Logs a line about tensors with numbers that are NaN or infinite, which `bad` counts."""
     if bad:
-        shown = ", ".join(f"{name} ({count})" for name, count in bad.most_common(4))
-        more = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
-        log.warning("%s: NaN or infinite numbers in %s%s", what, shown, more)
+        log.warning("%s: NaN or infinite numbers in %s", what, most_not_finite(bad))
+
+
+def most_not_finite(bad: Counter[str], most: int = 16) -> str:
+    """The tensors with the most such numbers, and how many others there are."""
+    named = ", ".join(f"{name} ({count})" for name, count in bad.most_common(most))
+    return named + (f" and {len(bad) - most} more" if len(bad) > most else "")
 
 
 def not_finite(checkpoint: Checkpoint) -> Counter[str]:

@@ -11,7 +11,7 @@ written anew, with one promise added: where it finds nothing better than the pla
 that order is kept, so that no plan is worse than none. Serving: `inference/redundant_experts.py`.
 """
 
-import json
+from collections import deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int, Num
 
 from dsv3_jax.config import UserError
+from dsv3_jax.config.records import records_in
 
 
 class Placement(NamedTuple):
@@ -91,10 +92,13 @@ def logged_load(metrics_file: str | Path, last: int = 10) -> Float[np.ndarray, "
     path = Path(metrics_file)
     if not path.is_file():
         raise UserError(f"{path}: no such file, so no expert loads to plan from")
-    lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    loads = [line["expert_load"] for line in lines if line.get("expert_load")][-last:]
+    records = (record for _, record in records_in(path, of_steps=False))
+    loads = deque((r["expert_load"] for r in records if r and r.get("expert_load")), last)
     if not loads:
         raise UserError(f"{path}: no line has an expert_load")
+    shapes = {(len(load), len(load[0])) for load in loads}
+    if len(shapes) > 1:
+        raise UserError(f"{path}: the last {last} expert_loads have shapes {sorted(shapes)}")
     load = np.array(loads, np.float64)  # null becomes nan
     return np.nan_to_num(load, nan=1 / load.shape[-1]).mean(0)
 

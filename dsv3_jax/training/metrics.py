@@ -35,6 +35,9 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from dsv3_jax.config import UserError
+from dsv3_jax.config.records import records_in
+
 log = logging.getLogger(__name__)
 
 # What the console shows, in this order, as (key, name, format).
@@ -227,8 +230,8 @@ def expert_stats(
 def newest_numbers(path: Path, step: int) -> dict[str, Any]:
     """Each key's newest number in a metrics.jsonl up to a step; {} where there is no such file."""
     found: dict[str, Any] = {}
-    for record in _whole_lines(path)[0] if path.exists() else []:
-        if record["step"] <= step:
+    for _, record in records_in(path) if path.exists() else ():
+        if record is not None and record["step"] <= step:
             found |= {key: value for key, value in record.items() if value is not None}
     return found
 
@@ -244,33 +247,30 @@ def _repair(path: Path, resumed_from: int | None) -> None:
         path.rename(old)
         log.warning("a new run starts here: moved the metrics of an older one to %s", old)
         return
-    records, torn = _whole_lines(path)
-    kept = [r for r in records if r["step"] <= resumed_from]
-    if torn:
-        log.warning("%s: left out %d line(s) torn by a crash", path, torn)
-    if len(kept) < len(records):
-        log.info("%s: cut %d line(s) after step %d", path, len(records) - len(kept), resumed_from)
-    if torn or len(kept) < len(records):
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w") as file:
-            file.writelines(_json_line(record) for record in kept)
+    temporary = path.with_suffix(".tmp")
+    torn = later = 0
+    try:
+        with temporary.open("wb") as file:
+            for line, record in records_in(path):
+                if record is None:
+                    torn += 1
+                elif record["step"] > resumed_from:
+                    later += 1
+                else:
+                    file.write(line)
             file.flush()
             os.fsync(file.fileno())
+    except (OSError, UserError):
+        temporary.unlink(missing_ok=True)
+        raise
+    if torn:
+        log.warning("%s: left out %d line(s) torn by a crash", path, torn)
+    if later:
+        log.info("%s: cut %d line(s) after step %d", path, later, resumed_from)
+    if torn or later:
         temporary.replace(path)
-
-
-def _whole_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a metrics file, and how many lines are not whole."""
-    records, torn = [], 0
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            record = json.loads(line)
-            if not line.endswith(b"\n") or not isinstance(record["step"], int):
-                raise ValueError("not a whole record")
-            records.append(record)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            torn += 1
-    return records, torn
+    else:
+        temporary.unlink()
 
 
 def _json_line(record: dict[str, Any]) -> str:

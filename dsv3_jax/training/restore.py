@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dsv3_jax.config import Config, RunError, UserError
+from dsv3_jax.config.files import build, file_inside, read_json, shown
 from dsv3_jax.training.manifest import damage, steps_in
 
 log = logging.getLogger(__name__)
@@ -32,8 +34,25 @@ log = logging.getLogger(__name__)
 # A run may change these and go on: they say how to compute, or how far, not what the weights are.
 _MAY_CHANGE = ("dtype", "initializer_range", "max_position_embeddings", "rope_scaling")
 
+# Where the `meta` that `save` got lies, and what orbax writes beside each of its items.
+_META_FILE, _CHECKPOINT_FILE = "meta/metadata", "_CHECKPOINT_METADATA"
+_MAX_BYTES = 64 << 20
+# What orbax and TensorStore raise for files that they did not write.
+_UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError)
+
 PyTree = Any
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """What a step holds besides its arrays."""
+
+    format: int
+    arrays: dict[str, str]  # "float32[3, 5]" by path
+    meta: dict[str, Any]
+    jax: str | None = None
+    orbax: str | None = None
 
 
 class CheckpointError(RunError):
@@ -193,8 +212,13 @@ def read_state(
         )
     else:
         args = ocp.args.StandardRestore(target)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-        state = reader.restore(path, args=ocp.args.Composite(state=args))["state"]
+    try:
+        _check_orbax_s_files(path)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            state = reader.restore(path, args=ocp.args.Composite(state=args))["state"]
+    except _UNREADABLE as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise CheckpointError(f"checkpoint {path} cannot be read: {reason}") from error
     return state, saved["meta"]
 
 
@@ -206,14 +230,29 @@ def read_saved(step_folder: Path) -> dict[str, Any]:
     if not step_folder.is_dir():
         raise UserError(f"no checkpoint {step_folder}")
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            items = ocp.args.Composite(meta=ocp.args.JsonRestore())
-            saved = reader.restore(step_folder.absolute(), args=items)["meta"]
-        if saved["format"] != 1:
-            raise ValueError(f"its format is {saved['format']}, this program reads 1")
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"checkpoint {step_folder} cannot be read: {error}") from error
-    return saved
+        path = file_inside(step_folder, _META_FILE)
+        saved = build(_Saved, read_json(path, _MAX_BYTES), path)
+        if saved.format != 1:
+            raise ValueError(f"its format is {saved.format}, this program reads 1")
+        config = saved.meta.get("config")
+        model = config.get("model") if isinstance(config, dict) else None
+        for name, value in (("config", config), ("config.model", model)):
+            if not isinstance(value, dict | None):
+                raise ValueError(f"meta.{name}={shown(value)} is not an object")
+    except (ValueError, OSError) as error:
+        reason = str(error).removeprefix(f"{step_folder}/")
+        raise CheckpointError(f"checkpoint {step_folder} cannot be read: {reason}") from error
+    return vars(saved)
+
+
+def _check_orbax_s_files(step_folder: Path) -> None:
+    """Raises UserError for a file that orbax parses whole and would not have written."""
+    state = step_folder / "state"
+    names = [_CHECKPOINT_FILE, "state/_METADATA", "state/_sharding"]
+    names += sorted(f"state/array_metadatas/{p.name}" for p in state.glob("array_metadatas/*"))
+    for name in names:
+        if (step_folder / name).exists():
+            read_json(file_inside(step_folder, name), _MAX_BYTES)
 
 
 def architecture_differences(

@@ -77,7 +77,7 @@ class RunFolder:
         try:
             with (self.path / "metrics.jsonl").open("rb") as file:
                 file.seek(max(file.seek(0, os.SEEK_END) - 4096, 0))
-                record = json.loads(file.read().splitlines()[-1])
+                record = json.loads(file.read(4096).splitlines()[-1])
             return record["step"] == steps and "seconds" in record
         except (OSError, IndexError, ValueError, KeyError, TypeError, RecursionError):
             return False
@@ -92,9 +92,8 @@ class RunFolder:
         if new:
             self._set_aside()
         write_whole(self.path / "config.json", to_json(config).encode())
-        if tokenizer.path is not None:
-            name = "tiktoken.model" if tokenizer.path.suffix == ".model" else "tokenizer.json"
-            write_whole(self.path / name, Path(tokenizer.path).read_bytes())
+        for name, path in tokenizer.files.items():
+            write_whole(self.path / name, path.read_bytes())
 
     def _set_aside(self) -> None:
         old = [self.path / name for name in OWN_FILES if (self.path / name).exists()]

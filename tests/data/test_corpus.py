@@ -1,5 +1,6 @@
 """prepare and open_corpus: whole corpora, the cache, and what a user can do wrong."""
 
+import errno
 import json
 import logging
 import subprocess
@@ -10,12 +11,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dsv3_jax.config import DataConfig, UserError
+from dsv3_jax.config import Config, DataConfig, UserError
 from dsv3_jax.data import corpus as corpus_module
 from dsv3_jax.data import shards as shards_module
-from dsv3_jax.data.corpus import default_cache_dir, open_corpus, prepare
-from dsv3_jax.data.shards import DamagedShards
-from dsv3_jax.data.tokenizer import ByteTokenizer, train_tokenizer
+from dsv3_jax.data.corpus import damage_of_prepared, default_cache_dir, open_corpus, prepare
+from dsv3_jax.data.shards import DamagedShards, ShardWriter
+from dsv3_jax.data.tokenizer import ByteTokenizer, load_tokenizer, train_tokenizer
+from dsv3_jax.loading import find_tokenizer
+from dsv3_jax.training.run_folder import RunFolder
+from tests.data import test_tiktoken_model
 
 OPTIONS = {"val_fraction": 0.2, "fim_rate": 0.1, "seed": 0}
 DATA = DataConfig(val_fraction=0.2, fim_rate=0.1)
@@ -197,13 +201,14 @@ def test_large_prepared_data_say_how_much_was_verified(text_folder, tmp_path, ca
         ({"vocab_size": 260}, "vocab_size=260, but its tokenizer has 261 ids"),
         ({"tokenizer_sha256": "0" * 64}, "prepared with tokenizer byte .sha256 000000000000"),
         ({"tokenizer": "\x1b[31m"}, None),
-        ({"shards": []}, None),
+        ({"shards": [], "documents": 0}, None),
     ],
 )
 def test_an_index_that_lies_about_its_tokenizer_is_refused(text_folder, tmp_path, change, message):
     prepare([text_folder], tmp_path / "out", ByteTokenizer(), **OPTIONS)
     path = tmp_path / "out/val/index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    # Without the seal, as folders of before there was one.
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seal": None} | change))
     data = replace(DATA, path=str(tmp_path / "out"))
     if message is None:
         open_corpus(data, 0)
@@ -292,6 +297,34 @@ def test_places_that_cannot_be_written_are_named(text_folder, tmp_path):
         prepare([text_folder], tmp_path / "file", ByteTokenizer(), **OPTIONS)
     (tmp_path / "empty").mkdir()
     assert prepare([text_folder], tmp_path / "empty", ByteTokenizer(), **OPTIONS).train.documents
+
+
+def test_a_full_disk_names_the_place_and_the_size_wanted(text_folder, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ShardWriter, "add", full)
+    data = replace(DATA, path=str(text_folder))
+    size = sum(path.stat().st_size for path in text_folder.rglob("*.*"))
+    with pytest.raises(OSError, match=rf"take up to {2 * size:,} .*cache/corpus-") as error:
+        open_corpus(data, 0, tmp_path / "cache")
+    assert error.value.errno == errno.ENOSPC
+    assert not [path for path in (tmp_path / "cache").iterdir() if "partial" in path.name]
+
+
+def test_a_tiktoken_model_travels_with_the_folder_and_the_run(text_folder, tmp_path):
+    (tmp_path / "kimi").mkdir()
+    tokenizer = load_tokenizer(test_tiktoken_model.write(tmp_path / "kimi"))
+    options = OPTIONS | {"fim_rate": 0.0}
+    prepare([text_folder], tmp_path / "out", tokenizer, **options)
+    data = replace(DATA, fim_rate=0.0, path=str(tmp_path / "out"), tokenizer=str(tmp_path / "out"))
+    assert open_corpus(data, 0).tokenizer.fingerprint == tokenizer.fingerprint
+    assert damage_of_prepared(tmp_path / "out") == []
+    with RunFolder(tmp_path / "run") as folder:
+        folder.claim(Config(), tokenizer, new=True)
+    assert find_tokenizer(tmp_path / "run").fingerprint == tokenizer.fingerprint
+    (tmp_path / "out/tiktoken.model").unlink()
+    assert "tokenizer.json is missing" in damage_of_prepared(tmp_path / "out")[0]
 
 
 def test_an_empty_or_binary_corpus_is_refused(tmp_path):

@@ -3,16 +3,19 @@
 import gzip
 import json
 import re
+import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
 from dsv3_jax.config import UserError
-from dsv3_jax.data.documents import find_files, read_documents, stdlib_files
+from dsv3_jax.data.documents import find_files, read_documents, read_records, stdlib_files
 
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = ["first\nline", "größe 🙂", "third\r\n"]
 
 
@@ -99,6 +102,11 @@ def test_the_standard_library_is_its_source_without_tests():
         ("a.jsonl", b'{"text": null}\n', r":1: no text in field 'text'"),
         ("a.jsonl", b'{"text": "\xff"}\n', r":1: not UTF-8"),
         ("a.jsonl", b'{"text": ' + b"[" * 100_000, r":1: not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": [' + b"[]," * 2**20 + b"[]]}",
+            r":1: not JSON: more than 1,048,576 v",
+        ),
         ("a.jsonl.gz", b"not gzip", "damaged gzip file"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], "damaged gzip file"),
         ("a.parquet", b"PAR1 not really", "not a readable parquet file"),
@@ -116,6 +124,74 @@ def test_parquet_names_a_missing_column_and_a_row_without_text(tmp_path):
         read(path)
     with pytest.raises(UserError, match=r"no text in field 'body'.*'id', 'text'"):
         read(path, text_field="body")
+
+
+MEASURED = """
+import re, sys
+from pathlib import Path
+from dsv3_jax.config import UserError
+from dsv3_jax.data.documents import find_files, read_documents
+def most(): return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+import numpy, pyarrow.parquet, pyarrow.compute
+before = most()
+try:
+    print(sum(len(text) for text in read_documents(find_files(sys.argv[1:]))))
+except UserError as error:
+    print(error)
+print(most() - before >> 10)
+"""
+
+
+def measured(path):
+    """(what reading the documents of a file says, MiB of memory that it took)."""
+    command = [sys.executable, "-c", MEASURED, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
+    *said, most = done.stdout.splitlines()
+    return "\n".join(said), int(most)
+
+
+def test_a_line_of_600_mib_in_a_small_file_takes_no_memory(tmp_path):
+    path = tmp_path / "bomb.jsonl.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'{"text": "')
+        for _ in range(600):
+            file.write(bytes(1 << 20).replace(b"\0", b"a"))
+        file.write(b'"}\n')
+    said, most = measured(path)
+    assert "bomb.jsonl.gz:1: a line of more than 67,108,864 bytes" in said and most < 150
+
+
+def test_many_commas_in_a_text_are_no_values(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", ['",{[\\' * (1 << 20)])
+    assert read(path) == ['",{[\\' * (1 << 20)]
+
+
+def test_parquet_that_would_swell_is_refused_or_read_in_little_memory(tmp_path):
+    long = "x" * (8 << 20)
+    told = {
+        # one dictionary entry, repeated by rows of a byte or two: read row by row
+        "repeated": ([long] * 64, f"{64 << 23}"),
+        # a page that compresses a thousandfold
+        "swollen": (["y" * (200 << 20)], "column text would swell from"),
+        "row": (["".join(map(str, range(12_000_000)))], "row 1: more than 67,108,864 bytes"),
+    }
+    for name, (texts, expected) in told.items():
+        path = tmp_path / f"{name}.parquet"
+        table = pyarrow.table({"text": texts})
+        options = {"compression": "zstd", "use_dictionary": name == "repeated"}
+        pyarrow.parquet.write_table(table, path, dictionary_pagesize_limit=1 << 30, **options)
+        said, most = measured(path)
+        assert expected in said and most < 300, (name, said[:300], most)
+
+
+def test_conversations_repeated_by_a_dictionary_are_bounded(tmp_path):
+    messages = [{"role": "user", "content": "z" * (1 << 20)}] * 65
+    table = pyarrow.table({"messages": [[{"role": "user", "content": "short"}], messages]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    records = read_records(find_files([tmp_path / "a.parquet"]))
+    assert next(records)[1] == {"messages": [{"role": "user", "content": "short"}]}
+    with pytest.raises(UserError, match="row 2: more than 67,108,864 bytes"):
+        next(records)
 
 
 def test_a_missing_path_is_named(tmp_path):

@@ -99,6 +99,17 @@ def test_damaged_supervision_is_named(tmp_path, shards):
     (tmp_path / "documents.bin").write_bytes(b"\x01\0\0\0" * len(LENGTHS))
     with pytest.raises(DamagedShards, match=r"documents.bin sums up to 9 tokens, not 81"):
         TokenShards(tmp_path)
+    (tmp_path / "documents.bin").write_bytes(bytes(4 * len(LENGTHS)))
+    with pytest.raises(DamagedShards, match=r"documents.bin has a document without tokens"):
+        TokenShards(tmp_path)
+
+
+def test_supervision_from_elsewhere_is_not_read(tmp_path, shards):
+    elsewhere = tmp_path.parent / f"{tmp_path.name}-elsewhere"
+    (tmp_path / "targets.bin").rename(elsewhere)
+    (tmp_path / "targets.bin").symlink_to(elsewhere)
+    with pytest.raises(DamagedShards, match="outside its folder: it is not followed"):
+        TokenShards(tmp_path)
 
 
 def test_supervised_and_plain_corpora_differ(tmp_path, shards):

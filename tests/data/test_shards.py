@@ -180,3 +180,20 @@ def test_an_atomic_folder_appears_whole_or_not_at_all(tmp_path):
         (folder / "whole").write_text("x")
         assert not (tmp_path / "a" / "out").exists()
     assert [p.name for p in (tmp_path / "a").rglob("*")] == ["out", "whole"]
+
+
+@pytest.mark.parametrize("changes", [{"documents": 2}, {"text_bytes": 1 << 40}, {"tokenizer": "x"}])
+def test_counts_that_no_file_shows_are_sealed(folder, changes):
+    edit_index(folder, **changes)
+    with pytest.raises(DamagedShards, match="does not hold what was written"):
+        TokenShards(folder)
+    edit_index(folder, seal=None)  # as folders of before
+    assert TokenShards(folder).index.seal is None
+
+
+def test_more_documents_than_tokens_are_refused(folder):
+    edit_index(folder, documents=1 << 50)
+    with pytest.raises(
+        DamagedShards, match=r"documents=1125899906842624, but there are \d+ tokens"
+    ):
+        TokenShards(folder)

@@ -245,3 +245,33 @@ def test_a_prompt_begins_with_what_its_files_say(tmp_path, template, config, pre
     if config is not None:
         write(tmp_path / "tokenizer_config.json", config)
     assert load_tokenizer(path).prompt_prefix == prefix
+
+
+@pytest.mark.parametrize("token_id", [1 << 22, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32])
+def test_ids_beyond_any_vocabulary_are_refused(trained, tmp_path, token_id):
+    """A table of them would take 16 GB, and int32 cannot hold them."""
+    spec = json.loads(trained.path.read_text())
+    spec["model"]["vocab"]["far away"] = token_id
+    with pytest.raises(
+        UserError, match=r"t\.json: .*(exceeds the 4194304 allowed|usable)"
+    ) as error:
+        load_tokenizer(write(tmp_path / "t.json", spec))
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("token_id", [7, 1 << 31])
+def test_an_added_token_with_another_id_than_the_vocabulary_s_is_refused(
+    trained, tmp_path, token_id
+):
+    spec = json.loads(trained.path.read_text())
+    spec["added_tokens"][2]["id"] = token_id
+    with pytest.raises(UserError, match=rf"has the id {token_id}, but the vocabulary gives it 2"):
+        load_tokenizer(write(tmp_path / "t.json", spec))
+
+
+def test_a_configuration_beside_a_tokenizer_is_bounded(trained, tmp_path):
+    path = write(tmp_path / "tokenizer.json", json.loads(trained.path.read_text()))
+    for raw in (b"[" * 100_000, b'{"a":[' + b"[]," * (1 << 20) + b"[]]}", b"[]", b"\xff"):
+        (tmp_path / "tokenizer_config.json").write_bytes(raw)
+        with pytest.raises(UserError, match=r"tokenizer_config\.json: "):
+            load_tokenizer(path)

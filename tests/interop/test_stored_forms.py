@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import UserError
+from dsv3_jax.interop import importing
 from dsv3_jax.interop.checkpoint import from_variables, open_checkpoint, open_hf
 from dsv3_jax.interop.digests import verify_imported
 from dsv3_jax.interop.exporting import export_hf
@@ -232,7 +233,7 @@ def test_numbers_that_are_not_finite_are_named_and_refused_unless_asked_for(
     save_file(tensors | {name: bad}, folder / "model.safetensors")
     for target in ("stored", "f32"):
         told = name.removesuffix("_scale_inv") if target == "f32" else name
-        with pytest.raises(UserError, match=f"{told}: .*NaN or infinite.*--allow-non-finite"):
+        with pytest.raises(UserError, match=rf"NaN or infinite.*: {told} \(.*--allow-non-finite"):
             import_hf(folder, tmp_path / "ours", target)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
     ours = import_hf(folder, tmp_path / "ours", allow_non_finite=True)
@@ -240,6 +241,26 @@ def test_numbers_that_are_not_finite_are_named_and_refused_unless_asked_for(
     assert_same_bytes(
         exported(export_hf(open_checkpoint(ours), tmp_path / "out")), exported(folder) | {name: bad}
     )
+
+
+def killed(*_):
+    raise KeyboardInterrupt
+
+
+def test_every_tensor_that_is_not_finite_is_named_also_after_a_kill(make_hf, tmp_path, monkeypatch):
+    folder, _, tensors = make_hf("bf16", shards=1)
+    names = [f"model.layers.{i}.input_layernorm.weight" for i in range(3)]
+    ruined = {name: np.full_like(tensors[name], np.nan) for name in names}
+    save_file(tensors | ruined, folder / "model.safetensors")
+    with monkeypatch.context() as patched:  # ended when all is copied; no error is handled
+        patched.setattr(importing, "carry_along", killed)
+        with pytest.raises(KeyboardInterrupt):
+            import_hf(folder, tmp_path / "ours", allow_non_finite=True)
+    assert (tmp_path / ".ours.partial/progress.jsonl").exists()
+    with pytest.raises(UserError, match="3 tensors hold NaN or infinite") as error:
+        import_hf(folder, tmp_path / "ours")
+    assert all(f"{name} (160)" in str(error.value) for name in names)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
 def test_loading_and_exporting_tell_of_numbers_that_are_not_finite(make_hf, tmp_path, caplog):

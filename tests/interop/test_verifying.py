@@ -15,6 +15,7 @@ from dsv3_jax.data.tokenizer import ByteTokenizer, train_tokenizer
 from dsv3_jax.interop.checkpoint import open_checkpoint
 from dsv3_jax.interop.digests import verify_imported
 from dsv3_jax.interop.exporting import export_hf
+from dsv3_jax.interop.import_manifest import MANIFEST
 from dsv3_jax.interop.importing import import_hf
 from dsv3_jax.interop.safetensors import load_file, save_file
 from dsv3_jax.training.manifest import write_manifest
@@ -89,9 +90,28 @@ def test_every_flipped_bit_of_an_import_is_found_and_not_exported(imported, tmp_
     export_hf(open_checkpoint(imported), tmp_path / "out")
 
 
+def test_every_flipped_bit_beside_an_import_s_weights_is_found(make_hf, tmp_path):
+    folder = make_hf("bf16")[0]
+    (folder / "tokenizer.json").write_text('{"a tokenizer": "as far as an import knows"}')
+    (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
+    imported = import_hf(folder, tmp_path / "ours")
+    random.seed(0)
+    for name in ("tokenizer.json", "generation_config.json", "config.json", MANIFEST) * 5:
+        path = imported / name
+        byte, bit = random.randrange(path.stat().st_size), random.randrange(8)
+        flip(path, byte, bit)
+        assert len(verify(imported).damaged) == 1, (name, byte, bit)
+        with pytest.raises((RunError, UserError), match=name.replace(".", r"\.")):
+            export_hf(open_checkpoint(imported), tmp_path / "out")
+        flip(path, byte, bit)
+    assert verify(imported).damaged == []
+    (imported / "tokenizer.json").unlink()
+    assert verify_imported(imported) == ["tokenizer.json"]
+
+
 def test_a_digest_that_is_not_there_proves_nothing(imported, tmp_path):
-    path = imported / "dsv3_jax_weights.json"
-    values = json.loads(path.read_text())
+    path = imported / MANIFEST
+    values = json.loads(path.read_text()) | {"seal": None}
     del values["sha256"]["lm_head.weight"]
     path.write_text(json.dumps(values))
     assert verify_imported(imported) == ["lm_head.weight"]

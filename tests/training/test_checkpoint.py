@@ -22,7 +22,7 @@ import pytest
 
 from dsv3_jax.config import Config, ModelConfig, UserError
 from dsv3_jax.training.checkpoint import Checkpoints
-from dsv3_jax.training.manifest import MANIFEST, damage, steps_in
+from dsv3_jax.training.manifest import MANIFEST, damage, steps_in, write_manifest
 from dsv3_jax.training.restore import (
     CheckpointError,
     latest_valid,
@@ -273,6 +273,41 @@ def test_all_damaged_is_refused_and_nothing_is_changed(folder):
         assert all(complaint in str(error.value) for complaint in complaints)
         assert "--resume never" in str(error.value)
         assert steps_in(folder) == [10, 20, 30]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("meta/metadata", b"[]", "no JSON object"),
+        ("meta/metadata", b"[" * 100_000, "nested too deep"),
+        ("meta/metadata", b'{"a":[' + b"[]," * (1 << 20) + b"[]]}", "more than 1048576 values"),
+        ("meta/metadata", b'{"format": 2, "arrays": {}, "meta": {}}', "its format is 2"),
+        ("meta/metadata", b'{"format": 1, "arrays": [], "meta": {}}', "arrays=.* is not an object"),
+        ("meta/metadata", b'{"format": 1, "arrays": {"a": 1}, "meta": {}}', "is not a text"),
+        (
+            "meta/metadata",
+            b'{"format": 1, "arrays": {}, "meta": {"config": [1]}}',
+            "meta.config=.* is not an object",
+        ),
+        (
+            "meta/metadata",
+            b'{"format": 1, "arrays": {}, "meta": {"config": {"model": 3}}}',
+            "config.model=3 is not an object",
+        ),
+        ("state/_METADATA", b"[" * 100_000, "nested too deep"),
+        ("state/_METADATA", b"{}", "cannot be read"),
+        ("state/array_metadatas/process_0", b'{"a":' + b"[]," * (1 << 20) + b"[]}", "values"),
+    ],
+)
+def test_a_stranger_s_step_whose_manifest_fits_is_refused_in_a_line(folder, name, content, message):
+    step = folder / "30"
+    (step / name).write_bytes(content)
+    (step / MANIFEST).unlink()
+    write_manifest(step)
+    assert damage(step) is None
+    with pytest.raises(CheckpointError, match=message) as error:
+        restore(folder, 30, ABSTRACT)
+    assert len(str(error.value)) < 500 and "\n" not in str(error.value)
 
 
 def test_only_an_empty_folder_starts_at_zero(tmp_path):
