@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
             with clock("data"):
                 corpus = open_corpus(config.data, config.seed)
                 check_model(config.model, corpus)
-            hosts.check_agreement(config, data_sha256=corpus.train.index.sha256)
+            hosts.check_agreement(config, data_sha256=corpus.sha256("train"))
             # What was saved is compared with what is asked before anything there is touched.
             start, schedule, losses = find_continuation(run_dir, config, corpus, abstract)
             origin = open_origin(config, start)
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
             )
             checkpoints.probe(state_bytes(abstract))
             restored, _ = checkpoints.resume_from(start, abstract._asdict())
-            folder.claim(config, corpus.tokenizer, new=start is None)
+            folder.claim(config, corpus.tokenizer, corpus.chat_template, new=start is None)
             state = TrainState(**restored) if restored else origin.create_state(abstract)
         told = {"primary": process == 0, "tensorboard": config.tensorboard}
         metrics = MetricsLog(run_dir, steps=steps, resumed_from=start, **told)

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 
@@ -174,12 +174,17 @@ class PrepareOptions:
     fim_rate: float = 0.1
     seed: int = 0
     text_field: str = "text"  # of JSON lines and parquet
+    chat_template: Path | None = None
+    """For conversations: None is the template beside the tokenizer, or else DeepSeek-V3's form."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """A conversation that cannot be read ends it, or is left out and counted."""
 
 
 def prepare(options: PrepareOptions) -> None:
     """python -m dsv3_jax prepare"""
     from dsv3_jax.data.corpus import prepare as prepare_corpus
     from dsv3_jax.data.documents import find_files, read_documents
+    from dsv3_jax.data.supervised import holds_conversations
     from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
 
     if not options.inputs:
@@ -194,19 +199,40 @@ def prepare(options: PrepareOptions) -> None:
             tokenizer_file = str(Path(folder) / "tokenizer.json")
             documents = read_documents(find_files(options.inputs), options.text_field)
             train_tokenizer(documents, options.train_tokenizer, tokenizer_file)
-        summary = prepare_corpus(
-            options.inputs,
-            options.out,
-            load_tokenizer(tokenizer_file),
-            val_fraction=options.val_fraction,
-            fim_rate=options.fim_rate,
-            seed=options.seed,
-            text_field=options.text_field,
-        )
+        tokenizer = load_tokenizer(tokenizer_file)
+        if holds_conversations(options.inputs):
+            summary = _prepare_conversations(options, tokenizer)
+        else:
+            if options.chat_template is not None:
+                raise UserError(f"--chat-template: {options.inputs[0]} holds no conversations")
+            summary = prepare_corpus(
+                options.inputs,
+                options.out,
+                tokenizer,
+                val_fraction=options.val_fraction,
+                fim_rate=options.fim_rate,
+                seed=options.seed,
+                text_field=options.text_field,
+            )
     print(summary)
     # A prepared folder holds its own tokenizer.json.
-    tokenizer = "byte" if tokenizer_file == "byte" else options.out
-    print(f"train with --data.path {options.out} --data.tokenizer {tokenizer}")
+    name = "byte" if tokenizer_file == "byte" else options.out
+    print(f"train with --data.path {options.out} --data.tokenizer {name}")
+
+
+def _prepare_conversations(options: PrepareOptions, tokenizer: Any) -> Any:
+    from dsv3_jax.data.supervised import find_template, prepare_supervised
+
+    template = find_template(options.chat_template, Path(options.tokenizer), tokenizer)
+    return prepare_supervised(
+        options.inputs,
+        options.out,
+        tokenizer,
+        template,
+        val_fraction=options.val_fraction,
+        seed=options.seed,
+        on_error=options.on_error,
+    )
 
 
 @dataclass(frozen=True)

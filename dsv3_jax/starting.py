@@ -19,6 +19,7 @@ import jax
 
 from dsv3_jax.config import Config, ModelConfig, UserError, config_from_dict
 from dsv3_jax.config.files import read_json
+from dsv3_jax.data.chat import CHAT_TEMPLATE_FILE
 from dsv3_jax.data.tokenizer import TIKTOKEN_FILE, TOKENIZER_FILE, load_tokenizer
 from dsv3_jax.interop.checkpoint import Checkpoint, is_weights_folder, open_checkpoint
 from dsv3_jax.interop.import_manifest import MANIFEST as IMPORT_MANIFEST
@@ -146,7 +147,9 @@ class Origin:
             return
         run_dir = Path(self.config.run_dir)
         for path in carried_files(self.weights.folder):
-            if path.name not in ("README.md", TOKENIZER_FILE, TIKTOKEN_FILE):
+            if path.name in ("README.md", TOKENIZER_FILE, TIKTOKEN_FILE):
+                continue
+            if path.name != CHAT_TEMPLATE_FILE or not (run_dir / path.name).exists():
                 write_whole(run_dir / path.name, path.read_bytes())
         scales = self.weights.folder / SCALES_FILE
         if self.weights.checkpoint is not None:

@@ -19,11 +19,15 @@ class QuantConfig:
 class DataConfig:
     """Where tokens come from and how documents become rows."""
 
-    path: str = "stdlib"  # "stdlib", a text file, a folder of text files, or a `prepare`d folder
+    # "stdlib", a text file, a folder of text files, a `prepare`d folder; or several of these by
+    # weight, as in A:0.7,B:0.3.
+    path: str = "stdlib"
     tokenizer: str = "byte"  # "byte", "bpe:N" (trained on the corpus), or a tokenizer.json's path
     val_fraction: float = 0.02  # of the documents, chosen by a hash of each
     fim_rate: float = 0.1  # fraction of training documents in fill-in-the-middle (PSM) order
     mask_documents: bool = False  # True: no attention across documents of a row (V3: False)
+    mask_conversations: bool = True  # the same for conversations, which are packed into rows whole
+    long_documents: Literal["cut", "drop"] = "drop"  # conversations longer than a row
     verify: Literal["auto", "all", "sizes"] = "auto"
     """When opened, token files are hashed: up to 1 GiB a side, "all" of them, or none."""
 

@@ -54,19 +54,6 @@ class Rows:
             row[:] = self._shards.slice(start, start + self.row_len)
         return out
 
-    def batch_part(
-        self, first_row: int, count: int, shape: tuple[int, int, int], part: Any
-    ) -> Int32[np.ndarray, "A B T"]:
-        """The part (three slices) of a batch of A micro-batches of B rows; reads only that.
-
-        The batch has `count` rows from first_row on, micro-batch by micro-batch, then zeros.
-        """
-        numbers = np.arange(shape[0] * shape[1]).reshape(shape[:2])[part[:2]]
-        wanted = numbers[numbers < count]
-        batch = np.zeros((*numbers.shape, self.row_len), np.int32)
-        batch[numbers < count] = self.host_rows(first_row, wanted.tolist())
-        return batch[..., part[2]]
-
     def windows(self, row_numbers: Iterable[int]) -> np.ndarray:
         """The window that each row of the stream shows, int64."""
         numbers = np.array(list(row_numbers), np.int64)
@@ -98,8 +85,9 @@ def shuffled(places: np.ndarray, size: int, seed: int, epochs: np.ndarray) -> np
 class ValBatch(NamedTuple):
     """A validation batch; bits per byte = total nats / ln 2 / total text_bytes."""
 
-    tokens: Int32[np.ndarray, "B T"]
+    rows: Any  # int32 [B, T], or rows with targets
     text_bytes: int  # that the predicted tokens (all but each row's first) stand for
+    tokens: int  # predicted ones
 
 
 def val_batches(
@@ -122,7 +110,8 @@ def val_batches(
     for i in range(0, total, batch):
         rows = [shards.slice(start, start + row_len) for start in starts[i : i + batch]]
         tokens = np.stack(rows)
-        made.append(ValBatch(tokens, tokenizer.count_bytes(tokens[:, 1:])))
+        text_bytes = tokenizer.count_bytes(tokens[:, 1:])
+        made.append(ValBatch(tokens, text_bytes, tokens[:, 1:].size))
     return made
 
 

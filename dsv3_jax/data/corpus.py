@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from dsv3_jax.config import DataConfig, ModelConfig, UserError
 from dsv3_jax.config.files import build, file_inside, read_json, shown
@@ -27,7 +28,9 @@ from dsv3_jax.data.cache import (
     short_hash,
     told_when_full,
 )
+from dsv3_jax.data.chat import CHAT_TEMPLATE_FILE
 from dsv3_jax.data.documents import Inputs, find_files, read_documents, stdlib_files
+from dsv3_jax.data.mixture_weights import split_path
 from dsv3_jax.data.packing import Recipe, in_validation, pack_documents
 from dsv3_jax.data.shards import (
     INDEX_FILE,
@@ -81,13 +84,50 @@ class Summary:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """Training and validation tokens, and the tokenizer that made them."""
+class Part(NamedTuple):
+    """One prepared corpus, and its weight among those of a mixture."""
 
     train: TokenShards
     val: TokenShards
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and validation tokens, and the tokenizer that made them.
+
+    Of a mixture, `train` and `val` are those of the first part.
+    """
+
+    parts: tuple[Part, ...]
     tokenizer: Tokenizer
+
+    @property
+    def train(self) -> TokenShards:
+        """Tokens to train on."""
+        return self.parts[0].train
+
+    @property
+    def val(self) -> TokenShards:
+        """Tokens to validate on."""
+        return self.parts[0].val
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether any part says which tokens are targets."""
+        return any(part.train.is_supervised for part in self.parts)
+
+    @property
+    def chat_template(self) -> Path | None:
+        """The template that wrote the first part with conversations."""
+        files = (part.train.folder.parent / CHAT_TEMPLATE_FILE for part in self.parts)
+        return next((file for file in files if file.is_file()), None)
+
+    def sha256(self, side: Literal["train", "val"]) -> str:
+        """A fingerprint of one side: of its tokens, and in a mixture of the weights."""
+        if len(self.parts) == 1:
+            return getattr(self.parts[0], side).index.sha256
+        return short_hash([[getattr(p, side).index.sha256, p.weight] for p in self.parts])
 
 
 def prepare(
@@ -125,8 +165,20 @@ def open_corpus(data: DataConfig, seed: int, cache_dir: str | Path | None = None
     $XDG_CACHE_HOME or ~/.cache; several processes may open one corpus at once, and a damaged cache
     is built again. UserError: as for `prepare`, and when a prepared folder is damaged or was made
     by another tokenizer. With "bpe:N" as the tokenizer, one of N ids is trained on the corpus'
-    training documents and cached beside the tokens; a prepared folder brings its own.
+    training documents and cached beside the tokens; a prepared folder brings its own. Of a mixture
+    all parts have one tokenizer.
     """
+    named = split_path(data.path)
+    opened = [_open_one(dataclasses.replace(data, path=p), seed, cache_dir) for p, _ in named]
+    first = opened[0].tokenizer
+    for (path, _), corpus in zip(named, opened):
+        if corpus.tokenizer.fingerprint != first.fingerprint:
+            raise UserError(f"data.path: {path} and {named[0][0]} have different tokenizers")
+    parts = [corpus.parts[0]._replace(weight=w) for corpus, (_, w) in zip(opened, named)]
+    return Corpus(tuple(parts), first)
+
+
+def _open_one(data: DataConfig, seed: int, cache_dir: str | Path | None) -> Corpus:
     path = Path(data.path)
     bpe_size = _bpe_size(data.tokenizer)
     marks = (path / RECIPE_FILE, path / "train" / INDEX_FILE)
@@ -193,8 +245,9 @@ def _trained_bpe(inputs: Inputs, size: int, data: DataConfig, root: Path) -> Tok
 
 def check_model(model: ModelConfig, corpus: Corpus) -> None:
     """Raises UserError unless the model can read the corpus: vocabulary, bos and eos ids agree."""
-    for split in (corpus.train, corpus.val):
-        check_vocab(split.index, model.vocab_size)
+    for part in corpus.parts:
+        for split in (part.train, part.val):
+            check_vocab(split.index, model.vocab_size)
     for role, ids in (
         ("bos_token_id", (model.bos_token_id,)),
         ("eos_token_id", model.eos_token_ids),
@@ -264,15 +317,10 @@ def _open_prepared(path: Path, tokenizer: Tokenizer, data: DataConfig) -> Corpus
 
 def _open_splits(path: Path, tokenizer: Tokenizer, data: DataConfig) -> Corpus:
     """A folder's two sides, their files verified as `data.verify` says."""
-    corpus = Corpus(TokenShards(path / "train"), TokenShards(path / "val"), tokenizer)
+    corpus = Corpus((Part(TokenShards(path / "train"), TokenShards(path / "val")),), tokenizer)
     own = _own_tokenizer(path)
     for shards in (corpus.train, corpus.val):
         index = shards.index
-        if shards.is_supervised:
-            raise UserError(
-                f"{path} holds conversations with targets, and training does not take its loss "
-                "over targets alone yet: prepare plain text"
-            )
         if index.tokenizer_sha256 != tokenizer.fingerprint:
             if own is not None and any(own.samefile(file) for file in tokenizer.files.values()):
                 raise DamagedShards(f"{own} does not hold what was written: prepare it again")

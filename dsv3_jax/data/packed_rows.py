@@ -81,14 +81,17 @@ class PackedRows:
         """The rows first_row + w of the stream, for each w of `which`."""
         numbers = np.array([first_row + w for w in which], np.int64)
         epochs, places = np.divmod(numbers, self.num_windows)
-        chosen = shuffled(places, self.num_windows, self._seed, epochs)
+        return self.windows(shuffled(places, self.num_windows, self._seed, epochs).tolist())
+
+    def windows(self, chosen: Sequence[int]) -> SupervisedRows:
+        """These rows of an epoch, in the order in which they were packed."""
         shape = (len(chosen), self.row_len)
         rows = SupervisedRows(
             np.full(shape, self._pad_id, np.int32),
             np.zeros(shape, bool),
             np.full(shape, PADDING, np.int32),
         )
-        for number, row in enumerate(chosen.tolist()):
+        for number, row in enumerate(chosen):
             at = 0
             for segment, document in enumerate(self._rows[row], start=1):
                 start, length = int(self._starts[document]), int(self._lengths[document])

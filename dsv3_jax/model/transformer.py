@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.weights import weights
@@ -126,9 +126,13 @@ def hidden_states(
     how: Pass,
     *,
     segments: Int[Array | np.ndarray, "B T"] | None = None,
+    counted: Bool[Array | np.ndarray, "B T"] | None = None,
 ) -> States:
-    """`forward` without the head: what it would make logits of. The ends are gathered already."""
-    of_tokens = tokens_of(tokens, how, segments)
+    """`forward` without the head: what it would make logits of. The ends are gathered already.
+
+    Tokens that are not counted are in no load and no balance loss.
+    """
+    of_tokens = tokens_of(tokens, how, segments, counted)
     embedded = embed_tokens(variables["params"], how.layout.in_order(tokens), how)
     x, _, stats = run_layers(variables, embedded, of_tokens, how)
     return finish(variables, x, tokens, of_tokens, how, embedded)._replace(stats=stats)
@@ -138,10 +142,15 @@ def tokens_of(
     tokens: Int[Array | np.ndarray, "B T"],
     how: Pass,
     segments: Int[Array | np.ndarray, "B T"] | None = None,
+    counted: Bool[Array | np.ndarray, "B T"] | None = None,
 ) -> Tokens:
     """What the layers know of whole rows, in the layout's order."""
     positions = how.layout.in_order(jnp.arange(tokens.shape[1])[None])
-    return Tokens(positions, None if segments is None else how.layout.in_order(segments))
+
+    def placed(of_token: Any) -> Any:
+        return None if of_token is None else how.layout.in_order(of_token)
+
+    return Tokens(positions, placed(segments), placed(counted))
 
 
 def finish(
@@ -163,12 +172,22 @@ def finish(
     for depth in range(how.config.num_nextn_predict_layers):
         embedding = _embedding_ahead(params, tokens, embedded, depth + 1, how)
         counted = jnp.broadcast_to(of_tokens.positions < length - (depth + 1), tokens.shape)
+        if of_tokens.counted is not None:
+            counted &= of_tokens.counted & _same_document_ahead(of_tokens, depth + 1, how)
         previous, _, depth_stats = run_mtp(
             variables, depth, previous, embedding, of_tokens._replace(counted=counted), how
         )
         mtp_hidden.append(previous)
         mtp_stats.append(depth_stats)
     return States(hidden, tuple(mtp_hidden), None, tuple(mtp_stats))
+
+
+def _same_document_ahead(of_tokens: Tokens, ahead: int, how: Pass) -> Bool[Array, "B T"] | bool:
+    """Whether what an MTP module reads with each token is of the same document."""
+    if of_tokens.segments is None:
+        return True
+    natural = how.layout.in_natural_order(of_tokens.segments)
+    return of_tokens.segments == how.layout.in_order(jnp.roll(natural, -ahead, axis=1))
 
 
 def _embedding_ahead(params, tokens, embedded, ahead: int, how: Pass):

@@ -49,8 +49,8 @@ class Continuation(NamedTuple):
 def identity(corpus: Corpus) -> dict[str, str]:
     """What a checkpoint holds of the data, besides the seed and architecture in its config."""
     return {
-        "data_sha256": corpus.train.index.sha256,
-        "val_sha256": corpus.val.index.sha256,
+        "data_sha256": corpus.sha256("train"),
+        "val_sha256": corpus.sha256("val"),
         "tokenizer_sha256": corpus.tokenizer.fingerprint,
     }
 

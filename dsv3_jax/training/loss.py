@@ -3,9 +3,10 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.ends import gathered_ends
@@ -27,6 +28,56 @@ class LossTerms(NamedTuple):
     rounds: Float[Array, ""]  # of exchanges with the experts, in the layer that took most; see moe
 
 
+class Supervised(NamedTuple):
+    """Rows of T + 1 tokens that say what counts, in the place of an array of tokens.
+
+    Fields:
+        tokens: as ever.
+        targets: whether a token counts where it is predicted.
+        segments: documents of a row are 1, 2, ...; 0 is padding.
+        per_target: of the main head and each MTP depth, what one counted target is of its mean. It
+            is over all targets of a step, whatever the micro-batch and the device they lie in;
+            None: over those of these rows.
+    """
+
+    tokens: Int[Array, "*A B T1"]
+    targets: Bool[Array, "*A B T1"]
+    segments: Int[Array, "*A B T1"]
+    per_target: Float[Array, "*A H"] | None = None
+
+
+Rows = Int[Array | np.ndarray, "*A B T1"] | Supervised
+
+
+def tokens_of_rows(rows: Rows) -> Int[Array | np.ndarray, "*A B T1"]:
+    """The tokens, whatever else is known of them."""
+    return rows.tokens if isinstance(rows, Supervised) else rows
+
+
+def with_shares(rows: Rows, micro_batches: Any, depths: int) -> Rows:
+    """Micro-batches that know what a target is of the step's mean, times how many there are:
+    losses of micro-batches are averaged afterwards."""
+    if not isinstance(rows, Supervised):
+        return rows
+    counts = jnp.stack([_counts_at(rows, depth).sum() for depth in range(depths + 1)])
+    share = micro_batches / jnp.maximum(counts, 1).astype(jnp.float32)
+    return rows._replace(per_target=jnp.broadcast_to(share, (len(rows.tokens), depths + 1)))
+
+
+def real_tokens(rows: Rows) -> Bool[Array, "B T"] | None:
+    """Which of the tokens that are read are no padding; None: all."""
+    return rows.segments[:, :-1] != 0 if isinstance(rows, Supervised) else None
+
+
+def _counts_at(rows: Supervised, depth: int) -> Bool[Array, "*A B T"]:
+    """Whether what row i predicts at an MTP depth, token i + depth + 1, counts: it is a target,
+    and of the same document."""
+    length = rows.tokens.shape[-1] - 1
+    ahead = jnp.arange(length) < length - depth
+    of_document = rows.segments[..., :-1] == jnp.roll(rows.segments, -depth - 1, -1)[..., :-1]
+    return ahead & of_document & jnp.roll(rows.targets, -depth - 1, -1)[..., :-1]
+
+
 def training_pass(config: Config, layout: Layout = ONE_DEVICE) -> Pass:
     """What a run's config says of its passes."""
     return Pass(config.model, RECIPES[config.quant.preset], layout, config.train.remat)
@@ -34,7 +85,7 @@ def training_pass(config: Config, layout: Layout = ONE_DEVICE) -> Pass:
 
 def training_loss(
     variables: Variables,
-    rows: Int[Array | np.ndarray, "B T1"],
+    rows: Rows,
     mtp_loss_weight: Float[Array, ""],
     config: Config,
     layout: Layout = ONE_DEVICE,
@@ -42,27 +93,36 @@ def training_loss(
     """ce + lambda * mtp + alpha * balance, and its terms, of rows of T + 1 tokens.
 
     V3 report, eqs. 17 and 23-25. The balance loss is summed over layers, MTP's included (its
-    reduction is not published).
+    reduction is not published). Supervised rows are counted over their targets, and loads and the
+    balance loss over tokens that are no padding.
     """
     segments = documents(rows, config)
     how = training_pass(config, layout)
     params = gathered_ends(variables["params"], how)
-    states = hidden_states({**variables, "params": params}, rows[:, :-1], how, segments=segments)
+    states = hidden_states(
+        {**variables, "params": params},
+        tokens_of_rows(rows)[:, :-1],
+        how,
+        segments=segments,
+        counted=real_tokens(rows),
+    )
     nats, ce, mtp = prediction_nats(params, states, rows, mtp_loss_weight, segments, layout)
     load, balance, rounds = _router_stats(states)
     loss = nats + config.schedule.balance_loss_weight * balance
     return loss, LossTerms(ce, mtp, balance, load, rounds)
 
 
-def documents(rows: Int[Array | np.ndarray, "B T1"], config: Config) -> Int[Array, "B T"] | None:
+def documents(rows: Rows, config: Config) -> Int[Array, "B T"] | None:
     """The document of each token that is read, where attention must not cross; else None."""
+    if isinstance(rows, Supervised):
+        return rows.segments[:, :-1] if config.data.mask_conversations else None
     return document_numbers(rows[:, :-1], config) if config.data.mask_documents else None
 
 
 def prediction_nats(
     params: dict[str, Any],
     states: States,
-    rows: Int[Array | np.ndarray, "B T1"],
+    rows: Rows,
     mtp_loss_weight: Float[Array, ""],
     segments: Int[Array, "B T"] | None,
     layout: Layout,
@@ -72,37 +132,44 @@ def prediction_nats(
     nats, (ce, *mtp) = head_nats(
         jnp.stack([states.hidden, *states.mtp_hidden], axis=1),
         params["lm_head"],
-        *_targets_of_heads(rows[:, 1:], segments, depths, layout),
+        *_targets_of_heads(rows, segments, depths, layout),
         jnp.stack([jnp.ones(()), *[mtp_loss_weight / max(depths, 1)] * depths]),
         layout,
     )
     return nats, ce, sum(mtp, jnp.zeros(())) / max(depths, 1)
 
 
-def mean_nats(
-    variables: Variables, rows: Int[Array | np.ndarray, "B T1"], how: Pass, segments: Any
-) -> Float[Array, ""]:
+def mean_nats(variables: Variables, rows: Rows, how: Pass, segments: Any) -> Float[Array, ""]:
     """The main model's cross-entropy, nats a token, of rows of T + 1 tokens; MTP is not run."""
     config = dataclasses.replace(how.config, num_nextn_predict_layers=0)
     how = dataclasses.replace(how, config=config)
-    params, targets = gathered_ends(variables["params"], how), rows[:, 1:]
-    states = hidden_states({**variables, "params": params}, rows[:, :-1], how, segments=segments)
-    of_head = _targets_of_heads(targets, None, 0, how.layout)
+    params, ids = gathered_ends(variables["params"], how), tokens_of_rows(rows)[:, :-1]
+    states = hidden_states({**variables, "params": params}, ids, how, segments=segments)
+    of_head = _targets_of_heads(rows, None, 0, how.layout)
     head = params["lm_head"]
     return head_nats(states.hidden[:, None], head, *of_head, jnp.ones(1), how.layout)[0]
 
 
-def _targets_of_heads(targets, segments, depths: int, layout: Layout):
+def _targets_of_heads(rows: Rows, segments, depths: int, layout: Layout):
     """Targets and shares of the mean, [B, H, T] in the layout's order, of main head and MTP's."""
     of_heads, shares = [], []
+    targets = tokens_of_rows(rows)[:, 1:]
+    if isinstance(rows, Supervised) and rows.per_target is None:
+        one_batch = jax.tree.map(lambda x: x[None], rows)
+        rows = jax.tree.map(lambda x: x[0], with_shares(one_batch, 1, depths))
     for depth in range(depths + 1):
-        # Row i predicts token i + depth + 1: T - depth terms, still divided by T (eq. 24).
-        valid = jnp.arange(targets.shape[1]) < targets.shape[1] - depth
-        valid = jnp.broadcast_to(valid, targets.shape)
-        if segments is not None:
-            valid &= segments == jnp.roll(segments, -depth, axis=1)
+        if isinstance(rows, Supervised):
+            assert rows.per_target is not None
+            share = jnp.where(_counts_at(rows, depth), rows.per_target[depth], 0.0)
+        else:
+            # Row i predicts token i + depth + 1: T - depth terms, still divided by T (eq. 24).
+            valid = jnp.arange(targets.shape[1]) < targets.shape[1] - depth
+            valid = jnp.broadcast_to(valid, targets.shape)
+            if segments is not None:
+                valid &= segments == jnp.roll(segments, -depth, axis=1)
+            share = valid.astype(jnp.float32) / targets.size
         of_heads.append(layout.in_order(jnp.roll(targets, -depth, axis=1)))
-        shares.append(layout.in_order(valid.astype(jnp.float32) / targets.size))
+        shares.append(layout.in_order(share))
     return jnp.stack(of_heads, axis=1), jnp.stack(shares, axis=1)
 
 

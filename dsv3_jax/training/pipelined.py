@@ -26,7 +26,15 @@ from dsv3_jax.model.transformer import finish, tokens_of
 from dsv3_jax.parallel.pipeline import RankActs, run_ticks
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.parallel.split_backward import SplitBackward, split_backward
-from dsv3_jax.training.loss import LossTerms, documents, prediction_nats, training_pass
+from dsv3_jax.training.loss import (
+    LossTerms,
+    Rows,
+    documents,
+    prediction_nats,
+    real_tokens,
+    tokens_of_rows,
+    training_pass,
+)
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.stages import NO_LAYER, StagePlan, from_stages, plan_stages, to_stages
 
@@ -49,7 +57,7 @@ class Totals(NamedTuple):
 def pipelined_gradients(
     params: Any,
     router: Any,
-    rows: Int[Array, "A B T1"],
+    rows: Rows,
     settings: StepSettings,
     config: Config,
     layout: Layout,
@@ -102,7 +110,8 @@ def _rank(
     """The totals of one rank of `pipe`, and of all ranks where they are sums over them."""
     stacks = jax.tree.map(lambda leaf: leaf[0], stacks)
     rank = _Rank(stacks, ends, ends_router, rows, settings, plan, config, layout, per_token)
-    micro = (*rows.shape[1:2], rows.shape[2] - 1, config.model.hidden_size)
+    _, batch, row_len = tokens_of_rows(rows).shape
+    micro = (batch, row_len - 1, config.model.hidden_size)
     message = jax.ShapeDtypeStruct(micro, config.model.dtype)
     acts = RankActs(rank.forward, rank.input_backward, rank.weight_backward)
     totals = run_ticks(plan.tables, acts, rank.zeros(), message, settings.num_micro_batches)
@@ -144,7 +153,7 @@ class _Rank:
             *(zero, zero, zero),
             jnp.zeros((chunks, slots, model.n_routed_experts), jnp.int32),
             jnp.zeros((depths, model.n_routed_experts), jnp.int32),
-            jnp.zeros(len(self.rows)),
+            jnp.zeros(len(tokens_of_rows(self.rows))),
         )
 
     def forward(self, totals: Totals, chunk, m, x):
@@ -193,10 +202,13 @@ class _Rank:
             layers[kind] = _add_leaves(layers[kind], chunk, late)
         return totals._replace(layers=layers)
 
-    def _tokens(self, m) -> tuple[Array, Tokens]:
-        rows = self.rows[m]
-        segments = documents(rows, self.config)
-        return rows[:, :-1], tokens_of(rows[:, :-1], self.how, segments)
+    def _micro_batch(self, m) -> Rows:
+        return jax.tree.map(lambda x: x[m], self.rows)
+
+    def _tokens(self, m) -> tuple[Any, Tokens]:
+        rows = self._micro_batch(m)
+        segments, ids = documents(rows, self.config), tokens_of_rows(rows)[:, :-1]
+        return ids, tokens_of(ids, self.how, segments, real_tokens(rows))
 
     def _embed(self, ends, ids):
         gathered = gathered_ends(ends, self.how)
@@ -213,7 +225,7 @@ class _Rank:
 
     def _loss(self, outside, m, y):
         """The loss of a micro-batch from the last layer's output, and the gradients of both."""
-        rows, (ids, of_tokens) = self.rows[m], self._tokens(m)
+        rows, (ids, of_tokens) = self._micro_batch(m), self._tokens(m)
 
         def of_output(ends, y):
             params = gathered_ends(ends, self.how)

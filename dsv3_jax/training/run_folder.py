@@ -82,8 +82,16 @@ class RunFolder:
         except (OSError, IndexError, ValueError, KeyError, TypeError, RecursionError):
             return False
 
-    def claim(self, config: Config, tokenizer: Tokenizer, *, new: bool) -> None:
-        """Writes config.json and the tokenizer's file, each whole or not at all.
+    def claim(
+        self,
+        config: Config,
+        tokenizer: Tokenizer,
+        chat_template: Path | None = None,
+        *,
+        new: bool,
+    ) -> None:
+        """Writes config.json, the tokenizer's file and the chat template that the data was written
+        by, each whole or not at all.
 
         With `new`, the files of an older run get names of their own: config.old-1.json and so on.
         """
@@ -94,6 +102,8 @@ class RunFolder:
         write_whole(self.path / "config.json", to_json(config).encode())
         for name, path in tokenizer.files.items():
             write_whole(self.path / name, path.read_bytes())
+        if chat_template is not None:
+            write_whole(self.path / chat_template.name, chat_template.read_bytes())
 
     def _set_aside(self) -> None:
         old = [self.path / name for name in OWN_FILES if (self.path / name).exists()]

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -18,10 +17,13 @@ from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import RECIPES
 from dsv3_jax.training.loss import (
     LossTerms,
+    Rows,
     documents,
     mean_nats,
+    tokens_of_rows,
     training_loss,
     training_pass,
+    with_shares,
 )
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.pipelined import pipelined_gradients
@@ -73,7 +75,7 @@ def jit_train_step(config: Config, layout: Layout, state: TrainState) -> Any:
 
 def train_step(
     state: TrainState,
-    rows: Int[Array | np.ndarray, "A B T1"],
+    rows: Rows,
     settings: StepSettings,
     config: Config,
     layout: Layout = ONE_DEVICE,
@@ -119,11 +121,12 @@ def router_bias(router: Any, name: str) -> Float[Array, "*L E"]:
 def eval_step(
     params: Any,
     router: Any,
-    rows: Int[Array | np.ndarray, "B T1"],
+    rows: Rows,
     config: Config,
     layout: Layout = ONE_DEVICE,
 ) -> Float[Array, ""]:
-    """Mean cross-entropy of the main model, nats a token, of rows of T + 1 tokens."""
+    """Mean cross-entropy of the main model, nats a token, of rows of T + 1 tokens: of all of them,
+    or of those that count."""
     segments = documents(rows, config)
     variables = {"params": _gathered_once(params, layout), "router": router}
     how = dataclasses.replace(training_pass(config, layout), remat="none")
@@ -156,7 +159,7 @@ def for_products(params: Any, config: Config, layout: Layout = ONE_DEVICE) -> tu
 
 def gradients(
     state: TrainState,
-    rows: Int[Array | np.ndarray, "A B T1"],
+    rows: Rows,
     settings: StepSettings,
     config: Config,
     layout: Layout = ONE_DEVICE,
@@ -166,7 +169,10 @@ def gradients(
     # The backward pass is that of the loss summed over tokens, or of the next lower power of two,
     # which changes no bit without FP8. As shares of a mean, gradients of many tokens lie so far
     # under FP8's floor, 1e-4 for a tile's largest, that E4M3 has few bits or none left for them.
-    per_token = float(1 << ((rows.shape[1] * (rows.shape[2] - 1)).bit_length() - 1))
+    num_micro_batches, batch, row_len = tokens_of_rows(rows).shape
+    per_token = float(1 << ((batch * (row_len - 1)).bit_length() - 1))
+    depths = config.model.num_nextn_predict_layers
+    rows = with_shares(rows, settings.num_micro_batches.astype(jnp.float32), depths)
 
     if layout.mesh.shape["pipe"] > 1:
         return _pipelined(state, rows, settings, config, layout, per_token)
@@ -183,16 +189,19 @@ def gradients(
         (_, value), grads = jax.value_and_grad(loss_of, has_aux=True)(params, micro_rows)
         return value, _as_stored(jax.tree.map(lambda g: g / per_token, grads), layout)
 
-    if rows.shape[0] == 1:
-        (loss, terms), grads = gradient(params, rows[0])
+    def micro(i):
+        return jax.tree.map(lambda x: x[i], rows)
+
+    if num_micro_batches == 1:
+        (loss, terms), grads = gradient(params, micro(0))
         return loss, terms, _in_f32(grads)
 
     def body(i, total):
-        value, grads = gradient(params, rows[i])
+        value, grads = gradient(params, micro(i))
         return jax.tree.map(jnp.add, total, (value, _in_f32(grads)))
 
     # The trip count is data: the batch-size ramp compiles nothing anew.
-    value, grads = jax.eval_shape(gradient, params, rows[0])
+    value, grads = jax.eval_shape(gradient, params, micro(0))
     shapes = value, jax.eval_shape(_in_f32, grads)
     zeros, no_grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     zeros = zeros, _as_stored(no_grads, layout)

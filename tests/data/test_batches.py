@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from dsv3_jax.config import UserError
 from dsv3_jax.data.batches import Rows, prefetch, shuffled, val_batches
+from dsv3_jax.data.mixture import batch_part
 from dsv3_jax.data.shards import ShardWriter, TokenShards
 from dsv3_jax.data.tokenizer import ByteTokenizer
 
@@ -69,7 +70,7 @@ def test_parts_of_a_batch_are_read_alone_and_make_up_the_batch(shards, count, mo
     for b in range(0, 8, 2):
         for t in (slice(0, 3), slice(3, None)):
             part = (slice(None), slice(b, b + 2), t)
-            np.testing.assert_array_equal(rows.batch_part(200, count, shape, part), whole[part])
+            np.testing.assert_array_equal(batch_part(rows, 200, count, shape, part), whole[part])
         assert read.pop() == read.pop() == [a * 8 + b + i for a in range(3) for i in (0, 1)
                                             if a * 8 + b + i < count]  # fmt: skip
 
@@ -116,13 +117,13 @@ def test_the_shuffle_is_spread_evenly():
 
 def test_validation_batches_are_fixed_distinct_rows_in_order(shards):
     batches = val_batches(shards, ROW, 4, 3, TOKENIZER)
-    tokens = np.concatenate([b.tokens for b in batches])
+    tokens = np.concatenate([b.rows for b in batches])
     assert tokens.shape == (12, ROW)
     starts = tokens[:, 0] // (ROW - 1)
     np.testing.assert_array_equal(starts, [i * 249 // 12 for i in range(12)])
     everything = val_batches(shards, ROW, 4, 1000, TOKENIZER)
     assert len(everything) == 62  # whole batches only
-    assert len({row[0] for b in everything for row in b.tokens}) == 248
+    assert len({row[0] for b in everything for row in b.rows}) == 248
 
 
 def test_validation_bytes_are_those_of_the_predicted_tokens(tmp_path):
@@ -136,7 +137,7 @@ def test_validation_bytes_are_those_of_the_predicted_tokens(tmp_path):
 def test_a_small_validation_split_repeats_its_rows_and_says_so(tmp_path, caplog):
     shards = make_shards(tmp_path / "s", range(13))
     (batch,) = val_batches(shards, ROW, 8, 5, TOKENIZER)
-    assert batch.tokens[:, 0].tolist() == [0, 4, 8, 0, 4, 8, 0, 4]
+    assert batch.rows[:, 0].tolist() == [0, 4, 8, 0, 4, 8, 0, 4]
     assert "3 rows: they repeat to fill a batch of 8" in caplog.text
 
 

@@ -144,9 +144,9 @@ def test_prepare_writes_conversations(tmp_path, chats, bpe, template):
     starts = train.document_starts
     assert train.targets(0, int(starts[1])).sum() == len(bpe.encode("zwei = 2")) + 1
     assert (out / "chat_template.jinja").read_text() == DEFAULT_TEMPLATE
-    # A loss over all tokens would not be what was prepared.
-    with pytest.raises(UserError, match="holds conversations with targets"):
-        open_corpus(DataConfig(path=str(out), tokenizer=str(out), fim_rate=0.0), seed=0)
+    corpus = open_corpus(DataConfig(path=str(out), tokenizer=str(out), fim_rate=0.0), seed=0)
+    assert corpus.is_supervised and corpus.chat_template == out / "chat_template.jinja"
+    assert corpus.sha256("train") == train.index.sha256
 
 
 def test_parquet_holds_the_same_conversations(tmp_path, chats):

@@ -1,0 +1,129 @@
+"""A published folder and a few conversations: prepared, trained on, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+
+import train
+from dsv3_jax import cli
+from dsv3_jax.config import UserError
+from dsv3_jax.data.tokenizer import train_tokenizer
+from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
+
+MODEL = dataclasses.replace(
+    TINY, vocab_size=320, num_hidden_layers=2, bos_token_id=0, eos_token_id=1
+)
+CONFIG = """
+from dsv3_jax.config import *
+
+def get_config():
+    return Config(
+        train=TrainConfig(steps=3, batch_size=2, seq_len=48, log_every=1, eval_every=3,
+                          eval_batches=1, sample_tokens=0),
+        schedule=ScheduleConfig(warmup_steps=0),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+    )
+"""
+
+
+def talk(question: str, answer: str) -> dict:
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return {"messages": turns}
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    folder = write_hf(tmp_path_factory.mktemp("hf") / "m", MODEL, hf_tensors(MODEL, "bf16"))
+    train_tokenizer(["one two three four of a talk " * 9], 300, folder / "tokenizer.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "chat.py"
+    path.write_text(CONFIG)
+    return path
+
+
+def write_lines(path, records):
+    path.write_text("\n".join(map(json.dumps, records)) + "\n")
+    return path
+
+
+def prepare(chat, out, hf, *more):
+    argv = ["prepare", "--inputs", chat, "--out", out, "--tokenizer", hf, *more]
+    return cli.main([*map(str, argv)])
+
+
+def test_from_a_folder_and_conversations_to_a_lower_loss(hf, config_file, tmp_path):
+    chat = write_lines(tmp_path / "chat.jsonl", [talk("one", "two"), talk("three", "four of a")])
+    prepare(chat, tmp_path / "data", hf)
+    run = tmp_path / "run"
+    argv = ["--config", config_file, "--init-from", hf, "--data.path", tmp_path / "data"]
+    assert train.main([*map(str, argv), "--run-dir", str(run)]) == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["ce"] for line in lines if "ce" in line]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert [line for line in lines if "val_loss" in line]
+    template = (run / "chat_template.jinja").read_text()
+    assert template == (tmp_path / "data" / "chat_template.jinja").read_text()
+
+
+REFUSED = {
+    "template fails": "{{ raise_exception('no system') }}",
+    "template is hostile": "{{ messages.__class__.__mro__ }}{{ ''.__class__ }}",
+    "nothing is a target": "{% generation %}{% endgeneration %}{{ messages[0].content }}",
+    "does not compile": "{% for %}",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_templates_that_fail_name_the_row(hf, tmp_path, name):
+    chat = write_lines(tmp_path / "chat.jsonl", [talk("one", "two"), talk("three", "four")])
+    (tmp_path / "t.jinja").write_text(REFUSED[name])
+    with pytest.raises(UserError) as error:
+        prepare(chat, tmp_path / "data", hf, "--chat-template", tmp_path / "t.jinja")
+    if name != "does not compile":
+        assert "chat.jsonl:1: " in str(error.value)
+    assert not (tmp_path / "data").exists()
+
+
+def test_rows_that_cannot_be_learnt_from_stop_it_or_are_counted(hf, tmp_path, capsys):
+    records = [
+        talk("one", "two"),
+        {"messages": [{"role": "user", "content": "one"}]},
+        {"messages": [{"role": "wizard", "content": "one"}]},
+        {"prompt": "one ", "completion": "two"},
+        {"text": "of a talk"},
+    ]
+    chat = write_lines(tmp_path / "chat.jsonl", records)
+    with pytest.raises(UserError, match=r"chat.jsonl:2: no assistant turn"):
+        prepare(chat, tmp_path / "data", hf)
+    prepare(chat, tmp_path / "data", hf, "--on-error", "skip")
+    said = capsys.readouterr().out
+    assert "no assistant turn" in said and "wizard" in said
+    assert "train: 3 documents" in said
+
+
+def test_files_without_conversations(hf, tmp_path):
+    empty = tmp_path / "chat.jsonl"
+    empty.write_text("")
+    with pytest.raises(UserError, match="empty"):
+        prepare(empty, tmp_path / "data", hf)
+    only = write_lines(tmp_path / "only.jsonl", [{"messages": []}] * 2)
+    with pytest.raises(UserError, match="no conversation in 1 files"):
+        prepare(only, tmp_path / "data", hf, "--on-error", "skip")
+    text = write_lines(tmp_path / "text.jsonl", [{"text": "words"}])
+    (tmp_path / "t.jinja").write_text("{{ messages }}")
+    with pytest.raises(UserError, match="holds no conversations"):
+        prepare(text, tmp_path / "data", hf, "--chat-template", tmp_path / "t.jinja")
+
+
+def test_conversations_longer_than_a_row(hf, config_file, tmp_path):
+    chat = write_lines(tmp_path / "chat.jsonl", [talk("one", "four " * 80)])
+    prepare(chat, tmp_path / "data", hf)
+    argv = ["--config", config_file, "--init-from", hf, "--data.path", tmp_path / "data"]
+    argv += ["--run-dir", tmp_path / "run"]
+    with pytest.raises(UserError, match="long_documents=cut"):
+        train.main([*map(str, argv)])
