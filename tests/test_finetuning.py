@@ -52,7 +52,7 @@ def write_lines(path, records):
 
 
 def prepare(chat, out, hf, *more):
-    argv = ["prepare", "--inputs", chat, "--out", out, "--tokenizer", hf, *more]
+    argv = ["prepare", chat, "--out", out, "--tokenizer", hf, *more]
     return cli.main([*map(str, argv)])
 
 

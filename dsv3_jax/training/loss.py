@@ -66,7 +66,7 @@ def with_shares(rows: Rows, micro_batches: Any, depths: int) -> Rows:
 
 def real_tokens(rows: Rows) -> Bool[Array, "B T"] | None:
     """Which of the tokens that are read are no padding; None: all."""
-    return rows.segments[:, :-1] != 0 if isinstance(rows, Supervised) else None
+    return jnp.asarray(rows.segments)[:, :-1] != 0 if isinstance(rows, Supervised) else None
 
 
 def _counts_at(rows: Supervised, depth: int) -> Bool[Array, "*A B T"]:
@@ -115,7 +115,7 @@ def training_loss(
 def documents(rows: Rows, config: Config) -> Int[Array, "B T"] | None:
     """The document of each token that is read, where attention must not cross; else None."""
     if isinstance(rows, Supervised):
-        return rows.segments[:, :-1] if config.data.mask_conversations else None
+        return jnp.asarray(rows.segments)[:, :-1] if config.data.mask_conversations else None
     return document_numbers(rows[:, :-1], config) if config.data.mask_documents else None
 
 
