@@ -4,6 +4,8 @@
 the first 469B. The context is 4K in pre-training, so YaRN is in the config for what comes after.
 
     python train.py --config configs/deepseek_v3.py --dry-run
+
+configs/scale/ has it on meshes of 256 to 2,048 devices, pipelined as the paper's and not.
 """
 
 from dsv3_jax.config import (
@@ -30,7 +32,7 @@ def get_config() -> Config:
         train=TrainConfig(
             steps=242_785,
             batch_size=15_360,
-            micro_batch_size=3_072,
+            micro_batch_size=128,  # a row a device, spread over 128 of them for each pipeline rank
             seq_len=4_096,
             remat="full",
             sample_tokens=0,

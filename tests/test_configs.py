@@ -20,7 +20,7 @@ from dsv3_jax.config import (
 )
 from tests.helpers import tiny_config, tiny_model
 
-CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").rglob("*.py"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -239,6 +239,7 @@ def plan(options: PlanOptions) -> int:
         headers = [
             "mesh",
             "schedule",
+            "state",
             "micro-batch",
             "remat",
             "step s",
@@ -255,6 +256,7 @@ def plan(options: PlanOptions) -> int:
                 [
                     charts.describe_mesh(p.mesh),
                     p.schedule,
+                    p.state,
                     p.micro_batch_size,
                     p.remat,
                     e.seconds,

@@ -23,6 +23,7 @@ from dsv3_jax.analysis.hlo import (
     num_bytes,
     parse,
     product_flops,
+    shape,
 )
 
 COLLECTIVES = (
@@ -92,6 +93,7 @@ class ProgramReport:
 
     Fields:
         flops: of matrix products that XLA compiled, loop bodies as often as they run.
+        kernel_flops: of those inside Pallas kernels, by the shapes that they read.
         kernels: how often each kind of Pallas kernel runs, by its name.
         collectives: every collective; see `Collective`.
         loops: every loop and how often it was counted.
@@ -99,6 +101,7 @@ class ProgramReport:
     """
 
     flops: float
+    kernel_flops: float
     kernels: dict[str, int]
     collectives: list[Collective]
     loops: list[Loop]
@@ -132,7 +135,7 @@ def read_program(
     counts, loops = executions(program, trips)
     fused, wrapped = _called_by(program, "fusion"), _called_by(program, "async-start")
     work = _Work(program)
-    flops, kernels = 0.0, Counter[str]()
+    flops, of_kernels, kernels = 0.0, 0.0, Counter[str]()
     collectives: list[Collective] = []
     buffers: dict[tuple[str, str], Buffer] = {}
     for name, runs in counts.items():
@@ -143,6 +146,7 @@ def read_program(
             flops += runs * product_flops(each, types)
             if is_kernel(each):
                 kernels[kernel_name(each)] += runs
+                of_kernels += runs * kernel_flops(each, types)
             op = None if name in wrapped else _collective(each, program)
             if op is not None:
                 axes, group = groups_of(_attributes(each, program), mesh_shape)
@@ -160,7 +164,7 @@ def read_program(
                 buffer = Buffer(num_bytes(each.type), each.type, each.op, each.source)
                 buffers.setdefault((each.type, each.op), buffer)
     largest = sorted(buffers.values(), key=lambda buffer: -buffer.num_bytes)[:num_buffers]
-    return ProgramReport(flops, dict(kernels), collectives, loops, largest)
+    return ProgramReport(flops, of_kernels, dict(kernels), collectives, loops, largest)
 
 
 _NO_BUFFER = ("parameter", "tuple", "get-tuple-element", "while", "bitcast", "conditional", "call")
@@ -172,14 +176,38 @@ def is_kernel(instruction: Instruction) -> bool:
     return instruction.op == "custom-call" and found is not None
 
 
+def kernel_flops(instruction: Instruction, types: Mapping[str, str]) -> float:
+    """FLOPs of a Pallas kernel of ours by the shapes of its operands; 0 for one without products.
+
+    A matrix kernel's operands hold the contracted dim last; a result of several groups from plain
+    operands contracts each row in one group. Attention's forward is causal; its backward kernels
+    are counted by the tiles of scores that they hand on.
+    """
+    operands = [shape(types.get(name, "")) for name in instruction.operands]
+    outputs = [shape(part) for part in re.findall(r"\w+\[[\d,]*\]", instruction.type)]
+    if "attention_forward" in instruction.source:
+        batch, length, heads, width = operands[0]
+        tiles = length * (length + 128) / 2
+        return 2.0 * batch * heads * tiles * (width + outputs[0][-1])
+    if "attention_key_gradients" in instruction.source:
+        return 2.0 * math.prod(outputs[0]) * 2 * (operands[0][-1] + operands[1][-1])
+    if "attention_query_products" in instruction.source:
+        return 2.0 * math.prod(operands[0]) * outputs[0][-1]
+    names = ("scaled_matmul", "grouped_matmul", "grouped_wgrad")
+    if not any(name in instruction.source for name in names) or len(operands) < 2:
+        return 0.0
+    groups = outputs[0][0] if len(outputs[0]) == 3 and len(operands[1]) == 2 else 1
+    return 2.0 * math.prod(outputs[0]) * operands[0][-1] / groups
+
+
 def kernel_name(instruction: Instruction) -> str:
     """The name a kernel was given, or else that of the function it was called in."""
     named = re.search(r'kernel_name\s*[=:]\s*\\?"([\w.\-]+)', instruction.attributes)
     if named is not None:
         return named[1]
     parts = [part for part in instruction.source.split("/") if part]
-    functions = [part for part in parts if part.startswith("jit(")]
-    return functions[-1][4:-1] if functions else (parts[-1] if parts else "kernel")
+    functions = re.findall(r"jit\((\w+)\)", instruction.source)
+    return functions[-1] if functions else (parts[-1] if parts else "kernel")
 
 
 def groups_of(attributes: str, mesh_shape: Mapping[str, int]) -> tuple[tuple[str, ...], int]:

@@ -20,6 +20,7 @@ from dsv3_jax.analysis.memory import (
     stage_parameters,
     stages_of_ranks,
     tokens_per_micro_batch,
+    train_micro_batches,
     training_memory,
     uses_fp8,
 )
@@ -292,7 +293,7 @@ def estimate_step(
     parts["exchange on the wire"] = exposed
     parts["pipeline bubble"] = pipeline.bubble
     memory = training_memory(config, schedule, pipeline.peak_activations)
-    parts |= _optimizer_parts(config, device, efficiency, schedule, memory)
+    parts |= _optimizer_parts(config, device, efficiency, schedule, memory, busy_compute)
     seconds = sum(parts.values())
 
     rate = train.batch_size * train.seq_len / seconds
@@ -338,19 +339,30 @@ def _network_problems(mesh: ParallelConfig, device: Accelerator) -> list[str]:
 
 
 def _optimizer_parts(
-    config: Config, device: Accelerator, efficiency: Efficiency, schedule: str, memory: Memory
+    config: Config,
+    device: Accelerator,
+    efficiency: Efficiency,
+    schedule: str,
+    memory: Memory,
+    compute: float,
 ) -> dict[str, float]:
-    """Gradient reduce-scatter (f32), weight all-gather, and the sharded AdamW update; not hidden.
+    """Weights and gradients between replicas, and the AdamW update.
 
-    Hierarchical: replicas of one scale-up domain first, then, on a share of the bytes as small as
-    there are of those, the domains among each other.
+    ZeRO-1 gathers weights and reduces gradients once a step, not hidden; without a pipeline the
+    program does the latter in every micro-batch. FSDP gathers each layer twice a micro-batch, and
+    all of it runs beside compute: what takes longer than `compute`, in seconds, is left.
     """
-    mesh = config.mesh
+    mesh, state = config.mesh, config.sharding.state
     out = leaves_domain(mesh, device)
-    width = 4 + memory.weights / (memory.gradients / 4)
     up = device.bandwidth(scale_out=False)
+    times = 1 if mesh.pipe > 1 else train_micro_batches(config)
+    # Bytes a parameter, in f32; an all-reduce is a reduction and a gather.
+    gathers = {"replicated": 4 * times, "zero1": 4, "fsdp": 2 * 4 * times}[state]
+    width = 4 * times + gathers
 
-    def reduction(parameters: float, inner: int, outer: int) -> float:
+    def between(parameters: float, inner: int, outer: int) -> float:
+        """Hierarchical: replicas of one scale-up domain first, then, on a share of the bytes as
+        small as there are of those, the domains among each other."""
         if not out:
             inner, outer = inner * outer, 1
         seconds = parameters * width * (inner - 1) / inner / up
@@ -359,15 +371,17 @@ def _optimizer_parts(
             seconds += moved / device.bandwidth(scale_out=True)
         return seconds
 
-    reductions = [
-        reduction(shard.replicated, mesh.local * mesh.context, mesh.data * mesh.node)
-        + reduction(shard.expert, mesh.context, mesh.data)
+    exposed = max(
+        between(shard.replicated, mesh.local * mesh.context, mesh.data * mesh.node)
+        + between(shard.expert, mesh.context, mesh.data)
         for shard in rank_shards(config.model, mesh, schedule)
-    ]
+    )
+    if state == "fsdp":
+        exposed = max(0.0, exposed - compute)
     # Gradients' shares and states are read once, states written once, and the weights.
     touched = 3 * memory.optimizer + memory.weights
     update = touched / (device.hbm_bandwidth * efficiency.memory)
-    return {"gradient reduction": max(reductions), "optimizer": update}
+    return {"weights and gradients on the wire": exposed, "optimizer": update}
 
 
 def calibrate(

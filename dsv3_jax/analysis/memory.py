@@ -2,7 +2,8 @@
 
 Placement as in docs/design: layers over `pipe`, experts over `node` x `local`, heads and hidden
 dims of the dense parts over `tensor`, tokens over everything but `pipe` and `tensor`; master
-weights and moments are shared out over a parameter's replicas (ZeRO-1). The busiest stage counts.
+weights and moments lie as `sharding.state` says. The busiest stage counts. Constants that no config
+determines are those of compiled programs (docs/scale.md), each with its name.
 """
 
 from __future__ import annotations
@@ -201,7 +202,7 @@ class Memory:
     gradients: float
     optimizer: float
     activations: float
-    logits: float
+    working: float  # what one layer, or the head, holds while it is worked on
     cache: float = 0.0
 
     @property
@@ -210,17 +211,31 @@ class Memory:
         return sum(vars(self).values())
 
 
-def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -> Memory:
-    """Bytes of a training step; `in_flight[rank]` activations are held at once (simulated).
+# What the backward pass of one layer holds at once, over what the layer would keep without
+# rematerialisation, in BF16: its inputs, rows on their way to experts and back, and gradients of
+# both, as XLA's buffer assignment has them for V3 (1.9 MB a token).
+AT_ONCE = 4.1
+# Logits that the head has at a time (training/cross_entropy.py), and bytes of each: BF16, and the
+# gradient in BF16.
+LOGITS_AT_ONCE, LOGIT_BYTES = 1 << 30, 4
+# The head gathered in f32, its copy in BF16, and its gradient in f32.
+HEAD_BYTES = 4 + 2 + 4
 
-    Weights are held in the dtype they are multiplied in, gradients are accumulated in f32, and
-    master weights (f32) with both moments are sharded over the replicas.
+
+def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -> Memory:
+    """Bytes of a training step; `in_flight[rank]` micro-batches are held at once (simulated).
+
+    Master weights (f32) and both moments are whole where the state is replicated, else sliced over
+    the replicas. ZeRO-1 gathers all weights in f32 for the step, and has their gradients whole;
+    FSDP has those of one layer at a time, or the head's. A replicated state needs no copy but that
+    in the dtype it is multiplied in. The head and a layer are not worked on at the same time: what
+    takes more counts.
     """
     model, mesh, fp8 = config.model, config.mesh, uses_fp8(config)
     width = BYTES[model.dtype]  # activation_bytes_per_token counts in BF16
     state = 4 + 2 * BYTES[config.optimizer.moment_dtype]
-    replicas = mesh.data * mesh.context
     tokens = tokens_per_micro_batch(config)
+    table = model.vocab_size * model.hidden_size / mesh.tensor
     worst = None
     held_by_rank = stages_of_ranks(model, mesh.pipe, schedule)
     shards = rank_shards(model, mesh, schedule)
@@ -230,19 +245,66 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
             for s in held
         )
         head = any(s.head for s in held)
+        mtp = model.num_nextn_predict_layers if head else 0
+        per_token += mtp * _layer(config, moe=True)
+        sliced = sliced_parameters(config, shard)
+        layer = _largest_layer(config)
+        if config.sharding.state == "fsdp":
+            weights, gradients = 0.0, 4 * sliced
+            of_head, of_layer = HEAD_BYTES * table, 4 * table + 2 * 4 * layer
+        elif config.sharding.state == "zero1" and sliced < shard.total:
+            weights, gradients = 4 * shard.total, 4 * (shard.total + sliced)
+            of_head = of_layer = 0.0
+        else:
+            weights, gradients = shard.total * (2 if fp8 else width), 4 * shard.total
+            of_head = of_layer = 0.0
+        # Of the main head and each MTP depth, a piece at a time.
+        logits = tokens * (1 + model.num_nextn_predict_layers) * model.vocab_size / mesh.tensor
+        logits = LOGIT_BYTES * min(logits, LOGITS_AT_ONCE)
+        in_head = (of_head + logits) * head
+        in_layer = of_layer + AT_ONCE * tokens * width / 2 * _working_bytes(config)
         made = Memory(
-            weights=shard.total * (1 if fp8 else width),
-            gradients=4 * shard.total,
-            optimizer=state
-            * (shard.replicated / (replicas * mesh.node * mesh.local) + shard.expert / replicas),
+            weights=weights,
+            gradients=gradients,
+            optimizer=state * sliced,
             activations=in_flight[rank] * tokens * per_token * width / 2,
-            # Logits and their gradient in f32, for the main head and each MTP depth in turn.
-            logits=2 * 4 * tokens * model.vocab_size / mesh.tensor if head else 0.0,
+            working=max(in_head, in_layer),
         )
         if worst is None or made.total > worst.total:
             worst = made
     assert worst is not None
     return worst
+
+
+def train_micro_batches(config: Config) -> int:
+    """Forward passes of a full batch."""
+    return config.train.batch_size // config.micro_batch_size
+
+
+def sliced_parameters(config: Config, shard: Shard) -> float:
+    """Parameters of which a device holds master weight and moments, by `sharding.state`."""
+    mesh = config.mesh
+    if config.sharding.state == "replicated":
+        return shard.total
+    replicas = mesh.data * mesh.context
+    return shard.replicated / (replicas * mesh.node * mesh.local) + shard.expert / replicas
+
+
+def _largest_layer(config: Config) -> float:
+    """Parameters on one device of the kind of layer that has more of them there."""
+    kinds = [Stage(1, 0, False, False)] if config.model.num_dense_layers else []
+    kinds += [Stage(0, 1, False, False)] if config.model.num_moe_layers else []
+    return max(stage_parameters(config.model, config.mesh, kind).total for kind in kinds)
+
+
+def _working_bytes(config: Config) -> float:
+    """A token's, in the layer that would keep most without rematerialisation, in BF16."""
+    model, tensor = config.model, config.mesh.tensor
+    return max(
+        activation_bytes_per_token(model, moe, "none", False, tensor)
+        for moe, layers in ((False, model.num_dense_layers), (True, model.num_moe_layers))
+        if layers
+    )
 
 
 def _layer(config: Config, moe: bool) -> float:
@@ -273,6 +335,6 @@ def serving_memory(
         gradients=0.0,
         optimizer=0.0,
         activations=0.0,
-        logits=4.0 * batch * model.vocab_size / mesh.tensor,
+        working=4.0 * batch * model.vocab_size / mesh.tensor,
         cache=cache / (mesh.pipe * mesh.context),
     )

@@ -8,15 +8,16 @@ model or the memory are counted by reason and dropped.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from dsv3_jax.analysis.estimate import DEFAULT_EFFICIENCY, Efficiency, StepEstimate, estimate_step
 from dsv3_jax.analysis.hardware import Accelerator
 from dsv3_jax.analysis.serving import DecodeEstimate, estimate_decode
-from dsv3_jax.config import Config, ParallelConfig, UserError
+from dsv3_jax.config import Config, ParallelConfig, PipelineConfig, UserError
 
 Goal = Literal["training", "tpot"]
 # Left free for the runtime, fragmentation and communication buffers.
@@ -36,6 +37,7 @@ class Plan:
     remat: str
     batch: int  # requests a device, when decoding
     estimate: StepEstimate | DecodeEstimate
+    state: str = "zero1"  # sharding.state
 
     @property
     def score(self) -> float:
@@ -43,6 +45,12 @@ class Plan:
         if isinstance(self.estimate, DecodeEstimate):
             return self.estimate.tokens_per_second_per_request
         return self.estimate.tokens_per_second
+
+    def configured(self, config: Config) -> Config:
+        """A run's config with this plan for training in it."""
+        return _configured(
+            config, self.mesh, self.schedule, self.state, self.micro_batch_size, self.remat
+        )
 
 
 @dataclass(frozen=True)
@@ -63,47 +71,65 @@ def plan_training(
 ) -> Search:
     """The fastest ways to train config.model with its batch size on `devices` devices.
 
-    Searches pipe, data, node, local and tensor (context stays as configured), the schedules, 1 to 4
-    sequences a device and micro-batch, and rematerialisation. UserError when nothing fits.
+    Searches pipe, data, node, local and tensor (context stays as configured), the schedules, ZeRO-1
+    and (without a pipeline) FSDP, 1 to 4 sequences a device and micro-batch, and rematerialisation.
+    UserError when nothing fits.
     """
     dropped: Counter[str] = Counter()
     plans, tried = [], 0
     for mesh in _meshes(config, device, devices):
         shards = mesh.data * mesh.node * mesh.local
-        for schedule in ("1f1b", "zb1p", "dualpipe", "dualpipev") if mesh.pipe > 1 else ("1f1b",):
-            for sequences in (1, 2, 4):
-                micro = sequences * shards
-                if config.train.batch_size % micro:
-                    dropped["batch is not a multiple of the micro-batch"] += 1
+        for schedule, state, sequences in _ways(mesh):
+            micro = sequences * shards
+            if config.train.batch_size % micro:
+                dropped["batch is not a multiple of the micro-batch"] += 1
+                continue
+            for remat in ("none", "dots", "v3", "full"):
+                tried += 1
+                candidate = _configured(config, mesh, schedule, state, micro, remat)
+                try:
+                    made = estimate_step(candidate, device, schedule, efficiency, simulated=False)
+                except UserError:
+                    dropped["mesh, schedule and model do not fit"] += 1
+                    break
+                if made.memory.total > USABLE_MEMORY * device.hbm_bytes:
+                    dropped["memory"] += 1
                     continue
-                for remat in ("none", "dots", "v3", "full"):
-                    tried += 1
-                    train = dataclasses.replace(config.train, micro_batch_size=micro, remat=remat)
-                    candidate = dataclasses.replace(config, mesh=mesh, train=train)
-                    try:
-                        made = estimate_step(
-                            candidate, device, schedule, efficiency, simulated=False
-                        )
-                    except UserError:
-                        dropped["mesh, schedule and model do not fit"] += 1
-                        break
-                    if made.memory.total > USABLE_MEMORY * device.hbm_bytes:
-                        dropped["memory"] += 1
-                        continue
-                    plans.append(Plan(mesh, schedule, micro, remat, 0, made))
-                    break  # more rematerialisation only costs time
+                plans.append(Plan(mesh, schedule, micro, remat, 0, made, state))
+                break  # more rematerialisation only costs time
     search = _best(plans, tried, dropped, 4 * best)
     exact = [_simulated(config, device, plan, efficiency) for plan in search.plans]
     return _best(exact, tried, dropped, best)
 
 
+def _configured(
+    config: Config, mesh: ParallelConfig, schedule: str, state: str, micro: int, remat: str
+) -> Config:
+    train: Any = {"micro_batch_size": micro, "remat": remat}
+    sharding: Any = {"state": state}
+    pipeline: Any = {}
+    if schedule in get_args(get_type_hints(PipelineConfig)["schedule"]):  # else: of no executor
+        pipeline = {"schedule": schedule}
+    return dataclasses.replace(
+        config,
+        mesh=mesh,
+        train=dataclasses.replace(config.train, **train),
+        sharding=dataclasses.replace(config.sharding, **sharding),
+        pipeline=dataclasses.replace(config.pipeline, **pipeline),
+    )
+
+
+def _ways(mesh: ParallelConfig) -> Iterator[tuple[str, str, int]]:
+    """(schedule, sharding.state, sequences a device and micro-batch) that a mesh is tried with."""
+    schedules = ("1f1b", "zb1p", "dualpipe", "dualpipev") if mesh.pipe > 1 else ("1f1b",)
+    # A pipeline's ranks hold their stages for the whole step.
+    states = ("zero1",) if mesh.pipe > 1 else ("zero1", "fsdp")
+    yield from itertools.product(schedules, states, (1, 2, 4))
+
+
 def _simulated(config: Config, device: Accelerator, plan: Plan, efficiency: Efficiency) -> Plan:
     """The plan with its pipeline simulated in place of the formula."""
-    train = dataclasses.replace(
-        config.train, micro_batch_size=plan.micro_batch_size, remat=plan.remat
-    )
-    candidate = dataclasses.replace(config, mesh=plan.mesh, train=train)
-    made = estimate_step(candidate, device, plan.schedule, efficiency)
+    made = estimate_step(plan.configured(config), device, plan.schedule, efficiency)
     return dataclasses.replace(plan, estimate=made)
 
 

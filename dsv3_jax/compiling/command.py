@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from dsv3_jax.analysis.output import write_json
+from dsv3_jax.analysis.charts import describe_mesh
+from dsv3_jax.analysis.estimate import StepEstimate
+from dsv3_jax.analysis.output import table, write_json
+from dsv3_jax.analysis.planner import plan_training
+from dsv3_jax.analysis.prediction import predict
 from dsv3_jax.compiling.text import GIB, lines, over
 from dsv3_jax.config import Config, UserError
 
@@ -27,6 +31,7 @@ class CompileOptions:
     redundant_experts: int = 0  # prefill, decode: places for experts beyond one each
     fp8_weights: bool = True  # prefill, decode: projections held in FP8, as published
     fp8_cache: bool = False  # decode: latents held in FP8
+    plan: int = 0  # train: search meshes for the topology, and compile this many of the best
     remedies: int = 2  # tried when it does not fit; each is compiled
     json: Path | None = None
     plot: Path | None = None
@@ -68,11 +73,16 @@ def run(options: CompileOptions, config: Config) -> int:
         layout = programs.layout_on(config, devices)
         if what is None:
             built = programs.training(config, layout)
-        else:
-            built = programs.serving(config, layout, what, options.program == "decode")
+            report = compile_program(built, target, hlo)
+            return dataclasses.replace(report, predicted=predict(config))
+        built = programs.serving(config, layout, what, options.program == "decode")
         return compile_program(built, target, hlo)
 
     what = serving()
+    if options.plan:
+        if what is not None:
+            raise UserError("--plan is for --program train")
+        return _planned(options, config, target, lambda planned: compiled(planned, None, None))
     report = compiled(config, what, options.hlo)
     for line in lines(report, target.accelerator):
         print(line)
@@ -103,3 +113,25 @@ def run(options: CompileOptions, config: Config) -> int:
 
         print(f"wrote {draw(report, target.accelerator, options.plot)}")
     return 0 if report.fits else 1
+
+
+def _planned(options: CompileOptions, config: Config, target: Any, compiled: Any) -> int:
+    """The best plans for the topology, compiled; 1 when none of them fits."""
+    search = plan_training(config, target.accelerator, target.num_devices, best=4 * options.plan)
+    candidates = [(plan, plan.configured(config)) for plan in search.plans]
+    runnable = [(plan, run) for plan, run in candidates if not run.problems()][: options.plan]
+    rows, results = [], []
+    for plan, planned in runnable:
+        report = compiled(planned)
+        name = describe_mesh(plan.mesh, plan.schedule if plan.mesh.pipe > 1 else plan.state)
+        assert isinstance(plan.estimate, StepEstimate)
+        expected, peak = plan.estimate.memory.total / GIB, report.peak / GIB
+        seconds = plan.estimate.seconds
+        rows.append([name, plan.micro_batch_size, plan.remat, seconds, expected, peak, report.fits])
+        results.append({"plan": plan, "report": dataclasses.asdict(report)})
+    print(f"{target.name}: the best of {search.tried:,} plans, compiled\n")
+    headers = ["mesh", "micro-batch", "remat", "step s", "GiB planned", "compiled", "fits"]
+    print(table(headers, rows))
+    if options.json:
+        write_json(options.json, results)
+    return 0 if any(row[-1] for row in rows) else 1

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from dsv3_jax.analysis.compiled import ProgramReport, read_program
+from dsv3_jax.analysis.prediction import Prediction
 from dsv3_jax.compiling.naming import WeightNames, bytes_held, describe
 from dsv3_jax.compiling.programs import Built
 from dsv3_jax.compiling.targets import Target
@@ -48,6 +49,7 @@ class Report:
         findings: what XLA warned of: arrays that it gathers whole against what was asked.
         lowering_seconds, compile_seconds: of CPU, child processes included.
         resident: memory that compiling took here.
+        predicted: the same of a training step without a pipeline, by analysis/prediction.py.
     """
 
     topology: str
@@ -65,6 +67,7 @@ class Report:
     lowering_seconds: float = 0.0
     compile_seconds: float = 0.0
     resident: int = 0
+    predicted: Prediction | None = None
 
     @property
     def fits(self) -> bool:

@@ -36,6 +36,10 @@ def lines(report: Any, device: Accelerator) -> list[str]:
     found += ["", "largest arrays that the program makes", table(["GiB", "type", "what"], largest)]
     if report.program is not None:
         found += _of_program(report, device)
+    if report.predicted is not None and report.program is not None:
+        rows = [[what, p, c, p / c if c else "-"] for what, p, c in compared(report)]
+        found += ["", "predicted from the config (analysis/prediction.py) and compiled"]
+        found.append(table(["of a device", "predicted", "compiled", "ratio"], rows))
     if report.choices:
         found += ["", "kernels chosen", *[f"  {choice}" for choice in report.choices]]
     if report.findings:
@@ -56,8 +60,8 @@ def _of_program(report: Any, device: Accelerator) -> list[str]:
     kernels = [[name, runs] for name, runs in sorted(program.kernels.items())]
     found = [
         "",
-        f"matrix products that XLA compiled: {program.flops / 1e12:,.2f} TFLOP a device; those in "
-        "kernels come besides",
+        f"matrix products of a device: {program.flops / 1e12:,.2f} TFLOP that XLA compiled and "
+        f"{program.kernel_flops / 1e12:,.2f} in kernels",
         table(["kernel", "runs"], kernels) if kernels else "no Pallas kernel runs",
         "",
         "loops: how often each runs, and who says so",
@@ -91,6 +95,26 @@ def _of_program(report: Any, device: Accelerator) -> list[str]:
             f"{device.scale_out_bandwidth / GB:g} GB/s a device"
         )
     return found
+
+
+def compared(report: Any) -> list[tuple[str, float, float]]:
+    """(what, predicted, compiled) of everything that `analysis/prediction.py` predicts."""
+    predicted, program = report.predicted, report.program
+    sent: dict[str, float] = defaultdict(float)
+    for each in program.collectives:
+        kind = "+".join(each.axes) if each.op == "all-to-all" else each.op
+        sent[kind] += each.total
+    rows = [
+        ("arguments, GB", predicted.arguments / GB, report.arguments / GB),
+        ("peak memory, GB", predicted.peak / GB, report.peak / GB),
+        ("TFLOP", predicted.flops / 1e12, (program.flops + program.kernel_flops) / 1e12),
+    ]
+    for axis, size in predicted.exchange.items():
+        rows.append((f"exchange over {axis}, GB", size / GB, sent[axis] / GB))
+    reduced = sent["reduce-scatter"] + sent["all-reduce"]
+    rows.append(("gathers of weights, GB", predicted.gathers / GB, sent["all-gather"] / GB))
+    rows.append(("reductions of gradients, GB", predicted.reductions / GB, reduced / GB))
+    return rows
 
 
 def by_axes(collectives: list[Collective]) -> dict[tuple[tuple[str, ...], str], list[Collective]]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from dsv3_jax.analysis.prediction import predict
 from dsv3_jax.config import Config
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.parallel.mesh import batch_sharding
@@ -57,6 +58,8 @@ def dry_run_report(config: Config, layout: Layout) -> str:
         "gradients, activations and scratch": memory.temp_size_in_bytes / gib,
         "peak of one training step": _peak(memory) / gib,
     }
+    if (predicted := predict(config)) is not None:
+        rows["the same, predicted for accelerators"] = predicted.peak / gib
     lines.append(f"memory per device, GiB (XLA's analysis of the step for {layout.platform})")
     lines += [f"  {name:<40} {value:10.3f}" for name, value in rows.items()]
     lines.append("  " + fit_line(_peak(memory), device_bytes(layout)))

@@ -141,3 +141,28 @@ def test_types_and_products():
     assert executions(program)[0]["product"] == 1
     with pytest.raises(ValueError, match="no ENTRY"):
         parse("module @jit_f { }")
+
+
+def test_flops_of_kernels_are_those_of_their_shapes():
+    def of(source, result, **operands):
+        names = ", ".join(f"%{name}" for name in operands)
+        text = "".join(f"  %{n} = {t} parameter(0)\n" for n, t in operands.items())
+        call = f'custom_call_target="mosaic_gpu_v2", metadata={{op_name="jit(f)/{source}"}}'
+        program = (
+            f"ENTRY %m () -> x {{\n{text}  ROOT %k = {result} custom-call({names}), {call}\n}}\n"
+        )
+        return read_program(program, SIZES).kernel_flops
+
+    fp8 = "f8e4m3fn"
+    assert of("jit(scaled_matmul)/kernel", "bf16[8,6]", a=f"{fp8}[8,128]", b=f"{fp8}[1,6,128]") == (
+        2 * 8 * 6 * 128
+    )
+    rows, weights = f"{fp8}[256,128]", f"{fp8}[4,6,128]"
+    assert of("jit(grouped_matmul)/kernel", "bf16[256,6]", a=rows, b=weights) == 2 * 256 * 6 * 128
+    # Each of 256 rows is in one of 4 groups.
+    wgrad = of("jit(grouped_wgrad)/kernel", "f32[4,6,7]", a=f"{fp8}[6,256]", b=f"{fp8}[7,256]")
+    assert wgrad == 2 * 6 * 7 * 256
+    q, kv, o = "bf16[1,256,2,24]", "bf16[1,256,2,32]", "(bf16[1,256,2,16], f32[1,2,256])"
+    forward = of("attention_forward", o, q=q, kv=kv)
+    assert forward == 2 * 2 * (256 * (256 + 128) / 2) * (24 + 16)
+    assert of("jit(quantize_rows)/kernel", f"{fp8}[8,128]", a="bf16[8,128]") == 0

@@ -22,12 +22,14 @@ from dsv3_jax.config import (
     OptimizerConfig,
     ParallelConfig,
     QuantConfig,
+    ShardingConfig,
     TrainConfig,
     UserError,
 )
 from dsv3_jax.parallel.schedules import Durations
 
 H800 = accelerator("h800")
+SLOW = dataclasses.replace(H800, scale_up_bandwidth=1e6)  # nothing hides its exchanges
 V3_RUN = Config(
     mesh=ParallelConfig(pipe=16, data=2, node=8, local=8),
     train=TrainConfig(batch_size=15360, micro_batch_size=128, seq_len=4096, remat="dots"),
@@ -155,16 +157,38 @@ def test_zero_1_shards_the_optimizer_over_replicas():
 
 def test_gradients_are_reduced_within_the_node_first():
     # 8 replicas of everything but the experts: on one node, and one on each of eight nodes.
-    inside = estimate_step(with_mesh(TINY, local=8), H800).parts["gradient reduction"]
-    across = estimate_step(with_mesh(TINY, node=8), accelerator("h800")).parts["gradient reduction"]
+    inside = estimate_step(with_mesh(TINY, local=8), H800).parts[
+        "weights and gradients on the wire"
+    ]
+    across = estimate_step(with_mesh(TINY, node=8), accelerator("h800")).parts[
+        "weights and gradients on the wire"
+    ]
     assert inside == across  # 8 devices never leave the scale-up domain
-    both = estimate_step(with_mesh(TINY, data=2, local=8), H800).parts["gradient reduction"]
+    both = estimate_step(with_mesh(TINY, data=2, local=8), H800).parts[
+        "weights and gradients on the wire"
+    ]
     shard = stage_parameters(
         TINY.model, ParallelConfig(local=8), split_into_stages(TINY.model, 1)[0]
     )
-    # 4 bytes of gradient and 2 of weight: 7/8 over NVLink, then half of an eighth over the NIC.
-    wanted = 6 * shard.replicated * (7 / 8 / 160e9 + 1 / 16 / 40e9) + 6 * shard.expert / 2 / 40e9
-    assert both == pytest.approx(wanted)
+    # 4 bytes of gradient in each of 8 micro-batches and 4 of weight: 7/8 over NVLink, then half of
+    # an eighth over the NIC.
+    each = shard.replicated * (7 / 8 / 160e9 + 1 / 16 / 40e9) + shard.expert / 2 / 40e9
+    assert both == pytest.approx((8 * 4 + 4) * each)
+
+
+def test_fsdp_slices_the_state_and_gathers_in_every_micro_batch():
+    def estimated(state, micro_batch_size=16):
+        config = dataclasses.replace(with_mesh(TINY, data=8), sharding=ShardingConfig(state=state))
+        train = dataclasses.replace(config.train, micro_batch_size=micro_batch_size)
+        return estimate_step(dataclasses.replace(config, train=train), SLOW)
+
+    whole, zero1, fsdp = (estimated(state) for state in ("replicated", "zero1", "fsdp"))
+    assert whole.memory.optimizer == pytest.approx(8 * zero1.memory.optimizer)
+    assert fsdp.memory.optimizer == zero1.memory.optimizer and fsdp.memory.weights == 0
+    assert fsdp.memory.total < zero1.memory.total
+    wire = "weights and gradients on the wire"
+    few = estimated("fsdp", 32).parts[wire]
+    assert few < fsdp.parts[wire]  # half as many gathers
 
 
 def test_calibration_reproduces_the_measurement():
@@ -247,12 +271,7 @@ def test_planner_returns_the_best_fitting_plans_first():
     assert scores == sorted(scores, reverse=True)
     for plan in search.plans:
         assert plan.mesh.num_devices == 16
-        train = dataclasses.replace(
-            TINY.train, micro_batch_size=plan.micro_batch_size, remat=plan.remat
-        )
-        again = estimate_step(
-            dataclasses.replace(TINY, mesh=plan.mesh, train=train), H800, plan.schedule
-        )
+        again = estimate_step(plan.configured(TINY), H800, plan.schedule)
         assert again == plan.estimate and plan.estimate.bottleneck in plan.estimate.parts
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from dsv3_jax.compiling.naming import WeightNames, describe, pass_of
 from dsv3_jax.compiling.picture import draw
 from dsv3_jax.compiling.report import Report, _refused, compile_program
 from dsv3_jax.compiling.text import leaves_host, lines
-from dsv3_jax.config import ParallelConfig, ShardingConfig, UserError
+from dsv3_jax.config import ParallelConfig, ShardingConfig, UserError, load_config
 from dsv3_jax.parallel.mesh import AXES
 from tests.helpers import tiny_config, tiny_model
 
@@ -191,3 +192,12 @@ def test_a_tiny_model_is_compiled_for_devices_that_are_not_here(topology, tmp_pa
     assert report["fits"] and 0 < report["arguments"] < report["peak"] < report["capacity"]
     assert any(each["op"] == "all-to-all" for each in report["program"]["collectives"])
     assert report["lowering_seconds"] + report["compile_seconds"] < 40
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "scale").glob("*.py")), ids=lambda p: p.stem)
+def test_a_preset_takes_all_devices_of_the_topology_that_it_names(path):
+    config = load_config(path)
+    topology = re.search(r"--topology (\S+)", path.read_text())[1]
+    assert config.mesh.num_devices == targets.parse_topology(topology).num_devices
+    assert config.problems() == []
+    assert f"configs/scale/{path.name} " in path.read_text()

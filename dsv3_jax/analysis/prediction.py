@@ -1,0 +1,190 @@
+"""What a training step's compiled program takes on each device, predicted from its config alone.
+
+The same quantities that `compile` reads from the program, so that the two stand side by side:
+memory, FLOPs, bytes of the exchange by mesh axis, of gathers of weights and reductions of their
+gradients. Of meshes without a pipeline; transports other than "padded" have no exchange here.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dsv3_jax.analysis.memory import (
+    BYTES,
+    tokens_per_micro_batch,
+    train_micro_batches,
+    training_memory,
+)
+from dsv3_jax.config import Config
+from dsv3_jax.config.weights import Weight, weights
+
+TILE = 128  # rows of an expert's group are filled up to a multiple of it
+MASTER = 4  # bytes of a weight as it is trained, and of its gradient
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one step, on each device; bytes and FLOPs.
+
+    Fields:
+        arguments: the state.
+        peak: memory, arguments included.
+        flops: of all matrix products, those in kernels and those computed twice included.
+        exchange: sent by all-to-alls, by mesh axis.
+        gathers: sent to gather weights.
+        reductions: sent to add up weights' gradients.
+    """
+
+    arguments: float
+    peak: float
+    flops: float
+    exchange: dict[str, float]
+    gathers: float
+    reductions: float
+
+
+def predict(config: Config) -> Prediction | None:
+    """The prediction for a training step; None for a pipeline, whose ranks differ."""
+    if config.mesh.pipe > 1:
+        return None
+    memory = training_memory(config, "1f1b", (1,))
+    gathers, reductions = weight_traffic(config)
+    return Prediction(
+        arguments=memory.optimizer,
+        peak=memory.total,
+        flops=step_flops(config),
+        exchange=exchange_traffic(config),
+        gathers=gathers,
+        reductions=reductions,
+    )
+
+
+def step_flops(config: Config) -> float:
+    """FLOPs of a device's matrix products in a step, as they run.
+
+    What rematerialisation computes again counts again, and so do rows that fill experts' groups.
+    Attention is causal: of the square of scores the kernels compute the lower tiles.
+    """
+    model, mesh, train = config.model, config.mesh, config.train
+    tokens = tokens_per_micro_batch(config)
+    again = {"none": 0, "dots": 0, "v3": 0, "full": 1}[train.remat]
+    every = 0.0  # multiplications of a micro-batch, by all products of one forward pass
+    head = last = 0.0
+    wide = 0.0  # those of MLA's up-projections, which "v3" computes again
+    here = model.n_routed_experts / (mesh.node * mesh.local)
+    rows = experts_rows(config, tokens, here)
+    for row in weights(model):
+        if not row.is_matrix or row.part == "embedding":
+            continue
+        count = sum(row.count(model))
+        size = row.size(model)
+        if row.part == "head":
+            head += (1 + model.num_nextn_predict_layers) * tokens * size / mesh.tensor
+            continue
+        if row.of_expert:
+            every += count * rows * size / model.n_routed_experts / mesh.tensor
+            continue
+        cut = mesh.tensor if row.cut else 1
+        every += count * tokens * size / cut
+        if row.name == "down_proj":  # what a layer's last product returns, no gradient needs
+            last += row.count(model)[0] * tokens * size / cut
+        if row.part == "attention" and row.name in ("q_b_proj", "kv_b_proj"):
+            wide += count * tokens * size / cut
+    layers = model.num_hidden_layers + model.num_nextn_predict_layers
+    qk, v = model.qk_head_dim, model.v_head_dim
+    scores = tokens * train.seq_len / 2 * (1 + TILE / train.seq_len)
+    scores *= layers * model.num_attention_heads / mesh.tensor
+    core = scores * ((1 + again) * (qk + v) + 3 * qk + 2 * v)
+    products = (
+        (3 + again) * every - again * last + 3 * head + (wide if train.remat == "v3" else 0.0)
+    )
+    return 2 * (products + core) * train_micro_batches(config)
+
+
+def experts_rows(config: Config, tokens: float, here: float) -> float:
+    """Rows that a device's experts multiply in a layer, those that fill buffers and groups too."""
+    model, expert = config.model, config.expert_parallel
+    factor = expert.capacity_factor if config.mesh.node * config.mesh.local > 1 else 1.0
+    entries = math.ceil(factor * tokens * model.num_experts_per_tok)
+    return math.ceil((entries + here * (TILE - 1)) / TILE) * TILE
+
+
+def exchange_traffic(config: Config) -> dict[str, float]:
+    """Bytes that a device sends in all-to-alls of a step, by mesh axis; {} where none run.
+
+    Each layer dispatches in the forward pass, again when it is computed again, and (the gradient of
+    combining) in the backward pass; it combines forward and backward. Ids, weights and their
+    gradients travel with the rows (parallel/wire.py).
+    """
+    model, mesh, expert = config.model, config.mesh, config.expert_parallel
+    axes = {axis: size for axis in ("node", "local") if (size := getattr(mesh, axis)) > 1}
+    if not axes or expert.transport not in ("padded", "auto"):
+        return {}
+    tokens = tokens_per_micro_batch(config) / mesh.tensor
+    K, D = model.num_experts_per_tok, model.hidden_size
+    plain = BYTES[model.dtype] * D
+    formats = {
+        "none": plain,
+        "bf16": 2 * D,
+        "fp8": D + math.ceil(D / TILE),
+        "logfmt10": D * 41 / 32,
+    }
+    sent, back = formats[expert.dispatch_format], formats[expert.combine_format]
+    passes = 2 if config.train.remat != "none" else 1
+    row = passes * (sent + 6 * K) + sent + back + (back + 4 * K)
+    layers = model.num_moe_layers + model.num_nextn_predict_layers
+    found: dict[str, float] = {}
+    reached = 1
+    steps = (
+        list(axes.items()) if expert.hierarchical else [("+".join(axes), math.prod(axes.values()))]
+    )
+    for hop, (name, size) in enumerate(steps):
+        reached *= size
+        spread = min(K, reached)
+        limited = model.topk_method != "greedy" and model.n_group % mesh.node == 0
+        if limited and hop == 0 and name == "node":
+            spread = min(spread, model.topk_group)
+        capacity = math.ceil(expert.capacity_factor * tokens * spread / size)
+        if hop == 0:
+            capacity = min(capacity, tokens)
+        found[name] = layers * train_micro_batches(config) * (size - 1) * capacity * row
+    return found
+
+
+def weight_traffic(config: Config) -> tuple[float, float]:
+    """(bytes sent to gather weights, bytes sent to add up gradients) by a device in a step.
+
+    FSDP gathers a layer's weights in the forward and in the backward pass of every micro-batch, the
+    embedding and the head once, and reduces gradients where they are made. ZeRO-1 gathers all once
+    a step; its gradients are reduced in every micro-batch.
+    """
+    times = train_micro_batches(config)
+    state = config.sharding.state
+    gathered = reduced = 0.0
+    for row in weights(config.model):
+        copies = replicas(config, row)
+        if copies == 1 or not row.is_matrix:
+            continue
+        size = sum(row.count(config.model)) * row.size(config.model)
+        size /= (config.mesh.node * config.mesh.local) if row.of_expert else 1
+        size /= config.mesh.tensor if row.cut and not row.of_expert else 1
+        share = (copies - 1) / copies
+        once = row.part in ("embedding", "head")
+        width = MASTER
+        if state == "fsdp":
+            gathered += size * width * share * (1 if once else 2) * times
+        elif state == "zero1":
+            gathered += size * width * share
+        whole = 2 if state != "fsdp" else 1  # an all-reduce sends twice what a reduce-scatter does
+        reduced += size * MASTER * share * whole * times
+    return gathered, reduced
+
+
+def replicas(config: Config, row: Weight) -> int:
+    """Devices that compute with the same part of a weight."""
+    mesh = config.mesh
+    outer = mesh.data * mesh.context
+    if row.of_expert:
+        return outer * mesh.tensor
+    return outer * mesh.node * mesh.local * (1 if row.cut else mesh.tensor)

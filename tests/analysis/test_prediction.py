@@ -1,0 +1,47 @@
+"""What is predicted of a compiled step from its config, against numbers that XLA's program gave."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from dsv3_jax.analysis.prediction import exchange_traffic, predict, step_flops
+from dsv3_jax.config import ParallelConfig, load_config
+
+PRESETS = Path(__file__).parents[2] / "configs/scale"
+
+
+def preset(name, **train):
+    config = load_config(PRESETS / f"{name}.py")
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+
+
+def test_v3_on_2048_h200s_is_predicted_as_it_compiles():
+    """`compile` of this config with micro-batches of one row a device; docs/scale.md."""
+    found = predict(preset("deepseek_v3_2048_h200", micro_batch_size=2048))
+    assert found.arguments == pytest.approx(2.6668e9, rel=0.001)
+    assert found.flops == pytest.approx(1.15305e16, rel=0.02)
+    # Metadata aside, rows are all that is sent.
+    assert found.exchange["node"] == pytest.approx(343.17e9, rel=0.02)
+    assert found.exchange["local"] == pytest.approx(686.34e9, rel=0.02)
+
+
+def test_a_pipeline_is_not_predicted():
+    assert predict(preset("deepseek_v3_2048_h200_pipelined")) is None
+
+
+def test_half_the_rows_of_a_micro_batch_change_what_is_gathered_and_not_what_is_computed():
+    one, two = (predict(preset("deepseek_v3_2048_h200", micro_batch_size=m)) for m in (2048, 4096))
+    assert one.gathers == pytest.approx(2 * two.gathers)
+    assert one.flops == pytest.approx(two.flops, rel=0.02)  # fewer rows fill up groups
+    assert one.exchange == pytest.approx(two.exchange)
+    assert one.peak < two.peak
+
+
+def test_rematerialisation_and_the_wire_are_counted():
+    config = preset("deepseek_v3_2048_h200")
+    kept = preset("deepseek_v3_2048_h200", remat="none")
+    assert step_flops(kept) < 0.8 * step_flops(config)
+    assert exchange_traffic(kept)["node"] < exchange_traffic(config)["node"]
+    alone = dataclasses.replace(config, mesh=ParallelConfig(data=2048))
+    assert exchange_traffic(alone) == {}
