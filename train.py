@@ -18,10 +18,10 @@ from dsv3_jax.analysis.model_cost import training_flops_per_token
 from dsv3_jax.config import Config
 from dsv3_jax.data.batches import prefetch
 from dsv3_jax.data.corpus import Corpus, check_model, open_corpus
-from dsv3_jax.inference.generate import generate
 from dsv3_jax.parallel import hosts
 from dsv3_jax.parallel.mesh import fill_mesh, make_mesh, mesh_of
 from dsv3_jax.parallel.sharding import Layout, make_layout
+from dsv3_jax.samples import write_sample
 from dsv3_jax.starting import open_origin
 from dsv3_jax.training.banner import banner, batch_line
 from dsv3_jax.training.checkpoint import Checkpoints
@@ -37,6 +37,7 @@ from dsv3_jax.training.restore import state_bytes
 from dsv3_jax.training.run_folder import RunFolder
 from dsv3_jax.training.run_log import keep_log, set_up_logging
 from dsv3_jax.training.schedule import Schedule
+from dsv3_jax.training.sinks import open_sinks
 from dsv3_jax.training.state import TrainState, abstract_state
 from dsv3_jax.training.step import jit_train_step
 from dsv3_jax.training.stopping import StopRequest
@@ -86,8 +87,10 @@ def main(argv: Sequence[str]) -> int:
             restored, _ = checkpoints.resume_from(start, abstract._asdict())
             folder.claim(config, corpus.tokenizer, corpus.chat_template, new=start is None)
             state = TrainState(**restored) if restored else origin.create_state(abstract)
-        told = {"primary": process == 0, "tensorboard": config.tensorboard}
-        metrics = MetricsLog(run_dir, steps=steps, resumed_from=start, **told)
+        sinks = open_sinks(config, start) if process == 0 else []
+        metrics = MetricsLog(
+            run_dir, steps=steps, resumed_from=start, primary=process == 0, sinks=sinks
+        )
         with checkpoints, metrics:
             run = Run(config, layout, corpus, schedule, checkpoints, metrics, clock, stop)
             state = train(run, state, start or 0, losses)
@@ -96,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
                 metrics.record(int(state.step), {"seconds": clock.seconds()})
                 return stop.exit_code
             with clock("sample"):
-                write_sample(config, layout, corpus, state)
+                write_sample(config, layout, corpus, state, steps)
             metrics.record(steps, {"seconds": clock.seconds()})
     if process == 0:
         cli.draw_plots(run_dir)
@@ -152,6 +155,9 @@ def train(run: Run, state: TrainState, start: int, losses: list[float]) -> Train
                     values |= evaluate(state, stop)
             if values:
                 metrics.log(done, values)
+            if not is_last and plan.sample_every and done % plan.sample_every == 0:
+                with clock("sample"):
+                    write_sample(config, layout, corpus, state, done)
             due = checkpoints.due(done) or is_last or stop.requested
             if guard.may_save(done, due=due, last=is_last):
                 meta = checkpoint_meta(config, corpus, schedule, done, guard.recent)
@@ -165,28 +171,6 @@ def train(run: Run, state: TrainState, start: int, losses: list[float]) -> Train
         with clock("checkpoint"):
             checkpoints.wait()
     return state
-
-
-def write_sample(config: Config, layout: Layout, corpus: Corpus, state: TrainState) -> None:
-    """Lets the model continue the validation text's first lines; shown, and kept in sample.txt."""
-    if not config.train.sample_tokens:
-        return
-    prompt = corpus.val.slice(0, min(64, len(corpus.val), config.train.seq_len)).tolist()
-    tokens = generate(
-        {"params": state.params, "router": state.router},
-        [prompt],
-        config.model,
-        max_new_tokens=config.train.sample_tokens,
-        temperature=0.7,
-        top_p=0.95,
-        seed=config.seed,
-        layout=layout,
-    )
-    decode = corpus.tokenizer.decode
-    text = f"{decode(prompt)}\N{BROKEN BAR}{decode([int(ids[0]) for ids in tokens])}"
-    if jax.process_index() == 0:
-        (Path(config.run_dir) / "sample.txt").write_text(text)
-    log.info("a sample (the model writes after the \N{BROKEN BAR}):\n%s", text)
 
 
 if __name__ == "__main__":

@@ -237,9 +237,10 @@ def _prepare_conversations(options: PrepareOptions, tokenizer: Any) -> Any:
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """Draw a run's plots from its metrics.jsonl."""
+    """Draw a run's plots from its metrics.jsonl, or write it as one page."""
 
     run_dir: tyro.conf.Positional[Path]
+    html: bool = False  # one self-contained page, RUN/report.html, in place of plots
 
 
 def draw_plots(run_dir: Path) -> None:
@@ -256,8 +257,10 @@ def draw_plots(run_dir: Path) -> None:
 def report(options: ReportOptions) -> None:
     """python -m dsv3_jax report"""
     from dsv3_jax.analysis.report import write_report
+    from dsv3_jax.analysis.report_page import write_page
 
-    for path in write_report(options.run_dir):
+    written = [write_page(options.run_dir)] if options.html else write_report(options.run_dir)
+    for path in written:
         print(path)
 
 

@@ -14,7 +14,7 @@ ROWS = [
     {"parallel"},
     {"model", "analysis"},
     {"training", "inference", "interop"},
-    {"loading", "starting", "verifying", "notebook", "compiling"},
+    {"loading", "starting", "verifying", "notebook", "samples", "compiling"},
     {"saving"},
     {"cli"},
     {"__main__"},

@@ -38,7 +38,7 @@ def get_config():
         ),
         data=DataConfig(path={corpus!r}, val_fraction=0.2),
         train=TrainConfig(steps=4, batch_size=4, seq_len=24, log_every=1, eval_every=2,
-                          eval_batches=2, sample_tokens=8),
+                          eval_batches=2, sample_tokens=8, sample_every=2),
         schedule=ScheduleConfig(warmup_steps=1),
         checkpoint=CheckpointConfig(every_steps=2),
     )
@@ -78,6 +78,12 @@ def lines_of(run: Path) -> list[dict]:
 
 def test_a_run_leaves_what_people_rely_on(finished_run):
     assert steps_in(finished_run / "checkpoints") == [2, 4]
+    samples = [json.loads(line) for line in (finished_run / "samples.jsonl").open()]
+    assert [sample["step"] for sample in samples] == [2, 4]
+    last = samples[-1]
+    assert (
+        finished_run / "sample.txt"
+    ).read_text() == f"{last['prompt']}\N{BROKEN BAR}{last['text']}"
     for name in ("config.json", "metrics.jsonl", "log.txt", "sample.txt", "plots/loss.png"):
         assert (finished_run / name).stat().st_size > 0, name
     lines = lines_of(finished_run)

@@ -200,7 +200,7 @@ def _plot_expert_load(figure: Any, records: list[dict[str, Any]], run_dir: Path,
     width = 3.4 if columns <= 4 else 2.2
     figure.set_size_inches(max(7.0, width * columns + 1.2), max(3.6, 0.78 * width * rows + 1.2))
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    labels, image = _layer_names(run_dir, num_layers), None
+    labels, image = layer_names(run_dir, num_layers), None
     for axes, layer in zip(grid.flat, layers):
         heights = np.arange(num_experts + 1) - 0.5
         colours = {"cmap": "PuOr_r", "vmin": 0.0, "vmax": 2.0, "rasterized": True}
@@ -314,7 +314,7 @@ def _edges(steps: np.ndarray) -> np.ndarray:
     return np.concatenate([[first], middle, [2 * steps[-1] - middle[-1]]])
 
 
-def _layer_names(run_dir: Path, num_rows: int) -> list[str]:
+def layer_names(run_dir: Path, num_rows: int) -> list[str]:
     """ "layer 3", ..., "MTP 1": numbered as in the model where config.json tells the dense ones."""
     try:
         model = read_json(file_inside(run_dir, "config.json"), _MAX_CONFIG_BYTES)["model"]

@@ -21,7 +21,7 @@ MAX_LINE_BYTES = 16 << 20
 _LARGEST = 1e40
 _NUMBERS = (
     *("loss", "ce", "mtp", "balance", "lr", "grad_norm", "tokens_per_s", "mfu", "peak_memory_gib"),
-    *("val_loss", "val_bits_per_byte", "batch_size", "tokens", "skipped"),
+    *("val_loss", "val_bits_per_byte", "batch_size", "tokens", "skipped", "host_memory_gib"),
 )
 _DIMS = {"expert_load": 2, "bias_range": 2, "max_vio": 1, "dead_experts": 1}
 

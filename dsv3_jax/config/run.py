@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dsv3_jax.config.files import build
 from dsv3_jax.config.mesh import (
@@ -55,6 +55,8 @@ class Config:
     devices: int | None = None  # run on this many virtual CPU devices
     dry_run: bool = False  # print shapes, parameters and memory per device, and stop
     tensorboard: bool = False  # also write the numbers of metrics.jsonl to tensorboard/
+    # Also to Weights & Biases: "offline" into wandb/, for `wandb sync`, or "online".
+    wandb: Literal["off", "offline", "online"] = "off"
 
     @property
     def micro_batch_size(self) -> int:

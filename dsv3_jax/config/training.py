@@ -57,6 +57,7 @@ class TrainConfig:
     eval_batches: int = 8
     max_nonfinite_steps: int = 10  # skipped steps in a row before the run stops
     sample_tokens: int = 160  # length of the text written when the run ends; 0: none
+    sample_every: int = 0  # steps between texts on the way, kept in samples.jsonl; 0: none
     profile_steps: int = 0  # this many steps, from the tenth on or earlier, traced into profile/
 
     def problems(self) -> list[str]:
@@ -64,8 +65,9 @@ class TrainConfig:
         found: list[str] = []
         names = "batch_size seq_len log_every eval_every eval_batches max_nonfinite_steps"
         require_positive(found, self, names.split())
-        if self.steps < 0:
-            found.append(f"steps={self.steps} must not be negative")
+        for name in ("steps", "sample_tokens", "sample_every"):
+            if getattr(self, name) < 0:
+                found.append(f"{name}={getattr(self, name)} must not be negative")
         micro = self.micro_batch_size
         if micro is not None and (micro <= 0 or self.batch_size % micro):
             found.append(

@@ -35,7 +35,16 @@ WAYS_OUT = (
     "--run-dir, or --resume never, which keeps the older run beside the new one as *.old-N."
 )
 # Where and how long, not what: not worth a line.
-_UNTOLD = ("run_dir", "resume", "devices", "dry_run", "tensorboard", "distributed", "watchdog")
+_UNTOLD = (
+    "run_dir",
+    "resume",
+    "devices",
+    "dry_run",
+    "tensorboard",
+    "wandb",
+    "distributed",
+    "watchdog",
+)
 
 
 class Continuation(NamedTuple):

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from rich.text import Text
 
 from dsv3_jax.config import UserError
 from dsv3_jax.config.records import records_in
+from dsv3_jax.training.sinks import Sink
 
 log = logging.getLogger(__name__)
 
@@ -64,29 +65,26 @@ class MetricsLog:
         steps: int,
         resumed_from: int | None = None,
         primary: bool = True,
-        tensorboard: bool = False,
+        sinks: Sequence[Sink] = (),
     ):
         """Opens RUN/metrics.jsonl for a run of `steps` steps.
 
         `resumed_from`: the step restored, whose later lines are cut; None for a new run, which
         moves an older metrics.jsonl to metrics.old-N.jsonl. With `primary=False` (processes other
-        than the first) nothing is written or shown. `tensorboard` mirrors numbers to
-        RUN/tensorboard, where a resumed run hides what it is about to write anew. Raises OSError
-        when the folder is unwritable, ImportError without tensorboardX.
+        than the first) nothing is written or shown. `sinks` are given the same numbers, and closed
+        with it. Raises OSError when the folder is unwritable.
         """
         self.path = Path(run_dir) / "metrics.jsonl"
         self._steps, self._primary = steps, primary
         self._first: tuple[int, float] | None = None  # step and time of this process's first line
         self._progress: Progress | None = None
-        self._board: Any = None
+        self._sinks = list(sinks)
         self._file = -1
         if not primary:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _repair(self.path, resumed_from)
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        if tensorboard:
-            self._board = _tensorboard_writer(self.path.parent / "tensorboard", resumed_from)
         console = rich.get_console()
         if console.is_terminal:
             progress = self._progress = Progress(*_columns(), console=console, expand=True)
@@ -138,19 +136,21 @@ class MetricsLog:
         except OSError as error:
             reason = f"{error.strerror}; a line of {len(line):,} bytes is wanted"
             raise OSError(error.errno, reason, str(self.path)) from error
-        if self._board is not None:
-            for key, value in record.items():
-                if key != "step" and isinstance(value, int | float):
-                    self._board.add_scalar(key, value, step)
+        numbers = {
+            key: value
+            for key, value in record.items()
+            if key != "step" and isinstance(value, int | float)
+        }
+        for sink in self._sinks if numbers else ():
+            sink.add(step, numbers)
 
     def close(self) -> None:
         """Ends the progress line and closes the files; harmless when repeated."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        if self._board is not None:
-            self._board.close()
-            self._board = None
+        while self._sinks:
+            self._sinks.pop().close()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -322,13 +322,3 @@ def _columns() -> list[ProgressColumn]:
         TextColumn("[dim]eta", table_column=whole()),
         TimeRemainingColumn(compact=True, table_column=whole()),
     ]
-
-
-def _tensorboard_writer(folder: Path, resumed_from: int | None) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "TensorBoard output needs: pip install 'dsv3_jax[tensorboard]'"
-        ) from error
-    return SummaryWriter(str(folder), purge_step=None if resumed_from is None else resumed_from + 1)

@@ -1,5 +1,7 @@
 """Turns what a step returned into one line of metrics.jsonl."""
 
+import resource
+import sys
 from typing import Any
 
 import jax
@@ -55,14 +57,18 @@ class Throughput:
         self._tokens += tokens
 
     def read(self) -> dict[str, float | None]:
-        """tokens_per_s since the last reading, mfu and peak_memory_gib of a device here.
+        """tokens_per_s since the last reading, mfu and peak_memory_gib of a device here, and
+        host_memory_gib, the most that this process has held.
 
-        The last two are None on a CPU. To be called between steps.
+        mfu and peak_memory_gib are None on a CPU. To be called between steps.
         """
         now = self._seconds()
         seconds, self._start = now - self._start, now
         tokens, self._tokens = self._tokens, 0
-        memory = {"peak_memory_gib": self._peak_memory_gib()}
+        memory = {
+            "peak_memory_gib": self._peak_memory_gib(),
+            "host_memory_gib": _peak_of_process_gib(),
+        }
         if not tokens or seconds <= 0:
             return {"tokens_per_s": None, "mfu": None} | memory
         rate = tokens / seconds
@@ -78,3 +84,9 @@ class Throughput:
     def _seconds(self) -> float:
         spent = self._clock.seconds()
         return spent["step"] + spent["data"]
+
+
+def _peak_of_process_gib() -> float:
+    """Of resident memory; macOS counts it in bytes, others in KiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

@@ -30,7 +30,10 @@ OWN_FILES = (
     "tiktoken.model",
     "metrics.jsonl",
     "sample.txt",
+    "samples.jsonl",
     "tensorboard",
+    "wandb",
+    "report.html",
     # of the weights that it began with
     "origin.json",
     "published_scales.safetensors",

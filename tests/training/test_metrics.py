@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import sys
 import time
 
 import ml_dtypes
@@ -14,9 +15,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from dsv3_jax.analysis.hardware import peak_bf16_flops
+from dsv3_jax.config import Config
 from dsv3_jax.training import metrics
 from dsv3_jax.training.metrics import Clock, MetricsLog
 from dsv3_jax.training.run_log import keep_log, set_up_logging
+from dsv3_jax.training.sinks import open_sinks
 
 
 def lines_of(run_dir) -> list[dict]:
@@ -123,12 +126,61 @@ def test_an_unwritable_run_is_an_os_error(tmp_path):
 
 def test_tensorboard_mirrors_the_numbers(tmp_path):
     pytest.importorskip("tensorboardX")
-    with MetricsLog(tmp_path, steps=10, tensorboard=True) as log:
+    config = Config(run_dir=str(tmp_path), tensorboard=True)
+    with MetricsLog(tmp_path, steps=10, sinks=open_sinks(config, None)) as log:
         log.log(1, {"loss": 1.5, "expert_load": [[0.5, 0.5]], "mfu": None})
     (events,) = (tmp_path / "tensorboard").iterdir()
     content = events.read_bytes()
     assert b"loss" in content
     assert b"expert_load" not in content
+
+
+class FakeWandb:
+    """What is used of wandb, keeping the calls."""
+
+    def __init__(self):
+        self.calls, self.id = [], "made-1"
+
+    def init(self, **options):
+        self.calls.append(("init", options["mode"], options["id"], options["config"]["seed"]))
+        return self
+
+    def log(self, numbers, step):
+        self.calls.append((step, numbers))
+
+    def finish(self):
+        self.calls.append("finish")
+
+
+def test_wandb_gets_the_numbers_and_a_resumed_run_its_id(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = Config(run_dir=str(tmp_path), wandb="offline", seed=7)
+    for resumed_from in (None, 1):
+        sinks = open_sinks(config, resumed_from)
+        with MetricsLog(tmp_path, steps=10, resumed_from=resumed_from, sinks=sinks) as log:
+            log.log(2, {"loss": 1.5, "expert_load": [[0.5, 0.5]]})
+            log.record(3, {"seconds": {"step": 1.0}})
+    of_one = [(2, {"loss": 1.5}), "finish"]
+    first, second = (("init", "offline", id, 7) for id in (None, "made-1"))
+    assert fake.calls == [first, *of_one, second, *of_one]
+
+
+def test_a_sink_without_its_library_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match=r"dsv3_jax\[wandb\]"):
+        open_sinks(Config(run_dir=str(tmp_path), wandb="offline"), None)
+    assert open_sinks(Config(run_dir=str(tmp_path)), None) == []
+
+
+@pytest.mark.slow
+def test_wandb_writes_a_run_offline(tmp_path):
+    pytest.importorskip("wandb", reason="needs: pip install 'dsv3_jax[wandb]'")
+    config = Config(run_dir=str(tmp_path), wandb="offline")
+    with MetricsLog(tmp_path, steps=10, sinks=open_sinks(config, None)) as log:
+        log.log(1, {"loss": 1.5})
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"loss" in file.read_bytes()
 
 
 def test_log_txt_gets_messages_and_progress(tmp_path, capsys):
