@@ -148,7 +148,7 @@ def tokens_of(
     positions = how.layout.in_order(jnp.arange(tokens.shape[1])[None])
 
     def placed(of_token: Any) -> Any:
-        return None if of_token is None else how.layout.in_order(of_token)
+        return None if of_token is None else how.layout.in_order(how.layout.whole_rows(of_token))
 
     return Tokens(positions, placed(segments), placed(counted))
 
@@ -200,5 +200,5 @@ def _embedding_ahead(params, tokens, embedded, ahead: int, how: Pass):
     if embedded is not None and how.layout.one_device:
         return jnp.roll(embedded, -ahead, axis=1)
     # Token ids are shifted, which is cheap between devices, and looked up again.
-    shifted = how.layout.in_order(jnp.roll(tokens, -ahead, axis=1))
+    shifted = how.layout.in_order(how.layout.whole_rows(jnp.roll(tokens, -ahead, axis=1)))
     return embed_tokens(params, shifted, how)

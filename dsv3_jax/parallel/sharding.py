@@ -125,6 +125,14 @@ class Layout:
         where = self._bound(self.spec(*dims))
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, where), x)
 
+    def whole_rows(self, x: jax.Array) -> jax.Array:
+        """x, [B, T, ...], with no row cut, when inside jit.
+
+        To be said of token ids that are shifted along their row: a shift of rows that are cut is a
+        collective-permute, which all devices join, and hangs in a branch that only some take.
+        """
+        return self.constrain(x, "batch")
+
     def place(self, x: jax.Array, spec: PartitionSpec) -> jax.Array:
         """x, laid out as a spec that may name any axis of the mesh, when inside jit."""
         return jax.lax.with_sharding_constraint(x, self._bound(spec))

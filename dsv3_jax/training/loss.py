@@ -168,8 +168,8 @@ def _targets_of_heads(rows: Rows, segments, depths: int, layout: Layout):
             if segments is not None:
                 valid &= segments == jnp.roll(segments, -depth, axis=1)
             share = valid.astype(jnp.float32) / targets.size
-        of_heads.append(layout.in_order(jnp.roll(targets, -depth, axis=1)))
-        shares.append(layout.in_order(share))
+        of_heads.append(layout.in_order(layout.whole_rows(jnp.roll(targets, -depth, axis=1))))
+        shares.append(layout.in_order(layout.whole_rows(share)))
     return jnp.stack(of_heads, axis=1), jnp.stack(shares, axis=1)
 
 

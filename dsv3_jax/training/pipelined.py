@@ -207,7 +207,8 @@ class _Rank:
 
     def _tokens(self, m) -> tuple[Any, Tokens]:
         rows = self._micro_batch(m)
-        segments, ids = documents(rows, self.config), tokens_of_rows(rows)[:, :-1]
+        segments = documents(rows, self.config)
+        ids = self.how.layout.whole_rows(tokens_of_rows(rows)[:, :-1])
         return ids, tokens_of(ids, self.how, segments, real_tokens(rows))
 
     def _embed(self, ends, ids):
