@@ -101,6 +101,11 @@ def test_a_pipelined_step_is_the_step(config, start, whole):
     # All devices join a collective-permute; in a branch those of other branches never come.
     permutes = [line for line in step.as_text().splitlines() if "collective-permute(" in line]
     assert permutes and not any("/cond/" in line for line in permutes)
+    if (
+        config.mesh.tensor > 1
+    ):  # which alone differs from one device by 2.2e-5: sums in other orders
+        mesh = dataclasses.replace(config.mesh, pipe=1)
+        whole = compiled(dataclasses.replace(config, mesh=mesh), start)
     check_equal(step(*start, settings(MICROBATCHES)), whole(*start, settings(MICROBATCHES)))
     # The ramp's steps have fewer micro-batches, and compile nothing.
     check_equal(step(*start, settings(2)), whole(*start, settings(2)))
