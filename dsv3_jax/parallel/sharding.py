@@ -125,7 +125,7 @@ class Layout:
         where = self._bound(self.spec(*dims))
         return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, where), x)
 
-    def whole_rows(self, x: jax.Array) -> jax.Array:
+    def whole_rows(self, x: jax.Array | np.ndarray) -> Any:
         """x, [B, T, ...], with no row cut, when inside jit.
 
         To be said of token ids that are shifted along their row: a shift of rows that are cut is a
