@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +87,7 @@ class Config:
         found = []
         for group in dataclasses.fields(self):
             value = getattr(self, group.name)
+            found += [f"{group.name}.{problem}" for problem in _unknown_choices(value)]
             if hasattr(value, "problems"):
                 found += [f"{group.name}.{problem}" for problem in value.problems()]
         if self.resume not in ("auto", "never") and not self.resume.isdecimal():
@@ -143,6 +145,19 @@ class Config:
         if found := self.problems():
             raise UserError("the configuration does not fit together:\n  - " + "\n  - ".join(found))
         return self
+
+
+def _unknown_choices(group: Any) -> list[str]:
+    """What is wrong with fields that have a few choices, which Python does not check."""
+    found = []
+    for name, hint in typing.get_type_hints(type(group)).items():
+        choices = [hint, *typing.get_args(hint)]
+        literals = [choice for choice in choices if typing.get_origin(choice) is Literal]
+        allowed = [value for literal in literals for value in typing.get_args(literal)]
+        value = getattr(group, name, None)
+        if allowed and value not in allowed and not (value is None and type(None) in choices):
+            found.append(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")
+    return found
 
 
 def to_json(config: Any) -> str:

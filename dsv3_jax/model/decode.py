@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.mla_decode.api import plan
 from dsv3_jax.model.cache import AnyCache
+from dsv3_jax.model.checks import check_tokens
 from dsv3_jax.model.ends import embed_tokens, final_norm
 from dsv3_jax.model.forward_pass import Pass, Tokens, as_pass
 from dsv3_jax.model.stack import run_layers
@@ -35,6 +36,7 @@ def prefill(
     token sees them. The expanded form of MLA. Without `counted` all tokens count.
     """
     how = dataclasses.replace(as_pass(config), prefill=True)
+    check_tokens(ids, how.config)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     return _decode(variables, ids, Tokens(positions, counted=counted), cache, how)
 
@@ -53,6 +55,7 @@ def decode_step(
     that comes in chunks. Without `counted` all tokens count.
     """
     how = dataclasses.replace(as_pass(config), prefill=False)
+    check_tokens(ids, how.config, whole_rows=False)
     positions = start[:, None] + jnp.arange(ids.shape[1])
     tokens = Tokens(positions, counted=counted, decode_schedule=decode_schedule(positions, how))
     return _decode(variables, ids, tokens, cache, how)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.mla_decode.kv_splits import KVSplits
+from dsv3_jax.model.checks import check_nothing_is_replaced
 from dsv3_jax.model.placement import gathered
 from dsv3_jax.model.remat import POLICIES
 from dsv3_jax.parallel.sharding import GATHERED, ONE_DEVICE, Layout
@@ -37,6 +38,16 @@ class Pass:
     layout: Layout = ONE_DEVICE
     remat: str = "none"
     prefill: bool = False
+
+    def __post_init__(self) -> None:
+        if self.remat not in POLICIES:
+            raise ValueError(f"remat={self.remat!r} must be one of {', '.join(POLICIES)}")
+        for name, kind in (("config", ModelConfig), ("recipe", Recipe), ("layout", Layout)):
+            if not isinstance(getattr(self, name), kind):
+                what = type(getattr(self, name)).__name__
+                hint = "; recipe_named('fp8_paper') is one" if name == "recipe" else ""
+                raise ValueError(f"{name} must be a {kind.__name__}, not {what}{hint}")
+        check_nothing_is_replaced()
 
     def saving(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A layer's function that saves for its backward pass what `remat` says."""

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.weights import weights
 from dsv3_jax.model.block import Block
+from dsv3_jax.model.checks import check_tokens
 from dsv3_jax.model.ends import embed_tokens, final_norm, gathered_ends, head
 from dsv3_jax.model.forward_pass import Pass, Tokens, as_pass
 from dsv3_jax.model.moe import MoEStats
@@ -113,6 +114,9 @@ def forward(
     that attention must not cross; None lets it (V3's way).
     """
     how = as_pass(config)
+    check_tokens(tokens, how.config)
+    if segments is not None and segments.shape != tokens.shape:
+        raise ValueError(f"segments {segments.shape} must have the shape of tokens {tokens.shape}")
     params = gathered_ends(variables["params"], how)
     states = hidden_states({**variables, "params": params}, tokens, how, segments=segments)
     mtp_logits = tuple(head(params, hidden, how) for hidden in states.mtp_hidden)

@@ -246,7 +246,7 @@ def scales_shape(shape: tuple[int, ...], tile: tuple[int, int]) -> tuple[int, ..
 def _check(shape: tuple[int, ...], tile: tuple[int, int]) -> None:
     if len(shape) < 2:
         raise ValueError(f"tiles cover the last two dims, but {shape=} has {len(shape)}")
-    if len(tile) != 2 or min(tile) < 1:
+    if not isinstance(tile, tuple) or len(tile) != 2 or min(tile) < 1:
         raise ValueError(f"{tile=} must be two positive sizes (rows, columns)")
 
 

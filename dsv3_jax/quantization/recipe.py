@@ -72,6 +72,13 @@ def _blockwise_dgrad(recipe: LinearRecipe | None) -> LinearRecipe | None:
     return recipe and replace(recipe, dgrad=TileFormat(PER_BLOCK))
 
 
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name; ValueError for one that is none of RECIPES."""
+    if name not in RECIPES:
+        raise ValueError(f"recipe {name!r} must be one of {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
 RECIPES: Mapping[str, Recipe] = {
     "bf16": BF16,
     "fp8_paper": _PAPER,

@@ -14,7 +14,7 @@ from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.transformer import States, Variables, hidden_states
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
-from dsv3_jax.quantization.recipe import RECIPES
+from dsv3_jax.quantization.recipe import recipe_named
 from dsv3_jax.training.cross_entropy import head_nats
 
 
@@ -80,7 +80,7 @@ def _counts_at(rows: Supervised, depth: int) -> Bool[Array, "*A B T"]:
 
 def training_pass(config: Config, layout: Layout = ONE_DEVICE) -> Pass:
     """What a run's config says of its passes."""
-    return Pass(config.model, RECIPES[config.quant.preset], layout, config.train.remat)
+    return Pass(config.model, recipe_named(config.quant.preset), layout, config.train.remat)
 
 
 def training_loss(

@@ -14,7 +14,7 @@ from dsv3_jax.model.placement import gathered, shardings
 from dsv3_jax.model.router import update_router_bias
 from dsv3_jax.model.step_weights import made_for_step, with_made
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
-from dsv3_jax.quantization.recipe import RECIPES
+from dsv3_jax.quantization.recipe import recipe_named
 from dsv3_jax.training.loss import (
     LossTerms,
     Rows,
@@ -154,7 +154,7 @@ def for_products(params: Any, config: Config, layout: Layout = ONE_DEVICE) -> tu
     """
     if not layout.one_device:
         return params, jax.tree.map(lambda _: None, params)
-    return params, made_for_step(params, RECIPES[config.quant.preset], config.model.dtype)
+    return params, made_for_step(params, recipe_named(config.quant.preset), config.model.dtype)
 
 
 def gradients(
