@@ -36,8 +36,7 @@ def render(path: Path) -> None:
         text = text.replace(f"![png]({name})", f"![picture {number}]({picture})")
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     text = re.sub(r"\n{4,}", "\n\n", text).strip()
-    source = f"[{path.name}](../../notebooks/{path.name})"
-    note = f"*{source} with its outputs, written by notebooks/render.py.*"
+    note = f"*`notebooks/{path.name}` with its outputs, written by notebooks/render.py.*"
     (DOCS / f"{path.stem}.md").write_text(f"{note}\n\n{text}\n")
     print(f"{path.name}: {time.perf_counter() - began:.0f} s", flush=True)
 
