@@ -1,6 +1,8 @@
 """One training step: accumulation, the router bias, the guard against NaN, devices, compilation."""
 
+import collections
 import dataclasses
+import re
 from functools import partial
 
 import jax
@@ -179,5 +181,12 @@ def test_a_deeper_model_is_the_same_program():
 
 @pytest.mark.slow
 def test_a_deeper_model_compiles_to_as_many_instructions():
-    counts = [lowered_step(layers).compile().as_text().count(" = ") for layers in (4, 16)]
-    assert counts[0] == counts[1]
+    # Where constants stand, in a fusion or before its loop, depends on their sizes.
+    without_work = {"parameter", "constant", "broadcast"}
+
+    def instructions(layers: int) -> dict[str, int]:
+        program = lowered_step(layers).compile().as_text()
+        counts = collections.Counter(re.findall(r" = \S+ ([a-z\-]+)\(", program))
+        return {name: n for name, n in counts.items() if name not in without_work}
+
+    assert instructions(4) == instructions(16)
