@@ -7,6 +7,7 @@ tick, the embedding is looked up again for its gradient. Losses and gradients ar
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -62,10 +63,12 @@ def pipelined_gradients(
     config: Config,
     layout: Layout,
     per_token: float,
+    around: Callable[[RankActs], RankActs] = lambda acts: acts,
 ) -> tuple[LossTerms, Any]:
     """Sums over the step's micro-batches: the terms of the loss, and the gradients of the weights.
 
-    Those are of the losses times per_token. Weights come as `step` holds them.
+    Those are of the losses times per_token. Weights come as `step` holds them. `around` puts
+    something around the acts of a rank, such as time stamps (benchmarks/bench_pipeline.py).
     """
     plan = plan_stages(config)
     inside = dataclasses.replace(layout, outer=("pipe",))
@@ -81,7 +84,9 @@ def pipelined_gradients(
     ends = {name: tree for name, tree in params.items() if name not in kinds}
     ends = layout.constrain_tree(ends, shardings(ends, inside, stored=inside.gathers_each_layer))
     ends_router = {name: tree for name, tree in router.items() if name not in kinds}
-    rank = partial(_rank, plan=plan, config=config, layout=inside, per_token=per_token)
+    rank = partial(
+        _rank, plan=plan, config=config, layout=inside, per_token=per_token, around=around
+    )
     totals = jax.shard_map(
         rank,
         mesh=layout.mesh,
@@ -105,7 +110,17 @@ def _lies_on(of_rank: Any, everywhere: Any) -> Any:
 
 
 def _rank(
-    stacks, ends, ends_router, rows, settings, *, plan: StagePlan, config: Config, layout, per_token
+    stacks,
+    ends,
+    ends_router,
+    rows,
+    settings,
+    *,
+    plan: StagePlan,
+    config: Config,
+    layout,
+    per_token,
+    around,
 ):
     """The totals of one rank of `pipe`, and of all ranks where they are sums over them."""
     stacks = jax.tree.map(lambda leaf: leaf[0], stacks)
@@ -113,7 +128,7 @@ def _rank(
     _, batch, row_len = tokens_of_rows(rows).shape
     micro = (batch, row_len - 1, config.model.hidden_size)
     message = jax.ShapeDtypeStruct(micro, config.model.dtype)
-    acts = RankActs(rank.forward, rank.input_backward, rank.weight_backward)
+    acts = around(RankActs(rank.forward, rank.input_backward, rank.weight_backward))
     totals = run_ticks(plan.tables, acts, rank.zeros(), message, settings.num_micro_batches)
     summed = totals._replace(layers=None, load=None, rounds=None)
     summed = jax.tree.map(lambda x: lax.psum(x, "pipe"), summed)
