@@ -1,6 +1,7 @@
 """A pipelined step against the same step on one device: losses, gradients, loads, idle ranks."""
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -19,9 +20,11 @@ from dsv3_jax.config import (
 )
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import make_layout
+from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.training.restore import restore, state_sha256
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.stages import NO_LAYER, plan_stages
-from dsv3_jax.training.state import init_state
+from dsv3_jax.training.state import abstract_state, init_state
 from dsv3_jax.training.step import train_step
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 
@@ -127,6 +130,21 @@ def test_every_layer_is_in_one_stage_in_the_models_order():
             for n in numbers[kind][stage]
         ]
         assert in_order == [("dense_layers", 0)] + [("moe_layers", n) for n in range(4)]
+
+
+def test_checkpoints_move_between_pipelines(start, tmp_path):
+    """Saved with one rank, with four and with two: the same bits, each a slice where it trains."""
+    state, _ = start
+    digest = state_sha256(state)
+    for step, mesh in enumerate(({"pipe": 4, "data": 2}, {"pipe": 2, "local": 2}, {"data": 1})):
+        with Checkpoints(tmp_path, every_steps=1, keep=3) as checkpoints:
+            checkpoints.save(step, state, {})
+        config = run_config("zb1p", "none", "fsdp", **mesh)
+        layout = make_layout(make_mesh(config.mesh), config.sharding, config.expert_parallel)
+        state, _ = restore(tmp_path, step, abstract_state(config, layout))
+        assert state_sha256(state) == digest
+        of_devices = state.params["moe_layers"]["mlp"]["experts"]["down_proj"].addressable_shards
+        assert len({str(shard.index) for shard in of_devices}) == math.prod(mesh.values())
 
 
 @pytest.mark.slow
