@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import DataConfig, ParallelConfig, ShardingConfig
+from dsv3_jax.config import DataConfig, ParallelConfig, PipelineConfig, ShardingConfig
 from dsv3_jax.parallel.mesh import batch_sharding, make_mesh
 from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.training.checkpoint import Checkpoints
@@ -33,6 +33,8 @@ MESHES = {
     "2 x 4": ({"node": 2, "local": 4}, {"state": "replicated"}, 1),
     "zero1, gathered context": ({"local": 2, "context": 2, "tensor": 2}, {}, 1),
     "fsdp, ring": ({"data": 2, "context": 2, "tensor": 2}, {"state": "fsdp", "context": "ring"}, 2),
+    "zb1p": ({"pipe": 2, "local": 2, "tensor": 2}, {}, 4, "zb1p"),
+    "1f1b": ({"pipe": 2, "context": 2, "data": 2}, {"state": "fsdp"}, 4, "1f1b"),
 }
 
 
@@ -45,10 +47,13 @@ ON_MESHES = [
 class Run:
     """A compiled step on one mesh."""
 
-    def __init__(self, sizes, sharding, micro_batches):
+    def __init__(self, sizes, sharding, micro_batches, schedule="1f1b"):
+        config = tiny_config(MODEL, batch_size=BATCH, seq_len=LENGTH)
         self.config = dataclasses.replace(
-            tiny_config(MODEL, batch_size=BATCH, seq_len=LENGTH),
+            config,
             mesh=ParallelConfig(**sizes),
+            pipeline=PipelineConfig(schedule=schedule),
+            train=dataclasses.replace(config.train, micro_batch_size=BATCH // micro_batches),
             sharding=ShardingConfig(**sharding),
             data=DataConfig(mask_documents=True),
         ).validate()
