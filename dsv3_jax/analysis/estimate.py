@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from dsv3_jax.analysis import latency, pipeline_cost
 from dsv3_jax.analysis.hardware import Accelerator
 from dsv3_jax.analysis.memory import (
+    BYTES,
     Memory,
     Stage,
     mesh_problems,
@@ -348,21 +349,34 @@ def _optimizer_parts(
 ) -> dict[str, float]:
     """Weights and gradients between replicas, and the AdamW update.
 
-    ZeRO-1 gathers weights and reduces gradients once a step, not hidden; without a pipeline the
-    program does the latter in every micro-batch. FSDP gathers each layer twice a micro-batch, and
-    all of it runs beside compute: what takes longer than `compute`, in seconds, is left.
+    FSDP's run beside compute: what takes longer than `compute`, in seconds, is left.
+    """
+    exposed = weights_on_the_wire(config, device, schedule)
+    if config.sharding.state == "fsdp":
+        exposed = max(0.0, exposed - compute)
+    # Gradients' shares and states are read once, states written once, and the weights.
+    touched = 3 * memory.optimizer + memory.weights
+    update = touched / (device.hbm_bandwidth * efficiency.memory)
+    return {"weights and gradients on the wire": exposed, "optimizer": update}
+
+
+def weights_on_the_wire(config: Config, device: Accelerator, schedule: str = "1f1b") -> float:
+    """Seconds that weights and their gradients travel between replicas in a step.
+
+    ZeRO-1 gathers weights and reduces gradients once a step, without a pipeline the latter in every
+    micro-batch; FSDP gathers each layer twice a micro-batch, in the model's dtype. Gradients are
+    f32. Hierarchical: replicas of one scale-up domain first, then, on a share of the bytes as small
+    as there are of those, the domains among each other.
     """
     mesh, state = config.mesh, config.sharding.state
     out = leaves_domain(mesh, device)
     up = device.bandwidth(scale_out=False)
     times = 1 if mesh.pipe > 1 else train_micro_batches(config)
-    # Bytes a parameter, in f32; an all-reduce is a reduction and a gather.
-    gathers = {"replicated": 4 * times, "zero1": 4, "fsdp": 2 * 4 * times}[state]
-    width = 4 * times + gathers
+    # Bytes a parameter; an all-reduce is a reduction and a gather.
+    copy = BYTES[config.model.dtype]
+    width = 4 * times + {"replicated": 4 * times, "zero1": 4, "fsdp": 2 * copy * times}[state]
 
     def between(parameters: float, inner: int, outer: int) -> float:
-        """Hierarchical: replicas of one scale-up domain first, then, on a share of the bytes as
-        small as there are of those, the domains among each other."""
         if not out:
             inner, outer = inner * outer, 1
         seconds = parameters * width * (inner - 1) / inner / up
@@ -371,17 +385,11 @@ def _optimizer_parts(
             seconds += moved / device.bandwidth(scale_out=True)
         return seconds
 
-    exposed = max(
+    return max(
         between(shard.replicated, mesh.local * mesh.context, mesh.data * mesh.node)
         + between(shard.expert, mesh.context, mesh.data)
         for shard in rank_shards(config.model, mesh, schedule)
     )
-    if state == "fsdp":
-        exposed = max(0.0, exposed - compute)
-    # Gradients' shares and states are read once, states written once, and the weights.
-    touched = 3 * memory.optimizer + memory.weights
-    update = touched / (device.hbm_bandwidth * efficiency.memory)
-    return {"weights and gradients on the wire": exposed, "optimizer": update}
 
 
 def calibrate(

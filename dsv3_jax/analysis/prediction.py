@@ -155,9 +155,9 @@ def exchange_traffic(config: Config) -> dict[str, float]:
 def weight_traffic(config: Config) -> tuple[float, float]:
     """(bytes sent to gather weights, bytes sent to add up gradients) by a device in a step.
 
-    FSDP gathers a layer's weights in the forward and in the backward pass of every micro-batch, the
-    embedding and the head once, and reduces gradients where they are made. ZeRO-1 gathers all once
-    a step; its gradients are reduced in every micro-batch.
+    FSDP gathers a layer's weights, cast to the model's dtype, in the forward and in the backward
+    pass of every micro-batch, the embedding and the head once, and reduces gradients in f32 where
+    they are made. ZeRO-1 gathers all once a step; its gradients are reduced in every micro-batch.
     """
     times = train_micro_batches(config)
     state = config.sharding.state
@@ -171,11 +171,11 @@ def weight_traffic(config: Config) -> tuple[float, float]:
         size /= config.mesh.tensor if row.cut and not row.of_expert else 1
         share = (copies - 1) / copies
         once = row.part in ("embedding", "head")
-        width = MASTER
         if state == "fsdp":
+            width = MASTER if row.part == "router" else BYTES[config.model.dtype]
             gathered += size * width * share * (1 if once else 2) * times
         elif state == "zero1":
-            gathered += size * width * share
+            gathered += size * MASTER * share
         whole = 2 if state != "fsdp" else 1  # an all-reduce sends twice what a reduce-scatter does
         reduced += size * MASTER * share * whole * times
     return gathered, reduced

@@ -20,6 +20,7 @@ from dsv3_jax.analysis.hardware import ACCELERATORS
 from dsv3_jax.analysis.model_cost import DEEPSEEK_V3, expected_groups_hit
 from dsv3_jax.analysis.study import Panel, Study
 from dsv3_jax.analysis.what_if_fabric import adaptive_routing, planes_lost, traffic_priority
+from dsv3_jax.analysis.what_if_scale import scale
 from dsv3_jax.config import Config, OptimizerConfig, ParallelConfig, QuantConfig, TrainConfig
 
 H800 = ACCELERATORS["h800"]
@@ -322,5 +323,6 @@ STUDIES: dict[str, Callable[[], Study]] = {
         adaptive_routing,
         traffic_priority,
         ordered_memory,
+        scale,
     )
 }

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.mla_decode.kv_splits import KVSplits
 from dsv3_jax.model.checks import check_nothing_is_replaced
-from dsv3_jax.model.placement import gathered
+from dsv3_jax.model.placement import sliced
 from dsv3_jax.model.remat import POLICIES
 from dsv3_jax.parallel.sharding import GATHERED, ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import BF16, Recipe
@@ -61,7 +61,9 @@ class Pass:
 
         A tree of paths as in docs/architecture.md, or one layer's slice of it.
         """
-        return gathered(variables, self.layout) if self.layout.gathers_each_layer else variables
+        if not self.layout.gathers_each_layer:
+            return variables
+        return sliced(variables, self.layout, self.config.dtype)
 
 
 class Tokens(NamedTuple):

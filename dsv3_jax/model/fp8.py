@@ -165,14 +165,18 @@ def _carrier_and_numbers(x: Any, activation: Activation | None) -> tuple[Array, 
     return x.carrier, x.numbers
 
 
-Made = tuple[BlockScaled, BlockScaled] | None  # a weight's numbers, and the same transposed
+# A weight's numbers, and the same transposed; or a copy of it and None.
+Made = tuple[BlockScaled, BlockScaled] | tuple[Array, None] | None
 
 
 def _matrix(weight: Any, *rows: int) -> tuple[Array, Made]:
     """What carries the gradient of the weight as [*rows, K], and its numbers if they are made."""
     if not isinstance(weight, StepWeight):
         return weight.reshape(*rows, weight.shape[-1]), None
-    return weight.master.reshape(*rows, weight.shape[-1]), (weight.numbers, weight.transposed)
+    master, numbers = weight.master.reshape(*rows, weight.shape[-1]), weight.numbers
+    if not isinstance(numbers, BlockScaled):  # a copy, which is quantised where it is multiplied
+        return master, (numbers.reshape(master.shape), None)
+    return master, (numbers, weight.transposed)
 
 
 def _input_dims(activation: Activation | None) -> int:
@@ -192,7 +196,10 @@ def _forward(x, weight, group_sizes, recipe, activation, arrived=None, made: Mad
     else:
         values = jnp.pad(arrived.values, [(0, 0), (0, -x.shape[1] % _TILE)])
         quantized = BlockScaled(values, arrived.scales, arrived.tile)
-    numbers, transposed = made or (_quantize(weight, recipe.weight), None)
+    numbers, transposed = made or (weight, None)
+    kept = numbers if transposed is None else transposed
+    if not isinstance(numbers, BlockScaled):
+        numbers = _quantize(numbers, recipe.weight)
     y = _multiply(quantized, numbers, group_sizes)
     y = named_product(y[:, : weight.shape[-2]].astype(x.dtype), weight.shape)
     saved = x if arrived is None else quantized
@@ -202,7 +209,6 @@ def _forward(x, weight, group_sizes, recipe, activation, arrived=None, made: Mad
         saved = e5m6.encode(_filled(x.reshape(len(x), -1), 1, e5m6.PACKET))
     # dtypes and shapes travel as arrays that nobody reads: residuals are arrays.
     like, like_weight = jnp.zeros((0, *x.shape[1:]), x.dtype), jnp.zeros((), weight.dtype)
-    kept = weight if transposed is None else transposed
     return y, (saved, like, kept, like_weight, group_sizes)
 
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from dsv3_jax.config.weights import Weight, find_weight
 from dsv3_jax.model.fp8_weights import cut_dims, matrix_dims
 from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.quantization.block_scaled import BlockScaled
+from dsv3_jax.quantization.block_scaled import BlockScaled, StepWeight
 
 # Layers of these are stacked on a leading dim; an MTP module is one layer.
 STACKED = ("dense_layers", "moe_layers")
@@ -64,3 +64,25 @@ def _stacked(dims: tuple[str | None, ...], ndim: int) -> tuple[str | None, ...]:
 
 def _stacked_dims(path: tuple[Any, ...]) -> int:
     return int(any(getattr(entry, "key", None) in STACKED for entry in path))
+
+
+def sliced(tree: Any, layout: Layout, dtype: Any) -> Any:
+    """Variables as a layer's products need them, from variables in slices, those being left so.
+
+    A matrix becomes a StepWeight: its slice, which is cast before it is gathered, and the slice
+    itself, to which the gradient goes back in f32. What else there is, `gathered` gives whole.
+    """
+
+    def make(path, leaf, used, stored):
+        weight = weight_of(path)
+        if weight is None or not weight.is_matrix or weight.part == "router":
+            return layout.gather(leaf, used, stored)
+        copy = jax.lax.stop_gradient(leaf).astype(dtype)
+        return StepWeight(
+            layout.place(leaf, stored.spec),
+            layout.gather(layout.place(copy, stored.spec), used, stored),
+        )
+
+    return jax.tree_util.tree_map_with_path(
+        make, tree, shardings(tree, layout), shardings(tree, layout, stored=True)
+    )

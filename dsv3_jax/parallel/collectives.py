@@ -4,7 +4,9 @@ Everything here runs inside `jax.shard_map` and takes the names of mesh axes; se
 one, the first being the slowest.
 """
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,6 +33,30 @@ def vary(tree: Any, axes: Sequence[str]) -> Any:
 def total(x: Array, axes: Sequence[str]) -> Array:
     """The sum over the devices along `axes`; x itself for none."""
     return lax.psum(x, tuple(axes)) if axes else x
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def carrier_of_slices(piece: Array, cuts: tuple[tuple[int, Axes], ...]) -> Array:
+    """What carries the gradient of a weight of which a device holds a slice: zeros, of its size.
+
+    cuts are the dims along which devices hold slices, and over which axes. The gradient, of which
+    each device has a part, is added up and scattered to the slices, a dim at a time.
+    """
+    shape = list(piece.shape)
+    for dim, axes in cuts:
+        shape[dim] *= math.prod(lax.axis_size(axis) for axis in axes)
+    return vary(jnp.zeros(shape, piece.dtype), tuple(jax.typeof(piece).manual_axis_type.varying))
+
+
+def _carrier_backward(cuts, _, d_whole):
+    for dim, axes in cuts:
+        d_whole = lax.psum_scatter(d_whole, axes, scatter_dimension=dim, tiled=True)
+    return (d_whole,)
+
+
+carrier_of_slices.defvjp(
+    lambda piece, cuts: (carrier_of_slices(piece, cuts), None), _carrier_backward
+)
 
 
 def exchange(blocks: Array, axes: Axes) -> Array:

@@ -22,7 +22,9 @@ from jaxtyping import Int
 
 from dsv3_jax.config import ExpertParallelConfig, ShardingConfig, UserError
 from dsv3_jax.parallel import transports
+from dsv3_jax.parallel.collectives import carrier_of_slices
 from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.quantization.block_scaled import StepWeight
 
 Axes = tuple[str, ...]
 
@@ -170,20 +172,58 @@ class Layout:
         """
         if self.one_device:
             return function
+        if self.gathers_each_layer:
+            return partial(self._of_slices, function, in_specs, (out_specs, check_vma))
+        return self._mapped(function, in_specs, out_specs, check_vma)
+
+    def _mapped(self, function: Callable, in_specs: Any, out_specs: Any, check_vma: bool):
         specs = {"in_specs": in_specs, "out_specs": out_specs, "check_vma": check_vma}
         if outer := jax.sharding.get_abstract_mesh().manual_axes:
             left = set(self.mesh.axis_names) - set(outer)
             return jax.shard_map(function, axis_names=left, **specs)
         return jax.shard_map(function, mesh=self.mesh, **specs)
 
+    def _of_slices(self, function: Callable, in_specs: Any, how: tuple[Any, bool], *operands: Any):
+        """A `shard_map` whose weights, StepWeights, have a master in slices (FSDP).
+
+        What a device sees in the master's place is as large as what it multiplies with, and the
+        gradient of that is scattered to the slices while it is added up.
+        """
+
+        def specs_of(spec, operand):
+            def of_node(node):
+                if not isinstance(node, StepWeight):
+                    return spec
+                return StepWeight(self.stored_spec(spec, node.shape), spec)
+
+            return jax.tree.map(of_node, operand, is_leaf=_is_step_weight)
+
+        def carried(spec, piece):
+            if not _is_step_weight(spec):
+                return piece
+            used = [*spec.numbers, *[None] * piece.master.ndim]
+            cuts = tuple(
+                (dim, _as_axes(entry)[len(_as_axes(used[dim])) :])
+                for dim, entry in enumerate(spec.master)
+            )
+            cuts = tuple((dim, axes) for dim, axes in cuts if axes)
+            return StepWeight(carrier_of_slices(piece.master, cuts), piece.numbers)
+
+        specs = jax.tree.map(specs_of, in_specs, operands, is_leaf=_is_spec)
+
+        def of_device(*pieces):
+            return function(*jax.tree.map(carried, specs, pieces, is_leaf=_is_spec))
+
+        return self._mapped(of_device, specs, *how)(*operands)
+
     def stored_spec(
         self, spec: PartitionSpec, shape: tuple[int, ...], skip_dims: int = 0
     ) -> PartitionSpec:
         """`spec`, cut further over the axes along which devices would hold copies (ZeRO, FSDP).
 
-        Those are the mesh axes that the spec does not use, so dense and expert leaves differ. They
-        go together to the largest dim that they divide, of those that are not cut yet if possible;
-        where none can take them all, one by one. What divides nothing stays whole: norms are small.
+        Those are the mesh axes that the spec does not use, so dense and expert leaves differ. Each
+        goes to the first dim that it divides, so that slices are few rows whole, and dims that
+        follow one another may be put together. What divides nothing stays whole: norms are small.
         The first skip_dims dims, of stacked layers, are left alone.
         """
         if self.config.state == "replicated":
@@ -191,26 +231,14 @@ class Layout:
         cut: list[Axes] = [_as_axes(entry) for entry in spec]
         cut += [()] * (len(shape) - len(cut))
         used = {axis for axes in cut for axis in axes}
-        free = tuple(
-            axis
-            for axis, size in self.mesh.shape.items()
-            if size > 1 and axis not in used and axis not in self.outer
-        )
-
-        def place(axes: Axes) -> bool:
-            def shards(dim: int) -> int:
-                return math.prod(self.mesh.shape[axis] for axis in cut[dim] + axes)
-
-            fitting = [d for d in range(skip_dims, len(shape)) if shape[d] % shards(d) == 0]
-            if not axes or not fitting:
-                return not axes
-            best = max(fitting, key=lambda d: (not cut[d], shape[d]))
-            cut[best] += axes
-            return True
-
-        if not place(free):
-            for axis in sorted(free, key=lambda axis: -self.mesh.shape[axis]):
-                place((axis,))
+        for axis, size in self.mesh.shape.items():
+            if size == 1 or axis in used or axis in self.outer:
+                continue
+            for dim in range(skip_dims, len(shape)):
+                shards = math.prod(self.mesh.shape[each] for each in cut[dim])
+                if shape[dim] % (shards * size) == 0:
+                    cut[dim] += (axis,)
+                    break
         return PartitionSpec(*(axes or None for axes in cut))
 
     def gather(self, x: jax.Array, used: NamedSharding, stored: NamedSharding) -> jax.Array:
@@ -257,6 +285,14 @@ def _gather_bwd(used, stored, _, d_x):
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def _is_step_weight(node: Any) -> bool:
+    return isinstance(node, StepWeight)
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, PartitionSpec | StepWeight)
 
 
 def _as_axes(entry: Any) -> Axes:

@@ -6,10 +6,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.quantization.block_scaled import StepWeight
 
 
 def embed(
-    table_VD: Float[Array, "V D"],
+    table_VD: Float[Array, "V D"] | StepWeight,
     tokens: Int[Array | np.ndarray, "B T"],
     dtype: str,
     layout: Layout,
@@ -22,6 +23,9 @@ def embed(
     vocab, scattered = layout.axes("vocab"), layout.residual_axes()
 
     def look_up(table_VD, tokens):
+        if isinstance(table_VD, StepWeight):  # its carrier's rows are zeros
+            carried = look_up(table_VD.master, tokens)
+            return look_up(table_VD.numbers, tokens) + carried
         if not vocab:
             return jnp.take(table_VD, tokens, axis=0).astype(dtype)
         local = tokens - jax.lax.axis_index(vocab) * len(table_VD)

@@ -42,19 +42,19 @@ def head_nats(
     dtype, as `linear` rounds them, and so are their gradients. A StepWeight brings the head in that
     dtype. With a layout, tokens lie as ("batch", None, "seq") and the head's rows as "vocab".
     """
-    master, copy = (head.master, head.numbers) if isinstance(head, StepWeight) else (head, None)
     vocab, tokens = layout.axes("vocab"), (*layout.axes("batch"), *layout.axes("seq"))
     by_token: Any = layout.spec("batch", None, "seq")
     by_vocab: Any = layout.spec("vocab", None)
     whole: Any = layout.spec()
     return layout.shard_map(
         partial(_of_device, vocab, tokens),
-        (layout.spec("batch", None, "seq", None), by_vocab, by_vocab, by_token, by_token, whole),
+        (layout.spec("batch", None, "seq", None), by_vocab, by_token, by_token, whole),
         (whole, whole),
-    )(layout.constrain(hidden, "batch", None, "seq"), master, copy, targets, shares, factors)
+    )(layout.constrain(hidden, "batch", None, "seq"), head, targets, shares, factors)
 
 
-def _of_device(vocab, tokens, hidden, master, copy, targets, shares, factors):
+def _of_device(vocab, tokens, hidden, head, targets, shares, factors):
+    master, copy = (head.master, head.numbers) if isinstance(head, StepWeight) else (head, None)
     # The gradients of what devices share are added up over them here.
     hidden, master, copy = vary(hidden, vocab), vary(master, tokens), vary(copy, tokens)
     weights = shares * factors[:, None]

@@ -142,8 +142,8 @@ def test_each_device_holds_its_share_of_the_state(state):
     o_proj = layer["self_attn"]["o_proj"]
     assert o_proj.sharding.shard_shape(o_proj.shape) == (1, 3, 4, 5), "the layer dim is whole"
     experts = layer["mlp"]["experts"]["gate_up_proj"].sharding
-    assert experts.spec[1] == "node", "expert parallelism"
-    assert experts.shard_shape((1, 8, 2, 16, 24)) == (1, 4, 2, 16, 6), "and its copies' slices"
+    assert experts.spec[1] == ("node", "data", "context"), "expert parallelism, and its copies"
+    assert experts.shard_shape((1, 8, 2, 16, 24)) == (1, 1, 2, 16, 24)
     replicated = Run({"data": 2, "node": 2, "context": 2}, {"state": "replicated"}, 1)
     assert bytes_per_device(replicated.abstract) > 0.5 * whole
 
