@@ -213,8 +213,8 @@ class Memory:
 
 # What the backward pass of one layer holds at once, over what the layer would keep without
 # rematerialisation, in BF16: its inputs, rows on their way to experts and back, and gradients of
-# both, as XLA's buffer assignment has them for V3 (1.9 MB a token).
-AT_ONCE = 4.1
+# both, as XLA's buffer assignment has them for V3 (1.3 MB a token).
+AT_ONCE = 2.9
 # Logits that the head has at a time (training/cross_entropy.py), and bytes of each: BF16, and the
 # gradient in BF16.
 LOGITS_AT_ONCE, LOGIT_BYTES = 1 << 30, 4
@@ -226,7 +226,7 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
     """Bytes of a training step; `in_flight[rank]` micro-batches are held at once (simulated).
 
     Master weights (f32) and both moments are whole where the state is replicated, else sliced over
-    the replicas. ZeRO-1 gathers all weights in f32 for the step, and has their gradients whole;
+    the replicas. ZeRO-1 gathers all weights in f32 for the step, and has slices of the gradients;
     FSDP has those of one layer at a time, or the head's. A replicated state needs no copy but that
     in the dtype it is multiplied in. The head and a layer are not worked on at the same time: what
     takes more counts.
@@ -253,7 +253,7 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
             weights, gradients = 0.0, 4 * sliced
             of_head, of_layer = HEAD_BYTES * table, 4 * table + 2 * 4 * layer
         elif config.sharding.state == "zero1" and sliced < shard.total:
-            weights, gradients = 4 * shard.total, 4 * (shard.total + sliced)
+            weights, gradients = 4 * shard.total, 4 * sliced
             of_head = of_layer = 0.0
         else:
             weights, gradients = shard.total * (2 if fp8 else width), 4 * shard.total

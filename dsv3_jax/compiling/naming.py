@@ -89,6 +89,8 @@ def describe(buffer: Buffer, names: WeightNames) -> str:
     of_part = " of ".join(where) or ("head" if "shard_map" in parts else "")
     operation = parts[-1] if parts and parts[-1] else buffer.op
     what = weight or of_part or "the step"
+    if operation == "dynamic_update_slice" and what == "the step" and "jvp(" in buffer.source:
+        what = "kept by all layers for the backward pass"
     if weight and of_part:
         what += f", in {of_part}"
     when = pass_of(buffer.source)

@@ -20,6 +20,9 @@ def test_v3_on_2048_h200s_is_predicted_as_it_compiles():
     """`compile` of this config with micro-batches of one row a device; docs/scale.md."""
     found = predict(preset("deepseek_v3_2048_h200", micro_batch_size=2048))
     assert found.arguments == pytest.approx(2.6668e9, rel=0.001)
+    assert found.peak == pytest.approx(20.418 * 2**30, rel=0.15)
+    four_rows = predict(preset("deepseek_v3_2048_h200", micro_batch_size=8192))
+    assert four_rows.peak == pytest.approx(44.98 * 2**30, rel=0.15)
     assert found.flops == pytest.approx(1.15305e16, rel=0.02)
     # Metadata aside, rows are all that is sent.
     assert found.exchange["node"] == pytest.approx(343.17e9, rel=0.02)

@@ -9,13 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig, UserError
 from dsv3_jax.model.forward_pass import Pass
+from dsv3_jax.model.plain_products import product
 from dsv3_jax.model.transformer import forward
 from dsv3_jax.parallel.mesh import AXES, make_mesh
 from dsv3_jax.parallel.sharding import ONE_DEVICE, RULES, Layout, make_layout
+from dsv3_jax.quantization.block_scaled import StepWeight
 from tests.helpers import TOLERANCE, random_tokens, random_variables, relative_error, tiny_model
 
 
@@ -106,3 +109,34 @@ def test_the_ring_is_refused_on_gpus_before_anything_runs():
     mesh: Any = OnGpus()
     with pytest.raises(UserError, match=r"ring.*on GPUs.*use --sharding.context allgather"):
         make_layout(mesh, ShardingConfig(context="ring"), ExpertParallelConfig())
+
+
+def test_a_weight_in_slices_is_gathered_in_bf16_and_its_gradient_scattered_in_f32():
+    """FSDP: no device adds up a gradient whole, and none gathers a master weight."""
+    mesh = make_mesh(ParallelConfig(data=2, node=2, tensor=2))
+    layout = make_layout(mesh, ShardingConfig(state="fsdp"), ExpertParallelConfig())
+    random = np.random.default_rng(5)
+    x, weight = random.standard_normal((8, 1, 6)), random.standard_normal((12, 6))
+    x = jnp.asarray(x, jnp.bfloat16)
+    spec = layout.spec("mlp", None)
+    stored = layout.stored_spec(spec, weight.shape)
+    assert stored == P(("tensor", "data"), "node")  # 12 rows are 6, and 3; then 6 columns
+
+    def loss(weight, x):
+        used, held = (NamedSharding(mesh, each) for each in (spec, stored))
+        copy = jax.lax.stop_gradient(weight).astype(jnp.bfloat16)
+        both = StepWeight(weight, layout.gather(layout.place(copy, stored), used, held))
+        where = layout.spec("batch"), layout.spec("batch", None, "mlp")
+        y = layout.shard_map(product, (where[0], spec), where[1])(x, both)
+        return jnp.sum(y.astype(jnp.float32) ** 2)
+
+    held = jax.device_put(jnp.asarray(weight, jnp.float32), NamedSharding(mesh, stored))
+    step = jax.jit(jax.grad(loss), out_shardings=NamedSharding(mesh, stored))
+    rows = jax.device_put(x, layout.sharding("batch"))
+    lowered = step.lower(held, rows)
+    assert lowered.as_text().count("reduce_scatter") == 2  # over data, then over node
+    narrow = jnp.asarray(weight, jnp.bfloat16)
+    y = jnp.einsum("btk,nk->btn", x, narrow, preferred_element_type=jnp.float32)
+    dy = 2 * y.astype(jnp.bfloat16).astype(jnp.float32)
+    want = np.einsum("btn,btk->nk", np.asarray(dy, np.float64), np.asarray(x, np.float64))
+    assert relative_error(lowered.compile()(held, rows), want) < TOLERANCE["bf16_op"]
