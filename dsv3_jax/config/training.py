@@ -52,6 +52,8 @@ class TrainConfig:
     micro_batch_size: int | None = None
     seq_len: int = 256
     remat: Literal["none", "dots", "v3", "full"] = "none"
+    # MTP's loss trains the MTP modules alone: the main model, embedding and head see none of it.
+    mtp_detach: bool = False
     log_every: int = 10
     eval_every: int = 200  # validation also runs after the last step
     eval_batches: int = 8

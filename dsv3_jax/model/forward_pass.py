@@ -31,6 +31,7 @@ class Pass:
         remat: what each layer saves for its backward pass, a key of remat.POLICIES.
         prefill: a cache that comes along is empty: the tokens attend to each other alone, in the
             expanded form of MLA, and not to the cache in the absorbed form.
+        mtp_detached: MTP modules send no gradient to the hidden states and embeddings they read.
     """
 
     config: ModelConfig
@@ -38,6 +39,7 @@ class Pass:
     layout: Layout = ONE_DEVICE
     remat: str = "none"
     prefill: bool = False
+    mtp_detached: bool = False
 
     def __post_init__(self) -> None:
         if self.remat not in POLICIES:

@@ -172,9 +172,12 @@ def finish(
     """
     params, length = variables["params"], tokens.shape[1]
     hidden = final_norm(params, x, how)
-    mtp_hidden, mtp_stats, previous = [], [], hidden
+    mtp_hidden, mtp_stats = [], []
+    previous = jax.lax.stop_gradient(hidden) if how.mtp_detached else hidden
     for depth in range(how.config.num_nextn_predict_layers):
         embedding = _embedding_ahead(params, tokens, embedded, depth + 1, how)
+        if how.mtp_detached:
+            embedding = jax.lax.stop_gradient(embedding)
         counted = jnp.broadcast_to(of_tokens.positions < length - (depth + 1), tokens.shape)
         if of_tokens.counted is not None:
             counted &= of_tokens.counted & _same_document_ahead(of_tokens, depth + 1, how)

@@ -80,7 +80,8 @@ def _counts_at(rows: Supervised, depth: int) -> Bool[Array, "*A B T"]:
 
 def training_pass(config: Config, layout: Layout = ONE_DEVICE) -> Pass:
     """What a run's config says of its passes."""
-    return Pass(config.model, recipe_named(config.quant.preset), layout, config.train.remat)
+    train, recipe = config.train, recipe_named(config.quant.preset)
+    return Pass(config.model, recipe, layout, train.remat, mtp_detached=train.mtp_detach)
 
 
 def training_loss(
@@ -106,7 +107,7 @@ def training_loss(
         segments=segments,
         counted=real_tokens(rows),
     )
-    nats, ce, mtp = prediction_nats(params, states, rows, mtp_loss_weight, segments, layout)
+    nats, ce, mtp = prediction_nats(params, states, rows, mtp_loss_weight, segments, how)
     load, balance, rounds = _router_stats(states)
     loss = nats + config.schedule.balance_loss_weight * balance
     return loss, LossTerms(ce, mtp, balance, load, rounds)
@@ -125,17 +126,24 @@ def prediction_nats(
     rows: Rows,
     mtp_loss_weight: Float[Array, ""],
     segments: Int[Array, "B T"] | None,
-    layout: Layout,
+    how: Pass,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
     """(ce + lambda * mtp, ce, mtp), nats a token, of the main head and the mean of MTP's."""
-    depths = len(states.mtp_hidden)
-    nats, (ce, *mtp) = head_nats(
-        jnp.stack([states.hidden, *states.mtp_hidden], axis=1),
-        params["lm_head"],
-        *_targets_of_heads(rows, segments, depths, layout),
-        jnp.stack([jnp.ones(()), *[mtp_loss_weight / max(depths, 1)] * depths]),
-        layout,
-    )
+    depths, weight = len(states.mtp_hidden), params["lm_head"]
+    hidden = jnp.stack([states.hidden, *states.mtp_hidden], axis=1)
+    targets, shares = _targets_of_heads(rows, segments, depths, how.layout)
+    factors = jnp.stack([jnp.ones(()), *[mtp_loss_weight / max(depths, 1)] * depths])
+
+    def of_heads(chosen: slice, weight: Any):
+        operands = hidden[:, chosen], weight, targets[:, chosen], shares[:, chosen]
+        return head_nats(*operands, factors[chosen], how.layout)
+
+    if how.mtp_detached and depths:
+        nats, (ce,) = of_heads(slice(0, 1), weight)
+        of_mtp, mtp = of_heads(slice(1, None), jax.lax.stop_gradient(weight))
+        nats += of_mtp
+    else:
+        nats, (ce, *mtp) = of_heads(slice(None), weight)
     return nats, ce, sum(mtp, jnp.zeros(())) / max(depths, 1)
 
 

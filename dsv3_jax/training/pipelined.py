@@ -248,7 +248,7 @@ class _Rank:
             variables = {"params": params, "router": self.ends_router}
             states = finish(variables, y, ids, of_tokens, self.how)
             weight, segments = self.settings.mtp_loss_weight, documents(rows, self.config)
-            nats, ce, mtp = prediction_nats(params, states, rows, weight, segments, self.how.layout)
+            nats, ce, mtp = prediction_nats(params, states, rows, weight, segments, self.how)
             stats = states.mtp_stats
             balance = sum((s.balance_loss.sum() for s in stats), jnp.zeros(()))
             loss = nats + self.alpha * balance
