@@ -9,7 +9,7 @@ import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -87,19 +87,20 @@ def main(argv: Sequence[str]) -> int:
             restored, _ = checkpoints.resume_from(start, abstract._asdict())
             folder.claim(config, corpus.tokenizer, corpus.chat_template, new=start is None)
             state = TrainState(**restored) if restored else origin.create_state(abstract)
+            base = origin.load_base(layout)
         sinks = open_sinks(config, start) if process == 0 else []
         metrics = MetricsLog(
             run_dir, steps=steps, resumed_from=start, primary=process == 0, sinks=sinks
         )
         with checkpoints, metrics:
-            run = Run(config, layout, corpus, schedule, checkpoints, metrics, clock, stop)
+            run = Run(config, layout, corpus, schedule, checkpoints, metrics, clock, stop, base)
             state = train(run, state, start or 0, losses)
             if stop.requested:
                 log.warning("stopped by signal %d at step %d", stop.signal, int(state.step))
                 metrics.record(int(state.step), {"seconds": clock.seconds()})
                 return stop.exit_code
             with clock("sample"):
-                write_sample(config, layout, corpus, state, steps)
+                write_sample(config, layout, corpus, state, steps, base)
             metrics.record(steps, {"seconds": clock.seconds()})
     if process == 0:
         cli.draw_plots(run_dir)
@@ -118,14 +119,15 @@ class Run(NamedTuple):
     metrics: MetricsLog
     clock: Clock
     stop: StopRequest
+    base: Any = None  # frozen weights, of which the state holds adapters
 
 
 def train(run: Run, state: TrainState, start: int, losses: list[float]) -> TrainState:
     """The loop, from step `start` on; returns the last state, which has been saved."""
-    config, layout, corpus, schedule, checkpoints, metrics, clock, stop = run
+    config, layout, corpus, schedule, checkpoints, metrics, clock, stop, base = run
     plan, mesh, run_dir = config.train, mesh_of(state.step), Path(config.run_dir)
-    step_fn = jit_train_step(config, layout, state)
-    evaluate = Evaluation(config, mesh, layout, corpus)
+    step_fn = jit_train_step(config, layout, state, base)
+    evaluate = Evaluation(config, mesh, layout, corpus, base)
     flops = training_flops_per_token(config.model, plan.seq_len, mtp=True)
     throughput = Throughput(clock, flops, list(mesh.devices.flat))
     profile = ProfileWindow(run_dir / "profile", start, plan.steps, plan.profile_steps)
@@ -157,7 +159,7 @@ def train(run: Run, state: TrainState, start: int, losses: list[float]) -> Train
                 metrics.log(done, values)
             if not is_last and plan.sample_every and done % plan.sample_every == 0:
                 with clock("sample"):
-                    write_sample(config, layout, corpus, state, done)
+                    write_sample(config, layout, corpus, state, done, base)
             due = checkpoints.due(done) or is_last or stop.requested
             if guard.may_save(done, due=due, last=is_last):
                 meta = checkpoint_meta(config, corpus, schedule, done, guard.recent)

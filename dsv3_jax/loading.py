@@ -9,6 +9,7 @@ weights, and `inference` places redundant experts.
 
 import contextlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from dsv3_jax.data.tokenizer import TIKTOKEN_FILE, TOKENIZER_FILE, load_tokenize
 from dsv3_jax.data.tokens import Tokenizer
 from dsv3_jax.inference.redundant_experts import measure_load, plan_places, replicate_experts
 from dsv3_jax.interop.checkpoint import is_weights_folder, open_checkpoint
-from dsv3_jax.interop.commands import OpenedRun
+from dsv3_jax.interop.commands import Adapters, OpenedRun
 from dsv3_jax.interop.companions import RunFacts
 from dsv3_jax.interop.load import LoadDType, abstract_leaves, stores_fp8
 from dsv3_jax.interop.load import load as load_checkpoint
@@ -42,9 +43,11 @@ from dsv3_jax.model.transformer import Variables, abstract_variables
 from dsv3_jax.parallel.load_balancer import logged_load
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import Layout, make_layout
+from dsv3_jax.starting import load_frozen, merged_variables, open_base, read_adapters
 from dsv3_jax.training.manifest import steps_in
 from dsv3_jax.training.metrics import newest_numbers
 from dsv3_jax.training.restore import read_meta, read_saved, restore
+from dsv3_jax.training.state import variables_of
 
 _MAX_CONFIG_BYTES = 1 << 20
 
@@ -102,17 +105,33 @@ def _of_run(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
     number, meta = read_meta(folder / "checkpoints", step)
     config = config_from_dict(meta.get("config"), folder / "checkpoints" / str(number))
     layout = layout_for(config.model, *how)
+    if config.lora.rank:
+        return _with_adapters(folder, number, config, layout, fp8)
     abstract = abstract_variables(config.model, layout)
     variables, _ = restore(folder / "checkpoints", number, abstract, partial=True)
     return Model(config, layout, variables)
+
+
+def _with_adapters(folder: Path, step: int, config: Config, layout: Layout, fp8: bool) -> Model:
+    if fp8:
+        raise UserError(f"--fp8: {folder} is a LoRA run, whose base is held as lora.base says")
+    base = load_frozen(config, open_base(folder, config), layout)
+    adapters = read_adapters(folder, step, config, layout)
+    return Model(config, layout, variables_of(adapters, {}, base, config))
 
 
 def open_run(run_dir: Path, step: str) -> OpenedRun:
     """A run's checkpoint in f32, its tokenizer.json (None for bytes) and its numbers then."""
     found, meta = read_meta(run_dir / "checkpoints", step)
     config = config_from_dict(meta.get("config"), run_dir / "checkpoints" / str(found))
-    abstract = abstract_variables(config.model)
-    variables, _ = restore(run_dir / "checkpoints", found, abstract, partial=True)
+    adapters, variables = None, {}
+    if config.lora.rank:
+        weights, tree = open_base(run_dir, config), read_adapters(run_dir, found, config)
+        merge = partial(merged_variables, weights, tree, config)
+        adapters = Adapters(tree, str(weights.folder), merge)
+    else:
+        abstract = abstract_variables(config.model)
+        variables, _ = restore(run_dir / "checkpoints", found, abstract, partial=True)
     names = ("tokenizer.json", "tiktoken.model")  # where the run's tokenizer has a file
     files = [run_dir / name for name in names if (run_dir / name).exists()]
     facts = RunFacts(found, config, newest_numbers(run_dir / "metrics.jsonl", found))
@@ -120,6 +139,7 @@ def open_run(run_dir: Path, step: str) -> OpenedRun:
     return OpenedRun(
         *(config.model, variables, files[0] if files else None, facts),
         scales if scales.exists() else None,
+        adapters,
     )
 
 

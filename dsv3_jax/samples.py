@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -10,16 +11,23 @@ from dsv3_jax.config import Config
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.training.state import TrainState
+from dsv3_jax.training.state import TrainState, variables_of
 
 log = logging.getLogger(__name__)
 PROMPT_TOKENS = 64
 
 
 def write_sample(
-    config: Config, layout: Layout, corpus: Corpus, state: TrainState, step: int
+    config: Config,
+    layout: Layout,
+    corpus: Corpus,
+    state: TrainState,
+    step: int,
+    base: Any = None,
 ) -> None:
     """Lets the model continue the validation text's first lines, as it is after `step` steps.
+
+    `base` are the frozen variables of a LoRA run.
 
     The text is shown, added to RUN/samples.jsonl (step, prompt, text), and is RUN/sample.txt.
     """
@@ -28,7 +36,7 @@ def write_sample(
     length = min(PROMPT_TOKENS, len(corpus.val), config.train.seq_len)
     prompt = corpus.val.slice(0, length).tolist()
     tokens = generate(
-        {"params": state.params, "router": state.router},
+        variables_of(state.params, state.router, base, config),
         [prompt],
         config.model,
         max_new_tokens=config.train.sample_tokens,

@@ -2,13 +2,20 @@
 
 import dataclasses
 import json
+import shutil
 
+import jax
+import numpy as np
 import pytest
 
 import train
-from dsv3_jax import cli
+from dsv3_jax import cli, loading
 from dsv3_jax.config import UserError
 from dsv3_jax.data.tokenizer import train_tokenizer
+from dsv3_jax.interop.load import load_hf
+from dsv3_jax.interop.safetensors import load_file
+from dsv3_jax.model.transformer import forward
+from dsv3_jax.training.restore import read_saved
 from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
 
 MODEL = dataclasses.replace(
@@ -68,6 +75,67 @@ def test_from_a_folder_and_conversations_to_a_lower_loss(hf, config_file, tmp_pa
     assert [line for line in lines if "val_loss" in line]
     template = (run / "chat_template.jinja").read_text()
     assert template == (tmp_path / "data" / "chat_template.jinja").read_text()
+
+
+@pytest.fixture(scope="module")
+def lora_run(hf, config_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lora")
+    chat = write_lines(folder / "chat.jsonl", [talk("one", "two"), talk("three", "four of a")])
+    prepare(chat, folder / "data", hf)
+    argv = ["--config", config_file, "--init-from", hf, "--data.path", folder / "data"]
+    argv += ["--run-dir", folder / "run", "--lora.rank", 2, "--lora.targets"]
+    argv += ["q_b_proj", "kv_b_proj", "shared_experts/down_proj", "--train.sample-tokens", 2]
+    assert train.main([*map(str, argv)]) == 0
+    return folder / "run", [*map(str, argv)]
+
+
+def test_a_lora_run_holds_adapters_alone_and_lowers_the_loss(lora_run, hf):
+    run, _ = lora_run
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["ce"] for line in lines if "ce" in line]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    saved = read_saved(run / "checkpoints" / "3")["arrays"]
+    kinds = {name.split("/")[-1] for name in saved if name.startswith("params/")}
+    assert kinds == {"lora_a", "lora_b"} and not any(n.startswith("router") for n in saved)
+
+
+def test_a_lora_run_is_read_and_exported(lora_run, hf, tmp_path):
+    """Its own logits, those of the merged export, and the adapter's matrices by peft's names."""
+    run, _ = lora_run
+    tokens = np.arange(2, 26, dtype=np.int32).reshape(2, 12)
+    model = loading.load(run)
+    ours = jax.jit(forward, static_argnums=2)(model.variables, tokens, model.config.model).logits
+    with pytest.raises(UserError, match="is a LoRA run: --adapter exports"):
+        cli.main(["export-hf", str(run), str(tmp_path / "x")])
+    cli.main(["export-hf", str(run), str(tmp_path / "merged"), "--merge", "--dtype", "f32"])
+    config, variables = load_hf(tmp_path / "merged", dtype="f32")
+    config = dataclasses.replace(config, dtype=model.config.model.dtype)
+    merged = jax.jit(forward, static_argnums=2)(variables, tokens, config).logits
+    base = loading.load(hf)
+    before = jax.jit(forward, static_argnums=2)(base.variables, tokens, base.config.model).logits
+    assert np.abs(ours - merged).max() < 0.05 * np.std(merged)
+    assert np.abs(before - merged).max() > np.abs(ours - merged).max()
+    cli.main(["export-hf", str(run), str(tmp_path / "adapter"), "--adapter"])
+    values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (values["r"], values["lora_alpha"]) == (2, 16.0)
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    name = "base_model.model.model.layers.1.self_attn.q_b_proj"
+    assert tensors[f"{name}.lora_A.weight"].shape == (2, MODEL.q_lora_rank)
+    heads = MODEL.num_attention_heads * MODEL.qk_head_dim
+    assert tensors[f"{name}.lora_B.weight"].shape == (heads, 2)
+    assert "model.layers.1.mlp.shared_experts.down_proj" in values["target_modules"]
+    assert (tmp_path / "adapter" / "tokenizer.json").exists()
+
+
+def test_an_adapter_does_not_go_on_another_base(lora_run, hf, tmp_path):
+    _, argv = lora_run
+    other = write_hf(tmp_path / "other", MODEL, hf_tensors(MODEL, "bf16", seed=5))
+    shutil.copyfile(hf / "tokenizer.json", other / "tokenizer.json")
+    more = ["--init-from", str(other), "--train.steps", "4"]
+    with pytest.raises(UserError, match="begun with other weights"):
+        train.main([*argv, *more])
+    with pytest.raises(UserError, match="needs init_from"):
+        train.main(["--lora.rank", "2", "--run-dir", str(tmp_path / "run")])
 
 
 REFUSED = {

@@ -25,6 +25,7 @@ from dsv3_jax.config.run import (
 from dsv3_jax.config.training import (
     CheckpointConfig,
     DataConfig,
+    LoraConfig,
     OptimizerConfig,
     QuantConfig,
     ScheduleConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "DataConfig",
     "DistributedConfig",
     "ExpertParallelConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",

@@ -23,6 +23,7 @@ from dsv3_jax.config.rules import UserError, round_up
 from dsv3_jax.config.training import (
     CheckpointConfig,
     DataConfig,
+    LoraConfig,
     OptimizerConfig,
     QuantConfig,
     ScheduleConfig,
@@ -45,6 +46,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
@@ -105,6 +107,14 @@ class Config:
             found.append(
                 f"train.seq_len={self.train.seq_len} leaves nothing to predict at MTP depth "
                 f"{self.model.num_nextn_predict_layers}"
+            )
+        if self.lora.rank and not self.init_from:
+            found.append("lora.rank needs init_from: adapters change weights that are there")
+        if self.lora.rank and (self.mesh.pipe > 1 or self.sharding.state == "fsdp"):
+            found.append(
+                f"lora.rank with mesh.pipe={self.mesh.pipe} and sharding.state="
+                f"{self.sharding.state!r}: a frozen base lies whole or cut over tensor and expert "
+                "axes: use mesh.pipe=1 and sharding.state='zero1'"
             )
         expert_shards = self.mesh.node * self.mesh.local
         if self.expert_parallel.transport == "local" and expert_shards > 1:

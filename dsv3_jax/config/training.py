@@ -145,6 +145,29 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on a frozen base, which init_from names; rank 0: all weights train."""
+
+    rank: int = 0
+    alpha: float = 16.0  # an update counts alpha / rank
+    # Names of projections, ours or published, alone or with their module (mlp/experts/down_proj);
+    # none: all of attention.
+    targets: tuple[str, ...] = ()
+    # How the base is held: as the FP8 blocks that were published, or in the model's dtype; "auto":
+    # FP8 where the weights are stored so.
+    base: Literal["auto", "fp8", "bf16", "f32"] = "auto"
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values."""
+        found = []
+        if self.rank < 0:
+            found.append(f"rank={self.rank} must not be negative")
+        if self.alpha <= 0:
+            found.append(f"alpha={self.alpha} must be positive")
+        return found
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     """When the state is saved and how much is kept."""
 

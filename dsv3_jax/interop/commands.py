@@ -30,6 +30,18 @@ class OpenedRun(NamedTuple):
     tokenizer: Path | None
     facts: RunFacts | None = None
     published_scales: Path | None = None
+    adapters: Adapters | None = None
+
+
+class Adapters(NamedTuple):
+    """Those of a LoRA run, whose OpenedRun has no variables; `merge` loads its base and adds them.
+
+    `base` is where that lies.
+    """
+
+    tree: dict[str, Any]
+    base: str
+    merge: Callable[[], dict[str, Any]]
 
 
 OpenRun = Callable[[Path, str], OpenedRun]
@@ -55,6 +67,8 @@ class ExportOptions:
     dtype: Literal["stored", "bf16", "f32", "fp8"] = "stored"  # stored: as it is, f32 for a run
     step: str = "auto"  # of a run: the newest valid one, or its number
     overwrite: bool = False
+    adapter: bool = False  # of a LoRA run: its adapters alone, in the form of peft
+    merge: bool = False  # of a LoRA run: the weights with its adapters added to them
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,13 @@ def run_export(options: ExportOptions, open_run: OpenRun) -> None:
     from dsv3_jax.interop.exporting import export_hf
 
     start = time.monotonic()
-    source, run = open_source(options.src, options.step, open_run)
+    if options.adapter and options.merge:
+        raise UserError("give either --adapter or --merge")
+    if options.adapter:
+        _export_adapter(options, open_run)
+        _say("exported", options.dst, start)
+        return
+    source, run = open_source(options.src, options.step, open_run, merge=options.merge)
     export_hf(
         source,
         options.dst,
@@ -106,6 +126,24 @@ def run_export(options: ExportOptions, open_run: OpenRun) -> None:
             else f"no tokenizer exported: {options.src} has no tokenizer.json (it was trained with "
             f"{run.facts.config.data.tokenizer})"
         )
+
+
+def _export_adapter(options: ExportOptions, open_run: OpenRun) -> None:
+    from dsv3_jax.interop.checkpoint import is_weights_folder
+    from dsv3_jax.interop.peft_adapter import export_adapter
+
+    run = None if is_weights_folder(options.src) else open_run(options.src, options.step)
+    if run is None or run.adapters is None or run.facts is None:
+        raise UserError(f"--adapter: {options.src} is no LoRA run")
+    export_adapter(
+        run.adapters.tree,
+        run.config,
+        run.facts.config.lora,
+        run.adapters.base,
+        options.dst,
+        overwrite=options.overwrite,
+        files_from=options.src,
+    )
 
 
 def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
@@ -130,10 +168,12 @@ def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
     print(f"wrote {options.out}")
 
 
-def open_source(folder: Path, step: str, open_run: OpenRun) -> tuple[Checkpoint, OpenedRun | None]:
+def open_source(
+    folder: Path, step: str, open_run: OpenRun, *, merge: bool = True
+) -> tuple[Checkpoint, OpenedRun | None]:
     """The checkpoint of a run, an import or a Hugging Face folder; and the run, if it is one.
 
-    UserError when there is no such folder.
+    UserError when there is no such folder, and for a LoRA run that is not to be merged.
     """
     from dsv3_jax.interop.checkpoint import from_variables, is_weights_folder, open_checkpoint
     from dsv3_jax.interop.published_scales import with_published_scales
@@ -143,6 +183,13 @@ def open_source(folder: Path, step: str, open_run: OpenRun) -> tuple[Checkpoint,
     if is_weights_folder(folder):
         return open_checkpoint(folder), None
     run = open_run(folder, step)
+    if run.adapters is not None:
+        if not merge:
+            raise UserError(
+                f"{folder} is a LoRA run: --adapter exports its adapters, --merge the weights with "
+                "them added"
+            )
+        run = run._replace(variables=run.adapters.merge())
     checkpoint = from_variables(run.variables, run.config)
     if run.published_scales is not None:
         checkpoint = with_published_scales(checkpoint, run.published_scales)

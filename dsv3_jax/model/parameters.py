@@ -1,5 +1,6 @@
 """A module's parameters, made from their rows in the table of weights and handed out by name."""
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ from flax import linen as nn
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.config.weights import Weight, Where, weights
+from dsv3_jax.model.adapters import Adapted
 from dsv3_jax.model.fp8_weights import FP8Weight
 from dsv3_jax.quantization.block_scaled import BlockScaled, StepWeight
 
@@ -50,6 +52,8 @@ def _parameter(module: nn.Module, row: Weight, config: ModelConfig, num_places: 
         return module.variable(row.collection, row.name, fill, shape, jnp.float32).value
     if module.has_variable("params", row.name):
         numbers = module.get_variable("params", row.name)
+        if isinstance(numbers, Adapted):
+            return dataclasses.replace(numbers, shape=shape)
         if isinstance(numbers, StepWeight):
             return numbers
         if isinstance(numbers, BlockScaled):

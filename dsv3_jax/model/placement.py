@@ -11,6 +11,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from dsv3_jax.config.weights import Weight, find_weight
+from dsv3_jax.model.adapters import A, B
 from dsv3_jax.model.fp8_weights import cut_dims, matrix_dims
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import BlockScaled, StepWeight
@@ -38,7 +39,10 @@ def shardings(tree: Any, layout: Layout, *, stored: bool = False) -> Any:
             dims = matrix_dims(weight)
             where = layout.sharding(*cut_dims(leaf, _stacked(dims, leaf.ndim), layout))
             return BlockScaled(where, where, leaf.tile)
-        spec = layout.spec(*_stacked(() if weight is None else weight.dims, leaf.ndim))
+        dims = () if weight is None else weight.dims
+        if weight is None and (base := _adapted(path)) is not None:  # an adapter lies by experts
+            dims = (*base.dims[: len(base.lead)], None, None)
+        spec = layout.spec(*_stacked(dims, leaf.ndim))
         if stored and (weight is None or weight.collection == "params"):
             spec = layout.stored_spec(spec, leaf.shape, skip_dims=_stacked_dims(path))
         return NamedSharding(layout.mesh, spec)
@@ -46,6 +50,12 @@ def shardings(tree: Any, layout: Layout, *, stored: bool = False) -> Any:
     return jax.tree_util.tree_map_with_path(
         place, tree, is_leaf=lambda node: isinstance(node, BlockScaled)
     )
+
+
+def _adapted(path: tuple[Any, ...]) -> Weight | None:
+    """The row of the weight that the adapter at a path belongs to; None for what is no adapter."""
+    names = [str(entry.key) for entry in path if hasattr(entry, "key")]
+    return find_weight(names[:-1]) if names and names[-1] in (A, B) else None
 
 
 def gathered(tree: Any, layout: Layout) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -21,12 +22,15 @@ from dsv3_jax.training.stopping import StopRequest
 class Evaluation:
     """The same rows at every call, spread evenly over the validation split of each corpus."""
 
-    def __init__(self, config: Config, mesh: Mesh, layout: Layout, corpus: Corpus):
+    def __init__(
+        self, config: Config, mesh: Mesh, layout: Layout, corpus: Corpus, base: Any = None
+    ):
         plan = config.train
         batch = plan.micro_batch_size or plan.batch_size
         self._batches = val_rows(corpus, plan.seq_len + 1, batch, plan.eval_batches, config.data)
         self._place = batch_sharding(mesh, batch_dim=0)
         self._eval = jax.jit(partial(eval_step, config=config, layout=layout))
+        self._base = base
 
     def __call__(self, state: TrainState, stop: StopRequest) -> dict[str, float]:
         """val_loss, nats a token, and val_bits_per_byte; nothing when the run is asked to stop.
@@ -40,7 +44,7 @@ class Evaluation:
             supervised = isinstance(batch.rows, SupervisedRows)
             rows = Supervised(*batch.rows) if supervised else batch.rows
             rows = jax.device_put(rows, self._place)
-            losses.append(float(self._eval(state.params, state.router, rows)))
+            losses.append(float(self._eval(state.params, state.router, rows, base=self._base)))
         nats = sum(loss * batch.tokens for loss, batch in zip(losses, self._batches, strict=True))
         tokens = sum(batch.tokens for batch in self._batches)
         text_bytes = sum(batch.text_bytes for batch in self._batches)

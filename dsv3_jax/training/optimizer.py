@@ -9,6 +9,7 @@ from jaxtyping import Array, Int
 
 from dsv3_jax.config import OptimizerConfig
 from dsv3_jax.config.weights import find_weight
+from dsv3_jax.model.adapters import A, B
 
 
 class AdamState(NamedTuple):
@@ -90,6 +91,8 @@ def decayed(params: Any) -> Any:
     """
 
     def applies(path, _):
+        if str(path[-1].key) in (A, B):  # of an adapter: matrices
+            return True
         weight = find_weight([str(entry.key) for entry in path])
         if weight is None:
             name = jax.tree_util.keystr(path, simple=True, separator="/")

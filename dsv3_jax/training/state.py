@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from dsv3_jax.config import Config
+from dsv3_jax.model.adapters import init_adapters, with_adapters
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import init_variables
 from dsv3_jax.parallel.mesh import mesh_of
@@ -17,7 +18,10 @@ from dsv3_jax.training.optimizer import make_optimizer
 
 
 class TrainState(NamedTuple):
-    """All that a checkpoint holds: f32 master weights, router biases, moments and counters."""
+    """All that a checkpoint holds: f32 master weights, router biases, moments and counters.
+
+    Of a LoRA run the weights are its adapters, and the router biases are the frozen base's.
+    """
 
     step: Int[Array, ""]
     params: Any
@@ -28,12 +32,23 @@ class TrainState(NamedTuple):
 
 
 def init_state(key: PRNGKeyArray, config: Config) -> TrainState:
-    """The state before the first step."""
-    variables = init_variables(key, config.model)
-    params, router = variables["params"], variables["router"]
+    """The state before the first step; of a LoRA run, of the adapters alone."""
+    if config.lora.rank:
+        params, router = init_adapters(key, config.model, config.lora), {}
+    else:
+        variables = init_variables(key, config.model)
+        params, router = variables["params"], variables["router"]
     counters = [jnp.zeros((), jnp.int32) for _ in range(3)]
     opt_state = make_optimizer(config.optimizer).init(params)
     return TrainState(counters[0], params, router, opt_state, counters[1], counters[2])
+
+
+def variables_of(params: Any, router: Any, base: Any, config: Config) -> Any:
+    """What the model is given: the trained weights, or a frozen base with its adapters."""
+    if base is None:
+        return {"params": params, "router": router}
+    adapted = with_adapters(base["params"], params, config.lora)
+    return {"params": adapted, "router": base["router"]}
 
 
 def create_state(config: Config, abstract: TrainState) -> TrainState:
@@ -75,6 +90,18 @@ def _made(make: Callable[[Any], Any], abstract: Any, seed: int) -> Any:
     on_cpu = mesh_of(jax.tree.leaves(abstract)[0]).devices.flat[0].platform == "cpu"
     options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
     return lowered.compile(compiler_options=options)(key)
+
+
+def abstract_adapters(config: Config, layout: Layout) -> Any:
+    """A LoRA run's adapters as shapes and dtypes, with shardings where the layout has devices."""
+    make = partial(init_adapters, model=config.model, lora=config.lora)
+    shapes = jax.eval_shape(make, jax.random.key(0))
+    if not layout.has_devices:
+        return shapes
+    return jax.tree.map(
+        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
+        *(shapes, shardings(shapes, layout)),
+    )
 
 
 def abstract_state(config: Config, layout: Layout) -> TrainState:

@@ -28,7 +28,7 @@ from dsv3_jax.training.loss import (
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.pipelined import pipelined_gradients
 from dsv3_jax.training.schedule import StepSettings
-from dsv3_jax.training.state import TrainState
+from dsv3_jax.training.state import TrainState, variables_of
 
 # Eigen multiplies rather than YNNPACK (docs/log.md). Where one device has all cores, independent
 # products run side by side. With a device a core that makes devices wait for each other: 368 ms a
@@ -56,7 +56,7 @@ class StepMetrics(NamedTuple):
     skipped_in_row: Int[Array, ""]
 
 
-def jit_train_step(config: Config, layout: Layout, state: TrainState) -> Any:
+def jit_train_step(config: Config, layout: Layout, state: TrainState, base: Any = None) -> Any:
     """`train_step` of this config, compiled on its first call; it takes over the state's memory.
 
     The new state lies as this one, which may be abstract; metrics are whole on every device. Were
@@ -65,12 +65,13 @@ def jit_train_step(config: Config, layout: Layout, state: TrainState) -> Any:
     options: Any = None
     if layout.platform == "cpu":
         options = ONE_CPU_OPTIONS if layout.mesh.size == 1 else CPU_OPTIONS
-    return jax.jit(
+    step = jax.jit(
         partial(train_step, config=config, layout=layout),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), state.step.sharding),
         compiler_options=options,
     )
+    return step if base is None else partial(step, base=base)
 
 
 def train_step(
@@ -79,12 +80,14 @@ def train_step(
     settings: StepSettings,
     config: Config,
     layout: Layout = ONE_DEVICE,
+    base: Any = None,
 ) -> tuple[TrainState, StepMetrics]:
     """The state after one step on the first num_micro_batches of A micro-batches, and its metrics.
 
+    `base` are the frozen variables that the state's adapters belong to, where it has any.
     A step whose loss or gradient norm is not finite changes nothing but the counters.
     """
-    loss, terms, grads = gradients(state, rows, settings, config, layout)
+    loss, terms, grads = gradients(state, rows, settings, config, layout, base)
     grad_norm = optax.tree.norm(grads)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     updates, opt_state = make_optimizer(config.optimizer).update(
@@ -124,11 +127,12 @@ def eval_step(
     rows: Rows,
     config: Config,
     layout: Layout = ONE_DEVICE,
+    base: Any = None,
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the main model, nats a token, of rows of T + 1 tokens: of all of them,
     or of those that count."""
     segments = documents(rows, config)
-    variables = {"params": _gathered_once(params, layout), "router": router}
+    variables = variables_of(_gathered_once(params, layout), router, base, config)
     how = dataclasses.replace(training_pass(config, layout), remat="none")
     return mean_nats(variables, rows, how, segments)
 
@@ -163,6 +167,7 @@ def gradients(
     settings: StepSettings,
     config: Config,
     layout: Layout = ONE_DEVICE,
+    base: Any = None,
 ) -> tuple[Float[Array, ""], LossTerms, Any]:
     """(loss, terms, gradients): means over the step's micro-batches, and sums of the loads."""
 
@@ -178,10 +183,12 @@ def gradients(
         return _pipelined(state, rows, settings, config, layout, per_token)
 
     # What every micro-batch multiplies by is made before the first of them, and only once.
-    params, made = for_products(_gathered_once(state.params, layout), config, layout)
+    params = _gathered_once(state.params, layout)
+    params, made = for_products(params, config, layout) if base is None else (params, None)
 
     def loss_of(params, micro_rows):
-        variables = {"params": with_made(params, made), "router": state.router}
+        params = params if made is None else with_made(params, made)
+        variables = variables_of(params, state.router, base, config)
         loss, terms = training_loss(variables, micro_rows, settings.mtp_loss_weight, config, layout)
         return loss * per_token, (loss, terms)
 
