@@ -73,7 +73,7 @@ def test_fresh_adapters_change_nothing():
     adapters = init_adapters(jax.random.key(0), MODEL, LORA)
     loss = jax.jit(lambda a: loss_of(VARIABLES, a))(adapters)
     plain = jax.jit(lambda v: training_loss(v, ROWS, jnp.float32(0.3), CONFIG)[0])(VARIABLES)
-    assert float(loss) == float(plain)
+    assert float(loss) == pytest.approx(float(plain), rel=1e-6)
     a = adapters["moe_layers"]["self_attn"]["q_b_proj"]["lora_a"]
     assert 0.8 / np.sqrt(a.shape[-1]) < np.abs(a).max() <= 1 / np.sqrt(a.shape[-1])
 
@@ -98,7 +98,7 @@ def test_recipes_and_remat(preset, remat):
 @pytest.mark.parametrize("axes", [{"data": 2, "local": 2}, {"tensor": 2, "local": 2}], ids=str)
 def test_meshes(axes):
     model = tiny_model(
-        num_hidden_layers=2, num_attention_heads=4, n_routed_experts=8, intermediate_size=28
+        num_hidden_layers=2, num_attention_heads=4, n_routed_experts=8, vocab_size=38
     )
     base, lora = random_variables(model), LORA
     shapes = jax.eval_shape(lambda key: init_adapters(key, model, lora), jax.random.key(0))
