@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.interop.load import load_hf
 from dsv3_jax.interop.safetensors import load_file
 from dsv3_jax.model.transformer import forward
+from dsv3_jax.starting import open_weights
 from dsv3_jax.training.restore import read_saved
 from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
 
@@ -195,3 +198,64 @@ def test_conversations_longer_than_a_row(hf, config_file, tmp_path):
     argv += ["--run-dir", tmp_path / "run"]
     with pytest.raises(UserError, match="long_documents=cut"):
         train.main([*map(str, argv)])
+
+
+ROOT = Path(__file__).parent.parent
+SMALL = "--train.steps 3 --train.seq-len 48 --train.batch-size 2 --optimizer.learning-rate 1e-2"
+
+
+def documented_commands() -> list[list[str]]:
+    """The first three commands of docs/finetuning.md."""
+    text = (ROOT / "docs" / "finetuning.md").read_text()
+    block = text.split("```")[1].strip().splitlines()
+    assert len(block) == 3
+    return [shlex.split(line.removeprefix("python ")) for line in block]
+
+
+@pytest.fixture(scope="module")
+def by_the_docs(hf, tmp_path_factory):
+    """A folder in which the documented commands have run, word for word but for the run's size."""
+    folder = tmp_path_factory.mktemp("docs")
+    write_lines(folder / "chat.jsonl", [talk("one", "two"), talk("three", "four of a")])
+    shutil.copytree(hf, folder / "MODEL")
+    (folder / "configs").mkdir()
+    shutil.copyfile(ROOT / "configs" / "finetune.py", folder / "configs" / "finetune.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for words in documented_commands():
+            if words[0] == "train.py":
+                assert train.main([*words[1:], *SMALL.split()]) == 0
+            else:
+                assert words[:2] == ["-m", "dsv3_jax"]
+                cli.main(words[2:])
+    return folder
+
+
+def test_the_documented_commands_tune_and_export(by_the_docs):
+    before, after = (
+        load_hf(by_the_docs / name, dtype="f32")[1]["params"] for name in ("MODEL", "TUNED")
+    )
+    assert np.abs(after["lm_head"] - before["lm_head"]).max() > 0
+    assert (by_the_docs / "TUNED" / "chat_template.jinja").exists()
+    assert (by_the_docs / "TUNED" / "tokenizer_config.json").exists()
+
+
+@pytest.mark.oracle
+def test_transformers_answers_with_the_export(by_the_docs):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3ForCausalLM
+
+    DeepseekV3ForCausalLM._keys_to_ignore_on_load_unexpected = [r"model\.layers\.2\."]
+    tuned = by_the_docs / "TUNED"
+    tokenizer = AutoTokenizer.from_pretrained(tuned)
+    model = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
+    turns = [{"role": "user", "content": "one"}]
+    ids = tokenizer.apply_chat_template(
+        turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    said = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert said.shape[1] > ids.shape[1]
+    _, variables = load_hf(tuned, dtype="f32")
+    config = dataclasses.replace(open_weights(tuned).model, dtype="float32")
+    ours = jax.jit(forward, static_argnums=2)(variables, ids.numpy().astype(np.int32), config)
+    assert int(np.argmax(ours.logits[0, -1])) == int(said[0, ids.shape[1]])
