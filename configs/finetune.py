@@ -2,8 +2,8 @@
 
     python train.py --config configs/finetune.py --init-from MODEL --data.path chat --run-dir RUN
 
-The model is that of MODEL. A constant rate after a short warm-up, no batch-size ramp, and router biases
-that keep moving slowly, so that experts stay balanced on the new data.
+The model is that of MODEL. A constant rate after a short warm-up, no batch-size ramp, and router
+biases that keep moving slowly, so that experts stay balanced on the new data.
 """
 
 from dsv3_jax.config import (
