@@ -8,7 +8,9 @@ Exit codes: 0 done, 1 the environment failed (disk, backend, damaged files), 2 t
 own bugs, or with DSV3_DEBUG=1.
 """
 
+import dataclasses
 import importlib.util
+import json
 import logging
 import os
 import sys
@@ -265,6 +267,42 @@ def report(options: ReportOptions) -> None:
 
 
 @dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure a model on a text or on prepared data: nats, bits, perplexity, drafts, experts."""
+
+    checkpoint: Path  # a run directory, an import, or a Hugging Face folder
+    text: Path | None = None  # a text file, read whole
+    data: Path | None = None  # a folder that `prepare` wrote; its validation side is read
+    tokenizer: str | None = None  # None: the one the model was trained with
+    step: str = "auto"  # of a run: the newest valid one, or its number
+    seq_len: int = 512  # tokens of a row
+    batch_size: int = 4
+    batches: int = 64  # at most, of prepared data
+    json: Path | None = None  # also write all numbers to this file
+
+
+def evaluate(options: EvaluateOptions) -> None:
+    """python -m dsv3_jax evaluate"""
+    from dsv3_jax.evaluating import evaluate as evaluate_checkpoint
+
+    asked = dataclasses.asdict(options)
+    target = asked.pop("json")
+    found = evaluate_checkpoint(**asked)
+    for name, value in found.items():
+        if name not in ("expert_load", "dead_experts"):
+            print(f"{name:16} {_shown(value)}")
+    if target is not None:
+        target.write_text(json.dumps(found, indent=2) + "\n")
+        print(f"wrote {target}")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_shown, value))
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+@dataclass(frozen=True)
 class VerifyOptions:
     """Read a run, an import, a Hugging Face folder or prepared data whole; name what is damaged."""
 
@@ -330,6 +368,7 @@ COMMANDS = {
     "import-hf": Command(ImportOptions, import_hf, positional=True),
     "export-hf": Command(ExportOptions, export_hf, positional=True),
     "verify": Command(VerifyOptions, verify, positional=True),
+    "evaluate": Command(EvaluateOptions, evaluate),
     "logits": Command(LogitsOptions, logits),
     "compile": Command(CompileOptions, lambda options: run_compile(options, Config())),
     **{name: Command(options, run) for name, (options, run) in ANALYSES.items()},

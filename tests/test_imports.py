@@ -16,7 +16,7 @@ ROWS = [
     {"training", "inference", "interop"},
     {"starting"},
     {"loading", "verifying", "notebook", "samples", "compiling"},
-    {"saving"},
+    {"saving", "evaluating"},
     {"cli"},
     {"__main__"},
 ]

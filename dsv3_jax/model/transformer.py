@@ -107,18 +107,21 @@ def forward(
     config: ModelConfig | Pass,
     *,
     segments: Int[Array | np.ndarray, "B T"] | None = None,
+    counted: Bool[Array | np.ndarray, "B T"] | None = None,
 ) -> Outputs:
     """Logits of the next token, and of the tokens after it by the MTP modules, for whole rows.
 
     A Pass in the config's place also says recipe, layout and remat. segments are document numbers
-    that attention must not cross; None lets it (V3's way).
+    that attention must not cross; None lets it (V3's way). Tokens that are not counted are in no
+    load and no balance loss.
     """
     how = as_pass(config)
     check_tokens(tokens, how.config)
     if segments is not None and segments.shape != tokens.shape:
         raise ValueError(f"segments {segments.shape} must have the shape of tokens {tokens.shape}")
     params = gathered_ends(variables["params"], how)
-    states = hidden_states({**variables, "params": params}, tokens, how, segments=segments)
+    held = {**variables, "params": params}
+    states = hidden_states(held, tokens, how, segments=segments, counted=counted)
     mtp_logits = tuple(head(params, hidden, how) for hidden in states.mtp_hidden)
     logits = head(params, states.hidden, how)
     return Outputs(logits, mtp_logits, states.stats, states.mtp_stats, states.hidden)
