@@ -143,7 +143,8 @@ def adapted_rows(model: ModelConfig, lora: LoraConfig) -> Iterator[tuple[tuple[s
         for row in weights(model):
             if row.where not in ("layer", kind) or not _is_projection(row):
                 continue
-            names = {row.name, "/".join((*row.module, row.name)), *_published(row)}
+            parts = (*row.module, row.name)
+            names = {"/".join(parts[i:]) for i in range(len(parts))} | _published(row)
             valid |= {row.name, *_published(row)}
             wanted = names & set(lora.targets)
             if wanted or (not lora.targets and row.part == "attention"):
