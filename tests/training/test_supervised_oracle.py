@@ -21,7 +21,7 @@ from dsv3_jax.training.optimizer import make_optimizer
 from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
 
 MODEL = dataclasses.replace(TINY, vocab_size=320, num_nextn_predict_layers=0, bos_token_id=0)
-LENGTH = 64
+LENGTH = 200
 
 
 @pytest.fixture(scope="module")

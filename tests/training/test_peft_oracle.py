@@ -1,0 +1,86 @@
+"""LoRA against peft on transformers' model: logits, gradients, and an adapter that peft loads."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dsv3_jax.config import Config, LoraConfig, ScheduleConfig, TrainConfig
+from dsv3_jax.interop.load import load_hf
+from dsv3_jax.interop.name_map import places
+from dsv3_jax.interop.peft_adapter import adapter_tensors, export_adapter
+from dsv3_jax.model.adapters import init_adapters, with_adapters
+from dsv3_jax.model.transformer import forward
+from dsv3_jax.training.loss import training_loss
+from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
+
+MODEL = dataclasses.replace(TINY, num_nextn_predict_layers=0)
+TARGETS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+TARGETS += ("shared_experts/down_proj", "shared_experts/gate_up_proj")
+LORA = LoraConfig(rank=4, alpha=8.0, targets=TARGETS)
+
+
+@pytest.mark.oracle
+def test_peft_loads_our_adapter_and_has_our_gradients(tmp_path):
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft", reason="needs the oracle extra: peft is not installed")
+    from transformers import AutoModelForCausalLM
+
+    hf = write_hf(tmp_path / "hf", MODEL, hf_tensors(MODEL, "f32"))
+    _, variables = load_hf(hf, dtype="f32")
+    shapes = jax.eval_shape(lambda key: init_adapters(key, MODEL, LORA), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    adapters = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.05, s.dtype), shapes)
+    rows = rng.integers(2, MODEL.vocab_size, (2, 18)).astype(np.int32)
+    config = Config(
+        model=MODEL,
+        train=TrainConfig(seq_len=17),
+        schedule=ScheduleConfig(balance_loss_weight=0.0),
+    )
+
+    def held(adapters):
+        params = with_adapters(variables["params"], adapters, LORA)
+        return {**variables, "params": params}
+
+    @jax.jit
+    def gradient(adapters):
+        def loss(adapters):
+            return training_loss(held(adapters), rows, jnp.float32(0.0), config)[0]
+
+        return jax.value_and_grad(loss)(adapters)
+
+    logits = jax.jit(lambda a: forward(held(a), rows[:, :-1], MODEL).logits)(adapters)
+    loss, grads = gradient(adapters)
+
+    folder = export_adapter(adapters, MODEL, LORA, str(hf), tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
+    ids = torch.tensor(rows.astype(np.int64))
+    theirs = model(ids[:, :-1]).logits
+    apart = float(np.abs(np.asarray(logits) - theirs.detach().numpy()).max())
+    plain = np.asarray(jax.jit(lambda v: forward(v, rows[:, :-1], MODEL).logits)(variables))
+    print(f"logits {apart:.2e} apart; the adapter moves them by {np.abs(plain - logits).max():.2f}")
+    assert apart < 3e-4 and np.abs(plain - logits).max() > 0.1
+
+    wanted = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), ids[:, 1:].flatten())
+    wanted.backward()
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
+    ours = adapter_tensors(grads, MODEL)
+    found = {
+        name.replace(".default.", "."): p.grad.numpy()
+        for name, p in model.named_parameters()
+        if p.requires_grad
+    }
+    assert found.keys() == ours.keys() and len(ours) > 20
+    worst = max(
+        float(np.abs(ours[n] - g).max() / np.sqrt(np.mean(np.square(g)))) for n, g in found.items()
+    )
+    print(f"worst gradient {worst:.2e} of {len(ours)}")
+    assert worst < 1e-4
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
+    assert len(places(MODEL)) > len(ours)
