@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dsv3_jax.config import UserError
-from dsv3_jax.config.files import MAX_VALUES
+from dsv3_jax.config.files import MAX_VALUES, shown
 from dsv3_jax.data.parquet import parquet_columns, parquet_rows
 
 MAX_RECORD_BYTES = 64 << 20
@@ -260,7 +260,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
 
 
 def _no_text(place: str, text_field: str, fields: Iterable[Any]) -> UserError:
-    names = ", ".join(map(repr, list(fields)[:8])) or "none"
+    names = ", ".join(map(shown, list(fields)[:8])) or "none"
     return UserError(
         f"{place}: no text in field {text_field!r}; fields here: {names} (choose with --text-field)"
     )

@@ -40,6 +40,7 @@ def parquet_rows(path: Path, column: str | None = None) -> Iterator[tuple[str, d
         columns = None if column is None else [column]
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=columns):
+            batch.validate(full=True)  # dictionaries' indices and UTF-8 among it
             sizes = sum((_row_bytes(array) for array in batch.columns), np.zeros(len(batch)))
             together = float(sizes.sum()) <= MAX_ROW_BYTES
             rows = batch.to_pylist() if together else None
@@ -88,15 +89,15 @@ def _text_columns(schema: Any) -> list[str]:
 
 
 def _refuse_swelling(metadata: Any, path: Path) -> None:
+    # Not column by column: Arrow ends the process for statistics of a column that do not fit.
+    stored = path.stat().st_size
     for group in range(metadata.num_row_groups):
-        for i in range(metadata.num_columns):
-            column = metadata.row_group(group).column(i)
-            size, stored = column.total_uncompressed_size, max(column.total_compressed_size, 1)
-            if size > max(_MAX_SWOLLEN_BYTES, _MAX_RATIO * stored):
-                raise UserError(
-                    f"{path}: column {column.path_in_schema} would swell from {stored:,} to "
-                    f"{size:,} bytes: not read"
-                )
+        size = metadata.row_group(group).total_byte_size
+        if size > max(_MAX_SWOLLEN_BYTES, _MAX_RATIO * stored):
+            raise UserError(
+                f"{path}: row group {group} would swell from {stored:,} bytes at most to {size:,}: "
+                "not read"
+            )
 
 
 def _row_bytes(array: Any) -> np.ndarray:

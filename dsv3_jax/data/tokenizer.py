@@ -93,7 +93,8 @@ class HFTokenizer(Tokenizer):
         except UserError:
             raise
         except Exception as error:  # the library raises bare ones for what it refuses
-            raise UserError(f"{path}: not a usable tokenizer.json: {error}") from error
+            reason = str(error)[:300]
+            raise UserError(f"{path}: not a usable tokenizer.json: {reason}") from error
         # "</s>" within a document is text and must not end it.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()

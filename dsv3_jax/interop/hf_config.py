@@ -333,7 +333,8 @@ def _check_derived(values: dict[str, Any], fields: dict[str, Any], read: _Reader
     """Keys that repeat what others say must agree with them."""
     for alias, name in _ALIASES.items():
         if values.get(alias) is not None and values[alias] != values.get(name):
-            read.found.append(f"{alias}={values[alias]!r} must equal {name}={values.get(name)!r}")
+            ours, theirs = shown(values[alias]), shown(values.get(name))
+            read.found.append(f"{alias}={ours} must equal {name}={theirs}")
     derived = {
         "num_key_value_heads": fields["num_attention_heads"],
         "qk_head_dim": fields["qk_nope_head_dim"] + fields["qk_rope_head_dim"],
@@ -343,7 +344,7 @@ def _check_derived(values: dict[str, Any], fields: dict[str, Any], read: _Reader
             what = (
                 "num_attention_heads" if name == "num_key_value_heads" else "the sum of its parts"
             )
-            read.found.append(f"{name}={values[name]!r} must equal {what}, {value}")
+            read.found.append(f"{name}={shown(values[name])} must equal {what}, {value}")
     layers, dense = fields["num_hidden_layers"], fields["first_k_dense_replace"]
     expected = {
         "mlp_layer_types": ["dense"] * min(dense, layers) + ["sparse"] * max(layers - dense, 0),

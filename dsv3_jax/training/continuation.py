@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 WAYS_OUT = (
     "Nothing was changed. Use the options that the run was made with (its config.json), another "
-    "--run-dir, or --resume never, which keeps the older run beside the new one as *.old-N."
+    "--run-dir (with --init-from RUN it begins with this run's weights), or --resume never, which "
+    "keeps the older run beside the new one as *.old-N."
 )
 # Where and how long, not what: not worth a line.
 _UNTOLD = (

@@ -275,14 +275,15 @@ def architecture_differences(
             if was == now:
                 continue
             if field in _MAY_CHANGE:
-                log.warning("model.%s was %s in %s and is now %s", field, was, path, now)
+                log.warning("model.%s was %s in %s and is now %s", field, shown(was), path, now)
             else:
-                different.append(f"model.{field}: {was} in the checkpoint, {now} in this run")
+                told = f"{shown(was)} in the checkpoint, {now} in this run"
+                different.append(f"model.{field[:80]}: {told}")
     there, wanted = saved["arrays"], array_types(abstract_state)
     for name in sorted(wanted if partial else there.keys() | wanted.keys()):
         was, now = there.get(name, "absent"), wanted.get(name, "absent")
         if was != now:
-            different.append(f"{name}: {was} in the checkpoint, {now} in this run")
+            different.append(f"{name[:200]}: {was[:80]} in the checkpoint, {now} in this run")
     more = len(different) - 12
     return different[:12] + ([f"and {more} more"] if more > 0 else [])
 

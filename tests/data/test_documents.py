@@ -172,7 +172,7 @@ def test_parquet_that_would_swell_is_refused_or_read_in_little_memory(tmp_path):
         # one dictionary entry, repeated by rows of a byte or two: read row by row
         "repeated": ([long] * 64, f"{64 << 23}"),
         # a page that compresses a thousandfold
-        "swollen": (["y" * (200 << 20)], "column text would swell from"),
+        "swollen": (["y" * (200 << 20)], "row group 0 would swell from"),
         "row": (["".join(map(str, range(12_000_000)))], "row 1: more than 67,108,864 bytes"),
     }
     for name, (texts, expected) in told.items():
