@@ -29,6 +29,7 @@ from dsv3_jax.training.continuation import checkpoint_meta, find_continuation
 from dsv3_jax.training.divergence import LossGuard
 from dsv3_jax.training.dry_run import dry_run_report
 from dsv3_jax.training.evaluation import Evaluation
+from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.feed import batches
 from dsv3_jax.training.metrics import Clock, MetricsLog
 from dsv3_jax.training.profiling import ProfileWindow
@@ -46,8 +47,8 @@ from dsv3_jax.training.watchdog import Watchdog
 log = logging.getLogger("dsv3_jax.train")
 
 
-def main(argv: Sequence[str]) -> int:
-    """Trains; returns the exit code."""
+def main(argv: Sequence[str], extensions: Extensions = NONE) -> int:
+    """Trains; returns the exit code. The extensions are an experiment's own functions."""
     config = cli.parse_config(argv, description="Train a DeepSeek-V3 model.")
     clock = Clock()
     with clock("init"):
@@ -63,8 +64,8 @@ def main(argv: Sequence[str]) -> int:
     process, steps, run_dir = jax.process_index(), config.train.steps, Path(config.run_dir)
     with StopRequest(clock) as stop, RunFolder(run_dir) as folder:
         with clock("init"):
-            abstract = abstract_state(config, layout)
-            for line in banner(config, abstract):
+            abstract = abstract_state(config, layout, extensions)
+            for line in banner(config, abstract) + extensions.told():
                 log.info(line)
             with clock("data"):
                 corpus = open_corpus(config.data, config.seed)
@@ -86,21 +87,27 @@ def main(argv: Sequence[str]) -> int:
             checkpoints.probe(state_bytes(abstract))
             restored, _ = checkpoints.resume_from(start, abstract._asdict())
             folder.claim(config, corpus.tokenizer, corpus.chat_template, new=start is None)
-            state = TrainState(**restored) if restored else origin.create_state(abstract)
+            state = (
+                TrainState(**restored) if restored else origin.create_state(abstract, extensions)
+            )
             base = origin.load_base(layout)
         sinks = open_sinks(config, start) if process == 0 else []
         metrics = MetricsLog(
             run_dir, steps=steps, resumed_from=start, primary=process == 0, sinks=sinks
         )
         with checkpoints, metrics:
-            run = Run(config, layout, corpus, schedule, checkpoints, metrics, clock, stop, base)
+            run = Run(
+                *(config, layout, corpus, schedule, checkpoints, metrics, clock, stop),
+                *(base, extensions),
+            )
             state = train(run, state, start or 0, losses)
             if stop.requested:
                 log.warning("stopped by signal %d at step %d", stop.signal, int(state.step))
                 metrics.record(int(state.step), {"seconds": clock.seconds()})
                 return stop.exit_code
             with clock("sample"):
-                write_sample(config, layout, corpus, state, steps, base)
+                if extensions.generates:
+                    write_sample(config, layout, corpus, state, steps, base)
             metrics.record(steps, {"seconds": clock.seconds()})
     if process == 0:
         cli.draw_plots(run_dir)
@@ -119,19 +126,20 @@ class Run(NamedTuple):
     metrics: MetricsLog
     clock: Clock
     stop: StopRequest
-    base: Any = None  # frozen weights, of which the state holds adapters
+    base: Any  # frozen weights, of which the state holds adapters; None: it holds all
+    extensions: Extensions
 
 
 def train(run: Run, state: TrainState, start: int, losses: list[float]) -> TrainState:
     """The loop, from step `start` on; returns the last state, which has been saved."""
-    config, layout, corpus, schedule, checkpoints, metrics, clock, stop, base = run
+    config, layout, corpus, schedule, checkpoints, metrics, clock, stop, base, extensions = run
     plan, mesh, run_dir = config.train, mesh_of(state.step), Path(config.run_dir)
-    step_fn = jit_train_step(config, layout, state, base)
-    evaluate = Evaluation(config, mesh, layout, corpus, base)
+    step_fn = jit_train_step(config, layout, state, base, extensions)
+    evaluate = Evaluation(config, mesh, layout, corpus, base, extensions)
     flops = training_flops_per_token(config.model, plan.seq_len, mtp=True)
     throughput = Throughput(clock, flops, list(mesh.devices.flat))
     profile = ProfileWindow(run_dir / "profile", start, plan.steps, plan.profile_steps)
-    feed = partial(batches, config, corpus, schedule, mesh, start)
+    feed = partial(batches, config, extensions.data or corpus, schedule, mesh, start)
     guard, last = LossGuard(checkpoints, plan.max_nonfinite_steps, losses), None
     with prefetch(feed) as stream, Watchdog(config.watchdog, run_dir) as watchdog, stop.saving():
         for step in range(start, plan.steps):
@@ -157,7 +165,9 @@ def train(run: Run, state: TrainState, start: int, losses: list[float]) -> Train
                     values |= evaluate(state, stop)
             if values:
                 metrics.log(done, values)
-            if not is_last and plan.sample_every and done % plan.sample_every == 0:
+                extensions.on_metrics(done, values)
+            samples = extensions.generates and plan.sample_every and not is_last
+            if samples and done % plan.sample_every == 0:
                 with clock("sample"):
                     write_sample(config, layout, corpus, state, done, base)
             due = checkpoints.due(done) or is_last or stop.requested

@@ -64,6 +64,7 @@ from dsv3_jax.parallel.sharding import (
 from dsv3_jax.model.placement import shardings as shardings
 
 # Training
+from dsv3_jax.running import train as train
 from dsv3_jax.training.state import init_state as init_state, TrainState as TrainState
 from dsv3_jax.training.step import (
     train_step as train_step,
@@ -72,6 +73,7 @@ from dsv3_jax.training.step import (
 )
 from dsv3_jax.training.loss import training_loss as training_loss, LossTerms as LossTerms
 from dsv3_jax.training.optimizer import make_optimizer as make_optimizer
+from dsv3_jax.training.extensions import Extensions as Extensions
 from dsv3_jax.training.schedule import Schedule as Schedule, StepSettings as StepSettings
 from dsv3_jax.training.feed import batches as batches
 from dsv3_jax.data.corpus import open_corpus as open_corpus, Corpus as Corpus

@@ -9,7 +9,6 @@ own bugs, or with DSV3_DEBUG=1.
 """
 
 import dataclasses
-import importlib.util
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 
+from dsv3_jax import running
 from dsv3_jax.analysis.commands import COMMANDS as ANALYSES
 from dsv3_jax.compiling.command import CompileOptions
 from dsv3_jax.compiling.command import run as run_compile
@@ -375,29 +375,14 @@ COMMANDS = {
 }
 
 
-SCRIPTS = ("train", "infer")
-
-
-def run_script(name: str, argv: Sequence[str]) -> int:
-    """The exit code of train.py or infer.py: of the repository, or inside an installed package."""
-    package = Path(__file__).parent
-    inside, beside = package / "scripts" / f"{name}.py", package.parent / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, inside if inside.exists() else beside)
-    assert spec is not None and spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    sys.modules[name] = script  # dataclasses look their module up
-    spec.loader.exec_module(script)
-    return script.main(argv)
-
-
 def main(argv: Sequence[str]) -> int | None:
     """`python -m dsv3_jax COMMAND ...`: parses the sub-command's options and runs it."""
     if not argv:
         argv = ["--help"]
     if argv[0] == "compile":  # it takes a run's options too
         return compile_for(argv[1:])
-    if argv[0] in SCRIPTS:
-        return run_script(argv[0], argv[1:])
+    if argv[0] in running.SCRIPTS:
+        return running.run_script(argv[0], argv[1:])
     choices = tuple(
         Annotated[
             Annotated[c.options, tyro.conf.PositionalRequiredArgs] if c.positional else c.options,

@@ -32,6 +32,7 @@ from dsv3_jax.model.fp8_weights import describe_weights, to_fp8_weights
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
+from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.manifest import MANIFEST as STEP_MANIFEST
 from dsv3_jax.training.restore import read_meta, restore
 from dsv3_jax.training.run_folder import write_whole
@@ -123,13 +124,13 @@ class Origin:
     config: Config
     weights: Weights | None
 
-    def create_state(self, abstract: TrainState) -> TrainState:
+    def create_state(self, abstract: TrainState, extensions: Extensions = NONE) -> TrainState:
         """The state before the first step, each leaf where the abstract one lies.
 
         What the run needs of the weights' folder besides is put into its own.
         """
         if self.weights is None:
-            return create_state(self.config, abstract)
+            return create_state(self.config, abstract, extensions)
         self._keep_files()
         for line in self._told():
             log.info("%s", line)
@@ -152,7 +153,8 @@ class Origin:
         if missing := _parts(self.config.model) - there:
             made = fresh_variables(self.config, abstract, missing)
             variables = {kind: tree | made[kind] for kind, tree in variables.items()}
-        return state_from(variables["params"], variables["router"], self.config, abstract)
+        trees = variables["params"], variables["router"]
+        return state_from(*trees, self.config, abstract, extensions)
 
     def load_base(self, layout: Layout) -> Any:
         """The frozen variables of a LoRA run, where products want them; None without LoRA.

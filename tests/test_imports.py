@@ -16,7 +16,7 @@ ROWS = [
     {"training", "inference", "interop"},
     {"starting"},
     {"loading", "verifying", "notebook", "samples", "compiling"},
-    {"saving", "evaluating"},
+    {"saving", "running", "evaluating"},
     {"cli"},
     {"__main__"},
 ]

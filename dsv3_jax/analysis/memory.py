@@ -16,6 +16,7 @@ from dsv3_jax.analysis.model_cost import (
     kv_bytes_per_token,
 )
 from dsv3_jax.config import Config, ModelConfig, ParallelConfig
+from dsv3_jax.config.weights import CUT_OVER, weights
 
 BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -130,25 +131,26 @@ class Shard:
 
 
 def stage_parameters(model: ModelConfig, mesh: ParallelConfig, stage: Stage) -> Shard:
-    """Parameters of `stage` on one device."""
-    D, tensor = model.hidden_size, mesh.tensor
-    down = D * (model.kv_lora_rank + model.qk_rope_head_dim) + (model.q_lora_rank or 0) * D
-    attention = down + (attention_parameters(model) - down) / tensor
-    table = model.vocab_size * D / tensor
-    expert = expert_parameters(model)
-    router = model.n_routed_experts * D
-    moe = router + model.n_shared_experts * expert / tensor
-    routed = model.n_routed_experts / (mesh.node * mesh.local) * expert / tensor
+    """Parameters of `stage` on one device, by the table of weights."""
     mtp = model.num_nextn_predict_layers if stage.head else 0
-    moe_layers = stage.moe_layers + mtp
-    replicated = (
-        (stage.layers + mtp) * (attention + 2 * D)
-        + stage.dense_layers * 3 * D * model.intermediate_size / tensor
-        + moe_layers * moe
-        + mtp * 2 * D * D
-        + (stage.embedding + stage.head) * table
-    )
-    return Shard(replicated, moe_layers * routed)
+    times = {
+        "layer": stage.layers + mtp,
+        "dense": stage.dense_layers,
+        "moe": stage.moe_layers + mtp,
+        "mtp": mtp,
+    }
+    pieces = {"expert": mesh.node * mesh.local, "": 1}
+    made = {True: 0.0, False: 0.0}
+    for row in weights(model):
+        if row.collection != "params":
+            continue
+        if row.where == "model":
+            count = int(stage.embedding if row.part == "embedding" else stage.head)
+        else:
+            count = times[row.where]
+        over = CUT_OVER.get(row.cut, "")
+        made[row.of_expert] += count * row.size(model) / pieces.get(over, mesh.tensor)
+    return Shard(made[False], made[True])
 
 
 def rank_shards(model: ModelConfig, mesh: ParallelConfig, schedule: str) -> list[Shard]:

@@ -29,6 +29,7 @@ DEFAULT_ORDER: Mapping[str, tuple[str, ...]] = {
 }
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("implementation", default=None)
+_device: contextvars.ContextVar[Any] = contextvars.ContextVar("device", default=None)
 _choices: dict["Choice", None] = {}
 
 
@@ -67,14 +68,32 @@ def use(implementation: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-def platform() -> str:
-    """The platform that traced code is for: "gpu", "tpu" or "cpu".
+@contextlib.contextmanager
+def compiling_for(device: Any) -> Iterator[None]:
+    """Inside, kernels are traced for this device, here or described; None: for what is in scope.
 
-    That of the mesh in scope when it describes a device that is not here (ahead-of-time
-    compilation), else of JAX's default backend.
+    `Layout.device` is it: a program's layout says what it is compiled for, not the host.
     """
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    name = device.platform if device is not None else jax.default_backend()
+    token = _device.set(_device.get() if device is None else device)
+    try:
+        yield
+    finally:
+        _device.reset(token)
+
+
+def target() -> Any:
+    """The device that traced code is for, the one place where that is asked.
+
+    That of the mesh in scope (inside a shard_map, or `jax.set_mesh`), else of the layout of the
+    program that is traced (`compiling_for`), else JAX's first one.
+    """
+    described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return described or _device.get() or jax.devices()[0]
+
+
+def platform() -> str:
+    """The platform that traced code is for: "gpu", "tpu" or "cpu"."""
+    name = str(target().platform)
     return {"cuda": "gpu"}.get(name, name)
 
 

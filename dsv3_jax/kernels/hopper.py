@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu
 
+from dsv3_jax.kernels import backend
+
 plgpu: Any = mosaic_gpu  # its names are re-exported without telling type checkers
 
 MAX_SMEM = 232448  # bytes that one block may use
@@ -43,29 +45,23 @@ def require() -> None:
     """Raises NotImplementedError, saying why, unless these kernels can be compiled and run."""
     if not hasattr(plgpu, "InterpretGPUParams"):
         raise NotImplementedError(f"needs jax 0.11 or newer, and this is {jax.__version__}")
-    if _interpreting.get() or _describes_a_gpu():
+    if _interpreting.get():
         return
-    if jax.default_backend() != "gpu":
-        raise NotImplementedError(f"needs a GPU, and JAX sees {jax.default_backend()!r} only")
-    capability = str(getattr(jax.devices()[0], "compute_capability", ""))
-    if capability != "9.0":
+    if backend.platform() != "gpu":
+        raise NotImplementedError(f"needs a GPU, and this is compiled for {backend.platform()!r}")
+    # A description of a device has none; that it is Hopper's is up to who describes it.
+    capability = getattr(backend.target(), "compute_capability", "9.0")
+    if str(capability) != "9.0":
         raise NotImplementedError(
             f"needs compute capability 9.0 (Hopper), and this is {capability}"
         )
 
 
-def _describes_a_gpu() -> bool:
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return device is not None and device.platform in ("gpu", "cuda")
-
-
 def multiprocessors() -> int:
     """Multiprocessors of the GPU that is compiled for."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None and device.num_cores:
-        return device.num_cores
-    device = jax.devices()[0]
-    return getattr(device, "core_count", None) or MULTIPROCESSORS
+    device = backend.target()
+    counts = (getattr(device, name, None) for name in ("num_cores", "core_count"))
+    return next(filter(None, counts), MULTIPROCESSORS)
 
 
 def swizzled(dtype: Any, columns: int | None = None) -> tuple[Any, ...]:

@@ -38,7 +38,8 @@ def prefill(
     how = dataclasses.replace(as_pass(config), prefill=True)
     check_tokens(ids, how.config)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-    return _decode(variables, ids, Tokens(positions, counted=counted), cache, how)
+    with how.layout.compiling():
+        return _decode(variables, ids, Tokens(positions, counted=counted), cache, how)
 
 
 def decode_step(
@@ -57,8 +58,10 @@ def decode_step(
     how = dataclasses.replace(as_pass(config), prefill=False)
     check_tokens(ids, how.config, whole_rows=False)
     positions = start[:, None] + jnp.arange(ids.shape[1])
-    tokens = Tokens(positions, counted=counted, decode_schedule=decode_schedule(positions, how))
-    return _decode(variables, ids, tokens, cache, how)
+    with how.layout.compiling():
+        schedule = decode_schedule(positions, how)
+        tokens = Tokens(positions, counted=counted, decode_schedule=schedule)
+        return _decode(variables, ids, tokens, cache, how)
 
 
 def decode_schedule(positions: Int[Array, "B T"], how: Pass) -> Any:

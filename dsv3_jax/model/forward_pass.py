@@ -32,6 +32,11 @@ class Pass:
         prefill: a cache that comes along is empty: the tokens attend to each other alone, in the
             expanded form of MLA, and not to the cache in the absorbed form.
         mtp_detached: MTP modules send no gradient to the hidden states and embeddings they read.
+        score, select: the router's own functions, see `route`; None: those of the config.
+        attention_bias: see `mla_attention`; called with positions, None: causal attention alone.
+            Positions are rows of the sequence: query positions [T, 1], key positions [1, S].
+
+    The three functions are compared by identity: make each once, not at every call.
     """
 
     config: ModelConfig
@@ -40,6 +45,9 @@ class Pass:
     remat: str = "none"
     prefill: bool = False
     mtp_detached: bool = False
+    score: Callable[..., Any] | None = None
+    select: Callable[..., Any] | None = None
+    attention_bias: Callable[..., Any] | None = None
 
     def __post_init__(self) -> None:
         if self.remat not in POLICIES:

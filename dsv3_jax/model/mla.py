@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels.attention.api import ascending, documents_between, mla_attention
+from dsv3_jax.kernels.attention.api import Bias, ascending, documents_between, mla_attention
 from dsv3_jax.kernels.mla_decode.api import Pages, Rows, mla_decode, mla_decode_contiguous
 from dsv3_jax.kernels.mla_decode.kv_splits import KVSplits
 from dsv3_jax.model.cache import LatentCache, PagedCache, append
@@ -40,6 +40,7 @@ def mla_expand(
     segments: Int[Array, "B S"] | None = None,
     recipe: LinearRecipe | None = None,
     layout: Layout = ONE_DEVICE,
+    bias: Bias | None = None,
 ) -> Float[Array, "B T N U"]:
     """Causal attention of every head with keys and values expanded from the latent; softmax in f32.
 
@@ -47,8 +48,14 @@ def mla_expand(
     number of each row, a document being one run of equal numbers; None lets attention cross
     documents of a packed row, as V3 was trained (section 4.1). kv_b_proj holds, per head, H rows of
     W^UK and then U rows of W^UV; the recipe is for its product. kernels/attention says what runs
-    where; on a mesh latents travel, not keys and values, and tokens lie in the layout's order.
+    where; on a mesh latents travel, not keys and values, and tokens lie in the layout's order. The
+    bias is that of `mla_attention`; ValueError where a ring spreads the sequence.
     """
+    if bias is not None and layout.order(k_rope_BSR.shape[1]) is not None:
+        raise ValueError(
+            "an attention bias needs whole sequences of keys, which a ring does not have: use "
+            "sharding.context='allgather'"
+        )
 
     def attend(queries, keys, weight, further, documents):
         """A device's part; `documents` as mla_attention has them, or a pair to be made so."""
@@ -57,8 +64,9 @@ def mla_expand(
             documents = documents_between(*documents)
         kv = linear(latent, weight, recipe)
         q = jnp.concatenate(queries, axis=-1)
+        first = offset + further
         return mla_attention(
-            q, kv, k_rope, scale=scale, offset=offset + further, segments=documents
+            q, kv, k_rope, scale=scale, offset=first, segments=documents, bias=bias
         )
 
     if segments is not None and layout.order(segments.shape[1]) is not None:
@@ -78,6 +86,7 @@ def mla_absorb(
     scale: float,
     schedule: KVSplits | None = None,
     layout: Layout = ONE_DEVICE,
+    bias: Bias | None = None,
 ) -> Float[Array, "B T N U"]:
     """What `mla_expand` returns for the last T of lengths[b] cached tokens, each seeing itself and
     those before it, with W^UK absorbed into the query and W^UV into the output.
@@ -85,8 +94,15 @@ def mla_absorb(
     All heads attend to one shared key of C + R dims whose first C dims are also the value
     (DeepSeek-V3:inference/model.py, `attn_impl="absorb"`). The schedule is `plan`'s for lengths, on
     one device. On a mesh a contiguous cache's rows may lie over `context`; pages are whole on all
-    devices of a `context` group.
+    devices of a `context` group. The bias is that of `mla_attention`; ValueError with pages, and
+    where a cache's rows lie over `context`.
     """
+    in_pieces = isinstance(cache, LatentCache) and layout.size("cache") > 1
+    if bias is not None and (in_pieces or isinstance(cache, PagedCache)):
+        raise ValueError(
+            "an attention bias reads a contiguous cache (paged=False) that is whole on its device "
+            "(mesh.context=1)"
+        )
 
     def attend(queries, cache, lengths, weight):
         q_nope, q_rope = queries
@@ -104,13 +120,12 @@ def mla_absorb(
             context_BTNC, lse_BTN = mla_decode(pages, scale=scale, schedule=schedule)
         else:
             context_BTNC, lse_BTN = mla_decode_contiguous(
-                Rows(**new), scale=scale, schedule=schedule
+                Rows(**new), scale=scale, schedule=schedule, bias=bias
             )
         # W^UV here: of pieces of a cache U numbers a head travel, not C.
         dtype = context_BTNC.dtype
         return jnp.einsum("BTNC,NUC->BTNU", context_BTNC, w_uv_NUC.astype(dtype)), lse_BTN
 
-    in_pieces = isinstance(cache, LatentCache) and layout.size("cache") > 1
     queries = (q_nope_BTNH, q_rope_BTNR)
     return attention_to_cache(
         attend, queries, cache, lengths, kv_b_proj, layout, in_pieces=in_pieces
@@ -181,10 +196,12 @@ class MLA(nn.Module):
                 segments=tokens.segments,
                 recipe=recipe.attention,
                 layout=layout,
+                bias=self.how.attention_bias,
             )
         else:
             lengths, schedule = positions[:, -1] + 1, tokens.decode_schedule
-            out = mla_absorb(q_nope, q_rope, cache, lengths, kv_b_proj, scale, schedule, layout)
+            shared: Any = (kv_b_proj, scale, schedule, layout, self.how.attention_bias)
+            out = mla_absorb(q_nope, q_rope, cache, lengths, *shared)
         o_proj = w.o_proj.reshape(config.hidden_size, -1)
         out = out.reshape(*out.shape[:2], -1)
         return linear(out, o_proj, recipe.o_proj, where=from_heads), cache

@@ -183,6 +183,7 @@ def routed_experts(
         tokens=x.shape[0] * x.shape[1] // (layout.size("batch") * layout.size("residual")),
         num_places=weights.down.shape[0],
         takes_quantized_rows=as_projection(weights.gate_up).takes_quantized_rows,
+        limited=how.select is None,
     )
     tokens: Any = layout.spec("batch", "residual")
     held: Any = layout.spec("expert")
@@ -208,7 +209,7 @@ def _experts_of_device(
     # The gradients of all weights are summed over the devices here.
     x, weights, (real, counted) = vary((x, weights, masks), axes)
     x_TD = x.reshape(-1, x.shape[-1])
-    routing = route(x_TD, weights.gate, weights.bias, config)
+    routing = route(x_TD, weights.gate, weights.bias, config, how.score, how.select)
     experts_TK = routing.experts_TK
     if weights.places is not None:  # statistics stay those of experts
         expert_axes = layout.axes("expert")
@@ -255,11 +256,12 @@ def exchange_of(
     tokens: int,
     num_places: int | None = None,
     takes_quantized_rows: bool = True,
+    limited: bool = True,
 ) -> Exchange:
     """How a device's `tokens` tokens reach their experts under `layout`.
 
     num_places counts the experts with their replicas; None: there are none. takes_quantized_rows:
-    as their weights say.
+    as their weights say. limited: tokens keep to topk_group groups, as the config says.
     """
     gate_up = recipe.experts_gate_up_proj
     axes = layout.rules.expert  # with those of one device: the first is that of nodes
@@ -267,7 +269,7 @@ def exchange_of(
     max_nodes = None
     num_places = num_places or config.n_routed_experts
     # A group of experts lies within one node, with all replicas if the plan is hierarchical.
-    if config.topk_method != "greedy" and config.n_group % num_nodes == 0:
+    if limited and config.topk_method != "greedy" and config.n_group % num_nodes == 0:
         max_nodes = config.topk_group
     return make_exchange(
         layout.expert,

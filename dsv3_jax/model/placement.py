@@ -34,6 +34,8 @@ def shardings(tree: Any, layout: Layout, *, stored: bool = False) -> Any:
 
     def place(path, leaf) -> Any:
         weight = weight_of(path)
+        if weight is not None and leaf.ndim < len(weight.dims):
+            weight = None  # an optimizer's summary of it, such as Adafactor's of rows
         if isinstance(leaf, BlockScaled):
             assert weight is not None, path
             dims = matrix_dims(weight)

@@ -4,7 +4,7 @@ V3 report, section 2.1.2. Scores are f32. A bias steers which experts are chosen
 it is state of the router, moved by `update_router_bias` once a step, not by the optimizer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +22,13 @@ from dsv3_jax.parallel.collectives import total
 EXPERTS_PER_GROUP_SCORE = 2
 
 
+# What `scoring_func` names.
+SCORES: dict[str, Callable[[Array], Array]] = {
+    "sigmoid": jax.nn.sigmoid,
+    "softmax": partial(jax.nn.softmax, axis=-1),
+}
+
+
 class Routing(NamedTuple):
     """Which experts each token goes to, with what weight."""
 
@@ -35,12 +42,18 @@ def route(
     gate_ED: Float[Array, "E D"],
     bias_E: Float[Array, " E"] | None,
     config: ModelConfig,
+    score: Callable[[Array], Array] | None = None,
+    select: Callable[[Array, Array | None, ModelConfig], Array] | None = None,
 ) -> Routing:
     """K experts for every token out of its best topk_group groups, with their gate weights.
 
     Scores are sigmoids (V3) or a softmax (V2) of f32 logits. Experts of losing groups score -inf,
     so that none of them can win however negative the others are. Gate weights come from the scores
     without the bias. V3 report, eqs. 12-16; DeepSeek-V3:inference/model.py, Gate.
+
+    score(logits_TE) gives other scores, [T, E] f32, positive where `norm_topk_prob` or the balance
+    loss divides by their sum. select(scores_TE, bias_E, config) gives other choices, int [T, K],
+    no expert twice for a token; it is not differentiated.
     """
     # f32 operands: with bf16 scores, 15 % of the tokens choose other experts at E=256.
     logits_TE = jax.lax.dot_general(
@@ -49,25 +62,36 @@ def route(
         (((1,), (1,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST,
     )
-    if config.scoring_func == "sigmoid":
+    if score is None and select is None and config.scoring_func == "sigmoid":
         bias = jnp.zeros(logits_TE.shape[1]) if bias_E is None else bias_E
         groups = _groups(bias_E is not None, config)
         chosen: Any = _choose(logits_TE, bias, config.num_experts_per_tok, groups)
         experts_TK, weights_TK, scores_TE = chosen
     else:
-        scores_TE = jax.nn.softmax(logits_TE, axis=-1)
+        scores_TE = (score or SCORES[config.scoring_func])(logits_TE)
         # The choice is not differentiated: gradients reach the router through the weights alone.
-        choice_TE = jax.lax.stop_gradient(scores_TE)
-        if bias_E is not None:
-            choice_TE = choice_TE + bias_E
-        groups = _groups(bias_E is not None, config)
-        if groups.n_group > 1:
-            choice_TE = jnp.where(_best_groups(choice_TE, groups), choice_TE, -jnp.inf)
-        experts_TK = jax.lax.top_k(choice_TE, config.num_experts_per_tok)[1]
+        experts_TK = (select or best_of_groups)(jax.lax.stop_gradient(scores_TE), bias_E, config)
+        wanted = (logits_TE.shape[0], config.num_experts_per_tok)
+        if scores_TE.shape != logits_TE.shape or experts_TK.shape != wanted:
+            raise ValueError(
+                f"the router's functions gave scores {scores_TE.shape} and experts "
+                f"{experts_TK.shape}: they must be [T, E] {logits_TE.shape} and [T, K] {wanted}"
+            )
         weights_TK = jnp.take_along_axis(scores_TE, experts_TK, axis=-1)
     if config.norm_topk_prob:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdims=True) + 1e-20)
     return Routing(experts_TK, weights_TK * config.routed_scaling_factor, scores_TE)
+
+
+def best_of_groups(
+    scores_TE: Float[Array, "T E"], bias_E: Float[Array, " E"] | None, config: ModelConfig
+) -> Int[Array, "T K"]:
+    """The K best experts of each token's best groups, by scores plus bias: the default choice."""
+    choice_TE = scores_TE if bias_E is None else scores_TE + bias_E
+    groups = _groups(bias_E is not None, config)
+    if groups.n_group > 1:
+        choice_TE = jnp.where(_best_groups(choice_TE, groups), choice_TE, -jnp.inf)
+    return jax.lax.top_k(choice_TE, config.num_experts_per_tok)[1]
 
 
 class _Groups(NamedTuple):

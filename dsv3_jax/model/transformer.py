@@ -119,11 +119,12 @@ def forward(
     check_tokens(tokens, how.config)
     if segments is not None and segments.shape != tokens.shape:
         raise ValueError(f"segments {segments.shape} must have the shape of tokens {tokens.shape}")
-    params = gathered_ends(variables["params"], how)
-    held = {**variables, "params": params}
-    states = hidden_states(held, tokens, how, segments=segments, counted=counted)
-    mtp_logits = tuple(head(params, hidden, how) for hidden in states.mtp_hidden)
-    logits = head(params, states.hidden, how)
+    with how.layout.compiling():
+        params = gathered_ends(variables["params"], how)
+        held = {**variables, "params": params}
+        states = hidden_states(held, tokens, how, segments=segments, counted=counted)
+        mtp_logits = tuple(head(params, hidden, how) for hidden in states.mtp_hidden)
+        logits = head(params, states.hidden, how)
     return Outputs(logits, mtp_logits, states.stats, states.mtp_stats, states.hidden)
 
 

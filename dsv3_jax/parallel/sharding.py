@@ -7,6 +7,7 @@ hashable, so that it may be a static argument or a module's field. One device is
 stays as it is.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Int
 
 from dsv3_jax.config import ExpertParallelConfig, ShardingConfig, UserError
+from dsv3_jax.kernels import backend
 from dsv3_jax.parallel import transports
 from dsv3_jax.parallel.collectives import carrier_of_slices
 from dsv3_jax.parallel.mesh import AXES
@@ -80,12 +82,20 @@ class Layout:
         return isinstance(self.mesh, Mesh)
 
     @property
+    def device(self) -> Any:
+        """A device that the program is compiled for, here or described; None where nobody says."""
+        if isinstance(self.mesh, Mesh):
+            return self.mesh.devices.flat[0]
+        return getattr(self.mesh, "abstract_device", None)
+
+    @property
     def platform(self) -> str | None:
         """What the program is compiled for ("cpu", "gpu", "tpu"); None where nobody says."""
-        if isinstance(self.mesh, Mesh):
-            return self.mesh.devices.flat[0].platform
-        device = getattr(self.mesh, "abstract_device", None)
-        return None if device is None else device.platform
+        return None if self.device is None else self.device.platform
+
+    def compiling(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, kernels are traced for what this layout is for, whatever the host has."""
+        return backend.compiling_for(self.device)
 
     @property
     def gathers_each_layer(self) -> bool:

@@ -13,6 +13,7 @@ from dsv3_jax.data.mixture import val_rows
 from dsv3_jax.data.packed_rows import SupervisedRows
 from dsv3_jax.parallel.mesh import batch_sharding
 from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.loss import Supervised
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.step import eval_step
@@ -23,13 +24,20 @@ class Evaluation:
     """The same rows at every call, spread evenly over the validation split of each corpus."""
 
     def __init__(
-        self, config: Config, mesh: Mesh, layout: Layout, corpus: Corpus, base: Any = None
+        self,
+        config: Config,
+        mesh: Mesh,
+        layout: Layout,
+        corpus: Corpus,
+        base: Any = None,
+        extensions: Extensions = NONE,
     ):
         plan = config.train
         batch = plan.micro_batch_size or plan.batch_size
         self._batches = val_rows(corpus, plan.seq_len + 1, batch, plan.eval_batches, config.data)
         self._place = batch_sharding(mesh, batch_dim=0)
-        self._eval = jax.jit(partial(eval_step, config=config, layout=layout))
+        step = partial(eval_step, config=config, layout=layout, extensions=extensions)
+        self._eval = jax.jit(step)
         self._base = base
 
     def __call__(self, state: TrainState, stop: StopRequest) -> dict[str, float]:

@@ -1,29 +1,66 @@
 """The batches of a run, on its devices."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from dsv3_jax.config import Config
+from dsv3_jax.config import Config, UserError
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.mixture import arrays_of, batch_part, open_rows
 from dsv3_jax.parallel.mesh import batch_sharding
+from dsv3_jax.training.extensions import DataSource
 from dsv3_jax.training.loss import Supervised
 from dsv3_jax.training.schedule import Schedule
 
 
+class SourceRows:
+    """A RowStream of a function that gives row i."""
+
+    def __init__(self, source: DataSource, row_len: int, vocab_size: int):
+        self._source, self.row_len, self._vocab_size = source, row_len, vocab_size
+
+    def host_rows(self, first_row: int, which: Iterable[int]) -> np.ndarray:
+        """Rows first_row + w for each w of `which`, checked."""
+        numbers = [first_row + w for w in which]
+        out = np.empty((len(numbers), self.row_len), np.int32)
+        for place, number in zip(out, numbers):
+            row = np.asarray(self._source(number))
+            if row.shape != (self.row_len,) or row.dtype.kind not in "iu":
+                raise UserError(
+                    f"row {number} of the data source has shape {row.shape} and dtype {row.dtype}: "
+                    f"it must be train.seq_len + 1 = {self.row_len} token ids"
+                )
+            if not 0 <= row.min() <= row.max() < self._vocab_size:
+                raise UserError(
+                    f"row {number} of the data source has token ids from {row.min()} to "
+                    f"{row.max()}; the vocabulary is 0 to {self._vocab_size - 1}"
+                )
+            place[:] = row
+        return out
+
+
 def batches(
-    config: Config, corpus: Corpus, schedule: Schedule, mesh: Mesh, start: int
+    config: Config,
+    corpus: Corpus | DataSource,
+    schedule: Schedule,
+    mesh: Mesh,
+    start: int,
 ) -> Iterator[jax.Array | Supervised]:
     """The rows of each step from `start` on, [A, B, T + 1] over the mesh's data axes.
 
-    A micro-batches of B rows; those past the step's own, during the batch-size ramp, are zeros.
+    A micro-batches of B rows; those past the step's own, during the batch-size ramp, are zeros. The
+    rows are those of a corpus, or of a function that gives row i; UserError for a row of another
+    length or with a token outside the vocabulary.
     """
     row_len = config.train.seq_len + 1
-    rows = open_rows(corpus, row_len, config.seed, config.data)
+    if isinstance(corpus, Corpus):
+        rows: Any = open_rows(corpus, row_len, config.seed, config.data)
+    else:
+        rows = SourceRows(corpus, row_len, config.model.vocab_size)
     place = batch_sharding(mesh, batch_dim=1)
     shape = (schedule.max_micro_batches, schedule.micro_batch_size, row_len)
     for step in range(start, config.train.steps):
@@ -31,7 +68,7 @@ def batches(
         read = _ReadOnce(
             partial(batch_part, rows, schedule.first_row(step), schedule.rows(step), shape)
         )
-        if not corpus.is_supervised:
+        if not (isinstance(corpus, Corpus) and corpus.is_supervised):
             yield jax.make_array_from_callback(shape, place, partial(read, 0))
             continue
         made = [jax.make_array_from_callback(shape, place, partial(read, i)) for i in range(3)]

@@ -12,10 +12,11 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.ends import gathered_ends
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.moe import MoEStats
-from dsv3_jax.model.transformer import States, Variables, hidden_states
+from dsv3_jax.model.transformer import Outputs, States, Variables, forward, hidden_states
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import recipe_named
 from dsv3_jax.training.cross_entropy import head_nats
+from dsv3_jax.training.extensions import NONE, Extensions
 
 
 class LossTerms(NamedTuple):
@@ -78,18 +79,22 @@ def _counts_at(rows: Supervised, depth: int) -> Bool[Array, "*A B T"]:
     return ahead & of_document & jnp.roll(rows.targets, -depth - 1, -1)[..., :-1]
 
 
-def training_pass(config: Config, layout: Layout = ONE_DEVICE) -> Pass:
-    """What a run's config says of its passes."""
+def training_pass(
+    config: Config, layout: Layout = ONE_DEVICE, extensions: Extensions = NONE
+) -> Pass:
+    """What a run's config, and its extensions, say of its passes."""
     train, recipe = config.train, recipe_named(config.quant.preset)
-    return Pass(config.model, recipe, layout, train.remat, mtp_detached=train.mtp_detach)
+    own = {"mtp_detached": train.mtp_detach, **extensions.of_pass}
+    return Pass(config.model, recipe, layout, train.remat, **own)
 
 
 def training_loss(
     variables: Variables,
     rows: Rows,
-    mtp_loss_weight: Float[Array, ""],
+    mtp_loss_weight: Float[Array, ""] | float,
     config: Config,
     layout: Layout = ONE_DEVICE,
+    extensions: Extensions = NONE,
 ) -> tuple[Float[Array, ""], LossTerms]:
     """ce + lambda * mtp + alpha * balance, and its terms, of rows of T + 1 tokens.
 
@@ -98,7 +103,14 @@ def training_loss(
     balance loss over tokens that are no padding.
     """
     segments = documents(rows, config)
-    how = training_pass(config, layout)
+    how = training_pass(config, layout, extensions)
+    if extensions.loss is not None:
+        outputs = forward(variables, tokens_of_rows(rows)[:, :-1], how, segments=segments)
+        loss = extensions.loss(outputs, jax.tree.map(jnp.asarray, rows))
+        if jnp.shape(loss) != ():
+            raise ValueError(f"a loss must be one number, not of shape {jnp.shape(loss)}")
+        load, balance, rounds = _router_stats(outputs)
+        return loss, LossTerms(loss, jnp.zeros(()), balance, load, rounds)
     params = gathered_ends(variables["params"], how)
     states = hidden_states(
         {**variables, "params": params},
@@ -124,7 +136,7 @@ def prediction_nats(
     params: dict[str, Any],
     states: States,
     rows: Rows,
-    mtp_loss_weight: Float[Array, ""],
+    mtp_loss_weight: Float[Array, ""] | float,
     segments: Int[Array, "B T"] | None,
     how: Pass,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
@@ -186,7 +198,9 @@ def document_numbers(tokens: Int[Array | np.ndarray, "B T"], config: Config) -> 
     return jnp.cumsum(tokens == config.model.bos_token_id, axis=1)
 
 
-def _router_stats(out: States) -> tuple[dict[str, Any], Float[Array, ""], Float[Array, ""]]:
+def _router_stats(
+    out: States | Outputs,
+) -> tuple[dict[str, Any], Float[Array, ""], Float[Array, ""]]:
     by_name: dict[str, MoEStats] = {f"mtp_{k}": stats for k, stats in enumerate(out.mtp_stats)}
     if out.stats is not None:
         by_name["moe_layers"] = out.stats

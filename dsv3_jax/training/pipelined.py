@@ -27,6 +27,7 @@ from dsv3_jax.model.transformer import finish, tokens_of
 from dsv3_jax.parallel.pipeline import RankActs, run_ticks
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.parallel.split_backward import SplitBackward, split_backward
+from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.loss import (
     LossTerms,
     Rows,
@@ -64,6 +65,7 @@ def pipelined_gradients(
     layout: Layout,
     per_token: float,
     around: Callable[[RankActs], RankActs] = lambda acts: acts,
+    extensions: Extensions = NONE,
 ) -> tuple[LossTerms, Any]:
     """Sums over the step's micro-batches: the terms of the loss, and the gradients of the weights.
 
@@ -84,9 +86,8 @@ def pipelined_gradients(
     ends = {name: tree for name, tree in params.items() if name not in kinds}
     ends = layout.constrain_tree(ends, shardings(ends, inside, stored=inside.gathers_each_layer))
     ends_router = {name: tree for name, tree in router.items() if name not in kinds}
-    rank = partial(
-        _rank, plan=plan, config=config, layout=inside, per_token=per_token, around=around
-    )
+    how = training_pass(config, inside, extensions)
+    rank = partial(_rank, plan=plan, config=config, how=how, per_token=per_token, around=around)
     totals = jax.shard_map(
         rank,
         mesh=layout.mesh,
@@ -118,13 +119,13 @@ def _rank(
     *,
     plan: StagePlan,
     config: Config,
-    layout,
+    how: Pass,
     per_token,
     around,
 ):
     """The totals of one rank of `pipe`, and of all ranks where they are sums over them."""
     stacks = jax.tree.map(lambda leaf: leaf[0], stacks)
-    rank = _Rank(stacks, ends, ends_router, rows, settings, plan, config, layout, per_token)
+    rank = _Rank(stacks, ends, ends_router, rows, settings, plan, config, how, per_token)
     _, batch, row_len = tokens_of_rows(rows).shape
     micro = (batch, row_len - 1, config.model.hidden_size)
     message = jax.ShapeDtypeStruct(micro, config.model.dtype)
@@ -143,11 +144,11 @@ class _Rank:
     """The acts of a rank, which is looked up by its number: all ranks run one program."""
 
     def __init__(
-        self, stacks, ends, ends_router, rows, settings, plan, config, layout: Layout, per_token
+        self, stacks, ends, ends_router, rows, settings, plan, config, how: Pass, per_token
     ):
         self.stacks, self.ends, self.ends_router, self.rows = stacks, ends, ends_router, rows
         self.settings, self.plan, self.config = settings, plan, config
-        self.how: Pass = training_pass(config, layout)
+        self.how = how
         self.per_token = per_token
         self.alpha = config.schedule.balance_loss_weight
         self.d_balance = jnp.float32(self.alpha * per_token)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from dsv3_jax.config import Config
@@ -14,6 +15,7 @@ from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import init_variables
 from dsv3_jax.parallel.mesh import mesh_of
 from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.optimizer import make_optimizer
 
 
@@ -31,7 +33,7 @@ class TrainState(NamedTuple):
     skipped_in_row: Int[Array, ""]
 
 
-def init_state(key: PRNGKeyArray, config: Config) -> TrainState:
+def init_state(key: PRNGKeyArray, config: Config, extensions: Extensions = NONE) -> TrainState:
     """The state before the first step; of a LoRA run, of the adapters alone."""
     if config.lora.rank:
         params, router = init_adapters(key, config.model, config.lora), {}
@@ -39,7 +41,7 @@ def init_state(key: PRNGKeyArray, config: Config) -> TrainState:
         variables = init_variables(key, config.model)
         params, router = variables["params"], variables["router"]
     counters = [jnp.zeros((), jnp.int32) for _ in range(3)]
-    opt_state = make_optimizer(config.optimizer).init(params)
+    opt_state = _optimizer(config, extensions).init(params)
     return TrainState(counters[0], params, router, opt_state, counters[1], counters[2])
 
 
@@ -51,9 +53,14 @@ def variables_of(params: Any, router: Any, base: Any, config: Config) -> Any:
     return {"params": adapted, "router": base["router"]}
 
 
-def create_state(config: Config, abstract: TrainState) -> TrainState:
+def _optimizer(config: Config, extensions: Extensions) -> optax.GradientTransformation:
+    return extensions.optimizer or make_optimizer(config.optimizer)
+
+
+def create_state(config: Config, abstract: TrainState, extensions: Extensions = NONE) -> TrainState:
     """`init_state` of the run's seed: every leaf is made where the abstract one lies."""
-    return _made(partial(init_state, config=config), abstract, config.seed)
+    init = partial(init_state, config=config, extensions=extensions)
+    return _made(init, abstract, config.seed)
 
 
 def fresh_variables(config: Config, abstract: TrainState, parts: Collection[str]) -> Any:
@@ -73,10 +80,12 @@ def fresh_variables(config: Config, abstract: TrainState, parts: Collection[str]
     return _made(make, pick(abstract.params, abstract.router), config.seed)
 
 
-def state_from(params: Any, router: Any, config: Config, abstract: TrainState) -> TrainState:
+def state_from(
+    params: Any, router: Any, config: Config, abstract: TrainState, extensions: Extensions = NONE
+) -> TrainState:
     """The state before the first step with these weights, which lie as the abstract ones."""
     places = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    begin = jax.jit(make_optimizer(config.optimizer).init, out_shardings=places.opt_state)
+    begin = jax.jit(_optimizer(config, extensions).init, out_shardings=places.opt_state)
     zeros = jax.jit(lambda: jnp.zeros((), jnp.int32), out_shardings=places.step)
     return TrainState(zeros(), params, router, begin(params), zeros(), zeros())
 
@@ -104,9 +113,10 @@ def abstract_adapters(config: Config, layout: Layout) -> Any:
     )
 
 
-def abstract_state(config: Config, layout: Layout) -> TrainState:
+def abstract_state(config: Config, layout: Layout, extensions: Extensions = NONE) -> TrainState:
     """The TrainState as shapes, dtypes and shardings; allocates nothing."""
-    shapes = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
+    init = partial(init_state, config=config, extensions=extensions)
+    shapes = jax.eval_shape(init, jax.random.key(0))
     places = shardings(shapes, layout, stored=True)
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.config import Config
+from dsv3_jax.config import Config, UserError
 from dsv3_jax.model.placement import gathered, shardings
 from dsv3_jax.model.router import update_router_bias
 from dsv3_jax.model.step_weights import made_for_step, with_made
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import recipe_named
+from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.loss import (
     LossTerms,
     Rows,
@@ -56,7 +57,13 @@ class StepMetrics(NamedTuple):
     skipped_in_row: Int[Array, ""]
 
 
-def jit_train_step(config: Config, layout: Layout, state: TrainState, base: Any = None) -> Any:
+def jit_train_step(
+    config: Config,
+    layout: Layout,
+    state: TrainState,
+    base: Any = None,
+    extensions: Extensions = NONE,
+) -> Any:
     """`train_step` of this config, compiled on its first call; it takes over the state's memory.
 
     The new state lies as this one, which may be abstract; metrics are whole on every device. Were
@@ -66,7 +73,7 @@ def jit_train_step(config: Config, layout: Layout, state: TrainState, base: Any 
     if layout.platform == "cpu":
         options = ONE_CPU_OPTIONS if layout.mesh.size == 1 else CPU_OPTIONS
     step = jax.jit(
-        partial(train_step, config=config, layout=layout),
+        partial(train_step, config=config, layout=layout, extensions=extensions),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), state.step.sharding),
         compiler_options=options,
@@ -81,21 +88,30 @@ def train_step(
     config: Config,
     layout: Layout = ONE_DEVICE,
     base: Any = None,
+    extensions: Extensions = NONE,
 ) -> tuple[TrainState, StepMetrics]:
     """The state after one step on the first num_micro_batches of A micro-batches, and its metrics.
 
     `base` are the frozen variables that the state's adapters belong to, where it has any.
     A step whose loss or gradient norm is not finite changes nothing but the counters.
     """
-    loss, terms, grads = gradients(state, rows, settings, config, layout, base)
+    with layout.compiling():
+        loss, terms, grads = gradients(state, rows, settings, config, layout, base, extensions)
     grad_norm = optax.tree.norm(grads)
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    updates, opt_state = make_optimizer(config.optimizer).update(
-        grads, state.opt_state, state.params, norm=grad_norm, applied=applied
-    )
-    params = jax.tree.map(
-        lambda p, u: jnp.where(applied, p - settings.learning_rate * u, p), state.params, updates
-    )
+    if extensions.optimizer is None:
+        updates, opt_state = make_optimizer(config.optimizer).update(
+            grads, state.opt_state, state.params, norm=grad_norm, applied=applied
+        )
+        rate = settings.learning_rate
+    else:
+        own = optax.with_extra_args_support(extensions.optimizer)
+        updates, opt_state = own.update(
+            grads, state.opt_state, state.params, learning_rate=settings.learning_rate
+        )
+        opt_state = jax.tree.map(partial(jnp.where, applied), opt_state, state.opt_state)
+        rate = -1.0  # its updates are added
+    params = jax.tree.map(lambda p, u: jnp.where(applied, p - rate * u, p), state.params, updates)
     moved = move_router_biases(state.router, terms.load, settings.bias_update_speed)
     router = jax.tree.map(partial(jnp.where, applied), moved, state.router)
     skipped = jnp.where(applied, state.skipped, state.skipped + 1)
@@ -128,13 +144,15 @@ def eval_step(
     config: Config,
     layout: Layout = ONE_DEVICE,
     base: Any = None,
+    extensions: Extensions = NONE,
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the main model, nats a token, of rows of T + 1 tokens: of all of them,
     or of those that count."""
     segments = documents(rows, config)
     variables = variables_of(_gathered_once(params, layout), router, base, config)
-    how = dataclasses.replace(training_pass(config, layout), remat="none")
-    return mean_nats(variables, rows, how, segments)
+    how = dataclasses.replace(training_pass(config, layout, extensions), remat="none")
+    with layout.compiling():
+        return mean_nats(variables, rows, how, segments)
 
 
 def _gathered_once(params: Any, layout: Layout) -> Any:
@@ -168,6 +186,7 @@ def gradients(
     config: Config,
     layout: Layout = ONE_DEVICE,
     base: Any = None,
+    extensions: Extensions = NONE,
 ) -> tuple[Float[Array, ""], LossTerms, Any]:
     """(loss, terms, gradients): means over the step's micro-batches, and sums of the loads."""
 
@@ -180,7 +199,7 @@ def gradients(
     rows = with_shares(rows, settings.num_micro_batches.astype(jnp.float32), depths)
 
     if layout.mesh.shape["pipe"] > 1:
-        return _pipelined(state, rows, settings, config, layout, per_token)
+        return _pipelined(state, rows, settings, config, layout, extensions, per_token)
 
     # What every micro-batch multiplies by is made before the first of them, and only once.
     params = _gathered_once(state.params, layout)
@@ -189,7 +208,8 @@ def gradients(
     def loss_of(params, micro_rows):
         params = params if made is None else with_made(params, made)
         variables = variables_of(params, state.router, base, config)
-        loss, terms = training_loss(variables, micro_rows, settings.mtp_loss_weight, config, layout)
+        weight = settings.mtp_loss_weight
+        loss, terms = training_loss(variables, micro_rows, weight, config, layout, extensions)
         return loss * per_token, (loss, terms)
 
     def gradient(params, micro_rows):
@@ -218,10 +238,17 @@ def gradients(
     return means[0], means[1]._replace(load=terms.load), means[2]
 
 
-def _pipelined(state, rows, settings, config: Config, layout: Layout, per_token: float):
-    """`_mean_over_micro_batches` by the ranks of `pipe`."""
+def _pipelined(
+    state, rows, settings, config: Config, layout: Layout, extensions: Extensions, per_token: float
+):
+    """`gradients` by the ranks of `pipe`."""
+    if extensions.loss is not None:
+        raise UserError(
+            "an own loss reads all Outputs, which no stage has of "
+            f"mesh.pipe={layout.mesh.shape['pipe']}: use mesh.pipe=1"
+        )
     terms, grads = pipelined_gradients(
-        state.params, state.router, rows, settings, config, layout, per_token
+        state.params, state.router, rows, settings, config, layout, per_token, extensions=extensions
     )
     count = settings.num_micro_batches.astype(jnp.float32)
     means = jax.tree.map(lambda x: x / count, terms._replace(load={}))

@@ -10,6 +10,8 @@ from dsv3_jax.analysis import report
 from dsv3_jax.config import UserError
 
 matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib.figure")
+pytest.importorskip("matplotlib.image")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -7,6 +7,11 @@ import pytest
 
 from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.grouped_gemm import api, reference
+from dsv3_jax.model.forward_pass import Pass
+from dsv3_jax.model.transformer import abstract_variables, forward
+from dsv3_jax.parallel.mesh import AXES
+from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
+from tests.helpers import tiny_model
 
 
 @pytest.fixture
@@ -65,3 +70,20 @@ def test_the_platform_is_that_of_the_mesh_compiled_for():
         assert backend.platform() == "gpu"
         assert api.row_alignment(4096, 8) == 128
     assert (api.row_alignment(64, 8) < 128) == (here == "cpu")
+
+
+def test_the_layout_says_what_a_program_is_compiled_for(recwarn):
+    """A program of one device, too, whose mesh nobody brings into scope; the host has CPUs."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,) * len(AXES), AXES, abstract_device=device)
+    config = tiny_model(num_hidden_layers=2, num_nextn_predict_layers=0)
+    before = set(backend.choices())
+    for layout in (ONE_DEVICE, Layout(mesh)):
+        how = Pass(config, layout=layout)
+        tokens = jax.ShapeDtypeStruct((1, 4), "int32")
+        jax.eval_shape(lambda v, t, how=how: forward(v, t, how), abstract_variables(config), tokens)
+        new = set(backend.choices()) - before
+        before |= new
+    assert {choice.platform for choice in new} == {"gpu"}
+    assert any("attention" in choice.op for choice in new)
+    assert backend.platform() == jax.default_backend()  # outside again

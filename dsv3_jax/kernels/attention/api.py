@@ -6,16 +6,19 @@ head's keys are H dims of its own and the R that carry positions.
 """
 
 import functools
+import importlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.kernels import backend
 
 PACKAGE = "dsv3_jax.kernels.attention"
+Bias = Callable[[Array, Array], Array]  # see `mla_attention`
 RESULTS = "attention_results"  # the name, for rematerialisation, of what kernels' backward reads
 
 
@@ -59,24 +62,36 @@ def mla_attention(
     scale: float,
     offset: int | Int[Array, ""] = 0,
     segments: Int[Array, "B S"] | Documents | None = None,
+    bias: Bias | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T N W+R-P"], Float[Array, "B N T"]]:
     """`attention` for the keys and values that MLA has in training and prefill.
 
     kv holds, for each head, its own P - R dims of the key and then its value, as one product with
     `kv_b_proj` leaves them; k_shared is the rotated part of all heads' keys. Neither is copied.
+
+    bias(query positions [T, 1], key positions [1, S]) gives [T, S], or [N, T, S] for each head: f32
+    that is added to the scaled logits, or booleans, which keys may be seen besides the causal rule.
+    It is computed by `reference`, whose memory grows with T times S.
     """
     value_dim = kv.shape[-1] - (q.shape[-1] - k_shared.shape[-1])
-    return _attention(q, (kv,), k_shared, value_dim, scale, offset, segments, implementation)
+    return _attention(q, (kv,), k_shared, value_dim, scale, offset, segments, implementation, bias)
 
 
-def _attention(q, kv, k_shared, value_dim, scale, offset, segments, implementation):
+def _attention(q, kv, k_shared, value_dim, scale, offset, segments, implementation, bias=None):
     documents = segments
     if segments is None or isinstance(segments, Documents):
         check(q, kv, k_shared, value_dim, None)
     else:
         check(q, kv, k_shared, value_dim, segments)
         documents = documents_of(segments, q.shape[1], offset)
+    if bias is not None:
+        if implementation not in (None, "reference"):
+            raise NotImplementedError(f"{implementation}: no bias; reference has one")
+        made = biased(bias, jnp.arange(q.shape[1]) + offset, kv[0].shape[1], q.shape[2])
+        reference = importlib.import_module(f"{PACKAGE}.reference")
+        sizes = {"value_dim": value_dim, "scale": scale, "offset": offset}
+        return reference.attention(q, kv, k_shared, **sizes, documents=documents, bias=made[None])
     return backend.run(
         PACKAGE,
         "attention",
@@ -147,6 +162,29 @@ def ascending(segments: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """The number of each run of equal numbers in its row, from 0."""
     changes = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)))
     return jnp.cumsum(changes, axis=1, dtype=jnp.int32)
+
+
+def biased(bias: Bias, positions: Int[Array, " T"], keys: int, heads: int) -> Array:
+    """What a bias function gives for these queries, [1 or N, T, S]; ValueError for other shapes."""
+    made = jnp.asarray(bias(positions[:, None], jnp.arange(keys)[None]))
+    wanted = (len(positions), keys)
+    if made.shape not in (wanted, (heads, *wanted)):
+        raise ValueError(
+            f"the attention bias gave {made.shape}: it must be [T, S] {wanted}, or [N, T, S] with "
+            f"N={heads} heads (on a mesh whose tensor axis cuts heads, [T, S])"
+        )
+    if made.dtype != jnp.bool_:
+        made = made.astype(jnp.float32)
+    return made.reshape(-1, *wanted)
+
+
+def apply_bias(
+    logits_BNTS: Float[Array, "B N T S"], mask: Bool[Array, "#B #N T S"], bias: Array
+) -> tuple[Float[Array, "B N T S"], Bool[Array, "#B #N T S"]]:
+    """Logits and mask with what `biased` gave for each sequence, [1 or B, 1 or N, T, S]."""
+    if bias.dtype == jnp.bool_:
+        return logits_BNTS, mask & bias
+    return logits_BNTS + bias, mask
 
 
 def visible(

@@ -6,9 +6,9 @@ It is what runs on CPUs, where the shapes are small; its gradients are JAX's own
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from dsv3_jax.kernels.attention.api import Documents, visible
+from dsv3_jax.kernels.attention.api import Documents, apply_bias, visible
 
 # Queries are cut into blocks of at least so many, up to four, and none meets the keys after its
 # block: 3/4 of the work at 128 tokens, 5/8 at 256 or more. Smaller products are slower ones.
@@ -25,6 +25,7 @@ def attention(
     scale: float,
     offset: int | Int[Array, ""],
     documents: Documents | None,
+    bias: Shaped[Array, "1 #N T S"] | None = None,
 ) -> tuple[Float[Array, "B T N U"], Float[Array, "B N T"]]:
     """Output and log-sum-exp; see `api.attention`. kv: keys and values, or one array of both."""
     k, v = kv[0][..., : kv[0].shape[-1] - (value_dim if len(kv) == 1 else 0)], kv[-1]
@@ -43,7 +44,9 @@ def attention(
         end = min(start + block, queries)
         seen = min(offset + end, keys) if isinstance(offset, int) else keys
         of_block = mask[:, start:end, :seen]
-        blocks.append(_attend(q[:, :, start:end], k[:, :, :seen], v[:, :, :seen], of_block, scale))
+        parts = (q[:, :, start:end], k[:, :, :seen], v[:, :, :seen])
+        of_bias = None if bias is None else bias[:, :, start:end, :seen]
+        blocks.append(_attend(*parts, of_block, scale, of_bias))
     out, lse = (jnp.concatenate(parts, axis=2) for parts in zip(*blocks))
     return out.swapaxes(1, 2), lse
 
@@ -54,12 +57,16 @@ def _attend(
     v: Float[Array, "B N S U"],
     mask: Bool[Array, "#B T S"],
     scale: float,
+    bias: Shaped[Array, "1 #N T S"] | None = None,
 ) -> tuple[Float[Array, "B N T U"], Float[Array, "B N T"]]:
     # Keys by queries: reductions over a dim that is not the last one are vectorised.
     logits_BNST = _multiply(k, q, 3, 3, jnp.float32) * scale
     # The lowest finite number, not -inf: nothing may become NaN.
     lowest = jnp.finfo(logits_BNST.dtype).min
-    logits_BNST = jnp.where(mask.swapaxes(1, 2)[:, None], logits_BNST, lowest)
+    seen_BNST = mask.swapaxes(1, 2)[:, None]
+    if bias is not None:
+        logits_BNST, seen_BNST = apply_bias(logits_BNST, seen_BNST, bias.swapaxes(2, 3))
+    logits_BNST = jnp.where(seen_BNST, logits_BNST, lowest)
     probs_BNST = jax.nn.softmax(logits_BNST, axis=2).astype(v.dtype)
     return _multiply(probs_BNST, v, 2, 2), jax.nn.logsumexp(logits_BNST, axis=2)
 

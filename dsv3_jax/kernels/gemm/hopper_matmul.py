@@ -85,7 +85,7 @@ class WorkTable(NamedTuple):
 
 def matmul(
     a: Float[Array, "M K"],
-    b: Float[Array, "E N K"],
+    b: Float[Array, "E N K"] | Float[Array, "E K N"],
     tile: Tile,
     *,
     a_scales: Float[Array, "KB M"] | None = None,

@@ -5,11 +5,13 @@ latent: one page serves all heads. Letters: B sequences, T new tokens of each, N
 R rope width, P pages in the pool, S pages in a sequence's table.
 """
 
+import importlib
 from typing import Any
 
 from jaxtyping import Array, Int
 
 from dsv3_jax.kernels import backend, hopper
+from dsv3_jax.kernels.attention.api import Bias
 from dsv3_jax.kernels.mla_decode.hopper_block import parts_of, reads
 from dsv3_jax.kernels.mla_decode.kv_splits import KVSplits, split_kv
 from dsv3_jax.kernels.mla_decode.operands import Pages, Results, Rows, check
@@ -61,10 +63,19 @@ def mla_decode_contiguous(
     *,
     scale: float,
     schedule: KVSplits | None = None,
+    bias: Bias | None = None,
     implementation: str | None = None,
 ) -> Results:
-    """`mla_decode` for a cache that holds each sequence's rows one after the other."""
+    """`mla_decode` for a cache that holds each sequence's rows one after the other.
+
+    A bias is that of `mla_attention`, computed by `reference`.
+    """
     check(rows)
+    if bias is not None:
+        if implementation not in (None, "reference"):
+            raise NotImplementedError(f"{implementation}: no bias; reference has one")
+        reference = importlib.import_module(f"{PACKAGE}.reference")
+        return reference.mla_decode_contiguous(rows, scale=scale, bias=bias)
     return backend.run(
         PACKAGE,
         "mla_decode_contiguous",

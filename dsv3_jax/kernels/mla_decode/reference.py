@@ -7,6 +7,7 @@ contiguous cache is one large page a sequence.
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.kernels.attention.api import Bias, apply_bias, biased
 from dsv3_jax.kernels.mla_decode.operands import Pages, Results, Rows
 from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 
@@ -28,8 +29,13 @@ def mla_decode(pages: Pages, *, scale: float, schedule: object = None) -> Result
     return mla_decode_contiguous(Rows(q_latent, q_rope, keys, rows(k_rope), lengths), scale=scale)
 
 
-def mla_decode_contiguous(rows: Rows, *, scale: float, schedule: object = None) -> Results:
-    """The same from one row of keys a sequence; see `api.mla_decode_contiguous`."""
+def mla_decode_contiguous(
+    rows: Rows, *, scale: float, schedule: object = None, bias: Bias | None = None
+) -> Results:
+    """The same from one row of keys a sequence; see `api.mla_decode_contiguous`.
+
+    With the bias of `attention.api.mla_attention`, too.
+    """
     del schedule
     q_latent, q_rope, latent, k_rope, lengths = rows
     new = q_latent.shape[1]
@@ -40,7 +46,13 @@ def mla_decode_contiguous(rows: Rows, *, scale: float, schedule: object = None) 
     ) + jnp.einsum("BTNR,BSR->BNTS", q_rope, k_rope, preferred_element_type=jnp.float32)
     # The lowest finite number, not -inf: a token that sees nothing must not become NaN.
     lowest = jnp.finfo(logits.dtype).min
-    logits = jnp.where(visible[:, None], logits * scale, lowest)
+    seen = visible[:, None]
+    logits = logits * scale
+    if bias is not None:
+        sizes = {"keys": latent.shape[1], "heads": q_latent.shape[2]}
+        made = jax.vmap(lambda positions: biased(bias, positions, **sizes))(limit - 1)
+        logits, seen = apply_bias(logits, seen, made)
+    logits = jnp.where(seen, logits, lowest)
     probs = jax.nn.softmax(logits, axis=-1).astype(latent.dtype)
     # In f32: XLA's CPU backend would add bf16 products up in bf16.
     context = jnp.einsum("BNTS,BSC->BTNC", probs.astype(jnp.float32), latent.astype(jnp.float32))
