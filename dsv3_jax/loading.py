@@ -47,7 +47,7 @@ from dsv3_jax.starting import load_frozen, merged_variables, open_base, read_ada
 from dsv3_jax.training.manifest import steps_in
 from dsv3_jax.training.metrics import newest_numbers
 from dsv3_jax.training.restore import read_meta, read_saved, restore
-from dsv3_jax.training.state import variables_of
+from dsv3_jax.training.state import read_average, variables_of
 
 _MAX_CONFIG_BYTES = 1 << 20
 
@@ -140,6 +140,9 @@ def open_run(run_dir: Path, step: str) -> OpenedRun:
         *(config.model, variables, files[0] if files else None, facts),
         scales if scales.exists() else None,
         adapters,
+        partial(read_average, run_dir / "checkpoints", found, config)
+        if config.optimizer.average_decay
+        else None,
     )
 
 

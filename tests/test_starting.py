@@ -272,3 +272,25 @@ def test_a_config_that_names_its_weights_says_the_model(bf16_folder, tmp_path):
     with pytest.raises(UserError, match="q_lora_rank"):
         argv = ["--config", str(path), "--model.q-lora-rank", "4"]
         cli.parse_config(argv, default_config=path, description="")
+
+
+def test_a_moving_average_is_kept_and_exported(config_file, bf16_folder, tmp_path):
+    """With a decay of 0.5, after one step: the mean of the first weights and the last."""
+    run = tmp_path / "run"
+    more = ("--optimizer.average-decay", 0.5, "--train.steps", 1)
+    assert begin(config_file, run, bf16_folder, *more) == 0
+    for name, options in (("last", []), ("average", ["--ema"])):
+        cli.main(["export-hf", str(run), str(tmp_path / name), *options])
+    first, last, average = (
+        tensors_of(f) for f in (bf16_folder, tmp_path / "last", tmp_path / "average")
+    )
+    for name in ("lm_head.weight", "model.layers.1.mlp.experts.0.up_proj.weight"):
+        mean = (first[name].astype(np.float32) + last[name]) / 2
+        np.testing.assert_allclose(average[name], mean, atol=1e-6)
+    assert (average["lm_head.weight"] != last["lm_head.weight"]).any()
+    with pytest.raises(UserError, match="is no run"):
+        cli.main(["export-hf", str(bf16_folder), str(tmp_path / "x"), "--ema"])
+    plain = tmp_path / "plain"
+    assert begin(config_file, plain, bf16_folder, "--train.steps", 0) == 0
+    with pytest.raises(UserError, match=r"without optimizer\.average_decay"):
+        cli.main(["export-hf", str(plain), str(tmp_path / "x"), "--ema"])

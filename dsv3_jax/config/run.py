@@ -110,6 +110,10 @@ class Config:
             )
         if self.lora.rank and not self.init_from:
             found.append("lora.rank needs init_from: adapters change weights that are there")
+        if self.lora.rank and self.optimizer.average_decay:
+            found.append(
+                "optimizer.average_decay with lora.rank: there is no average of adapters alone"
+            )
         if self.lora.rank and (self.mesh.pipe > 1 or self.sharding.state == "fsdp"):
             found.append(
                 f"lora.rank with mesh.pipe={self.mesh.pipe} and sharding.state="

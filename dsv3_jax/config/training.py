@@ -91,12 +91,15 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     moment_dtype: DType = "float32"  # of both moments; the paper holds them in bfloat16
+    # Of a moving average of the weights, f32 and held like the moments (V3 report, section 3.2.3;
+    # the value is not published); 0: none. `export-hf --ema` writes it.
+    average_decay: float = 0.0
 
     def problems(self) -> list[str]:
         """What is wrong with AdamW's values."""
         found: list[str] = []
         require_positive(found, self, ["learning_rate", "eps", "clip_norm"])
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "average_decay"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)} must lie in [0, 1)")
         return found

@@ -31,6 +31,7 @@ class OpenedRun(NamedTuple):
     facts: RunFacts | None = None
     published_scales: Path | None = None
     adapters: Adapters | None = None
+    average: Callable[[], Any] | None = None  # reads the moving average of its parameters
 
 
 class Adapters(NamedTuple):
@@ -69,6 +70,7 @@ class ExportOptions:
     overwrite: bool = False
     adapter: bool = False  # of a LoRA run: its adapters alone, in the form of peft
     merge: bool = False  # of a LoRA run: the weights with its adapters added to them
+    ema: bool = False  # of a run with optimizer.average_decay: the moving average of its weights
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,9 @@ def run_export(options: ExportOptions, open_run: OpenRun) -> None:
         _export_adapter(options, open_run)
         _say("exported", options.dst, start)
         return
-    source, run = open_source(options.src, options.step, open_run, merge=options.merge)
+    source, run = open_source(
+        options.src, options.step, open_run, merge=options.merge, ema=options.ema
+    )
     export_hf(
         source,
         options.dst,
@@ -169,11 +173,12 @@ def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
 
 
 def open_source(
-    folder: Path, step: str, open_run: OpenRun, *, merge: bool = True
+    folder: Path, step: str, open_run: OpenRun, *, merge: bool = True, ema: bool = False
 ) -> tuple[Checkpoint, OpenedRun | None]:
     """The checkpoint of a run, an import or a Hugging Face folder; and the run, if it is one.
 
-    UserError when there is no such folder, and for a LoRA run that is not to be merged.
+    With `ema` the weights are a run's moving average. UserError when there is no such folder or
+    average, and for a LoRA run that is not to be merged.
     """
     from dsv3_jax.interop.checkpoint import from_variables, is_weights_folder, open_checkpoint
     from dsv3_jax.interop.published_scales import with_published_scales
@@ -181,8 +186,14 @@ def open_source(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if is_weights_folder(folder):
+        if ema:
+            raise UserError(f"--ema: {folder} is no run")
         return open_checkpoint(folder), None
     run = open_run(folder, step)
+    if ema:
+        if run.average is None:
+            raise UserError(f"--ema: {folder} was trained without optimizer.average_decay")
+        run = run._replace(variables={**run.variables, "params": run.average()})
     if run.adapters is not None:
         if not merge:
             raise UserError(

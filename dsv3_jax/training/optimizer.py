@@ -27,13 +27,43 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     data. Epsilon and the decay mask are not published; norms are left out, as is common.
 
     `update` may be given `norm`, the gradients' global norm, and `applied`: where that is false
-    the state stays as it is, and the updates mean nothing.
+    the state stays as it is, and the updates mean nothing. With average_decay, it must be given
+    `learning_rate` too: the last part of the state is an AverageState.
     """
-    return optax.chain(
+    parts: list[optax.GradientTransformation] = [
         clip_by_norm(config.clip_norm),
         scale_by_adam(config.b1, config.b2, config.eps, jnp.dtype(config.moment_dtype)),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
-    )
+    ]
+    if config.average_decay:
+        parts.append(average_weights(config.average_decay))
+    return optax.with_extra_args_support(optax.chain(*parts))
+
+
+class AverageState(NamedTuple):
+    """The moving average of the weights, f32, shaped as they are."""
+
+    average: Any
+
+
+def average_weights(decay: float) -> optax.GradientTransformationExtraArgs:
+    """Keeps average = decay x average + (1 - decay) x weights, after each step; begins with the
+    first weights. The updates pass through."""
+
+    def init(params):
+        return AverageState(jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params))
+
+    def update(updates, state, params=None, *, learning_rate, applied=True, **extra):
+        del extra
+        assert params is not None
+
+        def moved(average, param, direction):
+            new = param.astype(jnp.float32) - learning_rate * direction
+            return jnp.where(applied, decay * average + (1 - decay) * new, average)
+
+        return updates, AverageState(jax.tree.map(moved, state.average, params, updates))
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def clip_by_norm(max_norm: float) -> optax.GradientTransformationExtraArgs:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from dsv3_jax.parallel.mesh import mesh_of
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.restore import restore
 
 
 class TrainState(NamedTuple):
@@ -99,6 +101,13 @@ def _made(make: Callable[[Any], Any], abstract: Any, seed: int) -> Any:
     on_cpu = mesh_of(jax.tree.leaves(abstract)[0]).devices.flat[0].platform == "cpu"
     options: Any = {"xla_backend_optimization_level": 0} if on_cpu else None
     return lowered.compile(compiler_options=options)(key)
+
+
+def read_average(folder: Path, step: int, config: Config) -> Any:
+    """The moving average of the weights in a run's checkpoint, on the first device."""
+    shapes = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
+    found, _ = restore(folder, step, {"opt_state": shapes.opt_state}, partial=True)
+    return found["opt_state"][-1].average
 
 
 def abstract_adapters(config: Config, layout: Layout) -> Any:

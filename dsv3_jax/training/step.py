@@ -101,7 +101,10 @@ def train_step(
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if extensions.optimizer is None:
         updates, opt_state = make_optimizer(config.optimizer).update(
-            grads, state.opt_state, state.params, norm=grad_norm, applied=applied
+            *(grads, state.opt_state, state.params),
+            norm=grad_norm,
+            applied=applied,
+            learning_rate=settings.learning_rate,
         )
         rate = settings.learning_rate
     else:

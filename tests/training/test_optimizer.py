@@ -125,3 +125,20 @@ def test_a_step_that_is_not_applied_leaves_the_state_as_it_was():
     bad = jax.tree.map(lambda g: g * jnp.nan, gradients[1])
     _, after = optimizer.update(bad, state, params, norm=jnp.float32(jnp.nan), applied=False)
     jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_the_average_follows_the_weights_and_stays_when_a_step_is_not_applied():
+    config = OptimizerConfig(average_decay=0.75, clip_norm=1e9)
+    optimizer, params = make_optimizer(config), {"lm_head": jnp.arange(6.0).reshape(2, 3)}
+    state, average = optimizer.init(params), np.arange(6.0).reshape(2, 3)
+    for step in range(3):
+        grads = {"lm_head": jnp.full((2, 3), step + 1.0)}
+        applied = step != 1
+        updates, state = optimizer.update(
+            grads, state, params, applied=jnp.bool_(applied), learning_rate=jnp.float32(0.1)
+        )
+        if applied:
+            params = jax.tree.map(lambda p, u: p - 0.1 * u, params, updates)
+            average = 0.75 * average + 0.25 * np.asarray(params["lm_head"])
+        np.testing.assert_allclose(state[-1].average["lm_head"], average, rtol=1e-6)
+    assert len(make_optimizer(OptimizerConfig()).init(params)) == 3
