@@ -53,9 +53,9 @@ def average_weights(decay: float) -> optax.GradientTransformationExtraArgs:
     def init(params):
         return AverageState(jax.tree.map(lambda p: jnp.asarray(p, jnp.float32), params))
 
-    def update(updates, state, params=None, *, learning_rate, applied=True, **extra):
+    def update(updates, state, params=None, *, learning_rate=None, applied=True, **extra):
         del extra
-        assert params is not None
+        assert params is not None and learning_rate is not None
 
         def moved(average, param, direction):
             new = param.astype(jnp.float32) - learning_rate * direction
