@@ -17,7 +17,13 @@ from dsv3_jax.compiling.naming import WeightNames, describe, pass_of
 from dsv3_jax.compiling.picture import draw
 from dsv3_jax.compiling.report import Report, _refused, compile_program
 from dsv3_jax.compiling.text import leaves_host, lines
-from dsv3_jax.config import ParallelConfig, ShardingConfig, UserError, load_config
+from dsv3_jax.config import (
+    ExpertParallelConfig,
+    ParallelConfig,
+    ShardingConfig,
+    UserError,
+    load_config,
+)
 from dsv3_jax.parallel.mesh import AXES
 from tests.helpers import tiny_config, tiny_model
 
@@ -186,7 +192,10 @@ def test_a_tiny_model_is_compiled_for_devices_that_are_not_here(topology, tmp_pa
         pytest.skip(reason)
     out = tmp_path / "report.json"
     argv = ["--config", str(CONFIGS / "tiny.py"), "--topology", topology, "--json", str(out)]
-    options = ["--sharding.state", "fsdp", "--model.num-nextn-predict-layers", "0"]
+    options = "--sharding.state fsdp --expert-parallel.transport padded --model.num-hidden-layers 1"
+    options += " --model.first-k-dense-replace 0 --model.num-nextn-predict-layers 0 "
+    options += "--train.batch-size 8 --train.seq-len 64"
+    options = options.split()
     assert cli.main(["compile", *argv, *AOT[topology], *options]) == 0
     report = json.loads(out.read_text())
     assert report["fits"] and 0 < report["arguments"] < report["peak"] < report["capacity"]
@@ -201,3 +210,24 @@ def test_a_preset_takes_all_devices_of_the_topology_that_it_names(path):
     assert config.mesh.num_devices == targets.parse_topology(topology).num_devices
     assert config.problems() == []
     assert f"configs/scale/{path.name} " in path.read_text()
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_serving_programs_are_built_as_generate_builds_them(program):
+    config = dataclasses.replace(
+        tiny_config(TINY),
+        mesh=ParallelConfig(node=2, local=2, data=2),
+        expert_parallel=ExpertParallelConfig(transport="padded"),
+    )
+    layout = programs.layout_on(config, jax.devices()[:8])
+    what = programs.Serving(
+        batch=8, context=64, redundant_experts=4, fp8_weights=program == "decode"
+    )
+    built = programs.serving(config, layout, what, decode=program == "decode")
+    with jax.set_mesh(built.layout.mesh):
+        text = built.lower().as_text()
+    assert "all_to_all" in text
+    kinds = {leaf.dtype.name for leaf in jax.tree.leaves(built.arguments["weights"]["params"])}
+    assert ("float8_e4m3fn" in kinds) == (program == "decode")
+    experts = built.arguments["weights"]["params"]["moe_layers"]["mlp"]["experts"]["down_proj"]
+    assert jax.tree.leaves(experts)[0].shape[1] == TINY.n_routed_experts + 4
