@@ -1,34 +1,41 @@
 """Times a training step in parts on one GPU: a stage of MoE layers, and the slice, BF16 and FP8.
 
-    python -m benchmarks.bench_step [--only stage|slice] [--remat v3]
+    python -m benchmarks.bench_step [--only stage|slice] [--remat v3] [--classes] [--picture F.png]
 
 Needs a Hopper GPU. The stage (configs/h200_stage.py) is its layers alone, forward and backward of 8
 micro-batches, with what they read of the weights made once; no optimizer. The slice
 (configs/h200_slice.py) is a whole step; its backward pass is what forward and backward take beyond
 the forward alone, its optimizer what a step takes beyond both. Milliseconds by the clock, medians
 of five; TFLOP/s are the model's operations, MTP's among them, once forward and twice backward.
+--classes adds what the slice's kernels go to, by the profiler, for a program without CUDA graphs,
+whose kernels have no names there. The last row is transformers' step in a process of its own,
+before ours take the memory, beside our BF16 slice without MTP; it says so where torch is missing.
 """
 
 import argparse
 import dataclasses
 import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.bars import plot
+from benchmarks.kernel_classes import classed, kernels, table
 from benchmarks.timing import machine
 from dsv3_jax.analysis.model_cost import training_flops_per_token
 from dsv3_jax.config import Config, QuantConfig, load_config
 from dsv3_jax.model.forward_pass import Tokens
 from dsv3_jax.model.stack import run_layers
-from dsv3_jax.model.step_weights import with_made
 from dsv3_jax.model.transformer import init_variables
 from dsv3_jax.training.loss import training_loss, training_pass
 from dsv3_jax.training.schedule import Schedule
@@ -40,24 +47,25 @@ REPEATS = 5
 
 def stage_gradients(variables: Any, rows: jax.Array, d_rows: jax.Array, config: Config) -> Any:
     """Gradients of the layers' weights, f32, added up over rows [A, B, T, D] of micro-batches."""
-    how, params = training_pass(config), variables["params"]
-    multiplied, made = for_products(params, config)
+    how = training_pass(config)
+    weights = for_products(variables["params"], config).summing(adds=len(rows) > 1)
     tokens = Tokens(jnp.arange(rows.shape[2])[None])
 
-    def product(params, x, d_x):
-        layers = {**variables, "params": with_made(params, made)}
+    def product(trained, x, d_x):
+        layers = {**variables, "params": weights.held(trained)}
         y, _, _ = run_layers(layers, x, tokens, how)
         return jnp.sum(y.astype(jnp.float32) * d_x.astype(jnp.float32))
 
     gradient = jax.grad(product, (0, 1))
 
     def one_more(total, operands):
-        of_weights, of_rows = gradient(multiplied, *operands)
+        of_weights, of_rows = gradient(weights.trained, *operands)
         total = jax.tree.map(lambda t, g: t + g.astype(t.dtype), total, of_weights)
         return total, of_rows
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    return jax.lax.scan(one_more, zeros, (rows, d_rows))
+    zeros = jax.tree.map(jnp.zeros_like, weights.trained)
+    total, of_rows = jax.lax.scan(one_more, zeros, (rows, d_rows))
+    return weights.gradients(total), of_rows
 
 
 def stage(config: Config) -> tuple[Callable[[], Any], float]:
@@ -103,24 +111,37 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def time_stage(config: Config) -> None:
-    """Prints the stage's row."""
+class Timed(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    ms: float
+    rate: float  # TFLOP/s
+    parts: tuple[float, ...] = ()  # forward, backward, optimizer
+    classes: str = ""  # of its kernels, a table
+
+    def __str__(self) -> str:
+        parts = [f"{part:.1f}" for part in self.parts] or [""] * 3
+        return "| " + " | ".join([self.name, f"{self.ms:.1f}", *parts, f"{self.rate:.0f}"]) + " |"
+
+
+def time_stage(config: Config, classes: bool) -> Timed:
+    """The stage's row."""
+    del classes
     call, operations = stage(config)
     ms = milliseconds(call)
-    print(
-        f"| stage, {config.quant.preset} | {ms:.1f} | | | | {operations / ms / 1e9:.0f} |",
-        flush=True,
-    )
+    return Timed(f"stage, {config.quant.preset}", ms, operations / ms / 1e9)
 
 
 def mean_loss(state: Any, rows: jax.Array, settings: Any, config: Config) -> jax.Array:
     """The loss of the first micro-batch, without a gradient."""
-    variables = {"params": with_made(*for_products(state.params, config)), "router": state.router}
+    weights = for_products(state.params, config)
+    variables = {"params": weights.held(weights.trained), "router": state.router}
     return training_loss(variables, rows[0], settings.mtp_loss_weight, config)[0]
 
 
-def time_slice(config: Config) -> None:
-    """Prints the slice's row: the step, and its parts by differences of nested programs."""
+def time_slice(config: Config, classes: bool) -> Timed:
+    """The slice's row: the step, and its parts by differences of nested programs."""
     schedule, train = Schedule(config), config.train
     shape = (schedule.max_micro_batches, schedule.micro_batch_size, train.seq_len + 1)
     rows = jax.random.randint(jax.random.key(1), shape, 0, config.model.vocab_size, jnp.int32)
@@ -138,31 +159,74 @@ def time_slice(config: Config) -> None:
         return metrics
 
     ms = milliseconds(whole)
+    of_kernels = ""
+    if classes:
+        lowered = step.lower(holder[0], rows, settings)
+        step = lowered.compile(compiler_options={"xla_gpu_enable_command_buffer": ""})
+        of_kernels = table(classed(kernels(whole, step.as_text())))
     tokens = train.batch_size * train.seq_len
     operations = tokens * training_flops_per_token(config.model, train.seq_len, mtp=True)
-    print(
-        f"| slice, {config.quant.preset} | {ms:.1f} | {forward:.1f} | {both - forward:.1f} "
-        f"| {ms - both:.1f} | {operations / ms / 1e9:.0f} |",
-        flush=True,
-    )
+    parts = forward, both - forward, ms - both
+    mtp = "" if config.model.num_nextn_predict_layers else " without MTP"
+    rate = operations / ms / 1e9
+    return Timed(f"slice{mtp}, {config.quant.preset}", ms, rate, parts, of_kernels)
+
+
+def of_transformers(config: Config) -> Timed | None:
+    """transformers' step of one row, without MTP; None, and a line, where it does not run."""
+    command = [sys.executable, "-m", "benchmarks.transformers_step"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print("transformers beside it: no,", (done.stderr.strip().splitlines() or ["?"])[-1][:200])
+        return None
+    ms, length = float(done.stdout.split()[-1]), config.train.seq_len
+    operations = length * training_flops_per_token(config.model, length)
+    return Timed("slice without MTP, transformers", ms, operations / ms / 1e9)
+
+
+def plans(options: argparse.Namespace) -> Iterator[tuple[Any, Config]]:
+    """What is measured, in order: how, and the config."""
+    for name, measure in (("stage", time_stage), ("slice", time_slice)):
+        if options.only not in (None, name):
+            continue
+        config = load_config(f"configs/h200_{name}.py")
+        train = dataclasses.replace(config.train, remat=options.remat)
+        for preset in ("bf16", "fp8_paper"):
+            yield measure, dataclasses.replace(config, train=train, quant=QuantConfig(preset))
+        if name == "slice":
+            model = dataclasses.replace(config.model, num_nextn_predict_layers=0)
+            train = dataclasses.replace(train, remat="none")
+            yield measure, dataclasses.replace(config, model=model, train=train)
 
 
 def main() -> None:
-    """Prints the table."""
+    """Prints the table, and writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=["stage", "slice"])
     parser.add_argument("--remat", default="v3")
+    parser.add_argument("--classes", action="store_true")
+    parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
     print(machine())
+    slice_config = load_config("configs/h200_slice.py")
+    peer = None if options.only == "stage" else of_transformers(slice_config)
     print(
         "| what | ms | forward | backward | optimizer | TFLOP/s |\n"
         "| --- | --- | --- | --- | --- | --- |"
     )
-    for name, measure in (("stage", time_stage), ("slice", time_slice)):
-        config = load_config(f"configs/h200_{name}.py")
-        train = dataclasses.replace(config.train, remat=options.remat)
-        for preset in ("bf16", "fp8_paper") if options.only in (None, name) else ():
-            measure(dataclasses.replace(config, train=train, quant=QuantConfig(preset=preset)))
+    rows = []
+    for measure, config in plans(options):
+        rows.append(measure(config, options.classes))
+        print(rows[-1], flush=True)
+    if peer is not None:
+        rows.append(peer)
+        print(peer)
+    for row in rows:
+        if row.classes:
+            print(f"\n{row.name}:\n\n{row.classes}")
+    if options.picture:
+        bars = [{"us": 1e3 * row.ms, "tflops": row.rate} for row in rows]
+        plot(bars, [row.name for row in rows], {}, options.picture)
 
 
 if __name__ == "__main__":

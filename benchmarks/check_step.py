@@ -16,17 +16,19 @@ of the right length, and the same bits in a second run. Exit code 1 if not.
 import argparse
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import Config, QuantConfig, load_config
 from dsv3_jax.kernels import backend
-from dsv3_jax.model.step_weights import with_made
 from dsv3_jax.model.transformer import init_variables
 from dsv3_jax.training.loss import training_loss
 from dsv3_jax.training.step import for_products
@@ -61,17 +63,15 @@ def gradients(variables: Any, rows: jax.Array, config: Config) -> tuple[jax.Arra
     """The loss of rows of tokens, and its gradients summed over tokens, as in training."""
     tokens = float(rows.shape[0] * (rows.shape[1] - 1))
 
-    params, made = for_products(variables["params"], config)
+    weights = for_products(variables["params"], config).summing(adds=False)
 
-    def loss_of(params):
+    def loss_of(trained):
         weight = jnp.float32(config.schedule.mtp_loss_weight)
-        loss, _ = training_loss(
-            variables | {"params": with_made(params, made)}, rows, weight, config
-        )
+        loss, _ = training_loss(variables | {"params": weights.held(trained)}, rows, weight, config)
         return loss * tokens, loss
 
-    (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-    return loss, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    (_, loss), grads = jax.value_and_grad(loss_of, has_aux=True)(weights.trained)
+    return loss, weights.gradients(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
 
 
 def moved(params: Any, by: float) -> Any:

@@ -10,8 +10,6 @@ are the same code.
 
 import functools
 import math
-from collections.abc import Callable
-from dataclasses import astuple
 from typing import Any
 
 import jax
@@ -19,16 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels.fused.api import (
-    quantize_both_ways,
-    quantize_rows,
-    quantize_transposed,
-    swiglu_backward_quantize,
-    swiglu_quantize,
-)
-from dsv3_jax.kernels.gemm.api import scaled_matmul
-from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul, grouped_wgrad
+from dsv3_jax.kernels.fused.api import swiglu_backward_quantize
+from dsv3_jax.kernels.gemm.api import scaled_matmul, scaled_wgrad
+from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul, grouped_wgrad, grouped_wgrad_into
+from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.model.activation import swiglu
+from dsv3_jax.model.fp8_operands import (
+    TILE,
+    Activation,
+    filled,
+    keep_activation_input,
+    quantize_filled,
+    quantize_gradient,
+    quantize_input,
+    quantize_saved,
+    unpacked,
+)
 from dsv3_jax.model.remat import named_product
 from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.quantization import e5m6
@@ -38,17 +42,8 @@ from dsv3_jax.quantization.block_scaled import (
     BlockScaled,
     StepWeight,
     StraightThrough,
-    dequantize,
-    quantize,
-    split_tiles,
 )
-from dsv3_jax.quantization.e5m6 import E5M6
 from dsv3_jax.quantization.recipe import LinearRecipe, TileFormat
-
-Activation = Callable[[Array], Array]
-
-# The contracted dim must fill whole tiles of 128, and a kernel's N whole vectors of 8. Zeros do.
-_TILE = 128
 
 
 def fp8_linear(
@@ -103,7 +98,7 @@ def can_fuse(
     by_token = (gate_up.input, gate_up.dgrad, down.input)
     return (
         dtype == jnp.bfloat16
-        and not any(width % _TILE for width in widths)
+        and not any(width % TILE for width in widths)
         and all(form.tile == PER_TOKEN for form in by_token)
         and gate_up.wgrad == TileFormat(PER_CHANNEL, gate_up.dgrad.scale_format)
         and down.wgrad.tile == PER_CHANNEL
@@ -165,8 +160,8 @@ def _carrier_and_numbers(x: Any, activation: Activation | None) -> tuple[Array, 
     return x.carrier, x.numbers
 
 
-# A weight's numbers, and the same transposed; or a copy of it and None.
-Made = tuple[BlockScaled, BlockScaled] | tuple[Array, None] | None
+# A weight's numbers, and the same transposed; or a copy of it and None. Where its gradient is left.
+Made = tuple[BlockScaled | Array, BlockScaled | None, GradientSum | None] | None
 
 
 def _matrix(weight: Any, *rows: int) -> tuple[Array, Made]:
@@ -175,8 +170,8 @@ def _matrix(weight: Any, *rows: int) -> tuple[Array, Made]:
         return weight.reshape(*rows, weight.shape[-1]), None
     master, numbers = weight.master.reshape(*rows, weight.shape[-1]), weight.numbers
     if not isinstance(numbers, BlockScaled):  # a copy, which is quantised where it is multiplied
-        return master, (numbers.reshape(master.shape), None)
-    return master, (numbers, weight.transposed)
+        numbers = numbers.reshape(master.shape)
+    return master, (numbers, weight.transposed, weight.gradient)
 
 
 def _input_dims(activation: Activation | None) -> int:
@@ -192,35 +187,35 @@ def _linear(x, weight, group_sizes, recipe, activation, arrived=None, made=None)
 def _forward(x, weight, group_sizes, recipe, activation, arrived=None, made: Made = None):
     """`arrived` are the numbers of x if they were quantised before; x then has their gradient."""
     if arrived is None:
-        quantized = _quantize_input(x, activation, recipe.input)
+        quantized = quantize_input(x, activation, recipe.input)
     else:
-        values = jnp.pad(arrived.values, [(0, 0), (0, -x.shape[1] % _TILE)])
+        values = jnp.pad(arrived.values, [(0, 0), (0, -x.shape[1] % TILE)])
         quantized = BlockScaled(values, arrived.scales, arrived.tile)
-    numbers, transposed = made or (weight, None)
+    numbers, transposed, total = made or (weight, None, None)
     kept = numbers if transposed is None else transposed
     if not isinstance(numbers, BlockScaled):
-        numbers = _quantize(numbers, recipe.weight)
+        numbers = quantize_filled(numbers, recipe.weight)
     y = _multiply(quantized, numbers, group_sizes)
     y = named_product(y[:, : weight.shape[-2]].astype(x.dtype), weight.shape)
     saved = x if arrived is None else quantized
     if recipe.saved_input == "quantized":
-        saved = quantized if activation is None else _keep(x, recipe.input)
+        saved = quantized if activation is None else keep_activation_input(x, recipe.input)
     elif recipe.saved_input == "e5m6" and arrived is None:
-        saved = e5m6.encode(_filled(x.reshape(len(x), -1), 1, e5m6.PACKET))
+        saved = e5m6.encode(filled(x.reshape(len(x), -1), 1, e5m6.PACKET))
     # dtypes and shapes travel as arrays that nobody reads: residuals are arrays.
     like, like_weight = jnp.zeros((0, *x.shape[1:]), x.dtype), jnp.zeros((), weight.dtype)
-    return y, (saved, like, kept, like_weight, group_sizes)
+    return y, (saved, like, kept, like_weight, group_sizes, total)
 
 
 def _backward(recipe, activation, residuals, dy):
-    saved, like, *_, group_sizes = residuals
+    saved, like, *_, group_sizes, _ = residuals
     outputs = dy.shape[1]
     d_input, d_weight = _gradients(
-        recipe, activation, residuals, _quantize_gradient(dy, recipe), outputs
+        recipe, activation, residuals, quantize_gradient(dy, recipe), outputs
     )
     d_input = d_input[: dy.shape[0]]
     if activation is not None:
-        d_input = jax.vjp(activation, _unpacked(saved, like, like.dtype))[1](d_input)[0]
+        d_input = jax.vjp(activation, unpacked(saved, like, like.dtype))[1](d_input)[0]
     return d_input, d_weight, _no_gradient(group_sizes), None, None
 
 
@@ -228,21 +223,32 @@ def _gradients(
     recipe, activation, residuals, d_output: tuple[BlockScaled, BlockScaled], outputs: int
 ):
     """Those of activation(input) and of the weight, for the output's, quantised for both."""
-    saved, like, weight, like_weight, group_sizes = residuals
+    saved, like, weight, like_weight, group_sizes, total = residuals
     by_token, by_channel = d_output
     inputs = like.shape[-1]
     # Dgrad
     if not isinstance(weight, BlockScaled):
-        weight = _quantize(weight, recipe.weight).mT
+        weight = quantize_filled(weight, recipe.weight).mT
     d_input = _multiply(by_token, weight, group_sizes)
     d_input = d_input[:, :inputs].astype(like.dtype)
     # Wgrad
-    kept = _quantize_saved(saved, like, activation, recipe)
+    kept = quantize_saved(saved, like, activation, recipe)
+    whole = by_channel.shape[0], kept.shape[0]
+    if total is not None and total.matrix == whole:
+        if group_sizes is None:
+            scaled_wgrad(by_channel, kept, total)
+        else:
+            grouped_wgrad_into(by_channel, kept, group_sizes, total)
+        return d_input, None
     if group_sizes is None:
         d_weight = scaled_matmul(by_channel, kept)
     else:
         d_weight = grouped_wgrad(by_channel, kept, group_sizes)
-    return d_input, d_weight[..., :outputs, :inputs].astype(like_weight.dtype)
+    d_weight = d_weight[..., :outputs, :inputs]
+    if total is None:
+        return d_input, d_weight.astype(like_weight.dtype)
+    total.put(d_weight)
+    return d_input, None
 
 
 def _no_gradient(group_sizes: Any) -> Any:
@@ -266,14 +272,14 @@ def _feed_forward_fwd(x, gate_up, down, group_sizes, recipes, arrived=None, made
 
 def _feed_forward_bwd(recipes, residuals, dy):
     wide, narrow = residuals
-    kept, like, *_, group_sizes = narrow
+    kept, like, *_, group_sizes, _ = narrow
     d_activated, d_down = _gradients(
-        recipes[1], swiglu, narrow, _quantize_gradient(dy, recipes[1]), dy.shape[1]
+        recipes[1], swiglu, narrow, quantize_gradient(dy, recipes[1]), dy.shape[1]
     )
     # Rows that filled dy up to whole tiles are zeros, and fill the gradient of SwiGLU as well.
-    kept = _filled(kept, _TILE, 1)
+    kept = filled(kept, TILE, 1)
     d_hidden = swiglu_backward_quantize(
-        kept, _filled(d_activated, _TILE, 1), recipes[0].dgrad.scale_format
+        kept, filled(d_activated, TILE, 1), recipes[0].dgrad.scale_format
     )
     width = 2 * like.shape[-1]
     dx, d_gate_up = _gradients(recipes[0], None, wide, d_hidden, width)
@@ -283,94 +289,7 @@ def _feed_forward_bwd(recipes, residuals, dy):
 _feed_forward.defvjp(_feed_forward_fwd, _feed_forward_bwd)
 
 
-def _quantize_input(x, activation: Activation | None, form: TileFormat) -> BlockScaled:
-    """What Fprop reads: activation(x) quantised."""
-    if form.tile == PER_TOKEN:
-        if activation is None:
-            return quantize_rows(_filled(x, 1, _TILE), form.scale_format)
-        if _halves_are_whole(x, activation):
-            return swiglu_quantize(x.reshape(len(x), -1), form.scale_format)
-    return _quantize(x if activation is None else activation(x), form)
-
-
-def _keep(x, form: TileFormat) -> BlockScaled:
-    """An activation's input [T, 2, F], kept in FP8 from the forward to the backward pass."""
-    if form.tile == PER_TOKEN and x.shape[-1] % _TILE == 0:
-        return quantize_rows(x.reshape(len(x), -1), form.scale_format)
-    return quantize(x, *astuple(form))
-
-
-def _unpacked(saved: Any, like: Array, dtype: Any) -> Any:
-    """The product's or activation's input, in its own shape, of what was kept of it."""
-    if isinstance(saved, E5M6):
-        width = math.prod(like.shape[1:])
-        return e5m6.decode(saved, dtype)[:, :width].reshape(-1, *like.shape[1:])
-    if not isinstance(saved, BlockScaled):
-        return saved
-    x = dequantize(saved, dtype)
-    if x.ndim < like.ndim:
-        return x.reshape(len(x), *like.shape[1:])
-    return x[..., : like.shape[-1]]
-
-
-def _quantize_gradient(dy, recipe: LinearRecipe) -> tuple[BlockScaled, BlockScaled]:
-    """The output's gradient for Dgrad, quantised along channels, and for Wgrad, along tokens."""
-    dgrad, wgrad = recipe.dgrad, recipe.wgrad
-    one_read = (dgrad.tile, wgrad.tile) == (PER_TOKEN, PER_CHANNEL)
-    if one_read and dgrad.scale_format == wgrad.scale_format:
-        return quantize_both_ways(_filled(dy, _TILE, _TILE), dgrad.scale_format)
-    by_channel = split_tiles(_quantize(dy, dgrad), PER_TOKEN)
-    return by_channel, _quantize(dy, wgrad, columns=8).mT
-
-
-def _quantize_saved(
-    saved: Any, like: Array, activation: Activation | None, recipe: LinearRecipe
-) -> BlockScaled:
-    """The product's input for Wgrad, transposed and quantised along tokens."""
-    form = recipe.wgrad
-    if isinstance(saved, E5M6):  # bfloat16 and float32 hold its numbers exactly
-        saved = _unpacked(saved, like, like.dtype)
-    if form.tile == PER_CHANNEL:
-        kept = isinstance(saved, BlockScaled)
-        if activation is None and not (kept and saved.tile != PER_TOKEN):
-            return quantize_transposed(_filled(saved, _TILE, _TILE), form.scale_format)
-        # A block-scaled SwiGLU input is taken for bfloat16 numbers.
-        in_bf16 = like.dtype == jnp.bfloat16 and _halves_are_whole(like, activation)
-        if kept and saved.ndim == 2 and in_bf16:
-            saved = _filled(saved, _TILE, 1)
-            return swiglu_quantize(saved, form.scale_format, transposed=True)
-    # f32 is the exact form for quantising again; an activation is computed in the model's dtype.
-    x = _unpacked(saved, like, jnp.float32 if activation is None else like.dtype)
-    return _quantize(x if activation is None else activation(x), form, columns=8).mT
-
-
-def _halves_are_whole(x, activation: Activation | None) -> bool:
-    """Whether gate and up, laid side by side, are whole tiles that the fused SwiGLU can read."""
-    return activation is swiglu and x.shape[-1] % _TILE == 0
-
-
 def _multiply(a: BlockScaled, b: BlockScaled, group_sizes):
     if group_sizes is None:
         return scaled_matmul(a, b)
     return grouped_matmul(a, b, group_sizes)
-
-
-def _quantize(x, form: TileFormat, columns: int = _TILE) -> BlockScaled:
-    """x quantised, after zeros have filled its last two dims up to what kernels read.
-
-    Columns are what the product contracts, or its N. Rows need whole tiles where the tile spans
-    rows: those are contracted once transposed, except a 1x128 operand's, which are free.
-    """
-    rows = 1 if form.tile[0] == 1 else _TILE
-    return quantize(_filled(x, rows, columns), form.tile, form.scale_format)
-
-
-def _filled(x: Any, rows: int, columns: int) -> Any:
-    """x with zeros up to multiples in its last two dims; a BlockScaled's rows may be filled."""
-    if isinstance(x, BlockScaled):
-        values, scales = _filled(x.values, rows, columns), _filled(x.scales, rows, 1)
-        return BlockScaled(values, scales, x.tile)
-    fill = -x.shape[-2] % rows, -x.shape[-1] % columns
-    if not any(fill):
-        return x
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, extra) for extra in fill])

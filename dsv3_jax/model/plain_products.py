@@ -13,7 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels.grouped_gemm.api import grouped_dgrad, grouped_matmul, grouped_wgrad
+from dsv3_jax.kernels.grouped_gemm.api import (
+    grouped_dgrad,
+    grouped_matmul,
+    grouped_wgrad,
+    grouped_wgrad_into,
+)
 from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.quantization.block_scaled import StepWeight
 
@@ -25,7 +30,7 @@ def product(
     if weight.dtype == x.dtype and not isinstance(weight, StepWeight):
         return _times(x, weight)
     x, weight = _together(x, weight)
-    y: Array = _product(x, *_master_and_copy(weight))
+    y: Array = _product(x, *_parts(weight))
     return y
 
 
@@ -39,8 +44,7 @@ def grouped_product(
     if weights.dtype == rows.dtype and not isinstance(weights, StepWeight):
         return grouped_matmul(rows, weights, group_sizes, alignment=alignment)
     rows, weights = _together(rows, weights)
-    master, copy = _master_and_copy(weights)
-    y: Array = _grouped_product(rows, master, copy, group_sizes, alignment)
+    y: Array = _grouped_product(rows, *_parts(weights), group_sizes, alignment)
     return y
 
 
@@ -50,10 +54,11 @@ def _together(*operands):
     return vary(operands, [a for leaf in leaves for a in jax.typeof(leaf).manual_axis_type.varying])
 
 
-def _master_and_copy(weight):
+def _parts(weight):
+    """The master, the copy of it that is made, and where its gradient is left."""
     if isinstance(weight, StepWeight):
-        return weight.master, weight.numbers
-    return weight, None
+        return weight.master, weight.numbers, weight.gradient
+    return weight, None, None
 
 
 def _times(x, weight):
@@ -66,17 +71,18 @@ def _in_dtype_of(x, master, copy):
 
 
 @jax.custom_vjp
-def _product(x, master, copy):
+def _product(x, master, copy, total):
+    del total
     return _times(x, _in_dtype_of(x, master, copy))
 
 
-def _product_forward(x, master, copy):
+def _product_forward(x, master, copy, total):
     # The master itself is kept, not the copy of it that is made here: it is there anyway.
-    return _product(x, master, copy), (x, *_kept(master, copy))
+    return _product(x, master, copy, total), (x, *_kept(master, copy), total)
 
 
 def _product_backward(residuals, dy):
-    x, master, copy = residuals
+    x, master, copy, total = residuals
     weight = _in_dtype_of(x, master, copy)
     batch, outputs = tuple(range(x.ndim - 1)), weight.ndim - 1
     of_outputs = tuple(range(len(batch), dy.ndim)), tuple(range(outputs))
@@ -84,33 +90,44 @@ def _product_backward(residuals, dy):
     d_weight = jax.lax.dot_general(
         dy, x, ((batch, batch), ((), ())), preferred_element_type=master.dtype
     )
-    return dx, d_weight, None
+    return dx, _left(d_weight, total), None, None
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _grouped_product(rows, master, copy, group_sizes, alignment):
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _grouped_product(rows, master, copy, total, group_sizes, alignment):
+    del total
     weights = _in_dtype_of(rows, master, copy)
     return grouped_matmul(rows, weights, group_sizes, alignment=alignment)
 
 
-def _grouped_forward(rows, master, copy, group_sizes, alignment):
-    y = _grouped_product(rows, master, copy, group_sizes, alignment)
-    return y, (rows, *_kept(master, copy), group_sizes)
+def _grouped_forward(rows, master, copy, total, group_sizes, alignment):
+    y = _grouped_product(rows, master, copy, total, group_sizes, alignment)
+    return y, (rows, *_kept(master, copy), total, group_sizes)
 
 
 def _grouped_backward(alignment, residuals, dy):
-    rows, master, copy, group_sizes = residuals
+    rows, master, copy, total, group_sizes = residuals
     weights = _in_dtype_of(rows, master, copy)
     d_rows = grouped_dgrad(dy, weights, group_sizes, alignment=alignment)
-    d_weights = grouped_wgrad(dy.mT, rows.mT, group_sizes, alignment=alignment)
-    no_gradient = np.zeros(group_sizes.shape, jax.dtypes.float0)
-    return d_rows, d_weights.astype(master.dtype), None, no_gradient
+    operands, d_weights = (dy.mT, rows.mT, group_sizes), None
+    if total is None:
+        d_weights = grouped_wgrad(*operands, alignment=alignment).astype(master.dtype)
+    else:
+        grouped_wgrad_into(*operands, total, alignment=alignment)
+    return d_rows, d_weights, None, None, np.zeros(group_sizes.shape, jax.dtypes.float0)
 
 
 _grouped_product.defvjp(_grouped_forward, _grouped_backward)
+
+
+def _left(gradient, total):
+    """The gradient; or None, once it is left in its place."""
+    if total is None:
+        return gradient
+    return total.put(gradient)
 
 
 def _kept(master, copy):

@@ -4,6 +4,7 @@ Layers of one kind are stacked on a leading dim and scanned, so that a deeper mo
 same program. How many there are is what the variables hold.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import AnyCache, ModelCache, PagedCache, of_layer
 from dsv3_jax.model.forward_pass import Pass, Tokens, of_part
 from dsv3_jax.model.moe import MoEStats
+from dsv3_jax.quantization.block_scaled import StepWeight
 
 DENSE, MOE = "dense_layers", "moe_layers"
 
@@ -54,10 +56,13 @@ def run_layers(
 def _scan(layers, x, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches, first_layer):
     """((x, paged), (layer_caches, stats)) after the layers of one kind."""
     block = Block(how, dense)
+    layers, sums = _without_sums(layers)
 
     def body(carry, scanned):
         x, paged = carry
         layer, layer_cache, number = scanned
+        if sums:
+            layer = _with_sums(layer, sums, number - first_layer)
         if paged is not None:
             layer_cache = of_layer(paged, number, how.layout)
         apply = how.saving(lambda v, x, c: block.apply(how.gathered(v), x, tokens, c))
@@ -72,6 +77,32 @@ def _scan(layers, x, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches
     unroll = 2 if how.layout.platform == "cpu" else 1
     numbers = first_layer + jnp.arange(_num_layers(layers), dtype=jnp.int32)
     return jax.lax.scan(body, (x, paged), (layers, layer_caches, numbers), unroll=unroll)
+
+
+def _without_sums(layers):
+    """The layers' stack without the places of their gradients, which no scan cuts; and those."""
+    sums = {
+        path: weight.gradient
+        for path, weight in jax.tree_util.tree_leaves_with_path(layers, is_leaf=_is_step_weight)
+        if _is_step_weight(weight) and weight.gradient is not None
+    }
+    return _with_gradients(layers, dict.fromkeys(sums)), sums
+
+
+def _with_sums(layer, sums, place):
+    """One layer's weights with the place of its gradients."""
+    return _with_gradients(layer, {path: of.of_layer(place) for path, of in sums.items()})
+
+
+def _with_gradients(tree, gradients):
+    def put(path, weight):
+        return replace(weight, gradient=gradients[path]) if path in gradients else weight
+
+    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=_is_step_weight)
+
+
+def _is_step_weight(x) -> bool:
+    return isinstance(x, StepWeight)
 
 
 def _num_layers(layers: dict[str, Any]) -> int:

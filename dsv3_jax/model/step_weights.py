@@ -6,13 +6,15 @@ that long: FP8 weights in both orientations (2 bytes a number), and copies in th
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config.weights import Weight, find_weight
 from dsv3_jax.kernels.fused.api import quantize_blocks
+from dsv3_jax.kernels.sums import GradientSum, new_sum
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, StepWeight
 from dsv3_jax.quantization.recipe import LinearRecipe, Recipe
 
@@ -48,13 +50,100 @@ def made_for_step(params: Any, recipe: Recipe, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(make, params)
 
 
-def with_made(params: Any, made: Any) -> Any:
-    """The parameters as StepWeights, where `made_for_step` made something of them."""
+def new_sums(params: Any, made: Any, adds: bool) -> Any:
+    """A GradientSum for each parameter of a layer that something was made of; None elsewhere.
 
-    def join(master, numbers):
-        return master if numbers is None else StepWeight(master, *numbers)
+    They belong to the program that is being traced. Without `adds` a gradient takes the place of
+    what is there: a loss then may run each layer only once.
+    """
 
-    return jax.tree.map(join, params, made)
+    def new(path, master, numbers):
+        weight = _weight(path)
+        if numbers is None or weight is None or weight.where == "model":
+            return None
+        lead, experts, *matrix = _matrices(weight, master.shape)
+        return new_sum((lead, experts, *matrix), adds)
+
+    return jax.tree_util.tree_map_with_path(new, params, made)
+
+
+def with_made(params: Any, made: Any, sums: Any = None) -> Any:
+    """The parameters as StepWeights, where `made_for_step` made something of them.
+
+    Where there are sums, gradients are left there.
+    """
+
+    def join(master, numbers, total):
+        return master if numbers is None else StepWeight(master, *numbers, gradient=total)
+
+    sums = jax.tree.map(lambda _: None, params) if sums is None else sums
+    return jax.tree.map(join, params, made, sums)
+
+
+class StepWeights(NamedTuple):
+    """The weights of one step: what its products read, and where they leave gradients.
+
+    Fields:
+        params: the masters.
+        made: `made_for_step` of them.
+        sums: `new_sums` of them, or None for each: JAX then returns all gradients.
+    """
+
+    params: Any
+    made: Any
+    sums: Any
+
+    @property
+    def trained(self) -> Any:
+        """The masters that JAX differentiates with respect to; None for those that have a sum."""
+        return self.of_trained(self.params)
+
+    def of_trained(self, tree: Any) -> Any:
+        """A tree like the parameters' without what belongs to those that have a sum."""
+        return jax.tree.map(lambda x, total: x if total is None else None, tree, self.sums)
+
+    def summing(self, adds: bool) -> "StepWeights":
+        """The same with sums, in the program that is being traced; see `new_sums`."""
+        return self._replace(sums=new_sums(self.params, self.made, adds))
+
+    def held(self, trained: Any) -> Any:
+        """The parameters as the model reads them, with `trained` for its part of the masters."""
+        masters = self._filled(trained, lambda _, master: master)
+        return with_made(masters, self.made, self.sums)
+
+    def gradients(self, of_trained: Any, scale: float = 1.0) -> Any:
+        """All gradients: those of `trained`, and the sums times scale, which are read only once."""
+
+        def read(total, master):
+            return jax.freeze(total.total).reshape(master.shape) * scale
+
+        return self._filled(of_trained, read)
+
+    def _filled(self, of_trained, leave: Callable[[GradientSum, Any], Any]):
+        def fill(total, master, own):
+            return own if total is None else leave(total, master)
+
+        def is_place(x):
+            return x is None or isinstance(x, GradientSum)
+
+        return jax.tree.map(fill, self.sums, self.params, of_trained, is_leaf=is_place)
+
+
+def as_they_are(params: Any) -> StepWeights:
+    """The parameters with nothing made of them: JAX returns all of their gradients."""
+    nothing = jax.tree.map(lambda _: None, params)
+    return StepWeights(params, nothing, nothing)
+
+
+def _matrices(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(layers, experts, N, K) of a weight's shape: its stack of matrices, gate's over up's."""
+    rows, columns = map(len, weight.matrix)
+    rows += weight.lead[-1:] == ("2",)
+    lead = shape[: len(shape) - rows - columns]
+    experts = lead[-1] if weight.of_expert else 1
+    own = lead[: len(lead) - weight.of_expert]
+    inner = shape[len(lead) : len(lead) + rows]
+    return math.prod(own), experts, math.prod(inner), math.prod(shape[len(lead) + rows :])
 
 
 def recipe_of(weight: Weight, recipe: Recipe) -> LinearRecipe | None:

@@ -9,7 +9,7 @@ choice, and multiplications of these numbers are the kernels' work.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -101,7 +101,7 @@ class StraightThrough(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["master", "numbers", "transposed"],
+    data_fields=["master", "numbers", "transposed", "gradient"],
     meta_fields=[],
 )
 @dataclass(frozen=True)
@@ -114,11 +114,14 @@ class StepWeight:
         numbers: the matrix [*E, N, K], in tiles of 128 x 128 with zeros up to whole ones; or the
             weight, shaped as the master, in the dtype of the model's activations.
         transposed: the very same BlockScaled numbers as [*E, K, N]; None where they are not that.
+        gradient: where products leave the gradient (kernels/sums.py); None: it is the master's
+            cotangent, which otherwise is zero.
     """
 
     master: Any
     numbers: Any
     transposed: Any = None
+    gradient: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -147,7 +150,7 @@ class StepWeight:
         """The same matrix known by another shape."""
         scaled = isinstance(self.numbers, BlockScaled)
         numbers = self.numbers if scaled else self.numbers.reshape(*shape)
-        return StepWeight(self.master.reshape(*shape), numbers, self.transposed)
+        return replace(self, master=self.master.reshape(*shape), numbers=numbers)
 
 
 def quantize(

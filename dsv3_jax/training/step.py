@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import Config, UserError
 from dsv3_jax.model.placement import gathered, shardings
 from dsv3_jax.model.router import update_router_bias
-from dsv3_jax.model.step_weights import made_for_step, with_made
+from dsv3_jax.model.step_weights import StepWeights, as_they_are, made_for_step
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import recipe_named
 from dsv3_jax.training.extensions import NONE, Extensions
@@ -172,14 +172,15 @@ def _as_stored(grads: Any, layout: Layout) -> Any:
     return layout.constrain_tree(grads, shardings(grads, layout, stored=True))
 
 
-def for_products(params: Any, config: Config, layout: Layout = ONE_DEVICE) -> tuple[Any, Any]:
+def for_products(params: Any, config: Config, layout: Layout = ONE_DEVICE) -> StepWeights:
     """The weights, and what was made of them for all of a step's products.
 
-    `with_made` puts the two together. Where nothing is made, layers cast and quantise themselves.
+    Where nothing is made, layers cast and quantise themselves.
     """
     if not layout.one_device:
-        return params, jax.tree.map(lambda _: None, params)
-    return params, made_for_step(params, recipe_named(config.quant.preset), config.model.dtype)
+        return as_they_are(params)
+    made = made_for_step(params, recipe_named(config.quant.preset), config.model.dtype)
+    return as_they_are(params)._replace(made=made)
 
 
 def gradients(
@@ -206,37 +207,46 @@ def gradients(
 
     # What every micro-batch multiplies by is made before the first of them, and only once.
     params = _gathered_once(state.params, layout)
-    params, made = for_products(params, config, layout) if base is None else (params, None)
+    if base is None:
+        weights = for_products(params, config, layout)
+    else:  # adapters alone, of a base that is frozen
+        weights = as_they_are(params)
+    # Products leave the gradients of what was made in their places, added up over micro-batches.
+    # A loss of one's own may run a layer twice, or leave one out.
+    once = num_micro_batches == 1 and extensions.loss is None
+    summing = weights.summing(adds=not once)
 
-    def loss_of(params, micro_rows):
-        params = params if made is None else with_made(params, made)
-        variables = variables_of(params, state.router, base, config)
+    def loss_of(trained, micro_rows, weights):
+        variables = variables_of(weights.held(trained), state.router, base, config)
         weight = settings.mtp_loss_weight
         loss, terms = training_loss(variables, micro_rows, weight, config, layout, extensions)
         return loss * per_token, (loss, terms)
 
-    def gradient(params, micro_rows):
-        (_, value), grads = jax.value_and_grad(loss_of, has_aux=True)(params, micro_rows)
+    def gradient(micro_rows, weights=summing):
+        compute = jax.value_and_grad(partial(loss_of, weights=weights), has_aux=True)
+        (_, value), grads = compute(weights.trained, micro_rows)
         return value, _as_stored(jax.tree.map(lambda g: g / per_token, grads), layout)
 
     def micro(i):
         return jax.tree.map(lambda x: x[i], rows)
 
     if num_micro_batches == 1:
-        (loss, terms), grads = gradient(params, micro(0))
-        return loss, terms, _in_f32(grads)
+        (loss, terms), grads = gradient(micro(0))
+        return loss, terms, summing.gradients(_in_f32(grads), 1 / per_token)
 
     def body(i, total):
-        value, grads = gradient(params, micro(i))
+        value, grads = gradient(micro(i))
         return jax.tree.map(jnp.add, total, (value, _in_f32(grads)))
 
     # The trip count is data: the batch-size ramp compiles nothing anew.
-    value, grads = jax.eval_shape(gradient, params, micro(0))
+    value, grads = jax.eval_shape(partial(gradient, weights=weights), micro(0))
+    grads = summing.of_trained(grads)
     shapes = value, jax.eval_shape(_in_f32, grads)
     zeros, no_grads = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     zeros = zeros, _as_stored(no_grads, layout)
     (loss, terms), grads = jax.lax.fori_loop(0, settings.num_micro_batches, body, zeros)
     count = settings.num_micro_batches.astype(jnp.float32)
+    grads = summing.gradients(grads, 1 / per_token)
     means = jax.tree.map(lambda x: x / count, (loss, terms._replace(load={}), grads))
     return means[0], means[1]._replace(load=terms.load), means[2]
 

@@ -1,12 +1,14 @@
 """Dense products of block-scaled FP8 numbers: every implementation against a float64 product."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv3_jax.kernels.gemm import tiles
-from dsv3_jax.kernels.gemm.api import scaled_matmul
+from dsv3_jax.kernels.gemm.api import scaled_matmul, scaled_wgrad
 from dsv3_jax.kernels.gemm.hopper_matmul import Tile
+from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, dequantize, quantize
 from tests.kernels.conftest import (
     BF16_LIMIT,
@@ -42,6 +44,25 @@ def test_weight_gradient_adds_to_what_is_there(implementation, rng, running):
         out = scaled_matmul(a, b, accumulate=before, implementation=implementation)
     assert out.dtype == jnp.float32
     assert relative_error(out - before, exact(a, b)) < F32_LIMIT
+
+
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
+@pytest.mark.parametrize("adds", [True, False], ids=["adds", "puts"])
+def test_weight_gradient_is_left_in_a_layer_s_place(implementation, adds, rng, running):
+    a, b = (quantize(normal(rng, rows, 256), PER_TOKEN) for rows in (72, 40))
+    before = normal(rng, 2, 1, 72, 40)
+
+    @jax.jit
+    def left(before, number):
+        total = GradientSum(jax.new_ref(before), number, adds)
+        scaled_wgrad(a, b, total, implementation=implementation)
+        return jax.freeze(total.total)
+
+    with running(implementation):
+        got = left(before, jnp.int32(1))
+    want = exact(a, b) + (np.asarray(before[1, 0]) if adds else 0)
+    assert relative_error(got[1, 0], want) < F32_LIMIT
+    np.testing.assert_array_equal(got[0], before[0])
 
 
 @INTERPRETER_IS_NEWER

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.kernels.grouped_gemm import api
+from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, dequantize, quantize
 from tests.kernels.conftest import (
     BF16_LIMIT,
@@ -130,6 +131,25 @@ def test_weight_gradients_sum_over_their_group(implementation, accumulated, rng,
             assert relative_error(out[expert], exact) < F32_LIMIT
         else:
             assert not np.asarray(out[expert]).any()
+
+
+@pytest.mark.parametrize("implementation", [*GEMM_IMPLEMENTATIONS, "blocks"])
+@pytest.mark.parametrize("adds", [True, False], ids=["adds", "puts"])
+def test_weight_gradients_are_left_in_a_layer_s_place(implementation, adds, rng, running):
+    sizes, before = jnp.array([256, 0, 128], jnp.int32), normal(rng, 3, 3, 72, 40)
+    a, b = (quantize(normal(rng, rows, 384), PER_TOKEN) for rows in (72, 40))
+
+    @jax.jit
+    def left(before, number):
+        total = GradientSum(jax.new_ref(before), number, adds)
+        api.grouped_wgrad_into(a, b, sizes, total, implementation=implementation)
+        return jax.freeze(total.total)
+
+    with running(implementation):
+        got = left(before, jnp.int32(1))
+        product = api.grouped_wgrad(a, b, sizes, implementation=implementation)
+    want = before.at[1].set(before[1] + product if adds else product)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-5)
 
 
 def test_refuses_operands_that_do_not_belong_together(rng):

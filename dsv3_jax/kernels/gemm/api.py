@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.partition import Cut
+from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled
 
 PACKAGE = "dsv3_jax.kernels.gemm"
@@ -43,6 +44,23 @@ def scaled_matmul(
         implementation=implementation,
         cut=_cut(b.tile == PER_BLOCK, accumulate is not None),
     )
+
+
+def scaled_wgrad(
+    a: BlockScaled,
+    b: BlockScaled,
+    total: GradientSum,
+    *,
+    implementation: str | None = None,
+) -> None:
+    """Leaves `scaled_matmul` of two operands in tiles of 1x128, a weight's gradient, in `total`."""
+    check(a, b, None)
+    if b.tile != PER_TOKEN or total.total.shape[1:] != (1, a.shape[0], b.shape[0]):
+        raise ValueError(
+            f"b in tiles {b.tile} must be in {PER_TOKEN}, and a layer of {total.total.shape} "
+            f"(1, {a.shape[0]}, {b.shape[0]})"
+        )
+    backend.run(PACKAGE, "scaled_wgrad", a, b, total, implementation=implementation)
 
 
 def _cut(by_blocks: bool, accumulates: bool) -> Cut:

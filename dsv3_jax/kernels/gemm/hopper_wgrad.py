@@ -23,6 +23,7 @@ from dsv3_jax.kernels.gemm import hopper_wgmma
 from dsv3_jax.kernels.gemm.hopper_matmul import Tile, store_inside
 from dsv3_jax.kernels.gemm.hopper_wgmma import SLAB_BYTES
 from dsv3_jax.kernels.hopper import WGMMA, plgpu, swizzled
+from dsv3_jax.kernels.sums import GradientSum
 
 # Columns of B whose scales are in registers at one time.
 SCALE_COLUMNS = 32
@@ -30,8 +31,8 @@ STORE = 32  # float32 columns of a store: 128 bytes
 
 
 def wgrad(
-    a: Float[Array, "N T"],
-    b: Float[Array, "K T"],
+    a: Float[Array, "N T"] | Float[Array, "T N"],
+    b: Float[Array, "K T"] | Float[Array, "T K"],
     starts: Int[Array, " E"],
     sizes: Int[Array, " E"],
     tile: Tile,
@@ -39,8 +40,11 @@ def wgrad(
     a_scales: Float[Array, "TB N"] | None = None,
     b_scales: Float[Array, "TB K"] | None = None,
     accumulate: Float[Array, "E N K"] | None = None,
-) -> Float[Array, "E N K"]:
-    """a[:, group] @ b[:, group].T for each group of tokens, plus `accumulate`.
+    into: GradientSum | None = None,
+) -> Any:
+    """[E, N, K]: a[:, group] @ b[:, group].T for each group of tokens, plus `accumulate`.
+
+    With `into` it is left there, and None is returned.
 
     E4M3 operands with scales are as written; bfloat16 ones have their tokens first, [T, N] and
     [T, K]. Groups start and end at multiples of 128 tokens. N and K are multiples of 8.
@@ -53,12 +57,14 @@ def wgrad(
     slab = SLAB_BYTES // a.dtype.itemsize
     stages, tiles = tile.stages, (pl.cdiv(n, tile.m), pl.cdiv(k, tile.n))
     tiles_each = tiles[0] * tiles[1]
-    in_place = accumulate is not None and not hopper.interpreted()
+    if accumulate is not None and not hopper.interpreted():
+        into = GradientSum(jax.new_ref(accumulate[None]), jnp.zeros((), jnp.int32), adds=True)
+    adds = into is not None and into.adds
     memory_registers, math_registers = tile.registers
 
     def kernel(*refs):
         *refs, out, a_slots, b_slots, scale_slots, out_slots, full, empty = refs
-        a_ref, b_ref, starts_ref, sizes_ref, *scale_refs = refs
+        a_ref, b_ref, starts_ref, sizes_ref, number_ref, *scale_refs = refs
         thread = lax.axis_index("warpgroup")
         schedule = plgpu.nd_loop(
             (experts * tiles_each,), collective_axes="block", init_carry=jnp.int32(0)
@@ -113,6 +119,7 @@ def wgrad(
             @schedule
             def _(info, carry: Any):
                 expert, row, column, _, steps = place(info.index[0])
+                layer = out.at[number_ref[0]]
                 slots = (a_slots, b_slots, full, empty)
                 slot_of = lambda step: lax.rem(carry + step, jnp.int32(stages))  # noqa: E731
                 if scaled:
@@ -130,8 +137,8 @@ def wgrad(
                         send = functools.partial(
                             plgpu.copy_smem_to_gmem,
                             out_slots.at[thread, buffer],
-                            out.at[expert, pl.ds(first, 64), pl.ds(column + left, STORE)],
-                            reduction_op="add" if in_place else None,
+                            layer.at[expert, pl.ds(first, 64), pl.ds(column + left, STORE)],
+                            reduction_op="add" if adds else None,
                             commit_group=False,
                         )
                         store_inside(column + left, k, STORE, send)
@@ -141,13 +148,13 @@ def wgrad(
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    shape = manual.result((experts, n, k), jnp.float32, a)
-    inputs: list[Any] = [a, b, starts, sizes]
+    shape = manual.result((1, experts, n, k), jnp.float32, a)
+    number = jnp.zeros((), jnp.int32) if into is None else into.number
+    inputs: list[Any] = [a, b, starts, sizes, number.reshape(1)]
     if a_scales is not None and b_scales is not None:
         inputs += [a_scales, b_scales]
-    if in_place:
-        sums = jax.new_ref(accumulate)
-        inputs.append(sums)
+    if into is not None:
+        inputs.append(into.total)
     slots = [
         plgpu.SMEM(
             (stages, span, slab) if scaled else (stages, slab, span),
@@ -159,7 +166,7 @@ def wgrad(
     out_tiling = swizzled(jnp.float32, math.gcd(k, STORE))
     result = plgpu.kernel(
         kernel,
-        out_type=() if in_place else shape,
+        out_type=shape if into is None else (),
         grid=(min(hopper.multiprocessors(), experts * tiles_each),),
         grid_names=("block",),
         num_threads=tile.warpgroups + 1,
@@ -180,9 +187,9 @@ def wgrad(
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*inputs)
-    if in_place:
-        return jax.freeze(sums)
-    result = manual.vary(result, a)
+    if into is not None:
+        return None if accumulate is None else jax.freeze(into.total)[0]
+    result = manual.vary(result[0], a)
     return result if accumulate is None else accumulate + result
 
 

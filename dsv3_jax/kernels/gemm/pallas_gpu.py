@@ -4,13 +4,16 @@ The kernels want A's scales with rows last, so that one slab's scales of a tile 
 quantising kernels write them so and hand out the transpose; XLA drops the two transposes.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.gemm import tiles
 from dsv3_jax.kernels.gemm.hopper_matmul import Tile, matmul
 from dsv3_jax.kernels.gemm.hopper_wgrad import wgrad
+from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled
 
 
@@ -26,7 +29,7 @@ def scaled_matmul(
     rows = a.shape[0]
     a = pad_rows(a)
     if b.tile != PER_BLOCK:
-        start, size = jnp.zeros(1, jnp.int32), jnp.full(1, a.shape[1], jnp.int32)
+        start, size = _one_group(a)
         if accumulate is not None and a.shape[0] != rows:
             accumulate = jnp.pad(accumulate, ((0, a.shape[0] - rows), (0, 0)))
         out = wgrad(
@@ -43,6 +46,23 @@ def scaled_matmul(
     tile = tile or tiles.dense(a.shape[0], b.shape[0], b.shape[1], hopper.multiprocessors())
     out = matmul(a.values, b.values[None], tile, a_scales=a.scales.mT, b_scales=b.scales[None])
     return out[:rows]
+
+
+def scaled_wgrad(
+    a: BlockScaled, b: BlockScaled, total: GradientSum, *, tile: Tile | None = None
+) -> None:
+    """Leaves a @ b.T in its place; see `api.scaled_wgrad`."""
+    hopper.require()
+    if a.shape[0] % 8 or hopper.interpreted():
+        total.put(scaled_matmul(a, b, tile=tile))
+        return
+    scales: Any = {"a_scales": a.scales.mT, "b_scales": b.scales.mT}
+    wgrad(a.values, b.values, *_one_group(a), tile or tiles.WGRAD, **scales, into=total)
+
+
+def _one_group(a: BlockScaled) -> tuple[Int[Array, " 1"], Int[Array, " 1"]]:
+    """Start and size of all tokens as one group."""
+    return jnp.zeros(1, jnp.int32), jnp.full(1, a.shape[1], jnp.int32)
 
 
 def pad_rows(x: BlockScaled, multiple: int = 8) -> BlockScaled:

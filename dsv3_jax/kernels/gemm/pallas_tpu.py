@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dsv3_jax.kernels.gemm import tpu_matmul
+from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled
 
 ROWS = 128  # of a tile; a last partial one is masked
@@ -37,3 +38,8 @@ def scaled_matmul(
         a_scales=a.scales,
         b_scales=b.scales.mT,
     )[0]
+
+
+def scaled_wgrad(a: BlockScaled, b: BlockScaled, total: GradientSum) -> None:
+    """Leaves a @ b.T in its place; see `api.scaled_wgrad`."""
+    total.put(scaled_matmul(a, b))

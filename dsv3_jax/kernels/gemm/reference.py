@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, dequantize
 
 
@@ -25,3 +26,8 @@ def scaled_matmul(
     if b.tile == PER_BLOCK:
         return out.astype(jnp.bfloat16)
     return out if accumulate is None else accumulate + out
+
+
+def scaled_wgrad(a: BlockScaled, b: BlockScaled, total: GradientSum) -> None:
+    """Leaves a @ b.T in its place; see `api.scaled_wgrad`."""
+    total.put(scaled_matmul(a, b))

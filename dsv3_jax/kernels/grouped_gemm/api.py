@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import backend
+from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled
 
 PACKAGE = "dsv3_jax.kernels.grouped_gemm"
@@ -140,15 +141,7 @@ def grouped_wgrad(
     transposed, and both quantised in 1x128 tiles along rows when block-scaled (`alignment` must
     then be a multiple of 128). DeepGEMM's k_grouped_fp8_gemm.
     """
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"a {a.shape} and b {b.shape} must be [N, M] and [K, M] with the same M")
-    if isinstance(a, BlockScaled) != isinstance(b, BlockScaled):
-        raise ValueError("a and b must both be block-scaled, or neither")
-    if isinstance(a, BlockScaled) and isinstance(b, BlockScaled):
-        if not a.tile == b.tile == PER_TOKEN:
-            raise ValueError(f"tiles {a.tile} and {b.tile} must both be {PER_TOKEN}")
-        if alignment % 128:
-            raise ValueError(f"{alignment=} must be a multiple of 128: scales may not span groups")
+    _check_wgrad(a, b, alignment)
     expected = (group_sizes.shape[0], a.shape[0], b.shape[0])
     if accumulate is not None and (accumulate.shape != expected or accumulate.dtype != "float32"):
         raise ValueError(
@@ -165,6 +158,45 @@ def grouped_wgrad(
         order=ORDER,
         implementation=implementation,
     )
+
+
+def grouped_wgrad_into(
+    a: Float[Array, "N M"] | BlockScaled,
+    b: Float[Array, "K M"] | BlockScaled,
+    group_sizes: Int[Array, " E"],
+    into: GradientSum,
+    *,
+    alignment: int = KERNEL_ALIGNMENT,
+    implementation: str | None = None,
+) -> None:
+    """Leaves `grouped_wgrad`, a layer's gradient, in its place."""
+    _check_wgrad(a, b, alignment)
+    expected = (group_sizes.shape[0], a.shape[0], b.shape[0])
+    if into.total.shape[1:] != expected:
+        raise ValueError(f"a layer of {into.total.shape} must be {expected}")
+    backend.run(
+        PACKAGE,
+        "grouped_wgrad_into",
+        a,
+        b,
+        group_sizes,
+        into,
+        alignment=alignment,
+        order=ORDER,
+        implementation=implementation,
+    )
+
+
+def _check_wgrad(a: Array | BlockScaled, b: Array | BlockScaled, alignment: int) -> None:
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"a {a.shape} and b {b.shape} must be [N, M] and [K, M] with the same M")
+    if isinstance(a, BlockScaled) != isinstance(b, BlockScaled):
+        raise ValueError("a and b must both be block-scaled, or neither")
+    if isinstance(a, BlockScaled) and isinstance(b, BlockScaled):
+        if not a.tile == b.tile == PER_TOKEN:
+            raise ValueError(f"tiles {a.tile} and {b.tile} must both be {PER_TOKEN}")
+        if alignment % 128:
+            raise ValueError(f"{alignment=} must be a multiple of 128: scales may not span groups")
 
 
 def _check_rows_and_weights(

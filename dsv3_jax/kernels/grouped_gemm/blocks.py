@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 
 # From this many rows a block, a copy of all weights as [K, N] costs less than it saves: XLA:CPU
@@ -81,6 +82,18 @@ def grouped_wgrad(
         shape = (group_sizes.shape[0], a.shape[0], b.shape[0])
         accumulate = jnp.zeros_like(operands[0], jnp.float32, shape)
     return jax.lax.fori_loop(0, used, body, accumulate)
+
+
+def grouped_wgrad_into(
+    a: Float[Array, "N M"] | BlockScaled,
+    b: Float[Array, "K M"] | BlockScaled,
+    group_sizes: Int[Array, " E"],
+    into: GradientSum,
+    *,
+    alignment: int,
+) -> None:
+    """`grouped_wgrad`, left in its place."""
+    into.put(grouped_wgrad(a, b, group_sizes, alignment=alignment))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -6,6 +6,7 @@ stores only its own rows.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.gemm import tiles
 from dsv3_jax.kernels.gemm.hopper_matmul import Tile, WorkTable, matmul
 from dsv3_jax.kernels.gemm.hopper_wgrad import wgrad
+from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import BlockScaled
 
 
@@ -74,22 +76,34 @@ def grouped_wgrad(
 ) -> Float[Array, "E N K"]:
     """Each expert's weight gradient; see `api.grouped_wgrad`."""
     _require(a.dtype, alignment, a.shape[0], b.shape[0])
+    return _wgrad(a, b, group_sizes, tile, accumulate=accumulate)
+
+
+def grouped_wgrad_into(
+    a: Float[Array, "N M"] | BlockScaled,
+    b: Float[Array, "K M"] | BlockScaled,
+    group_sizes: Int[Array, " E"],
+    into: GradientSum,
+    *,
+    alignment: int = 128,
+    tile: Tile | None = None,
+) -> None:
+    """`grouped_wgrad`, left in its place by the kernel."""
+    _require(a.dtype, alignment, a.shape[0], b.shape[0])
+    if hopper.interpreted():
+        into.put(_wgrad(a, b, group_sizes, tile))
+    else:
+        _wgrad(a, b, group_sizes, tile, into=into)
+
+
+def _wgrad(a, b, group_sizes, tile: Tile | None, **results: Any) -> Any:
     starts = jnp.cumsum(group_sizes) - group_sizes
     if isinstance(a, BlockScaled):
-        assert isinstance(b, BlockScaled)
-        return wgrad(
-            a.values,
-            b.values,
-            starts,
-            group_sizes,
-            tile or tiles.WGRAD,
-            a_scales=a.scales.mT,
-            b_scales=b.scales.mT,
-            accumulate=accumulate,
-        )
-    assert not isinstance(b, BlockScaled)
+        scales: Any = {"a_scales": a.scales.mT, "b_scales": b.scales.mT}
+        operands = a.values, b.values, starts, group_sizes
+        return wgrad(*operands, tile or tiles.WGRAD, **scales, **results)
     # The tensor core reads bfloat16 with tokens first; a caller's transpose and this one cancel.
-    return wgrad(a.mT, b.mT, starts, group_sizes, tile or tiles.BF16_WGRAD, accumulate=accumulate)
+    return wgrad(a.mT, b.mT, starts, group_sizes, tile or tiles.BF16_WGRAD, **results)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

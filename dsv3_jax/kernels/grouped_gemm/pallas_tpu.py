@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels.gemm import tpu_matmul
+from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import BlockScaled
 
 ROWS = 128  # of a tile, which never spans two groups
@@ -102,6 +103,18 @@ def grouped_wgrad(
         )
     assert not isinstance(b, BlockScaled)
     return tpu_matmul.wgrad(a, b, *work, start)
+
+
+def grouped_wgrad_into(
+    a: Float[Array, "N M"] | BlockScaled,
+    b: Float[Array, "K M"] | BlockScaled,
+    group_sizes: Int[Array, " E"],
+    into: GradientSum,
+    *,
+    alignment: int = ROWS,
+) -> None:
+    """`grouped_wgrad`, left in its place."""
+    into.put(grouped_wgrad(a, b, group_sizes, alignment=alignment))
 
 
 @jax.custom_vjp

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 
 # [N, M] x [K, M] -> [E, N, K]: the contracted dimension is the ragged one.
@@ -86,6 +87,18 @@ def grouped_wgrad(
         preferred_element_type=jnp.float32,
     )
     return out if accumulate is None else accumulate + out
+
+
+def grouped_wgrad_into(
+    a: Float[Array, "N M"] | BlockScaled,
+    b: Float[Array, "K M"] | BlockScaled,
+    group_sizes: Int[Array, " E"],
+    into: GradientSum,
+    *,
+    alignment: int = 1,
+) -> None:
+    """`grouped_wgrad`, left in its place."""
+    into.put(grouped_wgrad(a, b, group_sizes, alignment=alignment))
 
 
 def _plain(x: Array | BlockScaled) -> Array:

@@ -1,0 +1,59 @@
+"""Where the gradient of a weight is added up: a mutable array that kernels write to.
+
+One idea: a scan that returns its layers' gradients fills a stack with zeros, writes each gradient,
+and copies it into the stack; a sum over micro-batches reads and writes all of it once more. Here
+the product that makes a gradient leaves it in its place itself.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["total", "number"], meta_fields=["adds"]
+)
+@dataclass(frozen=True)
+class GradientSum:
+    """The place of one layer's gradient.
+
+    Fields:
+        total: a Ref of float32 [L, E, N, K]: layers or 1, experts or 1, and the matrix.
+        number: int32 [], which layer.
+        adds: whether a gradient is added to what is there, or takes its place. Then `total` may
+            begin with anything, and each layer's weight may be multiplied by only once.
+    """
+
+    total: Any
+    number: Any
+    adds: bool
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """(N, K)."""
+        return self.total.shape[2:]
+
+    def put(self, gradient: Float[Array, "..."]) -> None:
+        """Leaves a layer's gradient, [E, N, K] in any shape, in its place."""
+        gradient = gradient.reshape(self.total.shape[1:]).astype(jnp.float32)
+        if self.adds:
+            gradient += self.total[self.number]
+        self.total[self.number] = gradient
+
+    def of_layer(self, number: Any) -> "GradientSum":
+        """The place in one layer, whose number may be traced."""
+        return GradientSum(self.total, jnp.asarray(number, jnp.int32), self.adds)
+
+
+def new_sum(shape: tuple[int, ...], adds: bool) -> GradientSum:
+    """A sum of [L, E, N, K], at its first layer; zeros, or nothing yet where a gradient takes the
+    place of what is there.
+
+    It belongs to the program that is being traced: `total` is read by `jax.freeze`.
+    """
+    start = jnp.zeros(shape, jnp.float32) if adds else jax.lax.empty(shape, jnp.float32)
+    return GradientSum(jax.new_ref(start), jnp.zeros((), jnp.int32), adds)
