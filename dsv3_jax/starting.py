@@ -258,9 +258,15 @@ def load_frozen(config: Config, weights: Weights, layout: Layout) -> Any:
 
 
 def open_base(run_dir: Path, config: Config) -> Weights:
-    """The weights that a LoRA run's adapters belong to; UserError where others lie there now."""
+    """The weights that a LoRA run's adapters belong to; UserError where others lie there now.
+
+    A relative init_from counts from where the run was started.
+    """
     assert config.init_from is not None
-    weights = open_weights(config.init_from)
+    folder = config.init_from
+    if not Path(folder).is_dir() and (run_dir / ORIGIN_FILE).is_file():
+        folder = str(read_json(run_dir / ORIGIN_FILE, _MAX_CONFIG_BYTES).get("folder", folder))
+    weights = open_weights(folder)
     _check_record(run_dir, weights, moved=False)
     return weights
 

@@ -12,12 +12,14 @@ import pytest
 
 import train
 from dsv3_jax import cli, loading
-from dsv3_jax.config import UserError
+from dsv3_jax.config import LoraConfig, UserError, config_from_dict
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.interop.load import load_hf
+from dsv3_jax.interop.peft_adapter import export_adapter
 from dsv3_jax.interop.safetensors import load_file
+from dsv3_jax.model.adapters import init_adapters
 from dsv3_jax.model.transformer import forward
-from dsv3_jax.starting import open_weights
+from dsv3_jax.starting import open_base, open_weights
 from dsv3_jax.training.restore import read_saved
 from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
 
@@ -115,7 +117,14 @@ def test_a_lora_run_is_read_and_exported(lora_run, hf, tmp_path):
     merged = logits(load_hf(tmp_path / "merged", dtype="f32")[1])
     assert np.abs(logits(model.variables) - merged).max() < 3e-4
     assert np.abs(logits(base.variables) - merged).max() > 3e-3
-    cli.main(["export-hf", str(run), str(tmp_path / "adapter"), "--adapter"])
+    with pytest.raises(UserError, match=r"shared_experts\.down_proj.* export with --merge"):
+        cli.main(["export-hf", str(run), str(tmp_path / "adapter"), "--adapter"])
+
+
+def test_an_adapter_of_attention_has_peft_s_names(hf, tmp_path):
+    lora = LoraConfig(rank=2, alpha=16.0, targets=("q_b_proj",))
+    adapters = init_adapters(jax.random.key(0), MODEL, lora)
+    export_adapter(adapters, MODEL, lora, str(hf), tmp_path / "adapter", files_from=hf)
     values = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (values["r"], values["lora_alpha"]) == (2, 16.0)
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -123,8 +132,16 @@ def test_a_lora_run_is_read_and_exported(lora_run, hf, tmp_path):
     assert tensors[f"{name}.lora_A.weight"].shape == (2, MODEL.q_lora_rank)
     heads = MODEL.num_attention_heads * MODEL.qk_head_dim
     assert tensors[f"{name}.lora_B.weight"].shape == (heads, 2)
-    assert "model.layers.1.mlp.shared_experts.down_proj" in values["target_modules"]
+    assert values["target_modules"] == [f"model.layers.{i}.self_attn.q_b_proj" for i in (0, 1)]
     assert (tmp_path / "adapter" / "tokenizer.json").exists()
+
+
+def test_a_base_is_found_from_wherever_the_run_is_read(lora_run, hf, tmp_path, monkeypatch):
+    run, _ = lora_run
+    config = config_from_dict(json.loads((run / "config.json").read_text()))
+    monkeypatch.chdir(tmp_path)
+    relative = dataclasses.replace(config, init_from="no/such/place/from/here")
+    assert open_base(run, relative).folder.samefile(hf)
 
 
 def test_an_adapter_does_not_go_on_another_base(lora_run, hf, tmp_path):

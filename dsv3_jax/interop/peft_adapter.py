@@ -1,8 +1,10 @@
 """Adapters in the form of Hugging Face peft: adapter_config.json and adapter_model.safetensors.
 
 peft loads them onto transformers' model by module names, a matrix A [r, K] and B [N, r] for each
-published matrix. transformers holds the experts of a layer as one parameter, which peft adapts in
-another way, so that adapters of routed experts have no such form: merge them instead.
+published matrix. transformers 5 holds the experts of a layer as one parameter, and peft (0.21)
+takes every gate_proj, up_proj and down_proj of the architecture for its parts
+(peft:utils/transformers_weight_conversion.py). So adapters of attention have this form, and those
+of feed-forwards are merged instead.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ PREFIX = "base_model.model."
 
 
 def adapter_tensors(adapters: Mapping[str, Any], model: ModelConfig) -> dict[str, np.ndarray]:
-    """A and B, f32, by peft's names. UserError for adapters of routed experts."""
+    """A and B, f32, by peft's names. UserError for adapters of feed-forwards."""
     found: dict[str, np.ndarray] = {}
     for name, place in places(model).items():
         node: Any = adapters
@@ -32,10 +34,11 @@ def adapter_tensors(adapters: Mapping[str, Any], model: ModelConfig) -> dict[str
             node = node.get(key) if isinstance(node, Mapping) else None
         if node is None or place.path[0] != "params":
             continue
-        if ".experts." in name:
+        if ".mlp." in name:
             raise UserError(
-                f"{name} has an adapter, for which peft has no form (transformers holds a layer's "
-                "experts as one parameter): export with --merge"
+                f"{name} has an adapter that peft cannot load: with transformers 5 it takes "
+                "gate_proj, up_proj and down_proj of this architecture for those of routed "
+                "experts, which are one parameter there: export with --merge"
             )
         module = f"{PREFIX}{name.removesuffix('.weight')}"
         for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
@@ -71,7 +74,6 @@ def export_adapter(
         "fan_in_fan_out": False,
         "use_rslora": False,
         "inference_mode": True,
-        # In full: dense layers and shared experts have projections of the same names.
         "target_modules": sorted({n.rpartition(".lora_")[0].removeprefix(PREFIX) for n in tensors}),
     }
     size = sum(tensor.nbytes for tensor in tensors.values())

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import Config, LoraConfig, ScheduleConfig, TrainConfig
+from dsv3_jax.config import Config, LoraConfig, ScheduleConfig, TrainConfig, UserError
 from dsv3_jax.interop.load import load_hf
 from dsv3_jax.interop.name_map import places
 from dsv3_jax.interop.peft_adapter import adapter_tensors, export_adapter
@@ -19,7 +19,6 @@ from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
 
 MODEL = dataclasses.replace(TINY, num_nextn_predict_layers=0)
 TARGETS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-TARGETS += ("shared_experts/down_proj", "shared_experts/gate_up_proj")
 LORA = LoraConfig(rank=4, alpha=8.0, targets=TARGETS)
 
 
@@ -76,11 +75,14 @@ def test_peft_loads_our_adapter_and_has_our_gradients(tmp_path):
         for name, p in model.named_parameters()
         if p.requires_grad
     }
-    assert found.keys() == ours.keys() and len(ours) > 20
+    assert found.keys() == ours.keys() and len(ours) == 30
     worst = max(
         float(np.abs(ours[n] - g).max() / np.sqrt(np.mean(np.square(g)))) for n, g in found.items()
     )
     print(f"worst gradient {worst:.2e} of {len(ours)}")
     assert worst < 1e-4
+    beside = {"moe_layers": {"mlp": {"shared_experts": {"down_proj": {}}}}}
+    with pytest.raises(UserError, match="export with --merge"):
+        adapter_tensors(beside, MODEL)
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
     assert len(places(MODEL)) > len(ours)
