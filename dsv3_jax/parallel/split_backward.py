@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jcore
+from jax.ref import AbstractRef
 
 # Calls whose body is taken apart, too.
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "remat", "checkpoint")
@@ -46,14 +47,12 @@ def split_backward(
         return [*of_input, *of_weights]
 
     closed = _inlined(jax.make_jaxpr(flat_pullback)(*flat), flat)
-    jaxpr, made_by = closed.jaxpr, {}
-    for number, eqn in enumerate(closed.jaxpr.eqns):
-        made_by |= dict.fromkeys(eqn.outvars, number)
+    jaxpr, makers = closed.jaxpr, _makers(closed.jaxpr)
     of_input, of_weights = jaxpr.outvars[: counts[0]], jaxpr.outvars[counts[0] :]
-    first = _reached(jaxpr, made_by, of_input)
-    early = [i for i, v in enumerate(of_weights) if not _reached(jaxpr, made_by, [v]) - first]
+    first = _reached(jaxpr, makers, of_input)
+    early = [i for i, v in enumerate(of_weights) if not _reached(jaxpr, makers, [v]) - first]
     late = [v for i, v in enumerate(of_weights) if i not in early]
-    second = _reached(jaxpr, made_by, late) - first
+    second = _reached(jaxpr, makers, late) - first
     made_first = {v for number in first for v in jaxpr.eqns[number].outvars}
     used = [v for number in sorted(second) for v in jaxpr.eqns[number].invars]
     frontier = [v for v in dict.fromkeys(filter(_is_variable, [*used, *late])) if v in made_first]
@@ -76,15 +75,36 @@ def _is_variable(atom: Any) -> bool:
     return isinstance(atom, jcore.Var)
 
 
-def _reached(jaxpr: Any, made_by: dict[Any, int], outputs: Iterable[Any]) -> set[int]:
+def _makers(jaxpr: Any) -> dict[Any, list[int]]:
+    """The equations, by number, that make each variable.
+
+    Those of a reference are all that touch it: a kernel that writes to it has no other result, and
+    what it holds cannot be handed from one part to the other.
+    """
+    makers: dict[Any, list[int]] = {}
+    for number, eqn in enumerate(jaxpr.eqns):
+        for v in eqn.outvars:
+            makers.setdefault(v, []).append(number)
+        for v in filter(_is_reference, eqn.invars):
+            makers.setdefault(v, []).append(number)
+    return makers
+
+
+def _is_reference(atom: Any) -> bool:
+    return _is_variable(atom) and isinstance(atom.aval, AbstractRef)
+
+
+def _reached(jaxpr: Any, makers: dict[Any, list[int]], outputs: Iterable[Any]) -> set[int]:
     """The equations, by number, that the outputs are made by."""
     found: set[int] = set()
     left = [v for v in outputs if _is_variable(v)]
     while left:
-        number = made_by.get(left.pop())
-        if number is not None and number not in found:
-            found.add(number)
-            left += filter(_is_variable, jaxpr.eqns[number].invars)
+        for number in makers.get(left.pop(), ()):
+            if number not in found:
+                found.add(number)
+                eqn = jaxpr.eqns[number]
+                left += filter(_is_variable, eqn.invars)
+                left += filter(_is_reference, eqn.outvars)
     return found
 
 

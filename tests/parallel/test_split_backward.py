@@ -70,3 +70,26 @@ def test_both_parts_together_are_the_whole(remat):
     first, second = products(parts.first, saved, dy), products(parts.second, frontier, saved, dy)
     assert (first, second) == ((7, 5) if remat else (4, 4))
     assert first + second == products(pullback, saved, dy)
+
+
+def test_what_is_written_through_references_is_in_the_part_that_reads_it():
+    """As kernels do that have no other result: dx and one weight's gradient by the same call."""
+    x, w, dy = (jax.random.normal(jax.random.key(i), (3, 3)) for i in range(3))
+
+    def kernel(dx_ref, d_scale_ref, w, dy):
+        dx_ref[...] = dy @ w.T
+        d_scale_ref[...] = dy * 2
+
+    def pullback(x, w, dy):
+        refs = [jax.new_ref(jnp.zeros_like(dy)) for _ in range(3)]
+        jax.jit(kernel)(refs[0], refs[1], w, dy)
+        refs[2][...] = x.T @ dy
+        dx, d_scale, d_w = map(jax.freeze, refs)
+        return [dx], [d_w, d_scale + 1]
+
+    parts = split_backward(pullback, x, w, dy)
+    (dx,), early, frontier = jax.jit(parts.first)(x, w, dy)
+    d_w, d_scale = jax.jit(parts.second)(frontier, x, w, dy)
+    assert not early
+    for got, want in ((dx, dy @ w.T), (d_w, x.T @ dy), (d_scale, dy * 2 + 1)):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
