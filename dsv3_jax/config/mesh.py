@@ -85,7 +85,7 @@ class ExpertParallelConfig:
 
     # local: every device holds all experts. allgather: everybody sees all tokens. padded: buffers
     # of a fixed size for each peer. ragged: as padded, but only the rows in use are sent. pallas:
-    # GPUs of one host read each other's rows over NVLink, in the last hop. auto: as the mesh can.
+    # GPUs of one host read each other's rows over NVLink, in the last hop. auto: the faster.
     transport: Literal["auto", "local", "allgather", "padded", "ragged", "pallas"] = "allgather"
     multiprocessors: int = 20  # of a GPU that transport "pallas" may use
     # True: a token goes to each node once and is handed on there; False: straight to each device.

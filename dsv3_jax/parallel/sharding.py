@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from dsv3_jax.config import ExpertParallelConfig, ShardingConfig, UserError
+from dsv3_jax.config import ExpertParallelConfig, ShardingConfig
 from dsv3_jax.kernels import backend
 from dsv3_jax.parallel import transports
 from dsv3_jax.parallel.collectives import carrier_of_slices
@@ -316,16 +316,7 @@ ONE_DEVICE = Layout()
 
 def make_layout(mesh: Mesh, sharding: ShardingConfig, expert: ExpertParallelConfig) -> Layout:
     """The layout for training on a mesh; UserError where it cannot run what is asked for."""
-    if sharding.context == "ring" and mesh.shape["context"] > 1 and _on_gpus(mesh):
-        raise UserError(
-            "sharding.context='ring' on GPUs: no training step with it has come back from GPUs yet "
-            "(on two H200s the first one had not after a minute): use --sharding.context allgather"
-        )
     return Layout(mesh, RULES["train"], transports.resolve(mesh, expert), sharding)
-
-
-def _on_gpus(mesh: Mesh) -> bool:
-    return mesh.devices.flat[0].platform in ("gpu", "cuda")
 
 
 def serving_layouts(layout: Layout) -> tuple[Layout, Layout]:

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig, UserError
+from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.plain_products import product
 from dsv3_jax.model.transformer import forward
@@ -94,21 +93,6 @@ def test_the_model_on_a_mesh_equals_the_model_on_one_device():
     want, got = run(variables, tokens, model), run(variables, tokens, Pass(model, layout=layout))
     assert got.logits.sharding.shard_shape(got.logits.shape)[0] == 1
     assert relative_error(got, want) < TOLERANCE["f32_model"]
-
-
-def test_the_ring_is_refused_on_gpus_before_anything_runs():
-    """Until a training step with it has come back from them: said, never left to hang."""
-
-    class Gpu:
-        platform = "gpu"
-
-    class OnGpus:
-        shape = dict.fromkeys(AXES, 1) | {"context": 2}
-        devices = np.array([Gpu(), Gpu()])
-
-    mesh: Any = OnGpus()
-    with pytest.raises(UserError, match=r"ring.*on GPUs.*use --sharding.context allgather"):
-        make_layout(mesh, ShardingConfig(context="ring"), ExpertParallelConfig())
 
 
 def test_a_weight_in_slices_is_gathered_in_bf16_and_its_gradient_scattered_in_f32():
