@@ -181,8 +181,11 @@ def kernel_flops(instruction: Instruction, types: Mapping[str, str]) -> float:
 
     A matrix kernel's operands hold the contracted dim last; a result of several groups from plain
     operands contracts each row in one group. Attention's forward is causal; its backward kernels
-    are counted by the tiles of scores that they hand on.
+    are counted by the tiles of scores that they hand on. Those for TPUs, whose operands come in
+    another order, count nothing.
     """
+    if "tpu_custom_call" in instruction.attributes:
+        return 0.0
     operands = [shape(types.get(name, "")) for name in instruction.operands]
     outputs = [shape(part) for part in re.findall(r"\w+\[[\d,]*\]", instruction.type)]
     if "attention_forward" in instruction.source:

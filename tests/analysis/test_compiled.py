@@ -166,3 +166,11 @@ def test_flops_of_kernels_are_those_of_their_shapes():
     forward = of("attention_forward", o, q=q, kv=kv)
     assert forward == 2 * 2 * (256 * (256 + 128) / 2) * (24 + 16)
     assert of("jit(quantize_rows)/kernel", f"{fp8}[8,128]", a="bf16[8,128]") == 0
+
+
+def test_a_kernel_for_tpus_counts_no_flops():
+    call = 'custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/attention_forward"}'
+    body = f"  %a = s32[4] parameter(0)\n  ROOT %k = bf16[8] custom-call(%a), {call}\n"
+    text = f"ENTRY %m () -> x {{\n{body}}}\n"
+    report = read_program(text, SIZES)
+    assert report.kernel_flops == 0 and sum(report.kernels.values()) == 1
