@@ -2,14 +2,17 @@
 
     python infer.py --checkpoint runs/tiny --prompt "import os" --max-new-tokens 200
     python infer.py --checkpoint runs/tiny --token-ids 256,105,109 --temperature 0
-    python infer.py --checkpoint DeepSeek-V3 --fp8 --prompt "import os"
+    python infer.py --checkpoint DeepSeek-V3 --fp8 --prompt "import os" --speculative 1
+    python infer.py --checkpoint runs/chat --chat
+    python infer.py --checkpoint runs/tiny --batch requests.jsonl --out completions.jsonl
 
 Text is streamed as it comes; several prompts are decoded together and printed one after the other.
 """
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,13 +28,22 @@ from dsv3_jax.config import (
     ShardingConfig,
     UserError,
 )
+from dsv3_jax.data.supervised import find_template
+from dsv3_jax.data.tokens import Tokenizer
+from dsv3_jax.inference.batch_file import run_batch
+from dsv3_jax.inference.conversation import Conversation, talk
+from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.expert_load import ExpertLoad
-from dsv3_jax.inference.generate import generate
-from dsv3_jax.inference.streaming import print_ids, print_text
-from dsv3_jax.loading import find_tokenizer, load, with_redundant_experts
+from dsv3_jax.inference.generate import engine_for
+from dsv3_jax.inference.options import EngineOptions
+from dsv3_jax.inference.requests import Request, describe_speculation
+from dsv3_jax.inference.streaming import IdStream, TextStream, listener_of
+from dsv3_jax.loading import Model, find_tokenizer, load, with_redundant_experts
 from dsv3_jax.model.fp8_weights import describe_weights
 from dsv3_jax.parallel import hosts
 from dsv3_jax.verifying import verify
+
+CHAT_LENGTH = 8192  # tokens of a conversation, where the model can take as many
 
 
 @dataclass(frozen=True)
@@ -43,10 +55,22 @@ class InferOptions:
     """A text to continue; repeat the option for several."""
     token_ids: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
     """Comma-separated token ids to continue, printed as ids; repeat the option for several."""
+    chat: bool = False
+    """Prompts are what a user says, in the folder's chat template; none: a conversation."""
+    system: str | None = None  # the system prompt of a chat
+    chat_template: Path | None = None  # None: the tokenizer's own, or DeepSeek-V3's form
+    batch: Path | None = None
+    """Requests, one JSON object a line: prompt, messages or token_ids, and settings if others."""
+    out: Path | None = None  # of --batch; None: beside it, .completions.jsonl
+    slots: int = 16  # of --batch: requests that are written at once
     max_new_tokens: int = 200
     temperature: float = 0.7  # 0: always the likeliest token
     top_p: float = 0.95
     seed: int = 0
+    stop: Annotated[list[str], tyro.conf.UseAppendAction] = field(default_factory=list)
+    """A text that ends the continuation, and is not shown; repeat the option for several."""
+    speculative: int = 0
+    """Draft this many tokens a step by the MTP modules; the text stays the same."""
     cache_length: int | None = None  # tokens the cache holds; None: what the longest prompt needs
     step: str = "auto"  # "auto": the newest valid checkpoint; or its number
     tokenizer: str | None = None  # None: the one the model was trained with
@@ -97,8 +121,13 @@ def write(options: InferOptions) -> int:
     )
     if options.fp8:
         print(describe_weights(model.variables), file=sys.stderr)
+    template = None
     if tokenizer is None:
         prompts = [parse_ids(text) for text in options.token_ids]
+    elif options.chat or options.batch is not None:
+        template = find_template(options.chat_template, options.checkpoint, tokenizer)
+        system = options.system
+        prompts = [Conversation(template, tokenizer, system).ask(p) for p in options.prompt]
     else:
         prompts = [[*tokenizer.prompt_prefix, *tokenizer.encode(p)] for p in options.prompt]
     if options.redundant_experts:
@@ -107,10 +136,63 @@ def write(options: InferOptions) -> int:
         model = with_redundant_experts(model, options.redundant_experts, load_from, prompts)
     config = model.config.model
     expert_load = ExpertLoad(config) if options.save_expert_load else None
-    tokens = generate(
+    if options.batch is not None:
+        assert tokenizer is not None and template is not None
+        files, request, stops = (options.batch, options.out), settings_of(options), options.stop
+        engine_of = partial(make_engine, model, options, options.slots, expert_load)
+        count = run_batch(*files, engine_of, config, tokenizer, template, request, tuple(stops))
+        print(f"{count[0]} of {count[1]} requests were left, and are completed", file=sys.stderr)
+    elif prompts:
+        continue_prompts(model, prompts, tokenizer, options, expert_load)
+    else:
+        assert tokenizer is not None and template is not None
+        length = options.cache_length or min(CHAT_LENGTH, config.max_position_embeddings)
+        engine = make_engine(model, options, 1, expert_load, length)
+        conversation = Conversation(template, tokenizer, options.system)
+        talk(engine, conversation, tokenizer, settings_of(options), options.stop)
+    if expert_load is not None and options.save_expert_load and jax.process_index() == 0:
+        expert_load.write(options.save_expert_load)
+    return 0
+
+
+def make_engine(
+    model: Model, options: InferOptions, slots: int, expert_load: ExpertLoad | None, length: int
+) -> Engine:
+    """An engine for sequences of up to `length` tokens."""
+    slots += -slots % model.layout.size("batch")
+    how = EngineOptions(
+        slots=slots,
+        max_length=options.cache_length or length,
+        chunk_rows=(model.layout.size("batch"),),
+        drafts=options.speculative,
+        fp8_cache=options.fp8_cache,
+    )
+    return Engine(model.variables, model.config.model, how, model.layout, expert_load)
+
+
+def settings_of(options: InferOptions) -> Request:
+    """How requests are completed that do not say so themselves; the prompt is theirs."""
+    return Request(
+        prompt=(),
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+
+
+def continue_prompts(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer | None,
+    options: InferOptions,
+    expert_load: ExpertLoad | None,
+) -> None:
+    """Writes on from all prompts at once; one is shown as it comes, several when all have ended."""
+    engine, requests = engine_for(
         model.variables,
         prompts,
-        config,
+        model.config.model,
         max_new_tokens=options.max_new_tokens,
         cache_length=options.cache_length,
         temperature=options.temperature,
@@ -118,30 +200,50 @@ def write(options: InferOptions) -> int:
         seed=options.seed,
         layout=model.layout,
         fp8_cache=options.fp8_cache,
+        speculative=options.speculative,
         expert_load=expert_load,
     )
-    one = len(prompts) == 1  # shown as it comes
-    texts = [(int(ids[0]) for ids in tokens)] if one else zip(*(ids.tolist() for ids in tokens))
-    for number, text in enumerate(texts):
+    ends, one, texts = model.config.model.eos_token_ids, len(prompts) == 1, []
+    for number, request in enumerate(requests):
+        text: list[str] = []
+        show = partial(print, end="", flush=True) if one else text.append
         if tokenizer is None:
-            print_ids(text, config.eos_token_ids)
-            continue
-        if not one:
+            stream = IdStream(ends)
+        else:
+            stream = TextStream(tokenizer, ends, options.stop)
+            if not options.chat:
+                show(options.prompt[number])
+        requests[number] = replace(request, listener=listener_of(stream, show))
+        texts.append((text, stream))
+    completions = engine.run(requests)
+    for number, (text, stream) in enumerate(texts):
+        if not one and tokenizer is not None:
             print(f"--- {number}")
-        print_text(options.prompt[number], text, tokenizer, config.eos_token_ids)
-    if expert_load is not None and options.save_expert_load and jax.process_index() == 0:
-        expert_load.write(options.save_expert_load)
-    return 0
+        print("".join(text) + stream.flush())
+    if options.speculative:
+        print(describe_speculation(completions), file=sys.stderr)
 
 
 def check(options: InferOptions) -> None:
     """Raises UserError for options that do not fit together."""
-    if bool(options.prompt) == bool(options.token_ids):
-        raise UserError("give either --prompt TEXT or --token-ids 1,2,3 (each may be repeated)")
-    if options.max_new_tokens <= 0:
-        raise UserError(f"--max-new-tokens {options.max_new_tokens} must be positive")
-    if options.redundant_experts < 0:
-        raise UserError(f"--redundant-experts {options.redundant_experts} must not be negative")
+    given = bool(options.prompt) + bool(options.token_ids) + (options.batch is not None)
+    if given > 1 or (not given and not options.chat):
+        raise UserError(
+            "give --prompt TEXT or --token-ids 1,2,3 (each may be repeated), --batch FILE.jsonl, "
+            "or --chat alone for a conversation"
+        )
+    if options.token_ids and (options.chat or options.stop):
+        raise UserError("--chat and --stop are for text: give --prompt instead of --token-ids")
+    if options.system is not None and not options.chat:
+        raise UserError("--system is said in a conversation: add --chat")
+    for name in ("max_new_tokens", "slots"):
+        if getattr(options, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be positive")
+    for name in ("redundant_experts", "speculative"):
+        if getattr(options, name) < 0:
+            raise UserError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} must not be negative"
+            )
     if options.temperature < 0 or not 0 < options.top_p <= 1:
         raise UserError(
             f"--temperature {options.temperature} must not be negative and --top-p {options.top_p} "

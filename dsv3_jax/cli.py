@@ -41,6 +41,7 @@ from dsv3_jax.interop.commands import (
     run_import,
     run_logits,
 )
+from dsv3_jax.serving.options import ServeOptions
 
 log = logging.getLogger(__name__)
 Options = TypeVar("Options")
@@ -353,6 +354,14 @@ def compile_for(argv: Sequence[str]) -> int:
     return run_compile(options, config)
 
 
+def serve(options: ServeOptions) -> None:
+    """python -m dsv3_jax serve --checkpoint DIR"""
+    use_virtual_devices(options.devices)
+    from dsv3_jax.serving.command import serve as run_server
+
+    run_server(options)
+
+
 @dataclass(frozen=True)
 class Command:
     """One sub-command: its options and what runs it."""
@@ -370,6 +379,7 @@ COMMANDS = {
     "verify": Command(VerifyOptions, verify, positional=True),
     "evaluate": Command(EvaluateOptions, evaluate),
     "logits": Command(LogitsOptions, logits),
+    "serve": Command(ServeOptions, serve),
     "compile": Command(CompileOptions, lambda options: run_compile(options, Config())),
     **{name: Command(options, run) for name, (options, run) in ANALYSES.items()},
 }

@@ -16,7 +16,7 @@ ROWS = [
     {"training", "inference", "interop"},
     {"starting"},
     {"loading", "verifying", "notebook", "samples", "compiling"},
-    {"saving", "running", "evaluating"},
+    {"saving", "running", "evaluating", "serving"},
     {"cli"},
     {"__main__"},
 ]
@@ -50,6 +50,8 @@ ONLY_HOME = {
     "tokenizers": {"data"},
     "tiktoken": {"data"},
     "pyarrow": {"data"},
+    "starlette": {"serving"},
+    "uvicorn": {"serving"},
 }
 # `analysis` may plan with these, which know no JAX.
 ANALYSIS_MAY_SEE = {"parallel.schedules", "parallel.load_balancer"}

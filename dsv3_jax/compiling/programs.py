@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import Config, UserError
-from dsv3_jax.inference import generate
+from dsv3_jax.inference.acts import advance, feed
 from dsv3_jax.inference.kv_cache import NO_PAGE
+from dsv3_jax.inference.slots import Chunk, Program, Slots, closed_slots
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 from dsv3_jax.model.cache import init_model_cache, init_paged_cache
 from dsv3_jax.model.forward_pass import Pass
@@ -95,7 +96,7 @@ def training(config: Config, layout: Layout) -> Built:
 
 
 def serving(config: Config, layout: Layout, what: Serving, decode: bool) -> Built:
-    """`inference.generate`'s start (a prompt) or step (one token of each sequence)."""
+    """An engine's act: `inference.acts.feed` (prompts, whole) or `advance` (a token of each)."""
     of_prompts, of_steps = serving_layouts(layout)
     layout = of_steps if decode else of_prompts
     devices, context = layout.size("batch"), layout.size("cache")
@@ -106,25 +107,39 @@ def serving(config: Config, layout: Layout, what: Serving, decode: bool) -> Buil
         )
     if what.context % (PAGE * context):
         raise UserError(f"context={what.context} must be a multiple of {PAGE * context}")
-    how = Pass(config.model, layout=layout)
+    of_each = [Pass(config.model, layout=each) for each in (of_prompts, of_steps)]
+    program = Program(of_each[0], of_each[1], sampled=False)
     variables = _weights(config, layout, what)
     cache = _cache(config, of_steps, what, paged=decode)
     by_sequence = layout.sharding("batch")
-    lengths = jax.ShapeDtypeStruct((what.batch,), jnp.int32, sharding=by_sequence)
+
+    def placed(tree):
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by_sequence), tree
+        )
+
+    def integers(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct((what.batch, *shape), jnp.int32, sharding=by_sequence)
+
+    _, *rest = placed(jax.eval_shape(partial(closed_slots, config.model, what.batch, 0, 0)))
     trips = {r"/experts/.*while$": 0}
     arguments = {"weights": variables, "cache": cache}
     if decode:
-        hidden = (what.batch, config.model.hidden_size)
-        hidden = jax.ShapeDtypeStruct(hidden, config.model.dtype, sharding=by_sequence)
-        parts: Any = (cache, lengths, hidden)
-        state = generate.State(*parts)
-        ids = jax.ShapeDtypeStruct((what.batch, 1), jnp.int32, sharding=by_sequence)
+        table, pool = cache.block_table, cache.with_table(integers(0))
+        slots = Slots(pool, None, *rest)
         return Built(
-            lambda: generate.step.lower(variables, state, ids, how), arguments, layout, trips
+            lambda: advance.lower(variables, slots, table, program), arguments, layout, trips
         )
-    ids = jax.ShapeDtypeStruct((what.batch, what.context), jnp.int32, sharding=by_sequence)
+    numbers = [integers() for _ in range(5)]
+    last: Any = jax.ShapeDtypeStruct((what.batch,), jnp.bool_, sharding=by_sequence)
+    slot, start, valid, following, number = numbers
+    chunk = Chunk(slot, integers(what.context), start, valid, following, last, number, rest[-1])
+    slots = Slots(cache, None, *rest)
     return Built(
-        lambda: generate.start.lower(variables, ids, lengths, cache, how), arguments, layout, trips
+        lambda: feed.lower(variables, slots, integers(1), chunk, program, True),
+        arguments,
+        layout,
+        trips,
     )
 
 

@@ -37,5 +37,5 @@ class Block(nn.Module):
             mlp = MLP(how, name="mlp")
             return x + mlp(norm_for(x, norm, eps, how.recipe.gate_up_proj, how.layout)), cache, None
         normed = rms_norm(x, norm, eps)  # the router reads it, too
-        y, stats = MoE(how, name="mlp")(normed, tokens.counted)
+        y, stats = MoE(how, name="mlp")(normed, tokens.counted, tokens.experts)
         return x + y, cache, stats

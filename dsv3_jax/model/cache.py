@@ -19,7 +19,7 @@ from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 from dsv3_jax.parallel.collectives import Axes
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
-from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, quantize
+from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
 
 
 class LatentCache(NamedTuple):
@@ -83,6 +83,19 @@ class PagedCache:
 
 
 AnyCache = ModelCache | PagedCache
+
+
+def as_cached(
+    latent: Float[Array, "B T C"], cache: LatentCache | PagedCache
+) -> Float[Array, "B T C"]:
+    """New latents as reading the cache would give them back: rounded where it holds FP8.
+
+    A prompt that attends to its own latents then computes what it would from the cache, so that
+    whole or in chunks it gives the same.
+    """
+    if not isinstance(cache.latent, BlockScaled):
+        return latent
+    return dequantize(quantize(latent, PER_TOKEN), latent.dtype)
 
 
 def init_paged_cache(
@@ -175,7 +188,7 @@ def _append_to_pages(cache: PagedCache, latent, k_rope, start) -> PagedCache:
     rows = start[:, None] + jnp.arange(latent.shape[1], dtype=start.dtype)
     slot = jnp.minimum(rows // page, slots - 1)
     number = jnp.take_along_axis(cache.block_table, slot, axis=1)
-    none = (number < 0) | (rows >= slots * page)
+    none = (number < 0) | (rows < 0) | (rows >= slots * page)
     number = jnp.where(none, cache.latent.shape[0], number)
 
     def write(pool, new):

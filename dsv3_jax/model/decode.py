@@ -1,17 +1,22 @@
-"""Decoding from a cache, contiguous or paged: whole prompts first, then a few tokens at a time."""
+"""Decoding from a cache, contiguous or paged: whole prompts first, then a few tokens at a time.
+
+An MTP module decodes beside the model, from a cache of its own, and so drafts what comes next.
+"""
 
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.mla_decode.api import plan
-from dsv3_jax.model.cache import AnyCache
+from dsv3_jax.model.cache import AnyCache, LatentCache, PagedCache
 from dsv3_jax.model.checks import check_tokens
 from dsv3_jax.model.ends import embed_tokens, final_norm
 from dsv3_jax.model.forward_pass import Pass, Tokens, as_pass
+from dsv3_jax.model.mtp import run_mtp
 from dsv3_jax.model.stack import run_layers
 
 
@@ -21,6 +26,7 @@ class Decoded(NamedTuple):
     hidden: Float[Array, "B T D"]  # after the final norm, in the order of the tokens
     cache: AnyCache  # with these tokens
     load: Int[Array, "L E"]  # entries of the counted tokens that each expert of a MoE layer got
+    experts: Int[Array, "L B T K"]  # of each token in each MoE layer
 
 
 def prefill(
@@ -64,6 +70,33 @@ def decode_step(
         return _decode(variables, ids, tokens, cache, how)
 
 
+def decode_mtp(
+    variables: dict[str, Any],
+    depth: int,
+    hidden: Float[Array, "B T D"],
+    ids: Int[Array, "B T"],
+    start: Int[Array, " B"],
+    cache: LatentCache | PagedCache,
+    how: Pass,
+) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache]:
+    """The hidden states of MTP module depth + 1 at rows start[b].., and its own cache with them.
+
+    hidden is h^depth of these rows after its norm (depth 0: the model's), and ids the token
+    depth + 1 after each. A Pass with `prefill` fills an empty cache from row 0 on, in the expanded
+    form; else the rows attend to what the cache holds.
+    """
+    layout = how.layout
+    positions = start[:, None] + jnp.arange(ids.shape[1], dtype=start.dtype)
+    with layout.compiling():
+        schedule = None if how.prefill else decode_schedule(positions, how)
+        tokens = Tokens(layout.in_order(positions), decode_schedule=schedule)
+        embedding = embed_tokens(variables["params"], layout.in_order(ids), how)
+        x = layout.constrain(layout.in_order(hidden), "batch", "residual")
+        x, new_cache, _ = run_mtp(variables, depth, x, embedding, tokens, how, cache)
+    assert new_cache is not None
+    return layout.in_natural_order(x), new_cache
+
+
 def decode_schedule(positions: Int[Array, "B T"], how: Pass) -> Any:
     """The kernel's schedule for new tokens at these positions, shared by all layers.
 
@@ -82,6 +115,10 @@ def _decode(variables, ids, tokens: Tokens, cache: AnyCache, how: Pass) -> Decod
     x = embed_tokens(params, layout.in_order(ids), how)
     x, new_cache, stats = run_layers(variables, x, tokens, how, cache)
     assert new_cache is not None
-    no_load = jnp.zeros((0, how.config.n_routed_experts), jnp.int32)
     hidden = layout.in_natural_order(final_norm(params, x, how))
-    return Decoded(hidden, new_cache, no_load if stats is None else stats.load_E)
+    if stats is None:
+        load = jnp.zeros((0, how.config.n_routed_experts), jnp.int32)
+        experts = jnp.zeros((0, *ids.shape, how.config.num_experts_per_tok), jnp.int32)
+    else:
+        load, experts = stats.load_E, jax.vmap(layout.in_natural_order)(stats.experts)
+    return Decoded(hidden, new_cache, load, experts)

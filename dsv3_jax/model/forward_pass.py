@@ -86,6 +86,9 @@ class Tokens(NamedTuple):
     segments: Int[Array, "B T"] | None = None  # documents that attention must not cross
     counted: Bool[Array, "B T"] | None = None  # for load and balance loss; None: all are
     decode_schedule: KVSplits | None = None  # of the lengths that a cache then has
+    # Routing replay: what each MoE layer is to choose, instead of what its router would; a layer is
+    # given its own [B, T, K].
+    experts: Int[Array, "*L B T K"] | None = None
 
 
 def as_pass(config: ModelConfig | Pass) -> Pass:

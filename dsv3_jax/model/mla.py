@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.kernels.attention.api import Bias, ascending, documents_between, mla_attention
 from dsv3_jax.kernels.mla_decode.api import Pages, Rows, mla_decode, mla_decode_contiguous
 from dsv3_jax.kernels.mla_decode.kv_splits import KVSplits
-from dsv3_jax.model.cache import LatentCache, PagedCache, append
+from dsv3_jax.model.cache import LatentCache, PagedCache, append, as_cached
 from dsv3_jax.model.forward_pass import Pass, Tokens
 from dsv3_jax.model.linear import linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS
@@ -116,7 +116,8 @@ def mla_absorb(
             "lengths": lengths,
         }
         if isinstance(cache, PagedCache):
-            pages = Pages(**new, block_table=cache.block_table)
+            # Padding at the end of a chunk may lie past a sequence's pages: any page will do.
+            pages = Pages(**new, block_table=jnp.maximum(cache.block_table, 0))
             context_BTNC, lse_BTN = mla_decode(pages, scale=scale, schedule=schedule)
         else:
             context_BTNC, lse_BTN = mla_decode_contiguous(
@@ -185,6 +186,8 @@ class MLA(nn.Module):
             new = (layout.in_natural_order(latent), layout.in_natural_order(k_rope))
             filling = self.how.prefill
             cache = append(cache, *new, positions[:, 0], layout, whole_prompt=filling)
+            if filling:
+                latent = as_cached(latent, cache)
         if cache is None or self.how.prefill:
             out = mla_expand(
                 q_nope,

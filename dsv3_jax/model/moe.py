@@ -160,6 +160,7 @@ def routed_experts(
     weights: MoEWeights,
     counted: Bool[Array, "B T"] | None,
     how: Pass,
+    told: Int[Array, "B T K"] | None = None,
 ) -> tuple[Float[Array, "B T D"], MoEStats]:
     """The routed experts' share of a MoE layer's output, and its statistics.
 
@@ -176,6 +177,7 @@ def routed_experts(
             jnp.pad(x, [*fill, (0, 0)]),
             real if counted is None else jnp.pad(counted, fill),
         )
+        told = None if told is None else jnp.pad(told, [*fill, (0, 0)])
     exchange = exchange_of(
         how.config,
         how.recipe,
@@ -192,7 +194,7 @@ def routed_experts(
         partial(_experts_of_device, batch, how, exchange),
         in_specs=(tokens, MoEWeights(everywhere, everywhere, held, held, everywhere), tokens),
         out_specs=(tokens, MoEStats(everywhere, everywhere, tokens, tokens, everywhere)),
-    )(x, weights, (real, counted))
+    )(x, weights, (real, counted, told))
     if real is None:
         return y, stats
     return y[:batch, :length], stats._replace(
@@ -207,9 +209,13 @@ def _experts_of_device(
     batch_axes, sequence_axes = layout.axes("batch"), layout.axes("residual")
     axes = (*batch_axes, *sequence_axes)
     # The gradients of all weights are summed over the devices here.
-    x, weights, (real, counted) = vary((x, weights, masks), axes)
+    x, weights, (real, counted, told) = vary((x, weights, masks), axes)
     x_TD = x.reshape(-1, x.shape[-1])
-    routing = route(x_TD, weights.gate, weights.bias, config, how.score, how.select)
+    select: Any = how.select
+    if told is not None:
+        told = told.reshape(x_TD.shape[0], -1)
+        select = lambda *_: told  # noqa: E731
+    routing = route(x_TD, weights.gate, weights.bias, config, how.score, select)
     experts_TK = routing.experts_TK
     if weights.places is not None:  # statistics stay those of experts
         expert_axes = layout.axes("expert")
@@ -301,10 +307,11 @@ class Experts(nn.Module):
         gate: Float[Array, "E D"],
         bias: Float[Array, " E"] | None,
         places: tuple[Int[Array, "E C"], Int[Array, " E"]] | None,
+        told: Int[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T D"], MoEStats]:
         w = parameters(self, self.how.config, "moe", "mlp/experts", self.num_places)
         weights = MoEWeights(gate, bias, w.gate_up_proj, w.down_proj, places)
-        return routed_experts(x, weights, counted, self.how)
+        return routed_experts(x, weights, counted, self.how, told)
 
 
 class MoE(nn.Module):
@@ -314,11 +321,15 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B T D"], counted: Bool[Array, "B T"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        counted: Bool[Array, "B T"] | None = None,
+        told: Int[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T D"], MoEStats]:
         """The layer's output and its load, balance loss and choices.
 
-        Tokens that are not counted are computed, but are neither in the load nor in the loss.
+        Tokens that are not counted are computed, but are neither in the load nor in the loss. Those
+        that are told their experts go to these.
         """
         config = self.how.config
         w = parameters(self, config, "moe", "mlp")
@@ -329,7 +340,7 @@ class MoE(nn.Module):
             places = tuple(self.get_variable("placement", name) for name in ("place", "count"))
             num_places = len(self.get_variable("placement", "expert"))
         experts = Experts(self.how, num_places, name="experts")
-        y, stats = experts(x, counted, w.gate, bias, places)
+        y, stats = experts(x, counted, w.gate, bias, places, told)
         if config.n_shared_experts:
             y = y + MLP(self.how, shared=True, name="shared_experts")(x)
         return self.how.layout.constrain(y, "batch", "residual"), stats

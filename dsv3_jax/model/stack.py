@@ -33,7 +33,8 @@ def run_layers(
     Of each collection only "dense_layers" and "moe_layers" are read, where they are; each may be a
     share of the model's, cut along the layer dim. x comes and goes laid out as the residual,
     without a final norm. The cache holds these layers alone (a ModelCache), or first_layer is the
-    first one's number in it (a PagedCache). Statistics are stacked; None without a MoE layer.
+    first one's number in it (a PagedCache). Statistics are stacked; None without a MoE layer, and
+    so are the experts that the tokens are told, if they are.
     """
     paged = cache if isinstance(cache, PagedCache) else None
     stacked = cache if isinstance(cache, ModelCache) else ModelCache(None, None)
@@ -42,8 +43,9 @@ def run_layers(
         layers = of_part(variables, name)
         if not layers.get("params"):
             continue
+        told = tokens._replace(experts=None) if name == DENSE else tokens
         carry, (new_caches[name], of_kind) = _scan(
-            layers, x, tokens, how, name == DENSE, paged, layer_caches, first_layer
+            layers, x, told, how, name == DENSE, paged, layer_caches, first_layer
         )
         x, paged = carry
         first_layer += _num_layers(layers)
@@ -60,12 +62,13 @@ def _scan(layers, x, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches
 
     def body(carry, scanned):
         x, paged = carry
-        layer, layer_cache, number = scanned
+        layer, layer_cache, number, experts = scanned
+        told = tokens._replace(experts=experts)
         if sums:
             layer = _with_sums(layer, sums, number - first_layer)
         if paged is not None:
             layer_cache = of_layer(paged, number, how.layout)
-        apply = how.saving(lambda v, x, c: block.apply(how.gathered(v), x, tokens, c))
+        apply = how.saving(lambda v, x, c: block.apply(how.gathered(v), x, told, c))
         x, layer_cache, stats = apply(layer, x, layer_cache)
         x = how.layout.constrain(x, "batch", "residual")
         if paged is not None:
@@ -76,7 +79,8 @@ def _scan(layers, x, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches
     # that, 10 % of a training step of the default model.
     unroll = 2 if how.layout.platform == "cpu" else 1
     numbers = first_layer + jnp.arange(_num_layers(layers), dtype=jnp.int32)
-    return jax.lax.scan(body, (x, paged), (layers, layer_caches, numbers), unroll=unroll)
+    scanned = (layers, layer_caches, numbers, tokens.experts)
+    return jax.lax.scan(body, (x, paged), scanned, unroll=unroll)
 
 
 def _without_sums(layers):

@@ -108,12 +108,14 @@ def forward(
     *,
     segments: Int[Array | np.ndarray, "B T"] | None = None,
     counted: Bool[Array | np.ndarray, "B T"] | None = None,
+    experts: Int[Array | np.ndarray, "L B T K"] | None = None,
 ) -> Outputs:
     """Logits of the next token, and of the tokens after it by the MTP modules, for whole rows.
 
     A Pass in the config's place also says recipe, layout and remat. segments are document numbers
     that attention must not cross; None lets it (V3's way). Tokens that are not counted are in no
-    load and no balance loss.
+    load and no balance loss. experts are what each MoE layer of the main model chooses instead of
+    its router (routing replay); MTP modules choose for themselves.
     """
     how = as_pass(config)
     check_tokens(tokens, how.config)
@@ -122,7 +124,8 @@ def forward(
     with how.layout.compiling():
         params = gathered_ends(variables["params"], how)
         held = {**variables, "params": params}
-        states = hidden_states(held, tokens, how, segments=segments, counted=counted)
+        rows: Any = {"segments": segments, "counted": counted, "experts": experts}
+        states = hidden_states(held, tokens, how, **rows)
         mtp_logits = tuple(head(params, hidden, how) for hidden in states.mtp_hidden)
         logits = head(params, states.hidden, how)
     return Outputs(logits, mtp_logits, states.stats, states.mtp_stats, states.hidden)
@@ -135,14 +138,17 @@ def hidden_states(
     *,
     segments: Int[Array | np.ndarray, "B T"] | None = None,
     counted: Bool[Array | np.ndarray, "B T"] | None = None,
+    experts: Int[Array | np.ndarray, "L B T K"] | None = None,
 ) -> States:
     """`forward` without the head: what it would make logits of. The ends are gathered already.
 
     Tokens that are not counted are in no load and no balance loss.
     """
-    of_tokens = tokens_of(tokens, how, segments, counted)
+    of_tokens = told = tokens_of(tokens, how, segments, counted)
+    if experts is not None:
+        told = told._replace(experts=jax.vmap(how.layout.in_order)(jnp.asarray(experts)))
     embedded = embed_tokens(variables["params"], how.layout.in_order(tokens), how)
-    x, _, stats = run_layers(variables, embedded, of_tokens, how)
+    x, _, stats = run_layers(variables, embedded, told, how)
     return finish(variables, x, tokens, of_tokens, how, embedded)._replace(stats=stats)
 
 

@@ -8,8 +8,7 @@ import pytest
 
 from dsv3_jax.config import UserError
 from dsv3_jax.inference import generate as generate_module
-from dsv3_jax.inference.generate import State, choose, empty_cache, generate, start, step
-from dsv3_jax.model.forward_pass import Pass
+from dsv3_jax.inference.generate import generate
 from dsv3_jax.model.transformer import forward
 from tests.helpers import random_tokens, random_variables, tiny_model
 
@@ -55,41 +54,6 @@ def test_pages_hold_what_a_contiguous_cache_does(greedy, monkeypatch):
     """Pages of 4 tokens: the sequences hold 4, 2 and 2 of them, in no order."""
     monkeypatch.setattr(generate_module, "PAGE", 4)
     np.testing.assert_array_equal(tokens_of(PROMPTS, paged=True), greedy)
-
-
-def test_an_engine_adds_a_sequence_to_a_state_in_the_middle(greedy, monkeypatch):
-    """Two of three slots are busy; the third prompt joins after two steps, in the same pool."""
-    monkeypatch.setattr(generate_module, "PAGE", 4)
-    how, key, params = Pass(CONFIG), jax.random.key(0), VARIABLES["params"]
-    padded, lengths = np.zeros((3, 12), np.int32), np.array([len(p) for p in PROMPTS], np.int32)
-    for row, prompt in zip(padded, PROMPTS, strict=True):
-        row[: len(prompt)] = prompt
-    cache = empty_cache(CONFIG, [16] * 3, paged=True, fp8=False)
-    table = np.asarray(cache.block_table)
-    busy, written = np.array([True, False, True]), [[], [], []]
-
-    def join(slots, cache) -> State:
-        """The state of these slots' prompts, their rows beginning in the shared pool."""
-        return start(VARIABLES, padded[slots], lengths[slots], cache.with_table(table[slots]), how)
-
-    first = join([0, 2], cache)
-    hidden = np.zeros((3, CONFIG.hidden_size), np.float32)
-    hidden[[0, 2]] = first.hidden
-    cache, length = first.cache, np.where(busy, lengths, 0)
-    for number in range(NEW + 2):
-        if number == 2:
-            joined = join([1], cache)
-            cache, hidden, busy[1] = joined.cache, np.array(hidden), True
-            hidden[1], length[1] = joined.hidden[0], lengths[1]
-        ids = np.asarray(choose(params, hidden, key, 0.0, 1.0))
-        for slot in np.flatnonzero(busy):
-            written[slot].append(ids[slot])
-        # A slot that nobody is in writes to no page.
-        of_slots = np.where(busy[:, None], table, -1)
-        state = State(cache.with_table(of_slots), length, hidden)
-        state = step(VARIABLES, state, ids[:, None], how)
-        cache, hidden, length = state.cache, state.hidden, np.array(state.lengths) * busy
-    np.testing.assert_array_equal([row[:NEW] for row in written], greedy)
 
 
 def test_an_fp8_cache_writes_nearly_the_same(greedy):

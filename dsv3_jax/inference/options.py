@@ -1,0 +1,78 @@
+"""How much an engine holds, in what portions it computes, and what it has counted."""
+
+from dataclasses import dataclass, field
+
+from dsv3_jax.config import ModelConfig, UserError
+from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How much an engine holds, and in what portions it computes.
+
+    Fields:
+        slots: sequences that are written at once.
+        max_length: tokens of a sequence in the cache, at most.
+        pages: of the pool, for each group of devices that shares sequences; None: what all slots
+            need at max_length.
+        chunks: sizes of a piece of a prompt; each is a program.
+        chunk_rows: prompts in one program; each number is a program.
+        token_budget: tokens of a step, those of sequences being written first.
+        drafts: tokens drafted for a step by the model's MTP modules.
+        paged: else each slot has a contiguous room, prompts come whole and only while nothing is
+            being written.
+        fp8_cache: latents as E4M3 with scales.
+        share_prefixes: sequences that begin alike share pages.
+        top: of the likeliest tokens returned with each.
+        experts: return each token's experts. Prefixes are then not shared, as what is shared is not
+            computed.
+        page: tokens of a page.
+    """
+
+    slots: int = 8
+    max_length: int = 4096
+    pages: int | None = None
+    chunks: tuple[int, ...] = (32, 128, 512)
+    chunk_rows: tuple[int, ...] = (1,)
+    token_budget: int = 512
+    drafts: int = 0
+    paged: bool = True
+    fp8_cache: bool = False
+    share_prefixes: bool = True
+    top: int = 0
+    experts: bool = False
+    page: int = PAGE
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises UserError for options that do not fit the model or each other."""
+        modules = config.num_nextn_predict_layers
+        if self.drafts < 0 or (self.drafts and not modules):
+            raise UserError(
+                f"{self.drafts} drafts a step need an MTP module, and the model has {modules}"
+            )
+        if self.fp8_cache and not self.paged:
+            raise UserError("an FP8 cache lies in pages: leave paged=False out")
+        if not 1 <= self.max_length <= config.max_position_embeddings:
+            raise UserError(
+                f"a cache of {self.max_length} tokens must lie in 1 to "
+                f"max_position_embeddings={config.max_position_embeddings}"
+            )
+        numbers = (self.slots, *self.chunks, *self.chunk_rows, self.token_budget, self.page)
+        if not self.chunks or not self.chunk_rows or min(numbers) < 1 or self.top < 0:
+            raise UserError(f"{self} has a number that is not positive")
+
+
+@dataclass
+class Statistics:
+    """Counts since the engine was made."""
+
+    steps: int = 0  # programs that took sequences further
+    chunks: int = 0  # programs that took prompts in
+    prompt_tokens: int = 0  # fed
+    cached_tokens: int = 0  # of prompts, that were found in the cache
+    new_tokens: int = 0
+    requests: dict[str, int] = field(default_factory=dict)  # finished, by reason
+    preemptions: int = 0
+    drafted: list[int] = field(default_factory=list)  # by position of the draft
+    accepted: list[int] = field(default_factory=list)
+    host_seconds: float = 0.0  # in step(), not waiting for devices

@@ -1,0 +1,91 @@
+"""Requests on their way through an engine, as the host knows them, and what it launched."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.inference.kv_cache import NO_PAGE
+from dsv3_jax.inference.requests import MAX_STOP_IDS, Completion, Token
+from dsv3_jax.inference.sampling import Settings
+from dsv3_jax.inference.slots import Asked, Chunk, Written
+
+
+@dataclass(eq=False)
+class Running:
+    """A request on its way, as the host knows it."""
+
+    completion: Completion
+    ids: list[int]  # the prompt and what was written
+    slot: int = NO_PAGE
+    fed: int = 0  # of the prompt's tokens, launched or shared
+    prompt: int = 0  # tokens to feed before it writes: those that ids had when it was admitted
+    rows: int = 0  # in the cache for certain, once what is launched has run
+    flights: int = 0  # steps launched and not read
+
+    @property
+    def writing(self) -> bool:
+        """Whether its prompt is in the cache, or on its way there."""
+        return self.slot != NO_PAGE and self.fed == self.prompt
+
+
+class Piece(NamedTuple):
+    """A sequence's part of an act: its row and, of a chunk, the positions of the tokens fed."""
+
+    row: int
+    sequence: Running
+    first: int = 0
+    count: int = 0
+
+
+@dataclass(eq=False)
+class Flight:
+    """An act that was launched and not read."""
+
+    written: Written
+    pieces: list[Piece]
+    is_step: bool  # else a chunk
+    of_this_step: bool = True
+
+
+def chunk_of(
+    chosen: Sequence[Running | None], rows: int, size: int, nobody: int, config: ModelConfig
+) -> Chunk:
+    """The next piece of each of these prompts, in programs of so many rows; None: slot `nobody`."""
+    ids = np.zeros((rows, size), np.int32)
+    slot = np.full(rows, nobody, np.int32)
+    start, following, number, limit, seed = np.zeros((5, rows), np.int32)
+    valid, last = np.ones(rows, np.int32), np.zeros(rows, bool)
+    temperature, top_p = np.zeros(rows, np.float32), np.ones(rows, np.float32)
+    seed, ends = seed.astype(np.uint32), np.full((rows, MAX_STOP_IDS), -1, np.int32)
+    for row, sequence in enumerate(chosen):
+        if sequence is None:
+            continue
+        request, first = sequence.completion.request, sequence.fed
+        piece = sequence.ids[first : first + size]
+        ids[row, : len(piece)], valid[row] = piece, len(piece)
+        slot[row], start[row] = sequence.slot, first
+        last[row] = first + len(piece) == sequence.prompt
+        if not last[row]:
+            following[row] = sequence.ids[first + len(piece)]
+        number[row] = len(sequence.completion.tokens)
+        limit[row], seed[row] = request.max_new_tokens, request.seed
+        temperature[row], top_p[row] = request.temperature, request.top_p
+        stops = request.ends(config)
+        ends[row, : len(stops)] = stops
+    # NumPy's: to one of several processes they are the same on every device.
+    arrays: Any = (slot, ids, start, valid, following, last, number)
+    settings: Any = (temperature, top_p, seed)
+    others: Any = (limit, ends)
+    return Chunk(*arrays, asked=Asked(Settings(*settings), *others))
+
+
+def token_of(written: Any, row: int, place: int) -> Token:
+    """The token that an act wrote in a row at a place of its step."""
+    top: tuple[tuple[int, float], ...] = ()
+    if written.top is not None:
+        ids, logprobs = (array[row, place].tolist() for array in written.top)
+        top = tuple(zip(ids, logprobs))
+    return Token(int(written.tokens[row, place]), float(written.logprobs[row, place]), top)

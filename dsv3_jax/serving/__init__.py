@@ -1,0 +1,1 @@
+"""A server for generation that speaks OpenAI's API."""

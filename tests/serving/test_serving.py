@@ -1,0 +1,294 @@
+"""The server from outside: the official client, curl, raw requests, and clients that misbehave."""
+
+import contextlib
+import json
+import socket
+import subprocess
+import threading
+import time
+
+import httpx2 as httpx
+import openai
+import pytest
+import uvicorn
+
+from dsv3_jax.data.chat import ChatTemplate
+from dsv3_jax.data.tokenizer import load_tokenizer
+from dsv3_jax.inference.engine import Engine
+from dsv3_jax.inference.options import EngineOptions
+from dsv3_jax.inference.requests import Request
+from dsv3_jax.inference.streaming import TextStream
+from dsv3_jax.serving.app import Limits, make_app
+from dsv3_jax.serving.protocol import Served
+from dsv3_jax.serving.worker import Worker
+from tests.helpers import random_variables, tiny_model
+
+MODEL = tiny_model(
+    num_hidden_layers=2,
+    vocab_size=272,
+    bos_token_id=256,
+    eos_token_id=257,
+    max_position_embeddings=128,
+)
+VARIABLES = random_variables(MODEL)
+# ASCII alone, so that texts of tokens are texts.
+HEAD = VARIABLES["params"]["lm_head"]
+VARIABLES["params"]["lm_head"] = HEAD.at[128:].set(0.0)
+BYTES = load_tokenizer("byte")
+TEMPLATE = ChatTemplate(
+    "{% for m in messages %}{% if m.content == 'fail' %}{{ raise_exception('no such talk') }}"
+    "{% endif %}{{ m.role[0] }}:{{ m.content }};{% endfor %}",
+    {},
+)
+KEY, PAGES = "a secret", 14
+
+
+@pytest.fixture(scope="module")
+def engine():
+    options = EngineOptions(
+        slots=4, max_length=120, pages=PAGES, chunks=(32,), drafts=1, top=2, page=16
+    )
+    engine = Engine(VARIABLES, MODEL, options)
+    engine.warm_up()
+    return engine
+
+
+@contextlib.contextmanager
+def serving(engine, *, key=KEY, max_waiting=8, seconds=60.0, body=4096):
+    """A server on a free port; its address."""
+    worker = Worker(engine, max_waiting)
+    served = Served("tiny", BYTES, TEMPLATE, engine.options.max_length, 2)
+    app = make_app(worker, served, Limits(body, seconds, key))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+    sock = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
+    thread.start()
+    try:
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join(timeout=20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def address(engine):
+    with serving(engine) as address:
+        yield address
+
+
+@pytest.fixture
+def client(address):
+    return openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+
+
+def wait_for(condition, seconds=20.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it never came"
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def alone(engine):
+    """What the model writes for a prompt, greedily, when nobody else asks."""
+    wait_for(lambda: not engine.busy)
+    plain = Engine(VARIABLES, MODEL, EngineOptions(slots=1, max_length=120, chunks=(32,)))
+
+    def write(prompt: bytes, tokens: int, bos: bool = False) -> str:
+        ids = (*(MODEL.bos_token_id,) * bos, *prompt)
+        (done,) = plain.run([Request(ids, tokens)])
+        stream = TextStream(BYTES, MODEL.eos_token_ids)
+        return "".join(stream.push(i) for i in done.ids) + stream.flush()
+
+    return write
+
+
+def test_the_official_client_chats_and_completes(client, alone):
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "hello"}]
+    how = {"model": "tiny", "messages": messages, "temperature": 0, "max_tokens": 20}
+    talk = client.chat.completions.create(**how)
+    want = alone(b"s:be;u:hello;", 20)
+    assert talk.choices[0].message.content == want and talk.choices[0].finish_reason == "length"
+    assert (talk.usage.prompt_tokens, talk.usage.completion_tokens) == (13, 20)
+    pieces = list(
+        client.chat.completions.create(**how, stream=True, stream_options={"include_usage": True})
+    )
+    assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices) == want
+    assert pieces[-1].usage.total_tokens == 33 and not pieces[-1].choices
+    assert [p.choices[0].finish_reason for p in pieces if p.choices][-1] == "length"
+    text = client.completions.create(model="tiny", prompt="hello", temperature=0, max_tokens=9)
+    assert text.choices[0].text == alone(b"hello", 9, bos=True)
+
+
+def test_several_prompts_and_choices_seeds_stops_and_log_probabilities(client, alone):
+    how = {"model": "tiny", "max_tokens": 6}
+    two = client.completions.create(prompt=["ab", [256, 99]], n=2, seed=7, **how)
+    again = client.completions.create(prompt=["ab", [256, 99]], n=2, seed=7, **how)
+    texts = [choice.text for choice in two.choices]
+    assert texts == [choice.text for choice in again.choices] and len(set(texts)) > 2
+    assert two.usage.prompt_tokens == 3 + 2 and two.usage.completion_tokens <= 24
+    whole = alone(b"hello", 6, bos=True)
+    stopped = client.completions.create(prompt="hello", stop=[whole[2:4]], temperature=0, **how)
+    assert stopped.choices[0].text == whole[: whole.index(whole[2:4])]
+    assert stopped.choices[0].finish_reason == "stop"
+    shown = client.completions.create(prompt="hello", logprobs=2, temperature=0, **how)
+    logprobs = shown.choices[0].logprobs
+    assert "".join(logprobs.tokens) == whole and len(logprobs.top_logprobs[0]) == 2
+    assert logprobs.token_logprobs[0] == max(logprobs.top_logprobs[0].values())
+    talk = client.chat.completions.create(
+        messages=[{"role": "user", "content": [{"type": "text", "text": "hello"}]}],
+        model="tiny", logprobs=True, top_logprobs=1, temperature=0, max_tokens=3,
+    )  # fmt: skip
+    entries = talk.choices[0].logprobs.content
+    assert bytes(b for e in entries for b in e.bytes).decode() == talk.choices[0].message.content
+    assert all(e.logprob == e.top_logprobs[0].logprob for e in entries)
+
+
+def test_models_health_and_metrics(client, address):
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError, match="'other' does not exist"):
+        client.models.retrieve("other")
+    assert httpx.get(f"{address}/health").json() == {"status": "ok", "model": "tiny"}
+    client.completions.create(model="tiny", prompt="abc", max_tokens=30)
+    lines = httpx.get(f"{address}/metrics").text.splitlines()
+    numbers = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(numbers["dsv3_new_tokens_total"]) >= 30
+    assert float(numbers["dsv3_pages"]) == PAGES
+    assert float(numbers['dsv3_drafts_drafted_total{position="1"}']) > 0
+
+
+def test_curl_streams_events(address, alone):
+    body = json.dumps({"prompt": "hello", "max_tokens": 5, "temperature": 0, "stream": True})
+    done = subprocess.run(
+        ["curl", "-sN", f"{address}/v1/completions", "-H", f"Authorization: Bearer {KEY}",
+         "-H", "Content-Type: application/json", "-d", body],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    events = [line.removeprefix("data: ") for line in done.stdout.split("\n\n") if line]
+    assert events[-1] == "[DONE]"
+    texts = [json.loads(event)["choices"][0]["text"] for event in events[:-1]]
+    assert "".join(texts) == alone(b"hello", 5, bos=True)
+
+
+BAD = {
+    "no JSON": (b'{"prompt": ', 400, "the body is no JSON"),
+    "deep": (b"[" * 4000, 400, "the body is"),
+    "a list": (b"[]", 400, "the body is a list"),
+    "no prompt": (b"{}", 400, "prompt is missing"),
+    "unknown": (b'{"prompt": "a", "promt": 1}', 400, "unknown field 'promt'"),
+    "unsupported": (b'{"prompt": "a", "presence_penalty": 1}', 400, "presence_penalty=1"),
+    "model": (b'{"prompt": "a", "model": "gpt"}', 400, "'gpt' does not exist"),
+    "vocabulary": (b'{"prompt": [1, 272]}', 400, "token ids from 1 to 272"),
+    "negative": (b'{"prompt": [-1]}', 400, "token ids from -1"),
+    "empty": (b'{"prompt": []}', 400, "the prompt is empty"),
+    "temperature": (b'{"prompt": "a", "temperature": -1}', 400, "temperature=-1"),
+    "nan": (b'{"prompt": "a", "temperature": NaN}', 400, "temperature=nan"),
+    "text": (b'{"prompt": "a", "temperature": "hot"}', 400, "temperature='hot' is no number"),
+    "top_p": (b'{"prompt": "a", "top_p": 0}', 400, "top_p=0"),
+    "tokens": (b'{"prompt": "a", "max_tokens": 0}', 400, "max_new_tokens=0"),
+    "long": (b'{"prompt": "a", "max_tokens": 500}', 400, "there is room for 120"),
+    "longer": (b'{"prompt": "' + b"a" * 300 + b'"}', 400, "there is room for 120"),
+    "n": (b'{"prompt": "a", "n": 1000}', 400, "n=1000"),
+    "stop": (b'{"prompt": "a", "stop": [1]}', 400, "stop="),
+    "logprobs": (b'{"prompt": "a", "logprobs": 3}', 400, "returns 0 to 2"),
+    "stream": (b'{"prompt": "a", "stream": 1}', 400, "neither true nor false"),
+    "large": (b'{"prompt": "' + b"a" * 5000 + b'"}', 413, "larger than 4,096 bytes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_requests_are_answered_with_what_is_wrong(case, address):
+    body, status, said = BAD[case]
+    headers = {"Authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{address}/v1/completions", content=body, headers=headers)
+    assert answer.status_code == status
+    assert said in answer.json()["error"]["message"]
+
+
+def test_templates_that_fail_and_keys_that_are_wrong(client, address):
+    bad = {"model": "tiny", "messages": [{"role": "user", "content": "fail"}]}
+    with pytest.raises(openai.BadRequestError, match="no such talk"):
+        client.chat.completions.create(**bad)
+    with pytest.raises(openai.BadRequestError, match="role 'dog'"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "dog", "content": "a"}])
+    for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": KEY}):
+        for path in ("models", "models/tiny"):
+            answer = httpx.get(f"{address}/v1/{path}", headers=headers)
+            assert answer.status_code == 401 and "API key" in answer.json()["error"]["message"]
+    assert httpx.get(f"{address}/v1/chat/completions").status_code == 405
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_gives_its_pages_back(stream, engine, address):
+    wait_for(lambda: not engine.busy)
+    before = dict(engine.statistics.requests).get("cancelled", 0)
+    body = {"prompt": "hello", "max_tokens": 110, "stream": stream, "n": 3}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    url = f"{address}/v1/completions"
+    if stream:
+        with httpx.stream("POST", url, json=body, headers=headers) as answer:
+            next(answer.iter_lines())
+    else:
+        with contextlib.suppress(httpx.TimeoutException):
+            httpx.post(url, json=body, headers=headers, timeout=0.03)
+    wait_for(lambda: not engine.busy)
+    assert engine.pools[0].free_pages == PAGES
+    ended = engine.statistics.requests
+    assert ended.get("cancelled", 0) > before or ended.get("length", 0) >= 3
+
+
+def test_many_at_once_write_what_each_writes_alone(address, alone):
+    """More than there are slots and pages for; half of them streamed."""
+    prompts = [f"{'ab' * (i % 9)}{i}" for i in range(8)]
+    got: dict[int, str] = {}
+
+    def ask(number: int) -> None:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=5)
+        how = {"model": "tiny", "prompt": prompts[number], "temperature": 0, "max_tokens": 40}
+        if number % 2:
+            events = client.completions.create(**how, stream=True)
+            got[number] = "".join(event.choices[0].text for event in events)
+        else:
+            got[number] = client.completions.create(**how).choices[0].text
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert got == {i: alone(p.encode(), 40, bos=True) for i, p in enumerate(prompts)}
+
+
+def test_a_full_queue_and_a_late_answer_are_said(engine):
+    wait_for(lambda: not engine.busy)
+    with serving(engine, key=None, max_waiting=2, seconds=0.05) as address:
+        body = {"prompt": "a", "n": 3}
+        full = httpx.post(f"{address}/v1/completions", json=body)
+        assert full.status_code == 429 and full.headers["Retry-After"] == "1"
+        body = {"prompt": "a", "max_tokens": 118, "n": 2, "temperature": 0}
+        late = httpx.post(f"{address}/v1/completions", json=body)
+        assert late.status_code == 504 and "longer than 0.05 s" in late.text
+        streamed = httpx.post(f"{address}/v1/completions", json=body | {"stream": True})
+        assert "longer than 0.05 s" in streamed.text and "[DONE]" not in streamed.text
+        wait_for(lambda: not engine.busy)
+
+
+def test_an_engine_that_fails_is_said_to_those_who_wait_and_to_those_who_come(engine, monkeypatch):
+    wait_for(lambda: not engine.busy)
+
+    def fail():
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(engine, "step", fail)
+    with serving(engine, key=None) as address:
+        waited = httpx.post(f"{address}/v1/completions", json={"prompt": "a"})
+        assert waited.status_code == 503
+        assert httpx.post(f"{address}/v1/completions", json={"prompt": "a"}).status_code == 503
+        assert httpx.get(f"{address}/health").status_code == 503
+    monkeypatch.undo()
+    while engine.busy:
+        engine.step()
