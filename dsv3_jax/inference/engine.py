@@ -115,10 +115,9 @@ class Engine:
     def run(self, requests: Iterable[Request]) -> list[Completion]:
         """The completions of these requests, all done."""
         completions = [self.submit(request) for request in requests]
-        while not all(completion.done for completion in completions) or (
-            self._flying
-            and not self._sequences  # a step that was launched before the end was known
-        ):
+        while not all(completion.done for completion in completions):
+            self.step()
+        if not self._sequences and self._flying:  # launched before the end was known
             self.step()
         return completions
 
