@@ -114,7 +114,11 @@ def test_results_come_back_summed(implementation, weighted, rng, running, places
             got = np.stack(
                 [
                     pallas_gpu.sum_from(
-                        pallas_gpu.Peers(PEERS, me=me), partial_sums, needed[me], jnp.bfloat16, 1
+                        pallas_gpu.Peers(PEERS, me=me),
+                        partial_sums,
+                        jnp.asarray(needed[me]),
+                        jnp.bfloat16,
+                        1,
                     )
                     for me in range(PEERS)
                 ]

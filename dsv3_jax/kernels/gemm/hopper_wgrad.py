@@ -31,8 +31,8 @@ STORE = 32  # float32 columns of a store: 128 bytes
 
 
 def wgrad(
-    a: Float[Array, "N T"] | Float[Array, "T N"],
-    b: Float[Array, "K T"] | Float[Array, "T K"],
+    a: Float[Array, "_N _T"],
+    b: Float[Array, "_K _T"],
     starts: Int[Array, " E"],
     sizes: Int[Array, " E"],
     tile: Tile,
@@ -46,8 +46,9 @@ def wgrad(
 
     With `into` it is left there, and None is returned.
 
-    E4M3 operands with scales are as written; bfloat16 ones have their tokens first, [T, N] and
-    [T, K]. Groups start and end at multiples of 128 tokens. N and K are multiples of 8.
+    E4M3 operands with scales are [N, T] and [K, T]; bfloat16 ones have their tokens first, [T, N]
+    and [T, K], so that the signature leaves their order open. Groups start and end at multiples of
+    128 tokens. N and K are multiples of 8.
     """
     operands = a, b, starts, sizes, a_scales, b_scales, accumulate
     a, b, starts, sizes, a_scales, b_scales, accumulate = manual.vary(operands)

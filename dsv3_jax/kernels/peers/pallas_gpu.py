@@ -263,12 +263,15 @@ def sum_slots(
 
 def sum_from(
     peers: Peers,
-    partial: Float[Array, "NR D"],
+    partial: Float[Array, "*all NR D"],
     needed: Bool[Array, "R N"],
     dtype: Any,
     multiprocessors: int,
 ) -> Float[Array, "R D"]:
-    """The sum of what each of these peers has for this device's rows."""
+    """The sum of what each of these peers has for this device's rows.
+
+    `partial` is this device's array; without axes, where Peers only counts, that of all of them.
+    """
     rows, dim = needed.shape[0], partial.shape[-1]
     piece = _piece(dim)
     pieces, layout = dim // piece, _strided(piece)
