@@ -114,4 +114,4 @@ def test_an_installed_wheel_trains_and_writes_in_an_empty_folder(tmp_path):
     short = ["--train.steps", "2", "--train.eval-batches", "1", "--train.sample-tokens", "0"]
     command("train", "--config", "tiny", "--run-dir", "run", "--devices", "1", *short)
     assert "def" in command("infer", "--checkpoint", "run", "--prompt", "def", "--temperature", "0")
-    assert "tokens" in command("estimate", "--config", "tiny", "--hardware", "h800")
+    assert "tokens" in command("estimate", "--config", "half_billion", "--hardware", "h800")

@@ -31,6 +31,9 @@ def mesh_problems(config: Config, schedule: str) -> list[str]:
     model, mesh, train = config.model, config.mesh, config.train
     experts = mesh.node * mesh.local
     found = []
+    if not mesh.data:
+        found.append("mesh.data=0 takes the devices that are there: say how many, --mesh.data N")
+        return found
     if model.n_routed_experts % experts:
         found.append(
             f"mesh.node={mesh.node} x mesh.local={mesh.local} = {experts} must divide "

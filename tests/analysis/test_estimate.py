@@ -308,3 +308,8 @@ def test_decode_planner_minimises_time_per_token():
     assert times == sorted(times)
     with pytest.raises(UserError, match="spread evenly"):
         plan_decoding(V3_RUN, H800, devices=64, batch=7, context=4096)
+
+
+def test_a_mesh_of_whatever_is_there_is_refused():
+    with pytest.raises(UserError, match=r"mesh\.data=0 .* --mesh\.data N"):
+        estimate_step(with_mesh(TINY, data=0), H800)
