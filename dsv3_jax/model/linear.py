@@ -42,12 +42,12 @@ Recipes = tuple[LinearRecipe | None, LinearRecipe | None]  # of gate and up, and
 
 
 def feed_forward(
-    x: Float[Array, "B T D"] | StraightThrough,
+    x: Float[Array, "*B D"] | StraightThrough,
     gate_up: Float[Array, "2 F D"] | Projection | StepWeight,
     down: Float[Array, "D F"] | Projection | StepWeight,
     recipes: Recipes,
     layout: Layout = ONE_DEVICE,
-) -> Float[Array, "B T D"]:
+) -> Float[Array, "*B D"]:
     """down(swiglu(gate_up(x))), with F cut over `tensor`.
 
     x lies as ("batch", "seq"), and the result as the residual.

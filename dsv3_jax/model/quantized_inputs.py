@@ -27,12 +27,12 @@ from dsv3_jax.quantization.recipe import LinearRecipe
 
 
 def norm_for(
-    x: Float[Array, "B T D"],
+    x: Float[Array, "*B D"],
     weight: Float[Array, " D"],
     eps: float,
     recipe: LinearRecipe | None,
     layout: Layout = ONE_DEVICE,
-) -> Float[Array, "B T D"] | StraightThrough:
+) -> Float[Array, "*B D"] | StraightThrough:
     """`rms_norm` for products by this recipe alone: its numbers as they read them, if they do.
 
     On a mesh x lies as the residual, and so does the result.
