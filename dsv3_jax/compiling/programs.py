@@ -125,7 +125,8 @@ def serving(config: Config, layout: Layout, what: Serving, decode: bool) -> Buil
     trips = {r"/experts/.*while$": 0}
     arguments = {"weights": variables, "cache": cache}
     if decode:
-        table, pool = cache.block_table, cache.with_table(integers(0))
+        table = cache.block_table
+        pool = dataclasses.replace(cache, block_table=integers(0))
         slots = Slots(pool, None, *rest)
         return Built(
             lambda: advance.lower(variables, slots, table, program), arguments, layout, trips
