@@ -32,8 +32,16 @@ def banner(config: Config, abstract: TrainState) -> list[str]:
         f"mfu         of {peak / 1e12:,.1f} TFLOP/s, a device's dense BF16 peak; MTP counts"
         if peak
         else f"mfu         none: the peak of {kind} is not known",
+        *_weights_line(config, len(devices)),
         f"run         {config.run_dir}, seed {config.seed}",
     ]
+
+
+def _weights_line(config: Config, devices: int) -> list[str]:
+    """Where FP8 weights are not those of the float32 master: FSDP gathers copies of it."""
+    if config.sharding.state != "fsdp" or config.quant.preset == "bf16" or devices == 1:
+        return []
+    return [f"weights     gathered in {config.model.dtype}: FP8 products quantise that copy"]
 
 
 def batch_line(config: Config, schedule: Schedule, start: int | None) -> str:
