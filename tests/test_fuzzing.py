@@ -1,6 +1,7 @@
 """Some cases of every kind of file from strangers, each kind in a process of its own."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -43,8 +44,12 @@ def test_many_spoilt_files_are_read_or_refused_in_a_line(target):
     fuzzed(target, MANY[target], seed=1)
 
 
-def test_the_fuzzer_sees_what_goes_wrong(monkeypatch):
+def test_the_fuzzer_sees_what_goes_wrong(monkeypatch, request):
     from tests import fuzzing
+
+    # It is meant for a process of its own: what it changes of this one is put back.
+    monkeypatch.setenv("XDG_CACHE_HOME", "elsewhere")
+    request.addfinalizer(lambda: logging.disable(logging.NOTSET))
 
     def wrong(folder, rng):
         yield from ((lambda: None), (lambda: {}["no error of ours"]))

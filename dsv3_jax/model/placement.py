@@ -34,13 +34,13 @@ def shardings(tree: Any, layout: Layout, *, stored: bool = False) -> Any:
 
     def place(path, leaf) -> Any:
         weight = weight_of(path)
-        if weight is not None and leaf.ndim < len(weight.dims):
-            weight = None  # an optimizer's summary of it, such as Adafactor's of rows
         if isinstance(leaf, BlockScaled):
             assert weight is not None, path
             dims = matrix_dims(weight)
             where = layout.sharding(*cut_dims(leaf, _stacked(dims, leaf.ndim), layout))
             return BlockScaled(where, where, leaf.tile)
+        if weight is not None and leaf.ndim < len(weight.dims):
+            weight = None  # an optimizer's summary of it, such as Adafactor's of rows
         dims = () if weight is None else weight.dims
         if weight is None and (base := _adapted(path)) is not None:  # an adapter lies by experts
             dims = (*base.dims[: len(base.lead)], None, None)

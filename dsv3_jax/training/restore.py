@@ -277,7 +277,7 @@ def architecture_differences(
             if field in _MAY_CHANGE:
                 log.warning("model.%s was %s in %s and is now %s", field, shown(was), path, now)
             else:
-                told = f"{shown(was)} in the checkpoint, {now} in this run"
+                told = f"{shown(was)} in the checkpoint, {shown(now)} in this run"
                 different.append(f"model.{field[:80]}: {told}")
     there, wanted = saved["arrays"], array_types(abstract_state)
     for name in sorted(wanted if partial else there.keys() | wanted.keys()):

@@ -118,7 +118,7 @@ def test_prefill_and_decode_equal_forward(name, chunk):
     # Padding holds other tokens than the sequence: they must leave no trace.
     padded = np.where(np.arange(8) < lengths[:, None], tokens[:, :8], 5).astype(np.int32)
     cache = init_model_cache(config, 3, total + 4)
-    hidden, cache, _ = run_prefill(variables, padded, cache, config=config)
+    hidden, cache, *_ = run_prefill(variables, padded, cache, config=config)
     got = logits_of(variables["params"], hidden)
     for b, length in enumerate(lengths):
         assert relative_error(got[b, :length], want[b, :length]) < TOLERANCE["f32_model"]
@@ -129,7 +129,7 @@ def test_prefill_and_decode_equal_forward(name, chunk):
         at = np.minimum(start, total)
         rows = np.minimum(at[:, None] + np.arange(chunk), total - 1)
         new = np.take_along_axis(tokens, rows, axis=1)
-        hidden, cache, _ = run_decode(variables, new, at.astype(np.int32), cache, config=config)
+        hidden, cache, *_ = run_decode(variables, new, at.astype(np.int32), cache, config=config)
         got = logits_of(variables["params"], hidden)
         for b in range(3):
             if start[b] + chunk <= total:

@@ -360,7 +360,7 @@ def test_another_architecture_is_refused_with_the_differences(folder):
         opened.resume("10", abstract, dataclasses.replace(CONFIG, model=model))
     for line in [
         "model.hidden_size: 64 in the checkpoint, 128 in this run",
-        "model.topk_method: noaux_tc in the checkpoint, greedy in this run",
+        "model.topk_method: 'noaux_tc' in the checkpoint, 'greedy' in this run",
         "moments: bfloat16[5] in the checkpoint, float32[5] in this run",
         "extra: absent in the checkpoint, int32[3] in this run",
         "step: int32[] in the checkpoint, absent in this run",

@@ -79,7 +79,7 @@ def test_on_a_mesh_the_report_says_what_a_device_holds():
     # 8 devices, and norms of odd length stay whole.
     for label in ("master weights", "moments"):
         assert gib(report, label) <= 0.14 * gib(whole, label) + 1e-3
-    assert "[40, 24]                 [20, 6] on a device" in report
+    assert "[40, 24]                 [5, 24] on a device" in report
     picture = report[report.index("lm_head [40, 24], used") :].splitlines()
     assert [line.strip() for line in picture[1:6]] == [
         "+---------+",
