@@ -92,6 +92,13 @@ def _leave(code: Any) -> NoReturn:
         from dsv3_jax.parallel.hosts import leave
 
         leave(code)
+    if isinstance(code, int) and code >= 128:
+        # By a signal: threads of XLA may be at work, and taking the interpreter down under them
+        # can end in a segmentation fault in place of the code.
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
