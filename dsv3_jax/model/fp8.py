@@ -34,7 +34,7 @@ from dsv3_jax.model.fp8_operands import (
     unpacked,
 )
 from dsv3_jax.model.remat import named_product
-from dsv3_jax.parallel.collectives import vary
+from dsv3_jax.parallel.collectives import vary_together
 from dsv3_jax.quantization import e5m6
 from dsv3_jax.quantization.block_scaled import (
     PER_CHANNEL,
@@ -62,7 +62,7 @@ def fp8_linear(
     """
     carrier = x.carrier if isinstance(x, StraightThrough) else x
     batch = carrier.shape[: -_input_dims(activation)]
-    x_T, weight = _together(_flat(x, batch), weight)
+    x_T, weight = vary_together(_flat(x, batch), weight)
     x_T, arrived = _carrier_and_numbers(x_T, activation)
     weight_NK, made = _matrix(weight, -1)
     y: Array = _linear(x_T, weight_NK, None, recipe, activation, arrived, made)
@@ -117,7 +117,7 @@ def fp8_feed_forward(
     ways where it is computed, and is never an array of its own.
     """
     batch = (x.carrier if isinstance(x, StraightThrough) else x).shape[:-1]
-    x_T, gate_up, down = _together(_flat(x, batch), gate_up, down)
+    x_T, gate_up, down = vary_together(_flat(x, batch), gate_up, down)
     x_T, arrived = _carrier_and_numbers(x_T, None)
     (gate_up, wide), (down, narrow) = _matrix(gate_up, -1), _matrix(down, -1)
     y: Array = _feed_forward(x_T, gate_up, down, None, recipes, arrived, (wide, narrow))
@@ -141,15 +141,6 @@ def fp8_grouped_feed_forward(
 def _flat(x: Any, batch: tuple[int, ...]) -> Any:
     """x, or each array of it, with its leading dims made one of tokens."""
     return jax.tree.map(lambda a: a.reshape(math.prod(batch), *a.shape[len(batch) :]), x)
-
-
-def _together(*operands: Any) -> tuple[Any, ...]:
-    """The operands, inside a shard_map marked as differing along the axes that any one does.
-
-    The gradient of one is then added up over the devices that the others differ between.
-    """
-    leaves = jax.tree.leaves(operands)
-    return vary(operands, [a for leaf in leaves for a in jax.typeof(leaf).manual_axis_type.varying])
 
 
 def _carrier_and_numbers(x: Any, activation: Activation | None) -> tuple[Array, BlockScaled | None]:

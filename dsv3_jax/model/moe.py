@@ -185,7 +185,7 @@ def routed_experts(
         tokens=x.shape[0] * x.shape[1] // (layout.size("batch") * layout.size("residual")),
         num_places=weights.down.shape[0],
         takes_quantized_rows=as_projection(weights.gate_up).takes_quantized_rows,
-        limited=how.select is None,
+        limited=how.select is None and told is None,
     )
     tokens: Any = layout.spec("batch", "residual")
     held: Any = layout.spec("expert")

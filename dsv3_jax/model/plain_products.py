@@ -19,7 +19,7 @@ from dsv3_jax.kernels.grouped_gemm.api import (
     grouped_wgrad,
     grouped_wgrad_into,
 )
-from dsv3_jax.parallel.collectives import vary
+from dsv3_jax.parallel.collectives import vary_together
 from dsv3_jax.quantization.block_scaled import StepWeight
 
 
@@ -29,7 +29,7 @@ def product(
     """x times the transposed weight, [*B, *N] in x's dtype; the weight's gradient in its own."""
     if weight.dtype == x.dtype and not isinstance(weight, StepWeight):
         return _times(x, weight)
-    x, weight = _together(x, weight)
+    x, weight = vary_together(x, weight)
     y: Array = _product(x, *_parts(weight))
     return y
 
@@ -43,15 +43,9 @@ def grouped_product(
     """`product` of each row with its group's weights, as `kernels.grouped_gemm` has them."""
     if weights.dtype == rows.dtype and not isinstance(weights, StepWeight):
         return grouped_matmul(rows, weights, group_sizes, alignment=alignment)
-    rows, weights = _together(rows, weights)
+    rows, weights = vary_together(rows, weights)
     y: Array = _grouped_product(rows, *_parts(weights), group_sizes, alignment)
     return y
-
-
-def _together(*operands):
-    """The operands, inside a shard_map marked as differing along the axes that any one does."""
-    leaves = jax.tree.leaves(operands)
-    return vary(operands, [a for leaf in leaves for a in jax.typeof(leaf).manual_axis_type.varying])
 
 
 def _parts(weight):

@@ -15,7 +15,7 @@ from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import AnyCache, ModelCache, PagedCache, of_layer
 from dsv3_jax.model.forward_pass import Pass, Tokens, of_part
 from dsv3_jax.model.moe import MoEStats
-from dsv3_jax.quantization.block_scaled import StepWeight
+from dsv3_jax.quantization.block_scaled import is_step_weight
 
 DENSE, MOE = "dense_layers", "moe_layers"
 
@@ -87,8 +87,8 @@ def _without_sums(layers):
     """The layers' stack without the places of their gradients, which no scan cuts; and those."""
     sums = {
         path: weight.gradient
-        for path, weight in jax.tree_util.tree_leaves_with_path(layers, is_leaf=_is_step_weight)
-        if _is_step_weight(weight) and weight.gradient is not None
+        for path, weight in jax.tree_util.tree_leaves_with_path(layers, is_leaf=is_step_weight)
+        if is_step_weight(weight) and weight.gradient is not None
     }
     return _with_gradients(layers, dict.fromkeys(sums)), sums
 
@@ -102,11 +102,7 @@ def _with_gradients(tree, gradients):
     def put(path, weight):
         return replace(weight, gradient=gradients[path]) if path in gradients else weight
 
-    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=_is_step_weight)
-
-
-def _is_step_weight(x) -> bool:
-    return isinstance(x, StepWeight)
+    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_step_weight)
 
 
 def _num_layers(layers: dict[str, Any]) -> int:

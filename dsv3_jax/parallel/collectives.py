@@ -30,6 +30,15 @@ def vary(tree: Any, axes: Sequence[str]) -> Any:
     return jax.tree.map(one, tree)
 
 
+def vary_together(*operands: Any) -> tuple[Any, ...]:
+    """The operands, inside a shard_map typed as different along the axes that any one of them is.
+
+    The gradient of one is then added up over the devices that the others differ between.
+    """
+    leaves = jax.tree.leaves(operands)
+    return vary(operands, [a for leaf in leaves for a in jax.typeof(leaf).manual_axis_type.varying])
+
+
 def total(x: Array, axes: Sequence[str]) -> Array:
     """The sum over the devices along `axes`; x itself for none."""
     return lax.psum(x, tuple(axes)) if axes else x

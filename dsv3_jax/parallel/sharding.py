@@ -26,7 +26,7 @@ from dsv3_jax.kernels import backend
 from dsv3_jax.parallel import transports
 from dsv3_jax.parallel.collectives import carrier_of_slices
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.quantization.block_scaled import StepWeight
+from dsv3_jax.quantization.block_scaled import StepWeight, is_step_weight
 
 Axes = tuple[str, ...]
 
@@ -202,14 +202,14 @@ class Layout:
 
         def specs_of(spec, operand):
             def of_node(node):
-                if not isinstance(node, StepWeight):
+                if not is_step_weight(node):
                     return spec
                 return StepWeight(self.stored_spec(spec, node.shape), spec)
 
-            return jax.tree.map(of_node, operand, is_leaf=_is_step_weight)
+            return jax.tree.map(of_node, operand, is_leaf=is_step_weight)
 
         def carried(spec, piece):
-            if not _is_step_weight(spec):
+            if not is_step_weight(spec):
                 return piece
             used = [*spec.numbers, *[None] * piece.master.ndim]
             cuts = tuple(
@@ -295,10 +295,6 @@ def _gather_bwd(used, stored, _, d_x):
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
-
-
-def _is_step_weight(node: Any) -> bool:
-    return isinstance(node, StepWeight)
 
 
 def _is_spec(node: Any) -> bool:

@@ -153,6 +153,11 @@ class StepWeight:
         return replace(self, master=self.master.reshape(*shape), numbers=numbers)
 
 
+def is_step_weight(node: Any) -> bool:
+    """Whether a node of a tree is a StepWeight, as `is_leaf` of jax.tree."""
+    return isinstance(node, StepWeight)
+
+
 def quantize(
     x: Float[Array | np.ndarray, "*batch M K"],
     tile: tuple[int, int],

@@ -122,3 +122,23 @@ def test_experts_spread_over_devices_need_a_transport():
     x, weights = inputs()
     with pytest.raises(ValueError, match="'local' moves nothing"):
         routed_experts(x, weights, None, Pass(MODEL, layout=layout))
+
+
+def test_tokens_may_be_told_experts_of_more_groups_than_their_router_chooses():
+    """Plans do not count on the limit of groups where nobody keeps to it: no entry is lost."""
+    per_token, experts = MODEL.num_experts_per_tok, MODEL.n_routed_experts
+    assert MODEL.topk_group < MODEL.n_group and per_token > MODEL.topk_group
+    order = jnp.argsort(jax.random.uniform(jax.random.key(1), (BATCH, LENGTH, experts)), axis=-1)
+    # One of every group first: more groups than topk_group.
+    by_group = (jnp.arange(per_token) % MODEL.n_group) * (experts // MODEL.n_group)
+    told = (by_group + order[..., :1]) % experts
+    x, weights = inputs()
+
+    def layer(layout):
+        how = Pass(MODEL, layout=layout)
+        return jax.jit(lambda x, w, told: routed_experts(x, w, None, how, told))(x, weights, told)
+
+    want, want_stats = layer(Pass(MODEL).layout)
+    y, stats = layer(layout_of(node=4, local=2))
+    np.testing.assert_array_equal(stats.load_E, want_stats.load_E)
+    assert relative_error(y, want) < TOLERANCE["f32_op"]
