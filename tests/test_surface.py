@@ -108,8 +108,13 @@ def test_an_installed_wheel_trains_and_writes_in_an_empty_folder(tmp_path):
 
     where = "import dsv3_jax, dsv3_jax.config as c; print(dsv3_jax.__file__, c.shipped_configs())"
     found = subprocess.run(
-        [sys.executable, "-P", "-c", where], cwd=empty, env=environment, capture_output=True
+        [sys.executable, "-P", "-c", where],
+        cwd=empty,
+        env=environment,
+        capture_output=True,
+        check=True,
     ).stdout.decode()
+    assert str(tmp_path) in found
     assert str(ROOT) not in found.replace(str(tmp_path), "")
     short = ["--train.steps", "2", "--train.eval-batches", "1", "--train.sample-tokens", "0"]
     command("train", "--config", "tiny", "--run-dir", "run", "--devices", "1", *short)

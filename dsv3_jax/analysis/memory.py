@@ -9,6 +9,7 @@ determines are those of compiled programs (docs/scale.md), each with its name.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from dsv3_jax.analysis.model_cost import (
     attention_parameters,
@@ -133,6 +134,7 @@ class Shard:
         return self.replicated + self.expert
 
 
+@lru_cache(maxsize=4096)
 def stage_parameters(model: ModelConfig, mesh: ParallelConfig, stage: Stage) -> Shard:
     """Parameters of `stage` on one device, by the table of weights."""
     mtp = model.num_nextn_predict_layers if stage.head else 0

@@ -47,6 +47,9 @@ def run(options: CompileOptions, config: Config) -> int:
     # The rest imports jax; that must come after the platform was chosen.
     from dsv3_jax.compiling import programs, remedies
     from dsv3_jax.compiling.report import compile_program
+    from dsv3_jax.parallel.mesh import fill_mesh
+
+    config = fill_mesh(config, target.num_devices)
 
     def serving() -> programs.Serving | None:
         if options.program == "train":
@@ -89,7 +92,11 @@ def run(options: CompileOptions, config: Config) -> int:
     tried = []
     if not report.fits:
         print(f"\ndoes not fit: {over(report.peak, report.capacity)}")
-        offers = remedies.of_training(config) if what is None else remedies.of_serving(config, what)
+        offers = (
+            remedies.of_training(config)
+            if what is None
+            else remedies.of_serving(config, what, options.program == "decode")
+        )
         for remedy in offers[: options.remedies]:
             after = compiled(remedy.config, remedy.serving or what, None)
             tried.append({"option": remedy.option, "peak": after.peak, "fits": after.fits})

@@ -57,11 +57,10 @@ class Built(NamedTuple):
 
 
 def layout_on(config: Config, devices: Sequence[Any]) -> Layout:
-    """The layout that `train.py` would make on these devices; UserError if some are left."""
-    if config.mesh.data == 0:
-        others = dataclasses.replace(config.mesh, data=1).num_devices
-        mesh = dataclasses.replace(config.mesh, data=max(len(devices) // others, 1))
-        config = dataclasses.replace(config, mesh=mesh)
+    """The layout that `train.py` would make on these devices; UserError if some are left.
+
+    config: as `parallel.mesh.fill_mesh` fills it for as many devices.
+    """
     if config.mesh.num_devices != len(devices):
         sizes = (
             " x ".join(f"{k} {v}" for k, v in vars(config.mesh).items() if v > 1) or "one device"

@@ -63,15 +63,20 @@ def of_training(config: Config) -> list[Remedy]:
     return found
 
 
-def of_serving(config: Config, what: Serving) -> list[Remedy]:
-    """Changes that a serving program may be given, cheapest first."""
+def of_serving(config: Config, what: Serving, decode: bool) -> list[Remedy]:
+    """Changes that a serving program may be given, cheapest first.
+
+    A cache in FP8 is one of decoding alone; half the sequences must spread over the devices.
+    """
     found = []
     if not what.fp8_weights:
         smaller = dataclasses.replace(what, fp8_weights=True)
         found.append(Remedy("--fp8-weights True", "weights as published", config, smaller))
-    if not what.fp8_cache:
+    if decode and not what.fp8_cache:
         smaller = dataclasses.replace(what, fp8_cache=True)
         found.append(Remedy("--fp8-cache True", "rounds the latents", config, smaller))
-    half = dataclasses.replace(what, batch=what.batch // 2)
-    found.append(Remedy(f"--batch {half.batch}", "half the sequences", config, half))
+    mesh = config.mesh
+    if what.batch % (2 * mesh.data * mesh.node * mesh.local) == 0:
+        half = dataclasses.replace(what, batch=what.batch // 2)
+        found.append(Remedy(f"--batch {half.batch}", "half the sequences", config, half))
     return found

@@ -151,10 +151,14 @@ def _refused(refusal: str, arguments: int, **costs: Any) -> Report:
     needed = re.search(r"requirements?.*?\(?([\d.]+)([KMGT])\)? ?exceeds", refusal, re.S)
     found = used or needed
     peak = size(found[1], found[2]) if found else 0
-    largest = re.findall(
-        r"Size: ([\d.]+)([KMGT]?)\n.*?Shape: (\S+).*?(?:op_name=\"([^\"]*)\")?", refusal, re.S
-    )
-    buffers = [Finding(size(n, u), kind, source or "an argument") for n, u, kind, source in largest]
+    buffers = []
+    for block in re.split(r"\n\s*\d+\. (?=Size: )", refusal)[1:]:
+        shape = re.search(r"Shape: (\S+)", block)
+        amount = re.match(r"Size: ([\d.]+)([KMGT]?)", block)
+        if shape and amount:
+            source = re.search(r"op_name=\"([^\"]+)\"", block)
+            what = source[1] if source else "an argument"
+            buffers.append(Finding(size(amount[1], amount[2]), shape[1], what))
     finding = refusal.split("\n")[0]
     costs["findings"] = [finding, *costs["findings"]]
     return Report(

@@ -54,15 +54,17 @@ def make_mesh(config: ParallelConfig, devices: Sequence[jax.Device] | None = Non
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def fill_mesh(config: Config) -> Config:
+def fill_mesh(config: Config, num_devices: int | None = None) -> Config:
     """`config` with mesh.data=0 replaced by the number of devices that the other axes leave.
 
-    By fewer where those do not divide the sequences of a micro-batch.
+    By fewer where those do not divide the sequences of a micro-batch. num_devices: those of JAX
+    unless given, as when a program is compiled for devices that are not here.
     """
     mesh, train = config.mesh, config.train
     if mesh.data:
         return config
-    left, others = len(jax.devices()) // mesh.num_devices, mesh.node * mesh.local
+    available = len(jax.devices()) if num_devices is None else num_devices
+    left, others = available // mesh.num_devices, mesh.node * mesh.local
     rows = train.micro_batch_size or train.batch_size
     data = max((n for n in range(1, left + 1) if rows % (n * others) == 0), default=1)
     return dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=data))

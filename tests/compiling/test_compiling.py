@@ -88,7 +88,9 @@ def test_a_program_that_a_tpu_refuses_is_told_by_its_allocations():
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
         "hbm. Used 26.44G of 15.75G hbm. Exceeded hbm capacity by 10.69G.\n\n"
         "Largest program allocations in hbm:\n\n"
-        "  1. Size: 4.00G\n     Shape: f32[129280,7168]{1,0}\n     Unpadded size: 4.00G\n"
+        "  1. Size: 4.00G\n     Shape: f32[129280,7168]{1,0}\n     Unpadded size: 4.00G\n\n"
+        '  2. Size: 2.50G\n     Operator: op_type="dot" op_name="jit(train_step)/jvp()/head/dot" '
+        'source_file="a.py"\n     Shape: bf16[1024]{0}\n     Allocation type: HLO temp\n'
     )
     costs = {
         "topology": "v5e:2x2",
@@ -101,7 +103,11 @@ def test_a_program_that_a_tpu_refuses_is_told_by_its_allocations():
     }
     report = _refused(said, 5, **costs)
     assert not report.fits and report.peak == int(26.44 * 2**30)
-    assert report.buffers[0].num_bytes == 4 * 2**30
+    found = [(each.num_bytes, each.type, each.what) for each in report.buffers]
+    assert found == [
+        (4 * 2**30, "f32[129280,7168]{1,0}", "an argument"),
+        (2.5 * 2**30, "bf16[1024]{0}", "jit(train_step)/jvp()/head/dot"),
+    ]
     assert "does not" not in "\n".join(lines(report, ACCELERATORS["tpu-v5e"]))
 
 
@@ -117,6 +123,18 @@ def test_remedies_come_cheapest_first_and_are_valid():
         "--train.remat v3",
     ]
     assert all(not remedy.config.problems() for remedy in remedies.of_training(config))
+
+
+def test_remedies_of_serving_are_those_that_its_program_takes():
+    config = dataclasses.replace(tiny_config(TINY), mesh=ParallelConfig(data=8))
+
+    def options(batch: int, decode: bool) -> list[str]:
+        what = programs.Serving(batch, 64, fp8_weights=False)
+        return [remedy.option for remedy in remedies.of_serving(config, what, decode)]
+
+    assert options(16, decode=True) == ["--fp8-weights True", "--fp8-cache True", "--batch 8"]
+    assert options(16, decode=False) == ["--fp8-weights True", "--batch 8"]
+    assert options(8, decode=False) == ["--fp8-weights True"]  # 4 do not spread over 8 devices
 
 
 def test_devices_along_inner_axes_share_a_host():

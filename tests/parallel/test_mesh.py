@@ -116,3 +116,8 @@ def test_data_0_takes_the_devices_that_are_left_and_divide_the_rows(rows, mesh, 
     config = Config(mesh=mesh, train=TrainConfig(batch_size=rows))
     assert fill_mesh(config).mesh == dataclasses.replace(mesh, data=data)
     assert fill_mesh(config).validate().mesh.num_devices <= 8
+
+
+def test_data_0_is_filled_for_devices_that_are_not_here():
+    config = Config(mesh=ParallelConfig(data=0, local=2), train=TrainConfig(batch_size=64))
+    assert fill_mesh(config, 64).mesh.data == 32
