@@ -49,7 +49,7 @@ log = logging.getLogger("dsv3_jax.train")
 
 def main(argv: Sequence[str], extensions: Extensions = NONE) -> int:
     """Trains; returns the exit code. The extensions are an experiment's own functions."""
-    config = cli.parse_config(argv, description="Train a DeepSeek-V3 model.")
+    config, weights = cli.parse_run(argv, description="Train a DeepSeek-V3 model.")
     clock = Clock()
     with clock("init"):
         cli.use_virtual_devices(config.devices, all_cores=config.mesh.data == 0)
@@ -73,7 +73,7 @@ def main(argv: Sequence[str], extensions: Extensions = NONE) -> int:
             hosts.check_agreement(config, data_sha256=corpus.sha256("train"))
             # What was saved is compared with what is asked before anything there is touched.
             start, schedule, losses = find_continuation(run_dir, config, corpus, abstract)
-            origin = open_origin(config, start)
+            origin = open_origin(config, weights, start)
             if folder.has_nothing_to_do(start, steps):
                 log.info("nothing to do: at step %d of %d; --train.steps N goes on", start, steps)
                 return 0

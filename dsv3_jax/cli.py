@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 
@@ -42,6 +42,9 @@ from dsv3_jax.interop.commands import (
     run_logits,
 )
 from dsv3_jax.serving.options import ServeOptions
+
+if TYPE_CHECKING:
+    from dsv3_jax.starting import Weights
 
 log = logging.getLogger(__name__)
 Options = TypeVar("Options")
@@ -113,9 +116,17 @@ def parse_options(
 def parse_config(
     argv: Sequence[str], *, default_config: str | Path = "tiny", description: str
 ) -> Config:
+    """The Config of `parse_run`."""
+    return parse_run(argv, default_config=default_config, description=description)[0]
+
+
+def parse_run(
+    argv: Sequence[str], *, default_config: str | Path = "tiny", description: str
+) -> tuple[Config, "Weights | None"]:
     """The run's Config: that of --config FILE (or of default_config), overridden by the options.
 
-    Raises UserError for a config file that cannot be used or values that do not fit together.
+    Beside it the weights of --init-from, opened once: the defaults of all other options depend on
+    them. Raises UserError for a config file that cannot be used or values that do not fit together.
     """
     argv = list(argv)
     path: Path | None = None
@@ -128,31 +139,32 @@ def parse_config(
         if word.startswith("--config="):
             path, argv[i : i + 1] = Path(word.removeprefix("--config=")), []
             break
-    config = load_config(path or default_config)
+    config, weights = load_config(path or default_config), None
     if folder := _init_from(argv) or config.init_from:
-        from dsv3_jax.starting import with_model_of
+        from dsv3_jax import starting
 
-        config = with_model_of(config, folder)
+        weights = starting.open_weights(folder)
+        config = starting.with_model_of(config, weights)
     description += (
         "\n\n--config FILE picks a Python file with a get_config(), as in configs/, or one of "
         "those by its name."
     )
     config = parse_options(Config, argv, default=config, description=description)
-    if config.init_from:
-        from dsv3_jax.starting import check_model
+    if weights is not None:
+        from dsv3_jax import starting
 
-        check_model(config)
-    return config.validate()
+        starting.check_model(config, weights)
+    return config.validate(), weights
 
 
 def _init_from(argv: Sequence[str]) -> str | None:
-    """What --init-from names: the defaults of all other options depend on it."""
-    for i, word in enumerate(argv):
-        option, _, value = word.replace("_", "-", 2).partition("=")
-        if option == "--init-from":
-            value = word.partition("=")[2] or (argv[i + 1] if i + 1 < len(argv) else "")
-            return value or None
-    return None
+    """What --init-from names; given twice, the last one counts, as for all options."""
+    found = None
+    for word, following in zip(argv, [*argv[1:], ""]):
+        option, _, value = word.partition("=")
+        if option.replace("_", "-") == "--init-from":
+            found = value or following
+    return found or None
 
 
 def use_virtual_devices(count: int | None, *, all_cores: bool = False) -> None:

@@ -46,8 +46,8 @@ from dsv3_jax.parallel.sharding import Layout, make_layout
 from dsv3_jax.starting import load_frozen, merged_variables, open_base, read_adapters
 from dsv3_jax.training.manifest import steps_in
 from dsv3_jax.training.metrics import newest_numbers
-from dsv3_jax.training.restore import read_meta, read_saved, restore
-from dsv3_jax.training.state import read_average, variables_of
+from dsv3_jax.training.restore import read_meta, read_saved, read_state
+from dsv3_jax.training.state import averaged_variables, variables_of
 
 _MAX_CONFIG_BYTES = 1 << 20
 
@@ -100,16 +100,13 @@ def _published(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
 
 
 def _of_run(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
-    if step != "auto" and not step.isdecimal():
-        raise UserError(f"step {step} must be auto or a step number")
     number, meta = read_meta(folder / "checkpoints", step)
     config = config_from_dict(meta.get("config"), folder / "checkpoints" / str(number))
     layout = layout_for(config.model, *how)
     if config.lora.rank:
         return _with_adapters(folder, number, config, layout, fp8)
     abstract = abstract_variables(config.model, layout)
-    variables, _ = restore(folder / "checkpoints", number, abstract, partial=True)
-    return Model(config, layout, variables)
+    return Model(config, layout, _variables(folder / "checkpoints", number, abstract))
 
 
 def _with_adapters(folder: Path, step: int, config: Config, layout: Layout, fp8: bool) -> Model:
@@ -121,29 +118,32 @@ def _with_adapters(folder: Path, step: int, config: Config, layout: Layout, fp8:
 
 
 def open_run(run_dir: Path, step: str) -> OpenedRun:
-    """A run's checkpoint in f32, its tokenizer.json (None for bytes) and its numbers then."""
-    found, meta = read_meta(run_dir / "checkpoints", step)
-    config = config_from_dict(meta.get("config"), run_dir / "checkpoints" / str(found))
-    adapters, variables = None, {}
+    """A run's checkpoint, its files hashed; its tokenizer's file and its numbers then."""
+    folder = run_dir / "checkpoints"
+    found, meta = read_meta(folder, step)
+    config = config_from_dict(meta.get("config"), folder / str(found))
+    adapters, read_average = None, None
     if config.lora.rank:
         weights, tree = open_base(run_dir, config), read_adapters(run_dir, found, config)
-        merge = partial(merged_variables, weights, tree, config)
-        adapters = Adapters(tree, str(weights.folder), merge)
+        adapters = Adapters(tree, str(weights.folder))
+        read = partial(merged_variables, weights, tree, config)
     else:
-        abstract = abstract_variables(config.model)
-        variables, _ = restore(run_dir / "checkpoints", found, abstract, partial=True)
+        read = partial(_variables, folder, found, abstract_variables(config.model))
+    if config.optimizer.average_decay:
+        read_average = partial(averaged_variables, folder, found, config)
     names = ("tokenizer.json", "tiktoken.model")  # where the run's tokenizer has a file
     files = [run_dir / name for name in names if (run_dir / name).exists()]
     facts = RunFacts(found, config, newest_numbers(run_dir / "metrics.jsonl", found))
     scales = run_dir / SCALES_FILE
     return OpenedRun(
-        *(config.model, variables, files[0] if files else None, facts),
-        scales if scales.exists() else None,
-        adapters,
-        partial(read_average, run_dir / "checkpoints", found, config)
-        if config.optimizer.average_decay
-        else None,
+        *(config.model, read, files[0] if files else None, facts),
+        *(scales if scales.exists() else None, adapters, read_average),
     )
+
+
+def _variables(folder: Path, step: int, abstract: Any) -> Variables:
+    """Those of a run's valid checkpoint, where the abstract ones lie."""
+    return read_state(folder, step, abstract, partial=True)[0]
 
 
 def layout_for(

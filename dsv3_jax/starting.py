@@ -8,6 +8,7 @@ the tokenizer's files and chat template, FP8 scales as they were published, and 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -34,7 +35,7 @@ from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.manifest import MANIFEST as STEP_MANIFEST
-from dsv3_jax.training.restore import read_meta, restore
+from dsv3_jax.training.restore import read_state, valid_step
 from dsv3_jax.training.run_folder import write_whole
 from dsv3_jax.training.state import (
     TrainState,
@@ -69,6 +70,11 @@ class Weights:
     tokenizer: str | None  # what data.tokenizer would name; None: the folder has none
     checkpoint: Checkpoint | None
 
+    @functools.cached_property
+    def step(self) -> int:
+        """Of a run: its newest step that matches its manifest, for which it is hashed once."""
+        return valid_step(self.folder / "checkpoints", "auto")
+
 
 def open_weights(folder: str | Path) -> Weights:
     """The weights in a Hugging Face folder, an import or a run directory.
@@ -93,24 +99,21 @@ def open_weights(folder: str | Path) -> Weights:
     return Weights(folder, config.model, own, None)
 
 
-def with_model_of(config: Config, folder: str) -> Config:
+def with_model_of(config: Config, weights: Weights) -> Config:
     """The config with the model and the tokenizer of the weights that it is to begin with.
 
     Where the config names init_from itself, its model stays as it says.
     """
-    weights = open_weights(folder)
     model = config.model if config.init_from else weights.model
     data = dataclasses.replace(config.data, tokenizer=weights.tokenizer or config.data.tokenizer)
-    return dataclasses.replace(config, model=model, data=data, init_from=folder)
+    return dataclasses.replace(config, model=model, data=data, init_from=str(weights.folder))
 
 
-def check_model(config: Config) -> None:
+def check_model(config: Config, weights: Weights) -> None:
     """Raises UserError for each field of the model that contradicts the weights to begin with."""
-    if not config.init_from:
-        return
     wrong = [
         f"model.{name}={ours} contradicts {config.init_from}, where it is {theirs}"
-        for name, ours, theirs in _differences(config.model, open_weights(config.init_from).model)
+        for name, ours, theirs in _differences(config.model, weights.model)
         if name not in MAY_DIFFER
     ]
     if wrong:
@@ -135,12 +138,12 @@ class Origin:
         for line in self._told():
             log.info("%s", line)
         if self.config.lora.rank:
-            return create_state(self.config, abstract)
+            return create_state(self.config, abstract, extensions)
         wanted = {"params": abstract.params, "router": abstract.router}
         there = _parts(self.weights.model)
         kept = _pick(wanted, lambda name: name in there or not name.startswith("mtp_"))
         if (checkpoint := self.weights.checkpoint) is None:
-            variables = _of_run(self.weights.folder, kept)
+            variables = _of_run(self.weights, kept)
         else:
             depths = min(
                 checkpoint.config.num_nextn_predict_layers,
@@ -209,12 +212,12 @@ class Origin:
         return [f"data.tokenizer={used} is not the tokenizer of {self.weights.folder}"]
 
 
-def open_origin(config: Config, start: int | None) -> Origin:
+def open_origin(config: Config, weights: Weights | None, start: int | None) -> Origin:
     """Where the run begins; `start` is the step of its own checkpoint that it goes on from.
 
-    UserError where it goes on in a folder that was begun from other weights than those asked for.
+    `weights` are those of config.init_from, opened. UserError where the run goes on in a folder
+    that was begun from other weights.
     """
-    weights = open_weights(config.init_from) if config.init_from else None
     if weights is not None and start is not None:
         _check_record(Path(config.run_dir), weights, moved=not config.lora.rank)
     return Origin(config, weights)
@@ -234,7 +237,7 @@ def load_frozen(config: Config, weights: Weights, layout: Layout) -> Any:
         form = "fp8" if checkpoint is not None and stores_fp8(checkpoint) else in_f32
     if checkpoint is None:
         abstract = abstract_variables(ours, layout)
-        variables = _of_run(weights.folder, abstract)
+        variables = _of_run(weights, abstract)
         if form == "bf16":
             variables = jax.tree_util.tree_map_with_path(
                 lambda path, x: x if path[0].key == "router" else x.astype("bfloat16"), variables
@@ -272,9 +275,9 @@ def open_base(run_dir: Path, config: Config) -> Weights:
 
 
 def read_adapters(run_dir: Path, step: int, config: Config, layout: Layout = ONE_DEVICE) -> Any:
-    """The adapters of a LoRA run's checkpoint."""
+    """The adapters of a LoRA run's valid checkpoint."""
     abstract = abstract_adapters(config, layout)
-    found = restore(run_dir / "checkpoints", step, {"params": abstract}, partial=True)[0]
+    found = read_state(run_dir / "checkpoints", step, {"params": abstract}, partial=True)[0]
     return found["params"]
 
 
@@ -291,8 +294,8 @@ def fingerprint(weights: Weights) -> str:
     sizes, beginnings and ends."""
     digest, folder = hashlib.sha256(), weights.folder
     if weights.checkpoint is None:
-        step, _ = read_meta(folder / "checkpoints")
-        digest.update((folder / "checkpoints" / str(step) / STEP_MANIFEST).read_bytes())
+        step = folder / "checkpoints" / str(weights.step)
+        digest.update((step / STEP_MANIFEST).read_bytes())
         return digest.hexdigest()
     if (folder / IMPORT_MANIFEST).exists():
         return hashlib.sha256((folder / IMPORT_MANIFEST).read_bytes()).hexdigest()
@@ -325,9 +328,8 @@ def _check_record(run_dir: Path, weights: Weights, moved: bool = True) -> None:
     )
 
 
-def _of_run(folder: Path, wanted: Any) -> Any:
-    step, _ = read_meta(folder / "checkpoints")
-    return restore(folder / "checkpoints", step, wanted, partial=True)[0]
+def _of_run(weights: Weights, wanted: Any) -> Any:
+    return read_state(weights.folder / "checkpoints", weights.step, wanted, partial=True)[0]
 
 
 def _parts(model: ModelConfig) -> set[str]:

@@ -25,7 +25,7 @@ from dsv3_jax.model.moe import Experts
 from dsv3_jax.model.transformer import Variables, init_variables
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, dequantize, quantize
 from dsv3_jax.quantization.logfmt import decode, encode
-from dsv3_jax.training.restore import read_meta, restore
+from dsv3_jax.training.restore import read_meta, read_state
 
 
 def logfmt(bits: int) -> Callable[[Array], Array]:
@@ -98,10 +98,10 @@ def load(path: Path | None, config_path: str) -> tuple[Config, Variables, np.nda
         variables = jax.jit(lambda key: init_variables(key, config.model))(jax.random.key(0))
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (4, 256))
         return config, variables, tokens
-    _, meta = read_meta(path / "checkpoints")
+    step, meta = read_meta(path / "checkpoints")
     config = config_from_dict(meta["config"])
     abstract = jax.eval_shape(lambda key: init_variables(key, config.model), jax.random.key(0))
-    restored, _ = restore(path / "checkpoints", "auto", abstract, partial=True)
+    restored, _ = read_state(path / "checkpoints", step, abstract, partial=True)
     text = open_corpus(config.data, config.seed).val
     length = min(256, config.train.seq_len, len(text) // 4)
     return config, restored, text.slice(0, 4 * length).reshape(4, length)

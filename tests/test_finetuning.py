@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import train
@@ -19,8 +20,12 @@ from dsv3_jax.interop.peft_adapter import export_adapter
 from dsv3_jax.interop.safetensors import load_file
 from dsv3_jax.model.adapters import init_adapters
 from dsv3_jax.model.transformer import forward
-from dsv3_jax.starting import open_base, open_weights
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.sharding import make_layout
+from dsv3_jax.starting import open_base, open_origin, open_weights
+from dsv3_jax.training.extensions import Extensions
 from dsv3_jax.training.restore import read_saved
+from dsv3_jax.training.state import abstract_state
 from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
 
 MODEL = dataclasses.replace(
@@ -104,6 +109,18 @@ def test_a_lora_run_holds_adapters_alone_and_lowers_the_loss(lora_run, hf):
     assert kinds == {"lora_a", "lora_b"} and not any(n.startswith("router") for n in saved)
 
 
+def test_a_lora_run_begins_with_an_own_optimizer(lora_run):
+    config, weights = cli.parse_run(lora_run[1], description="")
+    own = Extensions(optimizer=optax.sgd(0.1, momentum=0.9))
+    layout = make_layout(make_mesh(config.mesh), config.sharding, config.expert_parallel)
+    abstract = abstract_state(config, layout, own)
+    state = open_origin(config, weights, None).create_state(abstract, own)
+    assert jax.tree.structure(state) == jax.tree.structure(abstract)
+    averaging = dataclasses.replace(config.optimizer, average_decay=0.5)
+    with pytest.raises(UserError, match="average_decay with an own optimizer"):
+        abstract_state(dataclasses.replace(config, optimizer=averaging), layout, own)
+
+
 def test_a_lora_run_is_read_and_exported(lora_run, hf, tmp_path):
     """Its own logits, those of the merged export, and the adapter's matrices by peft's names."""
     run, _ = lora_run
@@ -117,6 +134,9 @@ def test_a_lora_run_is_read_and_exported(lora_run, hf, tmp_path):
     merged = logits(load_hf(tmp_path / "merged", dtype="f32")[1])
     assert np.abs(logits(model.variables) - merged).max() < 3e-4
     assert np.abs(logits(base.variables) - merged).max() > 3e-3
+    for option in (["--merge"], ["--ema"], ["--dtype", "bf16"]):
+        with pytest.raises(UserError, match=f"leave out {option[0]}"):
+            cli.main(["export-hf", str(run), str(tmp_path / "x"), "--adapter", *option])
     with pytest.raises(UserError, match=r"shared_experts\.down_proj.* export with --merge"):
         cli.main(["export-hf", str(run), str(tmp_path / "adapter"), "--adapter"])
 

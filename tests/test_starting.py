@@ -6,13 +6,15 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as orbax
 import pytest
 
 import train
-from dsv3_jax import cli, starting
+from dsv3_jax import cli, loading, starting
 from dsv3_jax.config import UserError, load_config
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.interop.safetensors import load_file
+from dsv3_jax.training import restore as restoring
 from dsv3_jax.training.restore import read_meta, restore, state_sha256
 from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
 from tests.helpers import write_small_run
@@ -121,6 +123,46 @@ def straight_run(config_file, bf16_folder, tmp_path_factory):
     return run
 
 
+def test_weights_are_opened_and_hashed_once(config_file, straight_run, tmp_path, monkeypatch):
+    """By the options, the record of where the run begins, and the load; the last of two counts."""
+    opened, hashed = [], []
+    was_open, was_damage = starting.open_weights, restoring.damage
+    monkeypatch.setattr(starting, "open_weights", lambda f: [opened.append(f), was_open(f)][1])
+    monkeypatch.setattr(restoring, "damage", lambda f: [hashed.append(f), was_damage(f)][1])
+    more = ("--init-from", straight_run, "--train.steps", 0)
+    assert begin(config_file, tmp_path / "run", tmp_path / "none", *more) == 0
+    assert opened == [str(straight_run)]
+    assert hashed == [straight_run / "checkpoints" / "2"]
+
+
+@pytest.fixture(scope="module")
+def averaged_run(config_file, bf16_folder, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "averaged"
+    more = ("--optimizer.average-decay", 0.5, "--train.steps", 1)
+    assert begin(config_file, run, bf16_folder, *more) == 0
+    return run
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        loading.load,
+        lambda run: loading.open_run(run, "1").read(),
+        lambda run: loading.open_run(run, "auto").read_average(),
+    ],
+)
+def test_a_step_is_hashed_once_and_read_once(averaged_run, monkeypatch, read):
+    hashed, restored = [], []
+    was_damage, was_restore = restoring.damage, orbax.Checkpointer.restore
+    monkeypatch.setattr(restoring, "damage", lambda f: [hashed.append(f), was_damage(f)][1])
+    monkeypatch.setattr(
+        *(orbax.Checkpointer, "restore"),
+        lambda *given, **more: [restored.append(given), was_restore(*given, **more)][1],
+    )
+    read(averaged_run)
+    assert len(hashed) == len(restored) == 1
+
+
 def state_of(run, step):
     abstract = starting.open_weights(run)
     config = load_config_of(run)
@@ -163,14 +205,14 @@ def test_masters_lie_as_the_run_holds_its_state(config_file, bf16_folder, tmp_pa
     """On a mesh, in slices: the same numbers, and each device has its part."""
     argv = ["--config", str(config_file), "--init-from", str(bf16_folder)]
     argv += ["--run-dir", str(tmp_path), "--mesh.data", "2", "--mesh.local", "2"]
-    config = cli.parse_config(argv, default_config=config_file, description="")
+    config, weights = cli.parse_run(argv, default_config=config_file, description="")
     from dsv3_jax.parallel.mesh import make_mesh
     from dsv3_jax.parallel.sharding import make_layout
     from dsv3_jax.training.state import abstract_state
 
     layout = make_layout(make_mesh(config.mesh), config.sharding, config.expert_parallel)
     abstract = abstract_state(config, layout)
-    state = starting.open_origin(config, None).create_state(abstract)
+    state = starting.open_origin(config, weights, None).create_state(abstract)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
         assert leaf.sharding == wanted.sharding and leaf.dtype == wanted.dtype
     head = tensors_of(bf16_folder)["lm_head.weight"]
@@ -235,7 +277,8 @@ def test_a_run_goes_on_only_from_the_weights_it_began_with(
     moved = tmp_path / "moved"
     shutil.copytree(bf16_folder, moved)
     began = load_config_of(run)
-    starting.open_origin(dataclasses.replace(began, init_from=str(moved)), 0)
+    weights = starting.open_weights(moved)
+    starting.open_origin(dataclasses.replace(began, init_from=str(moved)), weights, 0)
     other = tmp_path / "other"
     shutil.copytree(bf16_folder, other)
     name = sorted(other.glob("*.safetensors"))[0]
@@ -247,7 +290,7 @@ def test_a_run_goes_on_only_from_the_weights_it_began_with(
     elsewhere = dataclasses.replace(began, run_dir=str(straight_run), init_from=str(moved))
     (straight_run / "origin.json").rename(straight_run / "was.json")
     with pytest.raises(UserError, match="without --init-from"):
-        starting.open_origin(elsewhere, 2)
+        starting.open_origin(elsewhere, weights, 2)
     (straight_run / "was.json").rename(straight_run / "origin.json")
 
 
@@ -274,11 +317,9 @@ def test_a_config_that_names_its_weights_says_the_model(bf16_folder, tmp_path):
         cli.parse_config(argv, default_config=path, description="")
 
 
-def test_a_moving_average_is_kept_and_exported(config_file, bf16_folder, tmp_path):
+def test_a_moving_average_is_kept_and_exported(averaged_run, config_file, bf16_folder, tmp_path):
     """With a decay of 0.5, after one step: the mean of the first weights and the last."""
-    run = tmp_path / "run"
-    more = ("--optimizer.average-decay", 0.5, "--train.steps", 1)
-    assert begin(config_file, run, bf16_folder, *more) == 0
+    run = averaged_run
     for name, options in (("last", []), ("average", ["--ema"])):
         cli.main(["export-hf", str(run), str(tmp_path / name), *options])
     first, last, average = (

@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 
 
 class OpenedRun(NamedTuple):
-    """A run's checkpoint in memory, its tokenizer's file where it has one, its numbers, and the FP8
-    scales of the weights that it began with."""
+    """A run's verified checkpoint, its tokenizer's file where it has one, its numbers, and the FP8
+    scales of the weights that it began with.
+
+    `read` returns its variables in f32, those of a LoRA run with the adapters added to their base;
+    `read_average` the same with the moving average of its weights, None where it has none.
+    """
 
     config: ModelConfig
-    variables: dict[str, Any]
+    read: Callable[[], dict[str, Any]]
     tokenizer: Path | None
     facts: RunFacts | None = None
     published_scales: Path | None = None
     adapters: Adapters | None = None
-    average: Callable[[], Any] | None = None  # reads the moving average of its parameters
+    read_average: Callable[[], dict[str, Any]] | None = None
 
 
 class Adapters(NamedTuple):
-    """Those of a LoRA run, whose OpenedRun has no variables; `merge` loads its base and adds them.
-
-    `base` is where that lies.
-    """
+    """Those of a LoRA run; `base` is where the weights lie that they belong to."""
 
     tree: dict[str, Any]
     base: str
-    merge: Callable[[], dict[str, Any]]
 
 
 OpenRun = Callable[[Path, str], OpenedRun]
@@ -104,9 +104,10 @@ def run_export(options: ExportOptions, open_run: OpenRun) -> None:
     from dsv3_jax.interop.exporting import export_hf
 
     start = time.monotonic()
-    if options.adapter and options.merge:
-        raise UserError("give either --adapter or --merge")
     if options.adapter:
+        for name, default in {"merge": False, "ema": False, "dtype": "stored"}.items():
+            if getattr(options, name) != default:
+                raise UserError(f"--adapter writes adapters alone, in f32: leave out --{name}")
         _export_adapter(options, open_run)
         _say("exported", options.dst, start)
         return
@@ -190,18 +191,15 @@ def open_source(
             raise UserError(f"--ema: {folder} is no run")
         return open_checkpoint(folder), None
     run = open_run(folder, step)
-    if ema:
-        if run.average is None:
-            raise UserError(f"--ema: {folder} was trained without optimizer.average_decay")
-        run = run._replace(variables={**run.variables, "params": run.average()})
-    if run.adapters is not None:
-        if not merge:
-            raise UserError(
-                f"{folder} is a LoRA run: --adapter exports its adapters, --merge the weights with "
-                "them added"
-            )
-        run = run._replace(variables=run.adapters.merge())
-    checkpoint = from_variables(run.variables, run.config)
+    if ema and run.read_average is None:
+        raise UserError(f"--ema: {folder} was trained without optimizer.average_decay")
+    if run.adapters is not None and not merge:
+        raise UserError(
+            f"{folder} is a LoRA run: --adapter exports its adapters, --merge the weights with "
+            "them added"
+        )
+    read = run.read_average if ema and run.read_average else run.read
+    checkpoint = from_variables(read(), run.config)
     if run.published_scales is not None:
         checkpoint = with_published_scales(checkpoint, run.published_scales)
     return checkpoint, run

@@ -20,8 +20,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-# What is sent, a byte each: all is done; ended by an error; process N (in the next 4) is dead.
+# What is sent, a byte each: all is done; process N, in the next 4, ended by an error or is dead.
 DONE, FAILED, DEAD = b"d", b"f", b"k"
+_TOLD = {FAILED: "ended with an error, which it has told", DEAD: "was killed"}
 GRACE = 10.0  # seconds in which a process may tell an error of its own
 
 _connections: dict[int, socket.socket] = {}
@@ -43,7 +44,7 @@ def watch(coordinator: str) -> None:
         else:
             connection = socket.create_connection((host, port), timeout=60)
             connection.settimeout(None)
-            connection.sendall(jax.process_index().to_bytes(4, "big"))
+            connection.sendall(_number(jax.process_index()))
             _connections[0] = connection
     threading.Thread(target=_watch, name="peers", daemon=True).start()
     atexit.register(say_goodbye, failed=False)
@@ -51,7 +52,11 @@ def watch(coordinator: str) -> None:
 
 def say_goodbye(*, failed: bool) -> None:
     """Tells the others that this process ends: they need not take it for dead."""
-    _tell(FAILED if failed else DONE)
+    _tell(FAILED + _number(jax.process_index()) if failed else DONE)
+
+
+def _number(process: int) -> bytes:
+    return process.to_bytes(4, "big")
 
 
 def _tell(message: bytes) -> None:
@@ -68,17 +73,17 @@ def _watch() -> None:
         while selector.get_map():
             for key, _ in selector.select():
                 selector.unregister(key.fileobj)
-                word = _receive(_connections[key.data], 1)
+                word, process = _receive(_connections[key.data], 1), key.data
+                if word == DONE:
+                    continue
+                if word in _TOLD:  # process 0 passes on what another one said
+                    process = int.from_bytes(_receive(_connections[key.data], 4), "big")
+                else:
+                    word = DEAD
                 if word == FAILED:
                     time.sleep(GRACE)
-                    _tell(FAILED)
-                    _end(f"process {key.data} ended with an error, which it has told")
-                elif word == DEAD:
-                    index = int.from_bytes(_receive(_connections[key.data], 4), "big")
-                    _end(f"process {index} was killed")
-                elif word != DONE:
-                    _tell(DEAD + key.data.to_bytes(4, "big"))
-                    _end(f"process {key.data} was killed")
+                _tell(word + _number(process))
+                _end(f"process {process} {_TOLD[word]}")
 
 
 def _end(what: str) -> None:

@@ -147,7 +147,7 @@ class Checkpoints:
         if step is None:
             self._set_aside(after=-1)
             return None, {}
-        state, meta = read_state(self.folder, step, abstract_state, config, partial=False)
+        state, meta = read_state(self.folder, step, abstract_state, config)
         self._set_aside(after=step)
         log.info("resumed from the checkpoint of step %d", step)
         return state, meta

@@ -105,7 +105,11 @@ def training_loss(
     segments = documents(rows, config)
     how = training_pass(config, layout, extensions)
     if extensions.loss is not None:
-        outputs = forward(variables, tokens_of_rows(rows)[:, :-1], how, segments=segments)
+        outputs = forward(
+            *(variables, tokens_of_rows(rows)[:, :-1], how),
+            segments=segments,
+            counted=real_tokens(rows),
+        )
         loss = extensions.loss(outputs, jax.tree.map(jnp.asarray, rows))
         if jnp.shape(loss) != ():
             raise ValueError(f"a loss must be one number, not of shape {jnp.shape(loss)}")

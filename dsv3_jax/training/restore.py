@@ -71,10 +71,11 @@ def latest_valid(folder: str | Path) -> int | None:
 def read_meta(folder: str | Path, step: int | str = "auto") -> tuple[int, dict[str, Any]]:
     """(step, the `meta` that `save` got), of a step or of the newest valid one ("auto").
 
-    Does not check the arrays of a step named by number. Raises UserError when there is none.
+    All files of the step are compared with its manifest, so `read_state` may follow. Errors as in
+    `restore`.
     """
-    step = valid_step(Path(folder), step) if step == "auto" else int(step)
-    return step, read_saved(Path(folder) / str(step))["meta"]
+    number = valid_step(Path(folder), step)
+    return number, read_saved(Path(folder) / str(number))["meta"]
 
 
 def restore(
@@ -94,7 +95,7 @@ def restore(
     differences) or a step that is not there, CheckpointError for a damaged one.
     """
     folder = Path(folder)
-    return read_state(folder, valid_step(folder, step), abstract_state, config, partial)
+    return read_state(folder, valid_step(folder, step), abstract_state, config, partial=partial)
 
 
 def state_sha256(state: PyTree) -> str:
@@ -180,6 +181,8 @@ def valid_step(folder: Path, step: int | str) -> int:
             if (newest := _latest_valid(folder)) is None:
                 raise UserError(f"no checkpoint in {folder}")
             return newest
+        if isinstance(step, str) and not (step.isascii() and step.isdecimal()):
+            raise UserError(f"step {step} must be auto or a step number")
         if int(step) not in (there := steps_in(folder)):
             has = f"it has {listed(there)}" if there else "it has none"
             raise UserError(f"no checkpoint of step {step} in {folder}: {has}")
@@ -191,9 +194,15 @@ def valid_step(folder: Path, step: int | str) -> int:
 
 
 def read_state(
-    folder: Path, step: int, abstract_state: PyTree, config: Config | None, partial: bool
+    folder: Path,
+    step: int,
+    abstract_state: PyTree,
+    config: Config | None = None,
+    *,
+    partial: bool = False,
 ) -> tuple[PyTree, dict[str, Any]]:
-    """As `restore`, of a step known to be good: its files are not hashed again."""
+    """As `restore`, of a step that `read_meta`, `valid_step` or `latest_valid` has returned: its
+    files are not hashed again."""
     path = (folder / str(step)).absolute()
     saved = read_saved(path)
     if different := architecture_differences(path, saved, abstract_state, config, partial):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray
 
-from dsv3_jax.config import Config
+from dsv3_jax.config import Config, UserError
 from dsv3_jax.model.adapters import init_adapters, with_adapters
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import init_variables
@@ -18,7 +18,7 @@ from dsv3_jax.parallel.mesh import mesh_of
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.optimizer import make_optimizer
-from dsv3_jax.training.restore import restore
+from dsv3_jax.training.restore import read_state
 
 
 class TrainState(NamedTuple):
@@ -56,7 +56,14 @@ def variables_of(params: Any, router: Any, base: Any, config: Config) -> Any:
 
 
 def _optimizer(config: Config, extensions: Extensions) -> optax.GradientTransformation:
-    return extensions.optimizer or make_optimizer(config.optimizer)
+    if extensions.optimizer is None:
+        return make_optimizer(config.optimizer)
+    if config.optimizer.average_decay:
+        raise UserError(
+            "optimizer.average_decay with an own optimizer: its state would hold no average of the "
+            "weights; leave it out"
+        )
+    return extensions.optimizer
 
 
 def create_state(config: Config, abstract: TrainState, extensions: Extensions = NONE) -> TrainState:
@@ -103,11 +110,13 @@ def _made(make: Callable[[Any], Any], abstract: Any, seed: int) -> Any:
     return lowered.compile(compiler_options=options)(key)
 
 
-def read_average(folder: Path, step: int, config: Config) -> Any:
-    """The moving average of the weights in a run's checkpoint, on the first device."""
+def averaged_variables(folder: Path, step: int, config: Config) -> dict[str, Any]:
+    """The variables of a run's valid checkpoint with the moving average of the weights in their
+    place, on the first device."""
     shapes = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
-    found, _ = restore(folder, step, {"opt_state": shapes.opt_state}, partial=True)
-    return found["opt_state"][-1].average
+    wanted = {"opt_state": shapes.opt_state, "router": shapes.router}
+    found, _ = read_state(folder, step, wanted, partial=True)
+    return {"params": found["opt_state"][-1].average, "router": found["router"]}
 
 
 def abstract_adapters(config: Config, layout: Layout) -> Any:

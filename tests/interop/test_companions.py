@@ -40,7 +40,7 @@ def exported_run(make_hf, tmp_path, capsys):
             whole, model=config, data=dataclasses.replace(whole.data, tokenizer=tokenizer)
         )
         facts = RunFacts(12, whole, {"tokens": 6144, "loss": 4.25, "val_loss": 4.5, "mfu": None})
-        opened = OpenedRun(config, variables, file if file.exists() else None, facts)
+        opened = OpenedRun(config, lambda: variables, file if file.exists() else None, facts)
         options = commands.ExportOptions(run, tmp_path / "out")
         commands.run_export(options, lambda folder, step: opened)
         return tmp_path / "out"

@@ -71,7 +71,7 @@ def test_export_of_a_run_takes_its_variables_and_tokenizer(make_hf, tmp_path):
 
     def open_run(run, step):
         assert (run, step) == (tmp_path / "run", "7")
-        return commands.OpenedRun(config, variables, tmp_path / "bpe.json")
+        return commands.OpenedRun(config, lambda: variables, tmp_path / "bpe.json")
 
     commands.run_export(options, open_run)
     assert (

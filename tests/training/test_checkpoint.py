@@ -342,8 +342,11 @@ def test_reading_changes_nothing(folder):
     before = sorted(p.relative_to(folder) for p in folder.rglob("*"))
     assert read_meta(folder)[0] == 20
     restore(folder, "auto", ABSTRACT)
-    with pytest.raises(CheckpointError, match=r"30 is damaged: .* does not match its sha256"):
-        restore(folder, 30, ABSTRACT)
+    for read in (read_meta, lambda *step: restore(*step, ABSTRACT)):
+        with pytest.raises(CheckpointError, match=r"30 is damaged: .* does not match its sha256"):
+            read(folder, 30)
+    with pytest.raises(UserError, match="step 3O must be auto or a step number"):
+        read_meta(folder, "3O")
     assert sorted(p.relative_to(folder) for p in folder.rglob("*")) == before
 
 

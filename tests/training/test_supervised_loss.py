@@ -1,6 +1,7 @@
 """The loss over targets alone: against the f64 oracle, over micro-batches, devices and stages."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import ONE_DEVICE, make_layout
+from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.loss import Supervised, training_loss
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.step import eval_step, gradients
@@ -48,6 +50,20 @@ def make_rows(seed: int, batch: int = 4) -> Supervised:
 
 
 ROWS = make_rows(0)
+
+
+def test_an_own_loss_counts_the_same_tokens():
+    """Padding goes to no expert's load, whichever loss is taken."""
+    own = Extensions(loss=lambda outputs, rows: outputs.logits.mean())
+    loads = []
+    for extensions in (NONE, own):
+        loss = partial(training_loss, config=CONFIG, extensions=extensions)
+        terms = jax.jit(lambda variables, rows, loss=loss: loss(variables, rows, WEIGHT)[1])
+        loads.append(jax.device_get(terms(VARIABLES, ROWS).load))
+    jax.tree.map(np.testing.assert_array_equal, *loads)
+    real, chosen = int((ROWS.segments[:, :-1] != 0).sum()), MODEL.num_experts_per_tok
+    assert real < ROWS.tokens[:, :-1].size
+    assert max(load.sum(-1).max() for load in loads[0].values()) == real * chosen
 
 
 def oracle_terms(rows, params):
