@@ -100,13 +100,18 @@ def _published(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
 
 
 def _of_run(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
-    number, meta = read_meta(folder / "checkpoints", step)
-    config = config_from_dict(meta.get("config"), folder / "checkpoints" / str(number))
+    number, config = _step_and_config(folder, step)
     layout = layout_for(config.model, *how)
     if config.lora.rank:
         return _with_adapters(folder, number, config, layout, fp8)
     abstract = abstract_variables(config.model, layout)
     return Model(config, layout, _variables(folder / "checkpoints", number, abstract))
+
+
+def _step_and_config(run_dir: Path, step: str) -> tuple[int, Config]:
+    """The step that "auto" or a number means, and the config that its checkpoint was saved with."""
+    found, meta = read_meta(run_dir / "checkpoints", step)
+    return found, config_from_dict(meta.get("config"), run_dir / "checkpoints" / str(found))
 
 
 def _with_adapters(folder: Path, step: int, config: Config, layout: Layout, fp8: bool) -> Model:
@@ -120,8 +125,7 @@ def _with_adapters(folder: Path, step: int, config: Config, layout: Layout, fp8:
 def open_run(run_dir: Path, step: str) -> OpenedRun:
     """A run's checkpoint, its files hashed; its tokenizer's file and its numbers then."""
     folder = run_dir / "checkpoints"
-    found, meta = read_meta(folder, step)
-    config = config_from_dict(meta.get("config"), folder / str(found))
+    found, config = _step_and_config(run_dir, step)
     adapters, read_average = None, None
     if config.lora.rank:
         weights, tree = open_base(run_dir, config), read_adapters(run_dir, found, config)

@@ -133,7 +133,12 @@ def test_a_file_of_requests_is_completed_and_goes_on_where_it_stopped(run, tmp_p
         ('{"prompt": "a", "max_new_tokens": 1.5}', "max_new_tokens=1.5 is no whole number"),
         ('{"prompt": "a", "stop": [""]}', "stop="),
         ('{"prompt": "a", "id": "one"}', "id 'one' was there before"),
-        ('{"prompt": "' + "a" * 200 + '"}', "max_position_embeddings=128"),
+        ('{"prompt": "' + "a" * 200 + '"}', "line 2: the prompt has 201 tokens and 12 more"),
+        ('{"token_ids": [1, 272]}', "line 2: the prompt has token ids from 1 to 272"),
+        ('{"token_ids": []}', "line 2: the prompt is empty"),
+        ('{"prompt": "a", "seed": -1}', "line 2: seed=-1"),
+        ('{"prompt": "a", "temperature": -1}', "line 2: temperature=-1"),
+        ('{"prompt": "a", "top_p": 1.5}', "line 2: top_p=1.5"),
         ("[" * 100000, "line 2:"),
     ],
 )
@@ -143,6 +148,25 @@ def test_a_line_that_is_no_request_is_named_before_anything_is_written(line, sai
     shown = run("--batch", file, code=2)
     assert said in shown.err and "Traceback" not in shown.err
     assert not (tmp_path / "requests.completions.jsonl").exists()
+
+
+def test_requests_longer_than_the_cache_are_named_too(run, tmp_path):
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"prompt": "a"}\n{"prompt": "abcdefghijk"}\n')
+    shown = run("--batch", file, "--cache-length", "20", code=2)
+    assert "line 2: the prompt has 12 tokens and 12 more are asked for" in shown.err
+    assert not (tmp_path / "requests.completions.jsonl").exists()
+    shown = run("--batch", file, "--out", tmp_path / "none" / "out.jsonl", code=2)
+    assert f"no folder {tmp_path / 'none'}" in shown.err
+
+
+def test_a_line_of_the_file_ends_with_a_newline_alone(run, tmp_path):
+    """JSON allows other ends of lines within a string as they are."""
+    file = tmp_path / "requests.jsonl"
+    file.write_text('{"prompt": "a\u2028b\x85c"}\n')
+    assert "1 of 1 requests were left" in run("--batch", file).err
+    (line,) = map(json.loads, (tmp_path / "requests.completions.jsonl").read_text().splitlines())
+    assert line["prompt_tokens"] == 1 + len("a\u2028b\x85c".encode())
 
 
 @pytest.mark.parametrize(

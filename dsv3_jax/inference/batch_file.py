@@ -7,7 +7,8 @@ numbers of tokens, and seconds to the first token and in all. Completions are wr
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
@@ -28,8 +29,9 @@ MAX_FILE_BYTES = 2**30
 
 @dataclass(frozen=True)
 class Asked:
-    """A line of the file."""
+    """A request, and the line that asks for it."""
 
+    line: int
     id: Any
     request: Request
     stops: tuple[str, ...]
@@ -53,18 +55,16 @@ def run_batch(
     no request: nothing is then written.
     """
     out = out or file.with_suffix(".completions.jsonl")
-    asked = read_requests(file, tokenizer, template, request, stops)
+    asked = read_requests(file, config, tokenizer, template, request, stops)
     done = _written_before(out)
     left = [each for each in asked if _key(each.id) not in done]
     if not left:
         return 0, len(asked)
     longest = max(len(a.request.prompt) + a.request.max_new_tokens - 1 for a in left)
-    if longest > config.max_position_embeddings:
-        raise UserError(
-            f"{file}: a prompt and its new tokens are {longest} tokens, more than "
-            f"max_position_embeddings={config.max_position_embeddings}"
-        )
     engine = engine_of(longest)
+    for each in left:
+        with _naming(file, each.line):
+            engine.check(each.request)
     with out.open("a") as lines:
         for each in left:
             engine.submit(_writing(each, engine, tokenizer, lines))
@@ -100,34 +100,43 @@ def _writing(asked: Asked, engine: Engine, tokenizer: Tokenizer, lines: TextIO) 
 
 def read_requests(
     file: Path,
+    config: ModelConfig,
     tokenizer: Tokenizer,
     template: ChatTemplate,
     request: Request,
     stops: tuple[str, ...] = (),
 ) -> list[Asked]:
-    """All requests of a file; UserError names the first line that is none."""
+    """All requests of a file; UserError names the first line that is none for this model."""
     try:
         size = file.stat().st_size
         if size > MAX_FILE_BYTES:
             raise UserError(f"{file} has {size:,} bytes, more than {MAX_FILE_BYTES:,}")
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {file}: {error}") from error
     asked, seen = [], set()
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        try:
+        with _naming(file, number):
             each = _request_of(json.loads(line), number, tokenizer, template, request, stops)
-        except (ValueError, RecursionError) as error:  # UserError, JSONDecodeError
-            raise UserError(f"{file}, line {number}: {error}") from error
-        if _key(each.id) in seen:
-            raise UserError(f"{file}, line {number}: id {each.id!r} was there before")
+            each.request.check(config, config.max_position_embeddings)
+            if _key(each.id) in seen:
+                raise ValueError(f"id {each.id!r} was there before")
         seen.add(_key(each.id))
         asked.append(each)
     if not asked:
         raise UserError(f"{file} has no request")
     return asked
+
+
+@contextmanager
+def _naming(file: Path, line: int) -> Iterator[None]:
+    """What is wrong with a request is said with its line."""
+    try:
+        yield
+    except (ValueError, RecursionError) as error:  # UserError, JSONDecodeError
+        raise UserError(f"{file}, line {line}: {error}") from error
 
 
 def _request_of(record: Any, number: int, tokenizer, template, request: Request, stops) -> Asked:
@@ -148,7 +157,7 @@ def _request_of(record: Any, number: int, tokenizer, template, request: Request,
     if "stop" in record:
         stops = strings_of("stop", record["stop"])
     return Asked(
-        record.get("id", number), replace(request, prompt=prompt, **settings), stops,
+        number, record.get("id", number), replace(request, prompt=prompt, **settings), stops,
         sources[0] != "token_ids",
     )  # fmt: skip
 
@@ -187,6 +196,8 @@ def strings_of(name: str, value: Any) -> tuple[str, ...]:
 def _written_before(out: Path) -> set[str]:
     """The ids that are in the file; a line that was cut off is taken out of it."""
     if not out.exists():
+        if not out.parent.is_dir():
+            raise UserError(f"{out}: no folder {out.parent} to write it in")
         return set()
     raw = out.read_bytes()
     whole = raw.rfind(b"\n") + 1

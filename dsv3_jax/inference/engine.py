@@ -73,9 +73,7 @@ class Engine:
             load=expert_load is not None,
         )
         self._programs = {sampled: program(sampled=sampled) for sampled in (False, True)}
-        # A step checks drafts past the last token, and drafts further.
-        self._beyond = 2 * options.drafts
-        most = options.max_length + self._beyond
+        most = options.max_length + options.beyond
         if not options.paged and not layout.one_device:
             # Whole pages on every device, which kernels read, and room for a padded prompt.
             whole = PAGE * layout.size("cache")
@@ -94,8 +92,8 @@ class Engine:
         self._table: Any = None  # as the devices have it; None: it has changed
         self.statistics = Statistics(drafted=[0] * options.drafts, accepted=[0] * options.drafts)
 
-    def submit(self, request: Request) -> Completion:
-        """Queues a request; raises UserError for one that this engine can never finish."""
+    def check(self, request: Request) -> None:
+        """Raises UserError for a request that this engine can never finish."""
         request.check(self.config, self.options.max_length)
         pool, most = self.pools[0], self._most_rows(request)
         if -(-most // pool.page) > pool.pages:
@@ -103,6 +101,10 @@ class Engine:
                 f"the prompt has {len(request.prompt)} tokens and {request.max_new_tokens} more "
                 f"are asked for, but all {pool.pages} pages hold {pool.pages * pool.page}"
             )
+
+    def submit(self, request: Request) -> Completion:
+        """Queues a request; raises as `check`."""
+        self.check(request)
         completion = Completion(request)
         completion.drafted, completion.accepted = ([0] * self.options.drafts for _ in range(2))
         self._arrived.append(Running(completion, list(request.prompt)))
@@ -192,11 +194,13 @@ class Engine:
         return self.pools[group], within
 
     def _most_rows(self, request: Request) -> int:
-        return len(request.prompt) + request.max_new_tokens - 1 + self._beyond
+        return self.options.most_rows(len(request.prompt), request.max_new_tokens)
 
     # Who gets a slot
 
     def _drop_cancelled(self) -> None:
+        if not self._cancelled:
+            return
         here = {id(s.completion): s for s in (*self._sequences.values(), *self._waiting)}
         for _ in range(len(self._cancelled)):
             completion = self._cancelled.popleft()
@@ -242,7 +246,7 @@ class Engine:
     def _needed(self, sequence: Running, rows: int) -> int:
         """Rows to reserve for a sequence that has `rows` and takes one step more."""
         most = self._most_rows(sequence.completion.request)
-        return min(rows + 1 + self.options.drafts + self._beyond, most)
+        return min(rows + 1 + self.options.drafts + self.options.beyond, most)
 
     def _reserve(self, sequence: Running) -> bool:
         """Pages for one more step; False when the sequence had to give its own back."""
@@ -279,8 +283,7 @@ class Engine:
         else:
             self._give_back(sequence, sequence.ids[:-1] if sequence.writing else None)
         completion.finished = perf_counter()
-        counts = self.statistics.requests
-        counts[reason] = counts.get(reason, 0) + 1
+        self.statistics.requests[reason] += 1
         completion.finish_reason = reason
         if completion.request.on_done is not None:
             completion.request.on_done(completion)
@@ -302,14 +305,12 @@ class Engine:
         if not hungry:
             return False
         writing = len(self._sequences) - len(hungry)
-        budget = options.token_budget - writing * (1 + options.drafts)
         fresh = hungry[0].fed == 0
         alike = [s for s in hungry if (s.fed == 0) == fresh]
         rows = next((n for n in options.chunk_rows if n >= len(alike)), options.chunk_rows[-1])
         chosen = self._spread(alike, rows)
         longest = max(s.prompt - s.fed for s in chosen if s is not None)
-        affordable = [n for n in options.chunks if n * rows <= budget] or options.chunks[:1]
-        size = next((n for n in affordable if n >= longest), affordable[-1])
+        size = options.size_of_chunk(longest, rows, writing)
         chunk = chunk_of(chosen, rows, size, options.slots, self.config)
         table = np.full((rows, self._width), NO_PAGE, np.int32)
         for row, sequence in enumerate(chosen):
@@ -329,6 +330,7 @@ class Engine:
             pieces.append(Piece(row, sequence, sequence.fed - taken, taken))
             if sequence.writing:
                 sequence.rows, self._table = sequence.prompt, None
+                sequence.promised = len(sequence.completion.tokens) + 1
                 if self._shares:
                     pool, within = self._pool(sequence.slot)
                     pool.remember(within, sequence.ids)
@@ -352,9 +354,9 @@ class Engine:
     def _launch_step(self) -> bool:
         if self.options.paged:
             for sequence in [*self._sequences.values()]:
-                if sequence.writing:
+                if sequence.unfinished:
                     self._reserve(sequence)
-        writing = [s for s in self._sequences.values() if s.writing]
+        writing = [s for s in self._sequences.values() if s.unfinished]
         if not writing:
             return False
         if self._table is None:
@@ -367,6 +369,7 @@ class Engine:
         self._slots, written = advance(self.variables, self._slots, self._table, program)
         for sequence in writing:
             sequence.flights += 1
+            sequence.promised += 1
         self.statistics.steps += 1
         self._fly(Flight(written, [Piece(s.slot, s) for s in writing], is_step=True))
         return True
@@ -402,6 +405,7 @@ class Engine:
             first, count = sequence.rows, made
             sequence.rows += made
             sequence.flights -= 1
+            sequence.promised += made - 1
         if written.experts is not None:
             known = sum(map(len, completion.experts))  # by a sequence that was computed before
             new = written.experts[:, row, max(known - first, 0) : count]

@@ -6,6 +6,7 @@ know of each: tokens, log-probabilities, experts, why it ended.
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from jaxtyping import Int
@@ -131,16 +132,9 @@ def engine_for(
     padded = -(-longest // multiple) * multiple
     if not paged and layout.one_device:
         padded = min(padded, cache_length)
-    beyond = 2 * speculative
-    in_group, pages = slots // layout.size("batch"), None
-    if paged:
-        needs = [-(-(len(p) + max_new_tokens - 1 + beyond) // PAGE) for p in prompts]
-        groups = [needs[i : i + in_group] for i in range(0, slots, in_group)]
-        pages = max(map(sum, groups))
     options = EngineOptions(
         slots=slots,
         max_length=cache_length,
-        pages=pages,
         chunks=(padded,),
         chunk_rows=(slots,),
         token_budget=slots * padded,
@@ -151,6 +145,11 @@ def engine_for(
         experts=experts,
         page=PAGE,
     )
+    if paged:  # what each prompt needs, not what all could
+        needs = [-(-options.most_rows(len(p), max_new_tokens) // PAGE) for p in prompts]
+        in_group = slots // layout.size("batch")
+        groups = [needs[i : i + in_group] for i in range(0, slots, in_group)]
+        options = replace(options, pages=max(map(sum, groups)))
     engine = Engine(variables, config, options, layout, expert_load)
     requests = [
         Request(

@@ -1,5 +1,6 @@
 """How much an engine holds, in what portions it computes, and what it has counted."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from dsv3_jax.config import ModelConfig, UserError
@@ -43,6 +44,24 @@ class EngineOptions:
     experts: bool = False
     page: int = PAGE
 
+    @property
+    def beyond(self) -> int:
+        """Rows past a sequence's last token: a step checks drafts there, and drafts further."""
+        return 2 * self.drafts
+
+    def most_rows(self, prompt: int, new: int) -> int:
+        """Rows that a sequence may come to hold in the cache; its last token is not fed back."""
+        return prompt + new - 1 + self.beyond
+
+    def size_of_chunk(self, longest: int, rows: int, writing: int) -> int:
+        """The size of the next pieces of so many prompts, the longest of so many tokens.
+
+        What the budget leaves beside sequences that are being written, and no more than it takes.
+        """
+        budget = self.token_budget - writing * (1 + self.drafts)
+        affordable = [n for n in self.chunks if n * rows <= budget] or self.chunks[:1]
+        return next((n for n in affordable if n >= longest), affordable[-1])
+
     def check(self, config: ModelConfig) -> None:
         """Raises UserError for options that do not fit the model or each other."""
         modules = config.num_nextn_predict_layers
@@ -71,7 +90,7 @@ class Statistics:
     prompt_tokens: int = 0  # fed
     cached_tokens: int = 0  # of prompts, that were found in the cache
     new_tokens: int = 0
-    requests: dict[str, int] = field(default_factory=dict)  # finished, by reason
+    requests: Counter[str] = field(default_factory=Counter)  # finished, by reason
     preemptions: int = 0
     drafted: list[int] = field(default_factory=list)  # by position of the draft
     accepted: list[int] = field(default_factory=list)

@@ -24,11 +24,17 @@ class Running:
     prompt: int = 0  # tokens to feed before it writes: those that ids had when it was admitted
     rows: int = 0  # in the cache for certain, once what is launched has run
     flights: int = 0  # steps launched and not read
+    promised: int = 0  # tokens it will have at the least, once what is launched has run
 
     @property
     def writing(self) -> bool:
         """Whether its prompt is in the cache, or on its way there."""
         return self.slot != NO_PAGE and self.fed == self.prompt
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether it is writing and what is launched may leave it short of the tokens asked for."""
+        return self.writing and self.promised < self.completion.request.max_new_tokens
 
 
 class Piece(NamedTuple):

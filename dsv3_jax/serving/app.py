@@ -6,7 +6,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Send
 
 from dsv3_jax.config import UserError
 from dsv3_jax.inference.requests import Completion
@@ -23,6 +24,7 @@ from dsv3_jax.serving.protocol import Asked, BadRequest, Served, logprobs_of, pa
 from dsv3_jax.serving.worker import Broken, Busy, Piece, Worker
 
 SECONDS_FOR_A_BODY = 30.0
+SECONDS_TO_SAY_SO = 1.0  # that an answer was late
 PREFIXES = {"completion": "cmpl-", "chat": "chatcmpl-"}
 
 
@@ -74,7 +76,7 @@ def make_app(worker: Worker, served: Served, limits: Limits) -> Starlette:
         try:
             asked = parse(kind, body, served, secrets.randbits(31))
             for each in asked.requests:
-                each.check(worker.engine.config, served.max_length)
+                worker.engine.check(each)
             worker.check_room(len(asked.requests))
         except BadRequest as error:
             raise Refused(400, str(error), error.parameter, error.code) from error
@@ -87,7 +89,7 @@ def make_app(worker: Worker, served: Served, limits: Limits) -> Starlette:
             raise Refused(503, str(error)) from error
         answer = Answer(asked, served, worker, limits)
         if asked.stream:
-            return StreamingResponse(answer.events(), media_type="text/event-stream")
+            return Events(answer)
         return await _unless_client_leaves(request, answer.whole())
 
     def model() -> dict[str, Any]:
@@ -109,8 +111,8 @@ def make_app(worker: Worker, served: Served, limits: Limits) -> Starlette:
         return JSONResponse(model())
 
     async def health(_: Request) -> Response:
-        if worker.failed is not None:
-            return JSONResponse({"status": "failed"}, 503)
+        if worker.failed is not None or worker.draining:
+            return JSONResponse({"status": "failed" if worker.failed else "draining"}, 503)
         return JSONResponse({"status": "ok", "model": served.model})
 
     async def show_metrics(_: Request) -> Response:
@@ -196,6 +198,7 @@ class Answer:
             "model": served.model,
         }
         self._completions: dict[int, Completion] = {}
+        self.deadline = asyncio.get_running_loop().time() + limits.request_seconds
 
     async def _pieces(self) -> AsyncGenerator[tuple[int, Piece]]:
         """The pieces of all choices as they come; what is left is cancelled on the way out."""
@@ -208,7 +211,6 @@ class Answer:
             except Broken as error:
                 await merged.put((number, error))
 
-        deadline = asyncio.get_running_loop().time() + self._limits.request_seconds
         async with AsyncExitStack() as stack:
             tasks = []
             for number, request in enumerate(self._asked.requests):
@@ -218,7 +220,7 @@ class Answer:
                 tasks.append(asyncio.create_task(forward(number, pieces)))
             try:
                 while len(self._completions) < len(tasks):
-                    async with asyncio.timeout_at(deadline):
+                    async with asyncio.timeout_at(self.deadline):
                         number, piece = await merged.get()
                     if isinstance(piece, BaseException):
                         raise piece
@@ -255,7 +257,7 @@ class Answer:
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, "usage": self._usage()}
 
-    async def events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncGenerator[bytes]:
         """The answer as server-sent events."""
         shown = [0] * len(self._asked.requests)
         if self._chat:
@@ -300,6 +302,24 @@ class Answer:
     def _usage(self) -> dict[str, Any]:
         completions = [self._completions[number] for number in sorted(self._completions)]
         return usage_of(completions, self._asked.choices)
+
+
+class Events(StreamingResponse):
+    """An answer as server-sent events; a client that has not read it by its deadline is left.
+
+    Until then its tokens wait for it, and the engine for nobody.
+    """
+
+    def __init__(self, answer: Answer):
+        self._events, self._deadline = answer.events(), answer.deadline
+        super().__init__(self._events, media_type="text/event-stream")
+
+    async def stream_response(self, send: Send) -> None:
+        """As StreamingResponse's."""
+        async with aclosing(self._events):
+            with suppress(TimeoutError):  # the server closes what is incomplete
+                async with asyncio.timeout_at(self._deadline + SECONDS_TO_SAY_SO):
+                    await super().stream_response(send)
 
 
 def _sse(data: dict[str, Any]) -> bytes:

@@ -30,6 +30,7 @@ def serve(options: ServeOptions) -> None:
     if jax.process_count() > 1:
         raise UserError("serve runs in one process; on several hosts start one each")
     from dsv3_jax.serving.app import Limits, make_app
+    from dsv3_jax.serving.draining import DrainingServer
 
     worker, served = _load(options)
     limits = Limits(options.max_body_bytes, options.request_timeout, options.api_key)
@@ -38,10 +39,11 @@ def serve(options: ServeOptions) -> None:
         host=options.host,
         port=options.port,
         log_level="warning",
-        timeout_graceful_shutdown=int(options.drain_timeout),
+        limit_concurrency=options.max_connections,
+        timeout_graceful_shutdown=1,  # after what the server waits by itself
         timeout_keep_alive=30,
     )
-    server = uvicorn.Server(config)
+    server = DrainingServer(config, worker, options.drain_timeout)
     sock = config.bind_socket()
     host, port = sock.getsockname()[:2]
     print(f"serving {served.model} at http://{host}:{port}/v1", flush=True)

@@ -10,6 +10,11 @@ from dsv3_jax.config import (
     UserError,
 )
 
+POSITIVE = (
+    "slots", "max_waiting", "max_connections", "max_body_bytes", "request_timeout",
+    "prefill_tokens",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ServeOptions:
@@ -31,7 +36,8 @@ class ServeOptions:
     top_logprobs: int = 0  # the most that a request may ask for with each token
     max_waiting: int = 256  # requests in the queue; more are answered with 429
     max_body_bytes: int = 2**20
-    request_timeout: float = 600.0  # seconds to the end of an answer
+    max_connections: int = 1024  # open at once; more are answered with 503
+    request_timeout: float = 600.0  # seconds to the end of an answer, its reader's included
     drain_timeout: float = 60.0  # seconds that answers under way have after SIGTERM
     fp8: bool = False  # hold the projections as FP8 and multiply in FP8
     fp8_cache: bool = False  # keep the latent cache as FP8 with scales
@@ -42,10 +48,15 @@ class ServeOptions:
 
     def check(self) -> None:
         """Raises UserError for values that cannot be served with."""
-        for name in ("slots", "max_waiting", "max_body_bytes", "request_timeout", "prefill_tokens"):
+        for name in POSITIVE:
             if getattr(self, name) <= 0:
                 raise UserError(
                     f"--{name.replace('_', '-')} {getattr(self, name)} must be positive"
+                )
+        for name in ("drain_timeout", "speculative", "top_logprobs"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative"
                 )
         if not 0 <= self.port < 2**16:
             raise UserError(f"--port {self.port} must lie in 0 to 65535")

@@ -12,9 +12,10 @@ from dsv3_jax.data.chat import ChatTemplate, check_messages
 from dsv3_jax.data.tokens import Tokenizer
 from dsv3_jax.inference.batch_file import number_of, prompt_of, strings_of
 from dsv3_jax.inference.conversation import chat_prompt
-from dsv3_jax.inference.requests import MAX_SEED, Completion, Request, Token, seed_of
+from dsv3_jax.inference.requests import Completion, Request, Token, seed_of
 
 MAX_STOPS, MAX_CHOICES = 16, 64
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # all integers of 64 bits, signed or not
 
 COMMON = {
     "model", "max_tokens", "temperature", "top_p", "n", "stream", "stream_options", "stop", "seed",
@@ -108,6 +109,9 @@ def parse(kind: str, body: Any, served: Served, seed: int) -> Asked:
             f"stream_options={options!r} may have include_usage only", "stream_options"
         )
     seed = _number(values, "seed", int, seed)
+    if not MIN_SEED <= seed <= MAX_SEED:
+        raise BadRequest(f"seed={seed} must lie in {MIN_SEED} to {MAX_SEED}", "seed")
+    seed %= 2**64
     requests = []
     for number, prompt in enumerate(p for p in prompts for _ in range(choices)):
         requests.append(
@@ -116,7 +120,7 @@ def parse(kind: str, body: Any, served: Served, seed: int) -> Asked:
                 max_new_tokens=_max_tokens(kind, values, served, len(prompt)),
                 temperature=_number(values, "temperature", float, 1.0),
                 top_p=_number(values, "top_p", float, 1.0),
-                seed=seed % (MAX_SEED + 1) if number == 0 else seed_of(abs(seed), number),
+                seed=seed_of(seed, number),
             )
         )
     stream = _flag(values, "stream")

@@ -23,7 +23,7 @@ class Busy(RuntimeError):
 
 
 class Broken(RuntimeError):
-    """The engine has failed; nothing is served any more."""
+    """Nothing is served any more: the engine has failed, or the server is shutting down."""
 
 
 class Piece:
@@ -39,6 +39,7 @@ class Worker:
     def __init__(self, engine: Engine, max_waiting: int):
         self.engine, self.max_waiting = engine, max_waiting
         self.failed: BaseException | None = None
+        self.draining = False  # nothing new is taken on
         self._wake, self._stopping = threading.Event(), False
         self._open: set[asyncio.Queue[Piece | None]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -56,9 +57,11 @@ class Worker:
         self._thread.join()
 
     def check_room(self, requests: int) -> None:
-        """Raises Busy when so many more would be too many, and Broken when nothing is served."""
+        """Raises Busy when so many more would be too many, and Broken when none is taken on."""
         if self.failed is not None:
             raise Broken("the engine has failed") from self.failed
+        if self.draining:
+            raise Broken("the server is shutting down")
         if self.engine.waiting + requests > self.max_waiting:
             raise Busy(f"{self.engine.waiting} requests are waiting, of {self.max_waiting} at most")
 

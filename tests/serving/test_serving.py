@@ -54,13 +54,15 @@ def engine():
 
 
 @contextlib.contextmanager
-def serving(engine, *, key=KEY, max_waiting=8, seconds=60.0, body=4096):
-    """A server on a free port; its address."""
+def serving(engine, *, key=KEY, max_waiting=8, seconds=60.0, body=4096, send_bytes=None):
+    """A server on a free port; its address. Sockets take send_bytes at a time."""
     worker = Worker(engine, max_waiting)
     served = Served("tiny", BYTES, TEMPLATE, engine.options.max_length, 2)
     app = make_app(worker, served, Limits(body, seconds, key))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
     sock = socket.create_server(("127.0.0.1", 0))
+    if send_bytes is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_bytes)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
     thread.start()
     try:
@@ -193,6 +195,7 @@ BAD = {
     "long": (b'{"prompt": "a", "max_tokens": 500}', 400, "there is room for 120"),
     "longer": (b'{"prompt": "' + b"a" * 300 + b'"}', 400, "there is room for 120"),
     "n": (b'{"prompt": "a", "n": 1000}', 400, "n=1000"),
+    "seed": (b'{"prompt": "a", "seed": 18446744073709551616}', 400, "seed=18446744073709551616"),
     "stop": (b'{"prompt": "a", "stop": [1]}', 400, "stop="),
     "logprobs": (b'{"prompt": "a", "logprobs": 3}', 400, "returns 0 to 2"),
     "stream": (b'{"prompt": "a", "stream": 1}', 400, "neither true nor false"),
@@ -222,23 +225,85 @@ def test_templates_that_fail_and_keys_that_are_wrong(client, address):
     assert httpx.get(f"{address}/v1/chat/completions").status_code == 405
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_gives_its_pages_back(stream, engine, address):
+@pytest.fixture
+def slow(engine, monkeypatch):
+    """Steps take long enough for what a test does meanwhile."""
     wait_for(lambda: not engine.busy)
-    before = dict(engine.statistics.requests).get("cancelled", 0)
-    body = {"prompt": "hello", "max_tokens": 110, "stream": stream, "n": 3}
-    headers = {"Authorization": f"Bearer {KEY}"}
-    url = f"{address}/v1/completions"
-    if stream:
-        with httpx.stream("POST", url, json=body, headers=headers) as answer:
-            next(answer.iter_lines())
-    else:
-        with contextlib.suppress(httpx.TimeoutException):
-            httpx.post(url, json=body, headers=headers, timeout=0.03)
+    step = engine.step
+
+    def slowly():
+        time.sleep(0.02)
+        step()
+
+    monkeypatch.setattr(engine, "step", slowly)
+    yield
+    wait_for(lambda: not engine.busy)
+
+
+def asking(address: str, body: dict, receive_bytes: int | None = None) -> socket.socket:
+    """A connection that has asked for completions, and has read nothing yet."""
+    host, port = address.removeprefix("http://").split(":")
+    connection = socket.socket()
+    if receive_bytes is not None:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    connection.connect((host, int(port)))
+    raw = json.dumps(body).encode()
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        f"Content-Length: {len(raw)}\r\nConnection: close\r\n\r\n"
+    )
+    connection.sendall(head.encode() + raw)
+    return connection
+
+
+def rest_of(connection: socket.socket) -> str:
+    """All that comes until the server closes."""
+    with connection:
+        connection.settimeout(30)
+        return b"".join(iter(lambda: connection.recv(2**16), b"")).decode()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_gives_its_pages_back(stream, engine, address, slow):
+    before = engine.statistics.requests["cancelled"]
+    body = {"prompt": "hello", "max_tokens": 110, "stream": stream, "n": 3, "temperature": 0}
+    connection = asking(address, body)
+    wait_for(lambda: engine.running == 3)
+    connection.close()
     wait_for(lambda: not engine.busy)
     assert engine.pools[0].free_pages == PAGES
-    ended = engine.statistics.requests
-    assert ended.get("cancelled", 0) > before or ended.get("length", 0) >= 3
+    assert engine.statistics.requests["cancelled"] == before + 3
+
+
+def test_a_slow_reader_holds_nobody_up_and_gets_all_of_its_text(engine, alone):
+    """Its 3 streams with log-probabilities are more than sockets and the server hold for it."""
+    with serving(engine, send_bytes=4096) as address:
+        body = {"prompt": "hello", "max_tokens": 110, "n": 3, "temperature": 0}
+        body |= {"stream": True, "logprobs": 2}
+        slow_reader = asking(address, body, receive_bytes=4096)
+        wait_for(lambda: engine.running == 3 or not engine.busy)
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key=KEY, max_retries=0)
+        text = client.completions.create(model="tiny", prompt="me", temperature=0, max_tokens=9)
+        assert text.choices[0].text == alone(b"me", 9, bos=True)
+        wait_for(lambda: not engine.busy)
+        assert engine.pools[0].free_pages == PAGES, "what it has not read holds no pages"
+        events = [line[6:] for line in rest_of(slow_reader).split("\n") if line[:6] == "data: "]
+        assert events.pop() == "[DONE]"
+        texts = ["", "", ""]
+        for choice in (json.loads(event)["choices"][0] for event in events):
+            texts[choice["index"]] += choice["text"]
+        assert texts == [alone(b"hello", 110, bos=True)] * 3
+
+
+def test_a_reader_that_never_reads_is_left_at_the_end_of_its_time(engine):
+    with serving(engine, send_bytes=4096, seconds=2.0) as address:
+        body = {"prompt": "hello", "max_tokens": 110, "n": 3, "temperature": 0}
+        body |= {"stream": True, "logprobs": 2}
+        reader = asking(address, body, receive_bytes=4096)
+        wait_for(lambda: not engine.busy)
+        time.sleep(3.5)
+        said = rest_of(reader)
+        assert "[DONE]" not in said and len(said) > 2**14
 
 
 def test_many_at_once_write_what_each_writes_alone(address, alone):
@@ -263,8 +328,7 @@ def test_many_at_once_write_what_each_writes_alone(address, alone):
     assert got == {i: alone(p.encode(), 40, bos=True) for i, p in enumerate(prompts)}
 
 
-def test_a_full_queue_and_a_late_answer_are_said(engine):
-    wait_for(lambda: not engine.busy)
+def test_a_full_queue_and_a_late_answer_are_said(engine, slow):
     with serving(engine, key=None, max_waiting=2, seconds=0.05) as address:
         body = {"prompt": "a", "n": 3}
         full = httpx.post(f"{address}/v1/completions", json=body)
@@ -274,7 +338,15 @@ def test_a_full_queue_and_a_late_answer_are_said(engine):
         assert late.status_code == 504 and "longer than 0.05 s" in late.text
         streamed = httpx.post(f"{address}/v1/completions", json=body | {"stream": True})
         assert "longer than 0.05 s" in streamed.text and "[DONE]" not in streamed.text
-        wait_for(lambda: not engine.busy)
+
+
+def test_a_request_larger_than_the_pool_is_refused():
+    """Before the engine's thread sees it; nothing is compiled for it."""
+    small = Engine(VARIABLES, MODEL, EngineOptions(slots=2, max_length=120, pages=3, page=16))
+    with serving(small, key=None) as address:
+        answer = httpx.post(f"{address}/v1/completions", json={"prompt": "a", "max_tokens": 80})
+        assert answer.status_code == 400
+        assert "all 3 pages hold 48" in answer.json()["error"]["message"]
 
 
 def test_an_engine_that_fails_is_said_to_those_who_wait_and_to_those_who_come(engine, monkeypatch):
