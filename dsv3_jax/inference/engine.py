@@ -28,8 +28,7 @@ from dsv3_jax.inference.kv_cache import NO_PAGE, OutOfPages, PagePool
 from dsv3_jax.inference.options import EngineOptions, Statistics
 from dsv3_jax.inference.requests import Completion, FinishReason, Request
 from dsv3_jax.inference.running import Flight, Piece, Running, chunk_of, token_of
-from dsv3_jax.inference.slots import Program, empty_slots
-from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
+from dsv3_jax.inference.slots import Program, empty_slots, pools_of
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import Variables
@@ -73,17 +72,9 @@ class Engine:
             load=expert_load is not None,
         )
         self._programs = {sampled: program(sampled=sampled) for sampled in (False, True)}
-        most = options.max_length + options.beyond
-        if not options.paged and not layout.one_device:
-            # Whole pages on every device, which kernels read, and room for a padded prompt.
-            whole = PAGE * layout.size("cache")
-            most = -(-max(most, *options.chunks) // whole) * whole
-        width = -(-most // options.page) if options.paged else 1
-        in_group = options.slots // groups
-        pages = (options.pages or in_group * width) if options.paged else in_group
-        page = options.page if options.paged else most
-        self.pools = [PagePool(pages, in_group, width, page) for _ in range(groups)]
-        self._slots = empty_slots(config, options, pages * groups, most, steps.layout)
+        self.pools, most = pools_of(options, layout)
+        pages = sum(pool.pages for pool in self.pools)
+        self._slots = empty_slots(config, options, pages, most, steps.layout)
         self._sequences: dict[int, Running] = {}  # by slot, in the order of admission
         self._arrived: deque[Running] = deque()  # from any thread
         self._waiting: deque[Running] = deque()

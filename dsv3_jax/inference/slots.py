@@ -9,10 +9,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.inference.kv_cache import PagePool
 from dsv3_jax.inference.options import EngineOptions
 from dsv3_jax.inference.requests import MAX_STOP_IDS
 from dsv3_jax.inference.sampling import Settings
 from dsv3_jax.inference.speculative import Drafting
+from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 from dsv3_jax.model.cache import (
     AnyCache,
     LatentCache,
@@ -86,6 +88,24 @@ class Written(NamedTuple):
     top: tuple[Int[Array, "B T N"], Float[Array, "B T N"]] | None
     experts: Int[Array, "L B T K"] | None  # of the tokens fed
     load: Int[Array, "L E"] | None
+
+
+def pools_of(options: EngineOptions, layout: Layout) -> tuple[list[PagePool], int]:
+    """A pool for each group of devices that shares sequences, and the rows of a sequence.
+
+    A contiguous cache has one page for each slot, which holds as many rows as a sequence may have.
+    """
+    groups, most = layout.size("batch"), options.max_length + options.beyond
+    in_group = options.slots // groups
+    if options.paged:
+        width = -(-most // options.page)
+        pages = options.pages or in_group * width
+        return [PagePool(pages, in_group, width, options.page) for _ in range(groups)], most
+    if not layout.one_device:
+        # Whole pages on every device, which kernels read, and room for a padded prompt.
+        whole = PAGE * layout.size("cache")
+        most = -(-max(most, *options.chunks) // whole) * whole
+    return [PagePool(in_group, in_group, 1, most) for _ in range(groups)], most
 
 
 def empty_slots(

@@ -87,3 +87,16 @@ def test_other_experts_than_the_router_s_are_used_as_told(completions):
     want, _ = logprobs_of(VARIABLES, ids, experts, Pass(CONFIG))
     np.testing.assert_allclose(got, want, atol=1e-6)
     assert np.abs(free - want).max() > 1e-2
+
+
+def test_experts_of_more_groups_than_the_router_takes_are_replayed_on_a_mesh(completions):
+    """Four nodes hold a group each; a token told three groups is sent to all three."""
+    ids, experts = (np.concatenate([x, x], axis) for x, axis in zip(batch_of(completions), (0, 1)))
+    assert CONFIG.topk_group < CONFIG.num_experts_per_tok <= CONFIG.n_group
+    token = np.arange(LENGTH)[:, None]
+    experts[:] = (token + 2 * np.arange(CONFIG.num_experts_per_tok)) % CONFIG.n_routed_experts
+    layout = Layout(make_mesh(ParallelConfig(node=4)), expert=ExpertParallelConfig())
+    want, _ = logprobs_of(VARIABLES, ids, experts, Pass(CONFIG))
+    got, chosen = logprobs_of(VARIABLES, ids, experts, Pass(CONFIG, layout=layout))
+    np.testing.assert_array_equal(chosen, experts)
+    np.testing.assert_allclose(got, want, atol=1e-5)
