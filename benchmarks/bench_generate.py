@@ -1,26 +1,51 @@
 """Generation: time to the first token, time a token, tokens/s, acceptance, host time between steps.
 
-    python benchmarks/bench_generate.py --checkpoint runs/tiny --batch 1 8 --speculative 0 1 2
-    python benchmarks/bench_generate.py --checkpoint EXPORTED --peer transformers
+    python -m benchmarks.bench_generate --checkpoint runs/tiny --batch 1 8 --speculative 0 1 2
+    python -m benchmarks.bench_generate --checkpoint EXPORTED --peer transformers
+    python -m benchmarks.bench_generate --config configs/h200_slice.py --batch 1 8 32 128 \\
+        --prompt 128 128 128 4096 --speculative 0 --fp8 0 1 --trace --forward 4096
 
 Variants are timed in turn, several rounds, so that what else the machine does falls on all alike;
-the table has medians, and the ratio to the first variant of the same round.
+the table has medians, and the ratio to the first variant of the same round. `model` and `program`
+are chains of the model's own step and of the engine's that nobody waits for (generate_timing.py);
+`floor` is what `analysis.serving` predicts. --trace adds the GPU's kernels and gaps, --forward a
+prompt beside a forward pass of training. With --config weights are random, in BF16.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import generate_timing as timing
+from benchmarks.transformers_generate import Transformers
+from dsv3_jax.analysis.hardware import accelerator
+from dsv3_jax.analysis.serving import estimate_decode
+from dsv3_jax.config import Config, ParallelConfig, QuantConfig, load_config
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.options import EngineOptions
 from dsv3_jax.inference.requests import Completion, Request, describe_speculation, seed_of
-from dsv3_jax.loading import load
+from dsv3_jax.loading import Model, load
 from dsv3_jax.model.cache import PagedCache
+from dsv3_jax.model.fp8_weights import to_fp8_weights
+from dsv3_jax.model.transformer import init_variables
+from dsv3_jax.parallel.sharding import ONE_DEVICE
+
+
+class Variant(NamedTuple):
+    """What is timed beside the others."""
+
+    drafts: int
+    fp8: bool
 
 
 @dataclass
@@ -34,63 +59,76 @@ class Times:
     completions: list[Completion]
 
 
-def prompts_of(args, config) -> list[list[int]]:
-    """Pieces of this repository's own text in the checkpoint's tokens, or random ids."""
+def random_model(path: Path) -> Model:
+    """Weights of a config's shapes: random, matrices in BF16, as loading published ones makes."""
+    config = load_config(path)
+
+    @jax.jit
+    def make(key):
+        variables = init_variables(key, config.model)
+        params = jax.tree.map(
+            lambda x: x.astype(jnp.bfloat16) if x.ndim >= 2 else x, variables["params"]
+        )
+        return {**variables, "params": params}
+
+    return Model(config, ONE_DEVICE, make(jax.random.key(0)))
+
+
+def prompts_of(args, config, batch: int, length: int) -> list[list[int]]:
+    """Pieces of a text in the checkpoint's tokens, or random ids."""
     rng = np.random.default_rng(0)
     if args.tokens is None:
-        return [
-            rng.integers(0, config.vocab_size, args.prompt).tolist() for _ in range(max(args.batch))
-        ]
+        return [rng.integers(2, config.vocab_size, length).tolist() for _ in range(batch)]
     from dsv3_jax.loading import find_tokenizer
 
     tokenizer = find_tokenizer(args.checkpoint)
     ids = tokenizer.encode(Path(args.tokens).read_text(errors="replace"))
-    starts = rng.integers(0, len(ids) - args.prompt, max(args.batch))
-    return [[*tokenizer.prompt_prefix, *map(int, ids[s : s + args.prompt - 1])] for s in starts]
+    starts = rng.integers(0, len(ids) - length, batch)
+    return [[*tokenizer.prompt_prefix, *map(int, ids[s : s + length - 1])] for s in starts]
 
 
-def engine_for(model, args, batch: int, drafts: int) -> Engine:
-    """An engine that has compiled what a batch of these prompts needs."""
+def engine_for(model: Model, args, batch: int, length: int, drafts: int) -> Engine:
+    """An engine with room for a batch of these prompts."""
+    rows = max(1, min(batch, args.chunk_tokens // length))
     options = EngineOptions(
         slots=batch,
-        max_length=args.prompt + args.new,
-        chunks=(args.prompt,),
-        chunk_rows=(batch,),
-        token_budget=batch * args.prompt + batch * (1 + drafts),
+        max_length=length + args.new,
+        chunks=(length,),
+        chunk_rows=(rows,),
+        token_budget=rows * length + batch * (1 + drafts),
         drafts=drafts,
         paged=args.paged,
         fp8_cache=args.fp8_cache,
         share_prefixes=False,
     )
-    engine = Engine(model.variables, model.config.model, options, model.layout)
-    engine.warm_up()
-    return engine
+    return Engine(model.variables, model.config.model, options, model.layout)
+
+
+def requests_of(prompts, new: int, temperature: float) -> list[Request]:
+    """A request for each prompt, of exactly so many new tokens."""
+    return [
+        Request(tuple(prompt), new, temperature, seed=seed_of(0, number), ignore_eos=True)
+        for number, prompt in enumerate(prompts)
+    ]
 
 
 def run(engine: Engine, prompts: list[list[int]], args) -> Times:
     """One batch from its submission to its last token."""
-    requests = [
-        Request(
-            prompt=tuple(prompt),
-            max_new_tokens=args.new,
-            temperature=args.temperature,
-            seed=seed_of(0, number),
-            ignore_eos=True,
-        )
-        for number, prompt in enumerate(prompts)
-    ]
-    before, steps = engine.statistics.host_seconds, engine.statistics.steps
+    completions = [engine.submit(r) for r in requests_of(prompts, args.new, args.temperature)]
     began = time.perf_counter()
-    completions = engine.run(requests)
-    ended = time.perf_counter()
-    started = max(c.started or ended for c in completions)
-    taken = engine.statistics.steps - steps
-    written = sum(len(c.tokens) - 1 for c in completions)
+    while any(not c.tokens for c in completions):
+        engine.step()
+    started, before = time.perf_counter(), dataclasses.replace(engine.statistics)
+    written = sum(len(c.tokens) for c in completions)
+    while engine.busy:
+        engine.step()
+    ended, after = time.perf_counter(), engine.statistics
+    taken = max(after.steps - before.steps, 1)
     return Times(
         started - began,
-        (ended - started) / max(taken, 1),
-        written / (ended - started),
-        (engine.statistics.host_seconds - before) / max(taken, 1),
+        (ended - started) / taken,
+        (sum(len(c.tokens) for c in completions) - written) / (ended - started),
+        (after.host_seconds - before.host_seconds) / taken,
         completions,
     )
 
@@ -107,86 +145,130 @@ def cache_bytes(engine: Engine) -> float:
     return sum(x.nbytes for x in arrays) / rows
 
 
-class Transformers:
-    """transformers' `generate` on the same weights, greedy, with its cache."""
+def floor(config: Config, variant: Variant, batch: int, context: int) -> float:
+    """Seconds of a step by the cost model, on an H200."""
+    quant = QuantConfig("fp8_paper" if variant.fp8 else "bf16")
+    config = dataclasses.replace(config, quant=quant, mesh=ParallelConfig())
+    return estimate_decode(config, accelerator("h200"), batch, context).tpot
 
-    def __init__(self, folder: Path):
-        import torch
-        from transformers import AutoModelForCausalLM
 
-        self.torch = torch
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def compile_all(engines: dict[Any, Engine], prompts, args) -> None:
+    """Every engine writes a few tokens, side by side: a program compiles in one thread."""
+    few = requests_of(prompts, 3, args.temperature)
+    with ThreadPoolExecutor(max(1, args.threads)) as pool:
+        list(pool.map(lambda engine: engine.run(few), engines.values()))
 
-    def rate(self, prompts: list[list[int]], new: int) -> float:
-        """Tokens/s after the prompt's."""
-        ids = self.torch.tensor(prompts)
-        with self.torch.no_grad():
-            times = []
-            for count in (1, new):
-                began = time.perf_counter()
-                self.model.generate(
-                    ids, max_new_tokens=count, min_new_tokens=count, do_sample=False
-                )
-                times.append(time.perf_counter() - began)
-        return len(prompts) * (new - 1) / (times[1] - times[0])
+
+def medians(rounds: list[dict[Variant, Times]], variant: Variant) -> Callable[[str], float]:
+    """The median of a field over the rounds."""
+    return lambda name: statistics.median(getattr(times[variant], name) for times in rounds)
+
+
+def time_batch(models: dict[bool, Model], args, batch: int, length: int, peer) -> None:
+    """Prints the lines of one batch."""
+    variants = [Variant(drafts, bool(fp8)) for fp8 in args.fp8 for drafts in args.speculative]
+    config = models[variants[0].fp8].config
+    prompts = prompts_of(args, config.model, batch, length)
+    engines = {v: engine_for(models[v.fp8], args, batch, length, v.drafts) for v in variants}
+    compile_all(engines, prompts, args)
+    rounds, rates = [], []
+    for _ in range(args.rounds):
+        rounds.append({v: run(engine, prompts, args) for v, engine in engines.items()})
+        for fp8 in {v.fp8 for v in variants}:
+            of_kind = [t for v, t in rounds[-1].items() if v.fp8 == fp8]
+            if len({tuple(tuple(c.ids) for c in t.completions) for t in of_kind}) > 1:
+                print("      the variants' texts differ: rounding")
+        if peer is not None:
+            rates.append(peer.rate(prompts, args.new))
+    for variant, engine in engines.items():
+        middle = medians(rounds, variant)
+        of_first = (t[variant].rate / t[variants[0]].rate for t in rounds)
+        queued = [f(engine, length) for f in (timing.queued_model, timing.queued_engine)]
+        print(
+            f"{batch:5} {length:6} {variant.drafts:6} {'fp8' if variant.fp8 else '':3} "
+            f"{1e3 * middle('first'):9.2f} {1e3 * middle('each'):8.3f} "
+            f"{1e3 * middle('host'):8.3f} {1e3 * queued[0]:8.3f} {1e3 * queued[1]:8.3f} "
+            f"{middle('each') / queued[0]:8.2f} "
+            f"{1e3 * floor(config, variant, batch, length):8.3f} {middle('rate'):9.1f} "
+            f"{statistics.median(of_first):8.2f} {cache_bytes(engine):8.0f}",
+            flush=True,
+        )
+        if variant.drafts:
+            print(f"      {describe_speculation(rounds[-1][variant].completions)}")
+        if args.trace:
+            show_trace(engine, prompts, args)
+    if rates:
+        plain = [times[variants[0]].rate for times in rounds]
+        ratio = statistics.median(a / b for a, b in zip(plain, rates))
+        print(f"      transformers {statistics.median(rates):.1f} tokens/s; we {ratio:.2f} x")
+
+
+def show_trace(engine: Engine, prompts, args) -> None:
+    """Prints the kernels' time and the gaps of the engine's steps, read by the host as always."""
+    completions = [engine.submit(r) for r in requests_of(prompts, args.new, args.temperature)]
+    while any(len(c.tokens) < 4 for c in completions):
+        engine.step()
+    before = engine.statistics.steps
+
+    def steps():
+        for _ in range(timing.STEPS):
+            engine.step()
+
+    seen = timing.trace(steps)
+    taken = engine.statistics.steps - before
+    while engine.busy:
+        engine.step()
+    if seen is None:
+        print("      the profiler saw no GPU")
+        return
+    gaps = 1 - seen.busy / seen.window
+    print(
+        f"      traced: {1e3 * seen.window / taken:.3f} ms a step, of it kernels "
+        f"{1e3 * seen.busy / taken:.3f} in {seen.launches / taken:.0f} launches; gaps {gaps:.1%}",
+        flush=True,
+    )
 
 
 def main() -> None:
     """Prints a line for each variant."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--config", type=Path, help="random weights of this shape instead")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--speculative", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--prompt", type=int, nargs="+", default=[64], help="of each batch, or all")
     parser.add_argument("--new", type=int, default=128, help="tokens to write")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--tokens", help="a text file to cut prompts from; else random ids")
-    parser.add_argument("--paged", action="store_true")
+    parser.add_argument("--paged", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--fp8-cache", action="store_true")
-    parser.add_argument("--fp8", action="store_true")
-    parser.add_argument("--peer", choices=["transformers"], help="the checkpoint is a HF folder")
+    parser.add_argument("--fp8", type=int, nargs="+", default=[0], choices=[0, 1])
+    parser.add_argument("--chunk-tokens", type=int, default=2**15, help="of prompts in a program")
+    parser.add_argument("--threads", type=int, default=4, help="that compile")
+    parser.add_argument("--trace", action="store_true")
+    parser.add_argument("--forward", type=int, help="tokens of a row, forward as in training")
+    parser.add_argument("--peer", choices=["transformers"], help="in f32, of a HF folder")
     args = parser.parse_args()
-    model = load(args.checkpoint, fp8=args.fp8)
-    prompts = prompts_of(args, model.config.model)
+    if (args.checkpoint is None) == (args.config is None):
+        parser.error("give --checkpoint or --config")
+    plain = load(args.checkpoint) if args.checkpoint else random_model(args.config)
+    models = {False: plain}
+    if 1 in args.fp8:
+        held = to_fp8_weights(plain.variables, plain.config.model)
+        models[True] = plain._replace(variables=held)
     peer = Transformers(args.checkpoint) if args.peer else None
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.new} new tokens; in ms")
     print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.prompt} + {args.new} tokens"
+        "batch prompt drafts fp8  first     step     host    model  program  x model    floor "
+        " tokens/s  x first  B/token/layer"
     )
-    print("batch drafts  first ms  step ms  host ms  tokens/s  x plain  cache B/token/layer")
-    for batch in args.batch:
-        engines = {drafts: engine_for(model, args, batch, drafts) for drafts in args.speculative}
-        rounds: list[dict[int, Times]] = []
-        rates = []
-        for number in range(args.rounds + 1):
-            times = {d: run(engine, prompts[:batch], args) for d, engine in engines.items()}
-            texts = {tuple(tuple(c.ids) for c in t.completions) for t in times.values()}
-            if len(texts) > 1:
-                print(f"      the variants' texts differ ({len(texts)}): rounding")
-            if number:  # the first warms up
-                rounds.append(times)
-                if peer is not None:
-                    rates.append(peer.rate(prompts[:batch], args.new))
-        for drafts, engine in engines.items():
-            mine = [times[drafts] for times in rounds]
-            ratio = statistics.median(
-                times[drafts].rate / times[args.speculative[0]].rate for times in rounds
-            )
-
-            def middle(name: str, mine=mine) -> float:
-                return statistics.median(getattr(times, name) for times in mine)
-
-            print(
-                f"{batch:5} {drafts:6} {1e3 * middle('first'):9.2f} {1e3 * middle('each'):8.3f} "
-                f"{1e3 * middle('host'):8.3f} {middle('rate'):9.1f} {ratio:8.2f} "
-                f"{cache_bytes(engine):10.0f}"
-            )
-            if drafts:
-                print(f"      {describe_speculation(mine[-1].completions)}")
-        if rates:
-            plain = [times[args.speculative[0]].rate for times in rounds]
-            ratio = statistics.median(a / b for a, b in zip(plain, rates))
-            print(f"      transformers {statistics.median(rates):.1f} tokens/s; we {ratio:.2f} x")
+    for number, batch in enumerate(args.batch):
+        length = args.prompt[min(number, len(args.prompt) - 1)]
+        time_batch(models, args, batch, length, peer)
+    if args.forward:
+        seconds = timing.training_forward(plain.variables, plain.config.model, args.forward)
+        print(f"forward of {args.forward} tokens, as in training: {1e3 * seconds:.2f} ms")
 
 
 if __name__ == "__main__":

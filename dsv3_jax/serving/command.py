@@ -29,7 +29,8 @@ def serve(options: ServeOptions) -> None:
     options.check()
     if jax.process_count() > 1:
         raise UserError("serve runs in one process; on several hosts start one each")
-    from dsv3_jax.serving.app import Limits, make_app
+    from dsv3_jax.serving.answer import Limits
+    from dsv3_jax.serving.app import make_app
     from dsv3_jax.serving.draining import DrainingServer
 
     worker, served = _load(options)

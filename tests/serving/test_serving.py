@@ -18,7 +18,8 @@ from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.options import EngineOptions
 from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.streaming import TextStream
-from dsv3_jax.serving.app import Limits, make_app
+from dsv3_jax.serving.answer import Limits
+from dsv3_jax.serving.app import make_app
 from dsv3_jax.serving.protocol import Served
 from dsv3_jax.serving.worker import Worker
 from tests.helpers import random_variables, tiny_model
