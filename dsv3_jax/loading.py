@@ -27,8 +27,8 @@ from dsv3_jax.config import (
     UserError,
     config_from_dict,
 )
-from dsv3_jax.config.files import file_inside, read_json
-from dsv3_jax.data.tokenizer import TIKTOKEN_FILE, TOKENIZER_FILE, load_tokenizer
+from dsv3_jax.config.files import read_config
+from dsv3_jax.data.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_file
 from dsv3_jax.data.tokens import Tokenizer
 from dsv3_jax.inference.redundant_experts import measure_load, plan_places, replicate_experts
 from dsv3_jax.interop.checkpoint import is_weights_folder, open_checkpoint
@@ -48,8 +48,6 @@ from dsv3_jax.training.manifest import steps_in
 from dsv3_jax.training.metrics import newest_numbers
 from dsv3_jax.training.restore import read_meta, read_saved, read_state
 from dsv3_jax.training.state import averaged_variables, variables_of
-
-_MAX_CONFIG_BYTES = 1 << 20
 
 
 class Model(NamedTuple):
@@ -135,12 +133,10 @@ def open_run(run_dir: Path, step: str) -> OpenedRun:
         read = partial(_variables, folder, found, abstract_variables(config.model))
     if config.optimizer.average_decay:
         read_average = partial(averaged_variables, folder, found, config)
-    names = ("tokenizer.json", "tiktoken.model")  # where the run's tokenizer has a file
-    files = [run_dir / name for name in names if (run_dir / name).exists()]
     facts = RunFacts(found, config, newest_numbers(run_dir / "metrics.jsonl", found))
     scales = run_dir / SCALES_FILE
     return OpenedRun(
-        *(config.model, read, files[0] if files else None, facts),
+        *(config.model, read, tokenizer_file(run_dir), facts),
         *(scales if scales.exists() else None, adapters, read_average),
     )
 
@@ -173,8 +169,11 @@ def find_tokenizer(folder: Path, asked_for: str | None = None) -> Tokenizer:
     """
     if asked_for:
         return load_tokenizer(asked_for)
-    has_own = any((folder / name).exists() for name in (TOKENIZER_FILE, TIKTOKEN_FILE))
-    if not has_own and not is_weights_folder(folder) and _trained_on_bytes(folder):
+    if (
+        tokenizer_file(folder) is None
+        and not is_weights_folder(folder)
+        and _trained_on_bytes(folder)
+    ):
         return load_tokenizer("byte")
     try:
         return load_tokenizer(folder)
@@ -196,7 +195,7 @@ def _trained_on_bytes(run_dir: Path) -> bool:
     """
     steps = steps_in(run_dir / "checkpoints")
     looks: list[Callable[[], Any]] = [
-        lambda: read_json(file_inside(run_dir, "config.json"), _MAX_CONFIG_BYTES),
+        lambda: read_config(run_dir),
         lambda: read_saved(run_dir / "checkpoints" / str(steps[-1]))["meta"]["config"],
     ]
     for look in looks:

@@ -8,6 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.config import UserError, to_json
+from dsv3_jax.data.tiktoken_model import CODE_FILES
+from dsv3_jax.data.tokenizer import (
+    BESIDE_TOKENIZER,
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+    tokenizer_file,
+)
 from dsv3_jax.interop.checkpoint import from_variables
 from dsv3_jax.interop.commands import open_source
 from dsv3_jax.interop.exporting import export_hf
@@ -16,8 +23,6 @@ from dsv3_jax.loading import Model, open_run
 from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.training.checkpoint import Checkpoints
 
-TOKENIZER = "tokenizer.json"
-
 
 def save(
     model: Model, folder: str | Path, *, step: int = 0, tokenizer: str | Path | None = None
@@ -25,11 +30,12 @@ def save(
     """Writes a model's weights as the checkpoint of a step of a run directory; returns the folder.
 
     `load(folder)` gives the same numbers back, in f32: BF16 weights are widened, which is exact. On
-    a mesh each process writes its part. The tokenizer is a tokenizer.json to keep beside them, or
-    that of the published folder the model came from; train.py does not go on from here, as there is
-    no optimizer's state. Raises UserError for weights that are held as FP8, in replicas, or of
-    other shapes than the config's, and for a folder of another model; CheckpointError for a step
-    that is there, or a disk that is full.
+    a mesh each process writes its part. The tokenizer is the file of one to keep beside them, or
+    that of the published folder the model came from, each with what lies beside it; train.py does
+    not go on from here, as there is no optimizer's state. Raises UserError for weights that are
+    held as FP8, in replicas, or of other shapes than the config's, for a tokenizer that is not
+    there, and for a folder of another model; CheckpointError for a step that is there, or a disk
+    that is full.
 
     >>> import tempfile
     >>> import jax, dsv3_jax as ds
@@ -53,17 +59,29 @@ def save(
     text, file = to_json(config), folder / "config.json"
     if file.exists() and file.read_text() != text:
         raise UserError(f"{folder} holds a run with another config.json: choose another folder")
-    if tokenizer is None:
-        beside = Path(config.data.tokenizer) / TOKENIZER
-        tokenizer = beside if beside.is_file() else None
+    kept = _tokenizer_files(
+        tokenizer_file(config.data.tokenizer) if tokenizer is None else tokenizer
+    )
     state = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), model.variables)
     with Checkpoints(folder / "checkpoints", every_steps=1, keep=1 << 30) as checkpoints:
         checkpoints.save(step, state, {"config": dataclasses.asdict(config)})
     if jax.process_index() == 0:
         file.write_text(text)
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, folder / TOKENIZER)
+        for name, path in kept.items():
+            shutil.copyfile(path, folder / name)
     return folder
+
+
+def _tokenizer_files(tokenizer: str | Path | None) -> dict[str, Path]:
+    """The files of a tokenizer, by their names in a run: what lies beside it says what a prompt
+    begins with."""
+    if tokenizer is None:
+        return {}
+    if not (path := Path(tokenizer)).is_file():
+        raise UserError(f"tokenizer {str(tokenizer)!r}: no such file")
+    beside = (path.with_name(name) for name in (*BESIDE_TOKENIZER, *CODE_FILES))
+    name = path.name if path.name in TOKENIZER_FILES else TOKENIZER_FILE
+    return {name: path} | {file.name: file for file in beside if file.is_file()}
 
 
 def export(

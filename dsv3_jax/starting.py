@@ -18,10 +18,17 @@ from typing import Any
 
 import jax
 
-from dsv3_jax.config import Config, ModelConfig, UserError, config_from_dict
-from dsv3_jax.config.files import read_json
+from dsv3_jax.config import Config, ModelConfig, UserError
+from dsv3_jax.config.files import read_config
+from dsv3_jax.config.run import config_of_run
 from dsv3_jax.data.chat import CHAT_TEMPLATE_FILE
-from dsv3_jax.data.tokenizer import TIKTOKEN_FILE, TOKENIZER_FILE, load_tokenizer
+from dsv3_jax.data.tokenizer import (
+    BESIDE_TOKENIZER,
+    KEPT_WITH_WEIGHTS,
+    TOKENIZER_FILES,
+    load_tokenizer,
+    tokenizer_file,
+)
 from dsv3_jax.interop.checkpoint import Checkpoint, is_weights_folder, open_checkpoint
 from dsv3_jax.interop.import_manifest import MANIFEST as IMPORT_MANIFEST
 from dsv3_jax.interop.load import LoadDType, abstract_leaves, stores_fp8
@@ -57,7 +64,6 @@ MAY_DIFFER = (
     "rope_scaling",
     "num_nextn_predict_layers",
 )
-_MAX_CONFIG_BYTES = 1 << 20
 _ENDS = 1 << 16  # bytes of each file's beginning and end that tell weights apart
 
 
@@ -85,15 +91,13 @@ def open_weights(folder: str | Path) -> Weights:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"--init-from {folder}: no such folder")
-    has_own = any((folder / name).exists() for name in (TOKENIZER_FILE, TIKTOKEN_FILE))
-    own = str(folder) if has_own else None
+    own = None if tokenizer_file(folder) is None else str(folder)
     if is_weights_folder(folder):
         checkpoint = open_checkpoint(folder)
         return Weights(folder, checkpoint.config, own, checkpoint)
-    path = folder / "config.json"
-    if not (path.is_file() and (folder / "checkpoints").is_dir()):
+    if not ((folder / "config.json").is_file() and (folder / "checkpoints").is_dir()):
         raise UserError(f"--init-from {folder}: neither published weights nor a run lie there")
-    config = config_from_dict(read_json(path, _MAX_CONFIG_BYTES), path)
+    config = config_of_run(folder)
     if own is None and config.data.tokenizer == "byte":
         own = "byte"
     return Weights(folder, config.model, own, None)
@@ -174,9 +178,11 @@ class Origin:
         origin = {"folder": str(self.weights.folder.resolve()), "sha256": fingerprint(self.weights)}
         if jax.process_index():
             return
-        run_dir = Path(self.config.run_dir)
+        run_dir, skipped = Path(self.config.run_dir), set(TOKENIZER_FILES)
+        if not self._has_tokenizer_of_weights():
+            skipped |= {*BESIDE_TOKENIZER} - {CHAT_TEMPLATE_FILE}
         for path in carried_files(self.weights.folder):
-            if path.name in ("README.md", TOKENIZER_FILE, TIKTOKEN_FILE):
+            if path.name not in KEPT_WITH_WEIGHTS or path.name in skipped:
                 continue
             if path.name != CHAT_TEMPLATE_FILE or not (run_dir / path.name).exists():
                 write_whole(run_dir / path.name, path.read_bytes())
@@ -202,12 +208,20 @@ class Origin:
             lines.append(f"MTP: {has - wanted} of the {has} modules in {folder} are left out")
         return lines + self._told_of_tokenizer()
 
+    def _has_tokenizer_of_weights(self) -> bool:
+        assert self.weights is not None
+        own = self.weights.tokenizer
+        if own is None or own == self.config.data.tokenizer:
+            return own is not None
+        used = tokenizer_file(self.config.run_dir) or "byte"  # as `RunFolder.claim` left it
+        return load_tokenizer(own).fingerprint == load_tokenizer(used).fingerprint
+
     def _told_of_tokenizer(self) -> list[str]:
         assert self.weights is not None
         own, used = self.weights.tokenizer, self.config.data.tokenizer
         if own is None:
             return [f"{self.weights.folder} has no tokenizer: data.tokenizer={used} is taken"]
-        if own == used or load_tokenizer(own).fingerprint == load_tokenizer(used).fingerprint:
+        if self._has_tokenizer_of_weights():
             return []
         return [f"data.tokenizer={used} is not the tokenizer of {self.weights.folder}"]
 
@@ -268,7 +282,7 @@ def open_base(run_dir: Path, config: Config) -> Weights:
     assert config.init_from is not None
     folder = config.init_from
     if not Path(folder).is_dir() and (run_dir / ORIGIN_FILE).is_file():
-        folder = str(read_json(run_dir / ORIGIN_FILE, _MAX_CONFIG_BYTES).get("folder", folder))
+        folder = str(read_config(run_dir, ORIGIN_FILE).get("folder", folder))
     weights = open_weights(folder)
     _check_record(run_dir, weights, moved=False)
     return weights

@@ -11,14 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv3_jax.config import RunError, UserError, config_from_dict
-from dsv3_jax.config.files import file_inside, read_json
+from dsv3_jax.config import RunError, UserError
+from dsv3_jax.config.run import config_of_run
 from dsv3_jax.data.corpus import RECIPE_FILE, damage_of_prepared
 from dsv3_jax.data.shards import INDEX_FILE, TokenShards
 from dsv3_jax.interop.import_manifest import MANIFEST
 from dsv3_jax.training.manifest import damage, steps_in
-
-_MAX_CONFIG_BYTES = 1 << 20
 
 
 class Verified(NamedTuple):
@@ -66,8 +64,7 @@ def _run(folder: Path) -> list[str]:
             found.append(f"{checkpoints / str(step)}: {problem}")
     if (folder / "config.json").exists():
         try:
-            path = file_inside(folder, "config.json")
-            config_from_dict(read_json(path, _MAX_CONFIG_BYTES), path)
+            config_of_run(folder)
         except UserError as error:
             found.append(str(error))
     return found

@@ -34,6 +34,12 @@ def test_configs_survive_json(path):
     assert config_from_dict(json.loads(to_json(config))) == config
 
 
+def test_a_choice_that_there_is_not_is_a_problem_also_outside_of_groups():
+    said = Config(wandb="Online", train=TrainConfig(remat="some")).problems()  # type: ignore
+    assert "wandb='Online' must be one of off, offline, online" in said
+    assert any(problem.startswith("train.remat='some' must be one of") for problem in said)
+
+
 def test_all_problems_are_reported_together_with_the_fix():
     config = dataclasses.replace(
         tiny_config(tiny_model(n_routed_experts=9, qk_rope_head_dim=3, eos_token_id=99)),

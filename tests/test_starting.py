@@ -10,7 +10,7 @@ import orbax.checkpoint as orbax
 import pytest
 
 import train
-from dsv3_jax import cli, loading, starting
+from dsv3_jax import cli, loading, saving, starting
 from dsv3_jax.config import UserError, load_config
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.interop.safetensors import load_file
@@ -133,6 +133,24 @@ def test_weights_are_opened_and_hashed_once(config_file, straight_run, tmp_path,
     assert begin(config_file, tmp_path / "run", tmp_path / "none", *more) == 0
     assert opened == [str(straight_run)]
     assert hashed == [straight_run / "checkpoints" / "2"]
+
+
+def test_what_lies_beside_a_tokenizer_goes_with_it_and_with_no_other(
+    config_file, bf16_folder, tmp_path
+):
+    plain = tmp_path / "plain"
+    shutil.copytree(bf16_folder, plain)
+    (plain / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+    assert loading.find_tokenizer(plain).prompt_prefix == ()
+    saving.save(loading.load(plain), tmp_path / "saved")
+    assert loading.find_tokenizer(tmp_path / "saved").prompt_prefix == ()
+    with pytest.raises(UserError, match="'nowhere.json': no such file"):
+        saving.save(loading.load(plain), tmp_path / "x", tokenizer="nowhere.json")
+    other, run = tmp_path / "other.json", tmp_path / "run"
+    train_tokenizer(["other words"], 261, other)
+    assert begin(config_file, run, plain, "--data.tokenizer", other, "--train.steps", 0) == 0
+    assert loading.find_tokenizer(run).prompt_prefix == (0,)
+    assert (run / "chat_template.jinja").exists()
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from dsv3_jax.config import UserError
-from dsv3_jax.config.files import file_inside, read_json
+from dsv3_jax.config.files import read_config
 from dsv3_jax.config.records import read_records
 
 log = logging.getLogger(__name__)
-_MAX_CONFIG_BYTES = 1 << 20
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 MAX_LAYERS = 64  # panels of the load heatmap; a deeper model shows this many, evenly chosen
 MAX_COLUMNS = 300  # points in time of the load heatmap
@@ -317,7 +316,7 @@ def _edges(steps: np.ndarray) -> np.ndarray:
 def layer_names(run_dir: Path, num_rows: int) -> list[str]:
     """ "layer 3", ..., "MTP 1": numbered as in the model where config.json tells the dense ones."""
     try:
-        model = read_json(file_inside(run_dir, "config.json"), _MAX_CONFIG_BYTES)["model"]
+        model = read_config(run_dir)["model"]
         first, last = int(model["first_k_dense_replace"]), int(model["num_hidden_layers"])
     except (OSError, ValueError, KeyError, TypeError):
         return [f"MoE layer {row + 1}" for row in range(num_rows)]

@@ -26,6 +26,8 @@ from dsv3_jax.config.rules import UserError
 
 Kind = TypeVar("Kind")
 
+# Of config.json and other small files of its kind; V3's has 2 kB.
+MAX_CONFIG_BYTES = 1 << 20
 # Parsed JSON takes some 100 bytes of memory a value: "[]," in a file of 50 MB would take 1.8 GB.
 MAX_VALUES = 1 << 20
 MAX_DEPTH = 64
@@ -56,6 +58,12 @@ def file_inside(folder: Path, name: str) -> Path:
     if not is_file:
         raise UserError(f"{path}: no such file")
     return path
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """The JSON object in a small file of the folder; UserError as `file_inside` and `parse_json`,
+    OSError."""
+    return read_json(file_inside(folder, name), MAX_CONFIG_BYTES)
 
 
 def read_json(path: Path, max_bytes: int, max_values: int = MAX_VALUES) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from dsv3_jax.config.files import build
+from dsv3_jax.config.files import build, read_config
 from dsv3_jax.config.mesh import (
     DistributedConfig,
     ExpertParallelConfig,
@@ -86,7 +86,7 @@ class Config:
 
     def problems(self) -> list[str]:
         """Every inconsistency of the run, each prefixed with its group, with the rule and a fix."""
-        found = []
+        found = _unknown_choices(self)
         for group in dataclasses.fields(self):
             value = getattr(self, group.name)
             found += [f"{group.name}.{problem}" for problem in _unknown_choices(value)]
@@ -199,6 +199,11 @@ def config_from_dict(values: Any, where: str | Path = "the configuration") -> Co
     if found := config.model.problems():
         raise UserError(f"{where}: model.{'; model.'.join(found)}")
     return config
+
+
+def config_of_run(run_dir: Path) -> Config:
+    """The Config that a run's config.json holds; UserError as `config_from_dict`, OSError."""
+    return config_from_dict(read_config(run_dir), run_dir / "config.json")
 
 
 def shipped_configs() -> dict[str, Path]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from dsv3_jax.config import UserError
 from dsv3_jax.config.files import read_bytes, read_json
-from dsv3_jax.data.tokens import MAX_CONFIG_BYTES
+from dsv3_jax.data.tokens import MAX_TOKENIZER_CONFIG_BYTES, TOKENIZER_CONFIG
 
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -171,13 +171,13 @@ def load_chat_template(folder: Path, special: Mapping[str, str]) -> ChatTemplate
     chat_template.jinja comes before the field of tokenizer_config.json, as in transformers; of
     several named ones, "default" counts. Raises as `ChatTemplate`.
     """
-    file, config = folder / CHAT_TEMPLATE_FILE, folder / "tokenizer_config.json"
+    file, config = folder / CHAT_TEMPLATE_FILE, folder / TOKENIZER_CONFIG
     try:
         if file.is_file():
-            return ChatTemplate(read_bytes(file, MAX_CONFIG_BYTES).decode(), special)
+            return ChatTemplate(read_bytes(file, MAX_TOKENIZER_CONFIG_BYTES).decode(), special)
         if not config.is_file():
             return None
-        source = read_json(config, MAX_CONFIG_BYTES).get("chat_template")
+        source = read_json(config, MAX_TOKENIZER_CONFIG_BYTES).get("chat_template")
     except (OSError, ValueError) as error:
         raise TemplateFailed(f"{folder}: no readable chat template: {_line(error)}") from error
     if isinstance(source, list):  # several, by name

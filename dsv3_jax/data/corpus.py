@@ -13,7 +13,7 @@ import json
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -46,6 +46,7 @@ from dsv3_jax.data.tokenizer import (
     TIKTOKEN_FILE,
     TOKENIZER_FILE,
     load_tokenizer,
+    tokenizer_file,
     train_tokenizer,
 )
 from dsv3_jax.data.tokens import Tokenizer, read_capped
@@ -147,14 +148,17 @@ def prepare(
     whole or not at all. UserError: a missing input, text that cannot be read, no documents at all,
     an `out` that is not empty or cannot be written, a tokenizer without FIM tokens.
     """
-    problems = DataConfig(val_fraction=val_fraction, fim_rate=fim_rate).problems()
-    if problems:
+    recipe = checked_recipe(Path(out), val_fraction, fim_rate, seed)
+    return _prepare(find_files(inputs), Path(out), tokenizer, recipe, text_field)
+
+
+def checked_recipe(out: Path, val_fraction: float, fim_rate: float, seed: int) -> Recipe:
+    """The recipe of a corpus that is to be written to `out`; UserError as `prepare`."""
+    if problems := DataConfig(val_fraction=val_fraction, fim_rate=fim_rate).problems():
         raise UserError("; ".join(problems))
-    out = Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: choose another output folder")
-    recipe = Recipe(val_fraction, fim_rate, seed)
-    return _prepare(find_files(inputs), out, tokenizer, recipe, text_field)
+    return Recipe(val_fraction, fim_rate, seed)
 
 
 def open_corpus(data: DataConfig, seed: int, cache_dir: str | Path | None = None) -> Corpus:
@@ -183,7 +187,7 @@ def _open_one(data: DataConfig, seed: int, cache_dir: str | Path | None) -> Corp
     bpe_size = _bpe_size(data.tokenizer)
     marks = (path / RECIPE_FILE, path / "train" / INDEX_FILE)
     if data.path != "stdlib" and any(mark.exists() for mark in marks):
-        own = path if _own_tokenizer(path) else "byte"
+        own = path if tokenizer_file(path) else "byte"
         tokenizer = load_tokenizer(data.tokenizer if bpe_size is None else own)
         return _open_prepared(path, tokenizer, data)
     recipe = Recipe(data.val_fraction, data.fim_rate, seed)
@@ -264,20 +268,37 @@ def check_model(model: ModelConfig, corpus: Corpus) -> None:
 def _prepare(
     inputs: Inputs, out: Path, tokenizer: Tokenizer, recipe: Recipe, text_field: str
 ) -> Summary:
-    """Writes the corpus, in a second pass split by tails when the first left one side empty.
+    """Writes the corpus, in a second pass split by tails when the first left one side empty."""
 
-    OSError for a full disk, with the place and about how many bytes are wanted there.
+    def write(folder: Path, recipe: Recipe) -> Summary:
+        return _write_splits(inputs, folder, tokenizer, recipe, text_field)
+
+    tails = dataclasses.replace(recipe, split_by="tail")
+    return write_corpus(inputs, out, tokenizer, (recipe, tails), write)
+
+
+def write_corpus(
+    inputs: Inputs,
+    out: Path,
+    tokenizer: Tokenizer,
+    recipes: tuple[Recipe, Recipe],
+    write: Callable[[Path, Recipe], Summary],
+) -> Summary:
+    """What `write` wrote into a folder by the first recipe, or where that left one side empty by
+    the second; with the tokenizer's files and recipe.json.
+
+    `out` appears whole or not at all. OSError for a full disk, with the place and about how many
+    bytes are wanted there.
     """
     with told_when_full(out, inputs, tokenizer.vocab_size), atomic_folder(out) as folder:
-        summary = _write_splits(inputs, folder, tokenizer, recipe, text_field)
+        summary = write(folder, recipes[0])
         if not (summary.train.documents and summary.val.documents):
             for split in ("train", "val"):
                 shutil.rmtree(folder / split)
-            recipe = dataclasses.replace(recipe, split_by="tail")
-            summary = _write_splits(inputs, folder, tokenizer, recipe, text_field)
+            summary = write(folder, recipes[1])
         for name, path in tokenizer.files.items():
             shutil.copyfile(path, folder / name)
-        made = {**dataclasses.asdict(recipe), "skipped": summary.skipped}
+        made = {**dataclasses.asdict(summary.recipe), "skipped": summary.skipped}
         (folder / RECIPE_FILE).write_text(json.dumps(made, indent=2) + "\n")
     return summary
 
@@ -318,7 +339,7 @@ def _open_prepared(path: Path, tokenizer: Tokenizer, data: DataConfig) -> Corpus
 def _open_splits(path: Path, tokenizer: Tokenizer, data: DataConfig) -> Corpus:
     """A folder's two sides, their files verified as `data.verify` says."""
     corpus = Corpus((Part(TokenShards(path / "train"), TokenShards(path / "val")),), tokenizer)
-    own = _own_tokenizer(path)
+    own = tokenizer_file(path)
     for shards in (corpus.train, corpus.val):
         index = shards.index
         if index.tokenizer_sha256 != tokenizer.fingerprint:
@@ -366,14 +387,8 @@ def damage_of_prepared(path: Path) -> list[str]:
     return found
 
 
-def _own_tokenizer(path: Path) -> Path | None:
-    """The tokenizer's file that lies in a prepared folder, where one does."""
-    files = (path / name for name in (TOKENIZER_FILE, TIKTOKEN_FILE))
-    return next((file for file in files if file.is_file()), None)
-
-
 def _tokenizer_problem(path: Path, expected: str) -> str | None:
-    own = _own_tokenizer(path)
+    own = tokenizer_file(path)
     if own is None:
         lost = load_tokenizer("byte").fingerprint != expected
         return f"{path / TOKENIZER_FILE} is missing" if lost else None

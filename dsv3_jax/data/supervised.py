@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from dsv3_jax.config import DataConfig, UserError
+from dsv3_jax.config import UserError
 from dsv3_jax.data.chat import (
     CHAT_TEMPLATE_FILE,
     DEFAULT_TEMPLATE,
@@ -28,10 +26,10 @@ from dsv3_jax.data.chat import (
     check_messages,
     load_chat_template,
 )
-from dsv3_jax.data.corpus import RECIPE_FILE, Summary
+from dsv3_jax.data.corpus import Summary, checked_recipe, write_corpus
 from dsv3_jax.data.documents import Inputs, find_files, read_records
 from dsv3_jax.data.packing import Recipe
-from dsv3_jax.data.shards import ShardWriter, atomic_folder
+from dsv3_jax.data.shards import ShardWriter
 from dsv3_jax.data.tokenizer import Tokenizer
 
 OnError = Literal["stop", "skip"]
@@ -67,26 +65,15 @@ def prepare_supervised(
     watched. The chat template is kept beside the tokens. UserError as `corpus.prepare`, and for
     records as `read_supervised`.
     """
-    if problems := DataConfig(val_fraction=val_fraction, fim_rate=0).problems():
-        raise UserError("; ".join(problems))
-    files, out = find_files(inputs), Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder: choose another output folder")
-    recipe = Recipe(val_fraction, 0.0, seed)
-    with atomic_folder(out) as folder:
-        summary = _write(files, folder, tokenizer, template, recipe, on_error)
-        if not (summary.train.documents and summary.val.documents):
-            for split in ("train", "val"):
-                shutil.rmtree(folder / split)
-            recipe = dataclasses.replace(recipe, split_by="repeat")
-            summary = _write(files, folder, tokenizer, template, recipe, on_error)
-        for name, path in tokenizer.files.items():
-            shutil.copyfile(path, folder / name)
+    recipe, files = checked_recipe(Path(out), val_fraction, 0.0, seed), find_files(inputs)
+
+    def write(folder: Path, recipe: Recipe) -> Summary:
         if template is not None:
             (folder / CHAT_TEMPLATE_FILE).write_text(template.source, encoding="utf-8")
-        made = {**dataclasses.asdict(recipe), "skipped": summary.skipped}
-        (folder / RECIPE_FILE).write_text(json.dumps(made, indent=2) + "\n")
-    return summary
+        return _write(files, folder, tokenizer, template, recipe, on_error)
+
+    repeated = dataclasses.replace(recipe, split_by="repeat")
+    return write_corpus(files, Path(out), tokenizer, (recipe, repeated), write)
 
 
 def find_template(file: Path | None, tokenizer_folder: Path, tokenizer: Tokenizer) -> ChatTemplate:

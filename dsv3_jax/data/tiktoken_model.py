@@ -26,9 +26,9 @@ from jaxtyping import Int32
 
 from dsv3_jax.config import LIMITS, UserError
 from dsv3_jax.config.files import parse_json
-from dsv3_jax.data.tokens import SpecialTokens, Tokenizer, read_capped
+from dsv3_jax.data.tokens import TOKENIZER_CONFIG, SpecialTokens, Tokenizer, read_capped
 
-FILE, CONFIG = "tiktoken.model", "tokenizer_config.json"
+FILE = "tiktoken.model"
 # The classes whose pattern and cuts are the ones below.
 CODE_FILES = ("tokenization_kimi.py", "tokenization_moonshot.py")
 CLASS = "TikTokenTokenizer"
@@ -90,7 +90,7 @@ class TiktokenTokenizer(Tokenizer):
             special=SpecialTokens(**roles),
             files={
                 name: path.with_name(name)
-                for name in (FILE, CONFIG, *CODE_FILES)
+                for name in (FILE, TOKENIZER_CONFIG, *CODE_FILES)
                 if path.with_name(name).is_file()
             },
             prompt_prefix=(),  # the publisher's class puts nothing before a text
@@ -115,9 +115,11 @@ def cut_text(text: str) -> Iterator[str]:
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], bytes]:
-    beside = path.with_name(CONFIG)
+    beside = path.with_name(TOKENIZER_CONFIG)
     if not beside.is_file():
-        raise UserError(f"{path}: needs the {CONFIG} beside it, which holds its special tokens")
+        raise UserError(
+            f"{path}: needs the {TOKENIZER_CONFIG} beside it, which holds its special tokens"
+        )
     raw = read_capped(beside)
     return parse_json(raw, beside), raw
 
@@ -152,7 +154,7 @@ def _special_names(
     config: dict[str, Any], num_ranks: int, path: Path
 ) -> dict[int, tuple[str, bool]]:
     """(name, whether special) of each id that added_tokens_decoder names."""
-    beside = path.with_name(CONFIG)
+    beside = path.with_name(TOKENIZER_CONFIG)
     added = config.get("added_tokens_decoder")
     if not isinstance(added, dict) or not added:
         raise UserError(f"{beside}: has no added_tokens_decoder, so {path.name} lacks its specials")
@@ -173,7 +175,7 @@ def _special_names(
 
 def _check_class(config: dict[str, Any], path: Path) -> None:
     """Raises UserError unless the pattern is known to be PATTERNS."""
-    beside = path.with_name(CONFIG)
+    beside = path.with_name(TOKENIZER_CONFIG)
     mapped = config.get("auto_map")
     named = mapped.get("AutoTokenizer") if isinstance(mapped, dict) else None
     named = named[0] if isinstance(named, list) and named else named
@@ -201,7 +203,7 @@ def _role(config: dict[str, Any], role: str, ids: dict[str, int], path: Path) ->
     name = value.get("content") if isinstance(value, dict) else value
     if name not in ids:
         raise UserError(
-            f"{path.with_name(CONFIG)}: {role}_token={str(name)[:60]!r} is none of its "
+            f"{path.with_name(TOKENIZER_CONFIG)}: {role}_token={str(name)[:60]!r} is none of its "
             "added_tokens_decoder"
         )
     return ids[name]

@@ -20,13 +20,42 @@ from jaxtyping import Int32, Int64
 
 from dsv3_jax.config import LIMITS, UserError
 from dsv3_jax.config.files import parse_json, read_json, shown
+from dsv3_jax.data.chat import CHAT_TEMPLATE_FILE
 from dsv3_jax.data.pieces import piece_reader
+from dsv3_jax.data.tiktoken_model import FILE as TIKTOKEN_FILE
 from dsv3_jax.data.tiktoken_model import TiktokenTokenizer
-from dsv3_jax.data.tokens import MAX_CONFIG_BYTES, SpecialTokens, Tokenizer, read_capped
+from dsv3_jax.data.tokens import (
+    MAX_TOKENIZER_CONFIG_BYTES,
+    TOKENIZER_CONFIG,
+    SpecialTokens,
+    Tokenizer,
+    read_capped,
+)
 
 # Gemma's 262,144 tokens and 514,906 merges are the most there is: some 1.8 million values.
 _MAX_VALUES = 1 << 22
-TOKENIZER_FILE, TIKTOKEN_FILE = "tokenizer.json", "tiktoken.model"
+TOKENIZER_FILE = "tokenizer.json"
+# Those that are read, the first before the second, and what of a tokenizer lies beside them.
+TOKENIZER_FILES = (TOKENIZER_FILE, TIKTOKEN_FILE)
+BESIDE_TOKENIZER = (
+    TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    CHAT_TEMPLATE_FILE,
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+# What belongs to a model besides its weights and its card, and what a run keeps of those that it
+# began with; code (*.py) is not carried along.
+KEPT_WITH_WEIGHTS = (
+    *TOKENIZER_FILES,
+    *BESIDE_TOKENIZER,
+    "generation_config.json",
+    "LICENSE",
+    "LICENSE-MODEL",
+)
 # Of tokenizers that are not read: sentencepiece, Mistral's, and what tokenizer.json was made from.
 OTHER_FILES = (
     "tokenizer.model",
@@ -36,7 +65,7 @@ OTHER_FILES = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
 )
 
 # What published tokenizers call each role, ours (DeepSeek's) first.
@@ -153,7 +182,14 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return ByteTokenizer()
     path = Path(spec)
     if path.is_dir():
-        path = _file_in(path)
+        file = tokenizer_file(path)
+        if file is None:
+            others = [name for name in OTHER_FILES if (path / name).exists()]
+            raise UserError(
+                f"{path}: {' and '.join(TOKENIZER_FILES)} are read, found "
+                + (", ".join(others) or "no tokenizer's file")
+            )
+        path = file
     if not path.is_file():
         raise UserError(f"tokenizer {str(spec)!r}: no such file (or say 'byte')")
     if path.suffix == ".model" and path.name != TIKTOKEN_FILE:
@@ -163,16 +199,10 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     return HFTokenizer(path)
 
 
-def _file_in(folder: Path) -> Path:
-    """The tokenizer's file in a folder; UserError naming the files that are no use."""
-    for name in (TOKENIZER_FILE, TIKTOKEN_FILE):
-        if (folder / name).exists():
-            return folder / name
-    others = [name for name in OTHER_FILES if (folder / name).exists()]
-    raise UserError(
-        f"{folder}: {TOKENIZER_FILE} and {TIKTOKEN_FILE} are read, found "
-        + (", ".join(others) or "no tokenizer's file")
-    )
+def tokenizer_file(folder: str | Path) -> Path | None:
+    """The file of the tokenizer that lies in a folder; None where there is none that is read."""
+    files = (Path(folder) / name for name in TOKENIZER_FILES)
+    return next((file for file in files if file.is_file()), None)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, out_path: str | Path) -> HFTokenizer:
@@ -256,11 +286,11 @@ def _prompt_prefix(tokenizer: Any, path: Path, bos: int) -> tuple[int, ...] | No
     count = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
     if count:
         return tuple(whole[:count])
-    beside = path.with_name("tokenizer_config.json")
+    beside = path.with_name(TOKENIZER_CONFIG)
     if not beside.is_file():
         return None
     try:
-        config = read_json(beside, MAX_CONFIG_BYTES)
+        config = read_json(beside, MAX_TOKENIZER_CONFIG_BYTES)
     except OSError as error:
         raise UserError(f"cannot read {beside}: {error.strerror}") from error
     return (bos,) if config.get("add_bos_token") else ()

@@ -20,8 +20,9 @@ from dsv3_jax.config.files import refuse_lfs_pointer
 
 # The largest published tokenizer.json files are near 40 MB; more is a mistake or an attack.
 MAX_FILE_BYTES = 128 * 2**20
-# Of a tokenizer_config.json; Kimi-K2's has 4 kB, and one with every added token some 200.
-MAX_CONFIG_BYTES = 16 * 2**20
+TOKENIZER_CONFIG = "tokenizer_config.json"
+# Of that one; Kimi-K2's has 4 kB, and one with every added token some 200.
+MAX_TOKENIZER_CONFIG_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dsv3_jax.config import ModelConfig, UserError
-from dsv3_jax.config.files import file_inside, read_json, shown
+from dsv3_jax.config.files import file_inside, read_config, read_json, shown
 from dsv3_jax.interop.folder import describes_a_model, no_weights
 from dsv3_jax.interop.hf_config import (
     EosTokenId,
@@ -27,7 +27,13 @@ from dsv3_jax.interop.hf_config import (
     model_config_from_hf,
     scale_format_of_hf,
 )
-from dsv3_jax.interop.import_manifest import MANIFEST, leaf_file, leaf_problem, read_manifest
+from dsv3_jax.interop.import_manifest import (
+    MANIFEST,
+    ImportManifest,
+    leaf_file,
+    leaf_problem,
+    read_manifest,
+)
 from dsv3_jax.interop.name_map import (
     IGNORED,
     Place,
@@ -51,7 +57,7 @@ log = logging.getLogger(__name__)
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 GENERATION = "generation_config.json"
-MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 1 << 20, 32 << 20
+MAX_INDEX_BYTES = 32 << 20
 FP8 = "F8_E4M3"
 _SHOWN = 8  # problems listed before "and N more"
 
@@ -152,7 +158,7 @@ def is_weights_folder(folder: str | Path) -> bool:
 def open_hf(folder: str | Path) -> Checkpoint:
     """The checkpoint in a Hugging Face folder: config.json, and one or many safetensors files."""
     folder = Path(folder)
-    values = read_json(file_inside(folder, "config.json"), MAX_CONFIG_BYTES)
+    values = read_config(folder)
     try:
         config = model_config_from_hf(values)
     except UserError as error:
@@ -163,10 +169,13 @@ def open_hf(folder: str | Path) -> Checkpoint:
     return Checkpoint(config, tensors, folder, scale_fmt, ends_with)
 
 
-def open_imported(folder: str | Path) -> Checkpoint:
-    """The checkpoint that `import_hf` wrote: sizes checked here, contents by `verify_imported`."""
+def open_imported(folder: str | Path, manifest: ImportManifest | None = None) -> Checkpoint:
+    """The checkpoint that `import_hf` wrote: sizes checked here, contents by `verify_imported`.
+
+    `manifest` is the folder's, where it has been read.
+    """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = manifest or read_manifest(folder)
     config = manifest.model
     if (count := num_places(config)) > MAX_TENSORS:
         raise UserError(f"{folder / MANIFEST}: describes {count} tensors, over {MAX_TENSORS}")
@@ -263,7 +272,7 @@ def _ends_with(folder: Path, config: ModelConfig) -> EosTokenId | None:
     """What generation_config.json, where there is one, says that texts end with."""
     if not (folder / GENERATION).exists():
         return None
-    values = read_json(file_inside(folder, GENERATION), MAX_CONFIG_BYTES)
+    values = read_config(folder, GENERATION)
     try:
         return eos_of_generation_config(values, config.vocab_size)
     except UserError as error:

@@ -15,13 +15,14 @@ from typing import Any
 
 from dsv3_jax.config import Config, ModelConfig, UserError
 from dsv3_jax.config.files import read_json
+from dsv3_jax.data.chat import CHAT_TEMPLATE_FILE as CHAT_TEMPLATE
+from dsv3_jax.data.tokens import TOKENIZER_CONFIG
 from dsv3_jax.interop.checkpoint import GENERATION
 
 log = logging.getLogger(__name__)
 
 CARD = "README.md"
 MAX_TOKENIZER_BYTES, MAX_TOKENIZER_VALUES = 128 << 20, 1 << 22
-CHAT_TEMPLATE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"
 # Post-processors that put special tokens around a text.
 _PLACING = ("TemplateProcessing", "BertProcessing", "RobertaProcessing")
 

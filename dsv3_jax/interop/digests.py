@@ -17,7 +17,7 @@ import numpy as np
 from dsv3_jax.config import RunError, UserError
 from dsv3_jax.config.files import file_inside, read_bytes
 from dsv3_jax.interop.checkpoint import Checkpoint, Tensor, open_imported
-from dsv3_jax.interop.import_manifest import MANIFEST, read_manifest
+from dsv3_jax.interop.import_manifest import MANIFEST, ImportManifest, read_manifest
 from dsv3_jax.interop.name_map import scale_name
 from dsv3_jax.interop.stream import MAX_CARRIED_BYTES, for_each, in_file_order
 
@@ -32,8 +32,8 @@ def sha256_of(tensor: Tensor, rows: int = 4096) -> str:
 
 def verify_imported(folder: str | Path) -> list[str]:
     """The published names whose bytes differ from their sha256, or have none; reads all of it."""
-    checkpoint = open_imported(folder)
-    expected = read_manifest(folder).sha256
+    manifest = read_manifest(folder)
+    checkpoint, expected = open_imported(folder, manifest), manifest.sha256
     wrong: list[str] = []
 
     def look(name: str) -> int:
@@ -44,16 +44,16 @@ def verify_imported(folder: str | Path) -> list[str]:
     names = in_file_order((n, checkpoint.tensors[n]) for n in _with_digest(checkpoint))
     size = sum(checkpoint.tensors[name].nbytes for name in names)
     for_each(names, look, size, f"verifying {folder}")
-    return damaged_files(folder) + sorted(wrong)
+    return _damaged_files(folder, manifest) + sorted(wrong)
 
 
-def damaged_files(folder: str | Path) -> list[str]:
+def _damaged_files(folder: str | Path, manifest: ImportManifest) -> list[str]:
     """The files beside an import's weights (its tokenizer and such) that are not as imported.
 
     Imports of before that was kept have none to compare.
     """
     folder, wrong = Path(folder), []
-    for name, expected in read_manifest(folder).files.items():
+    for name, expected in manifest.files.items():
         try:
             raw = read_bytes(file_inside(folder, name), MAX_CARRIED_BYTES)
         except UserError:
@@ -71,10 +71,11 @@ def compared(checkpoint: Checkpoint) -> Checkpoint:
     """
     if checkpoint.folder is None or not (checkpoint.folder / MANIFEST).exists():
         return checkpoint
-    if wrong := damaged_files(checkpoint.folder):
+    manifest = read_manifest(checkpoint.folder)
+    if wrong := _damaged_files(checkpoint.folder, manifest):
         names = ", ".join(wrong)
         raise RunError(f"{checkpoint.folder}: {names} not as imported: import it again")
-    expected = read_manifest(checkpoint.folder).sha256
+    expected = manifest.sha256
     tensors = dict(checkpoint.tensors)
     for name in _with_digest(checkpoint):
         where = f"{checkpoint.folder}: {name}"

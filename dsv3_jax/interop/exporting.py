@@ -12,10 +12,10 @@ import math
 from collections import Counter
 from pathlib import Path
 
+from dsv3_jax.data.tokens import TOKENIZER_CONFIG
 from dsv3_jax.interop.checkpoint import FP8, INDEX, Checkpoint
 from dsv3_jax.interop.companions import (
     CARD,
-    TOKENIZER_CONFIG,
     RunFacts,
     model_card,
     write_run_files,

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dsv3_jax.config import UserError
-from dsv3_jax.config.files import read_json
-
-_MAX_CONFIG_BYTES = 1 << 20
+from dsv3_jax.config.files import read_config
 
 _OTHER_FORMS = (
     ".bin",
@@ -33,9 +31,8 @@ def other_weights(folder: Path) -> list[str]:
 
 def describes_a_model(folder: Path) -> bool:
     """Whether the folder has a config.json of the Hugging Face form, or weights of another form."""
-    path = folder / "config.json"
     try:
-        values = read_json(path, _MAX_CONFIG_BYTES) if path.is_file() else {}
+        values = read_config(folder) if (folder / "config.json").is_file() else {}
     except (UserError, OSError):
         return True  # reading it as one says what is wrong with it
     return "model_type" in values or bool(other_weights(folder))

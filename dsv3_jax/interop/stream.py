@@ -24,6 +24,7 @@ import numpy as np
 
 from dsv3_jax.config import UserError
 from dsv3_jax.config.files import file_inside, refuse_lfs_pointer
+from dsv3_jax.data.tokenizer import KEPT_WITH_WEIGHTS
 from dsv3_jax.interop.checkpoint import FP8, Checkpoint, Tensor
 from dsv3_jax.interop.name_map import Place, scale_name, scale_shape
 from dsv3_jax.interop.published_scales import as_published
@@ -40,23 +41,7 @@ WORKERS = 3
 BLOCK = PER_BLOCK[0]
 _E4M3_NUMBERS = np.arange(256, dtype=np.uint8).view(DTYPES[FP8]).astype(np.float32)
 
-# What belongs to a model besides its weights; code (*.py) is not carried along.
-CARRIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "tiktoken.model",
-    "tokenizer.model",
-    "README.md",
-    "LICENSE",
-    "LICENSE-MODEL",
-)
+CARRIED = (*KEPT_WITH_WEIGHTS, "README.md")
 MAX_CARRIED_BYTES = 256 << 20
 
 Specs = dict[str, tuple[str, tuple[int, ...]]]

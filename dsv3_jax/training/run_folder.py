@@ -17,7 +17,8 @@ from pathlib import Path
 import jax
 
 from dsv3_jax.config import Config, UserError, to_json
-from dsv3_jax.data.tokenizer import Tokenizer
+from dsv3_jax.data.tiktoken_model import CODE_FILES
+from dsv3_jax.data.tokenizer import KEPT_WITH_WEIGHTS, Tokenizer
 from dsv3_jax.training.restore import process_0_says
 
 log = logging.getLogger(__name__)
@@ -26,8 +27,6 @@ LOCK = ".lock"
 # What a run writes besides its checkpoints, and what would be another run's under the same name.
 OWN_FILES = (
     "config.json",
-    "tokenizer.json",
-    "tiktoken.model",
     "metrics.jsonl",
     "sample.txt",
     "samples.jsonl",
@@ -37,12 +36,8 @@ OWN_FILES = (
     # of the weights that it began with
     "origin.json",
     "published_scales.safetensors",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
+    *KEPT_WITH_WEIGHTS,
+    *CODE_FILES,
 )
 
 

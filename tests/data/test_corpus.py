@@ -16,6 +16,7 @@ from dsv3_jax.data import corpus as corpus_module
 from dsv3_jax.data import shards as shards_module
 from dsv3_jax.data.corpus import damage_of_prepared, default_cache_dir, open_corpus, prepare
 from dsv3_jax.data.shards import DamagedShards, ShardWriter
+from dsv3_jax.data.supervised import prepare_supervised
 from dsv3_jax.data.tokenizer import ByteTokenizer, load_tokenizer, train_tokenizer
 from dsv3_jax.loading import find_tokenizer
 from dsv3_jax.training.run_folder import RunFolder
@@ -261,9 +262,14 @@ def test_an_interrupted_build_leaves_nothing(text_folder, tmp_path, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(corpus_module.ShardWriter, "close", fail)
-    with pytest.raises(OSError, match="No space left"):
+    full = r"No space left on device: the tokens of [0-9,]+ bytes of files take up to .*out"
+    with pytest.raises(OSError, match=full):
         prepare([text_folder], tmp_path / "out", ByteTokenizer(), **OPTIONS)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["texts"]
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    with pytest.raises(OSError, match=full):
+        inputs = ([tmp_path / "pairs.jsonl"], tmp_path / "out")
+        prepare_supervised(*inputs, ByteTokenizer(), None, val_fraction=0.1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pairs.jsonl", "texts"]
 
 
 def test_the_standard_library_is_ready_within_seconds(tmp_path, caplog):

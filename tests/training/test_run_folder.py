@@ -45,7 +45,8 @@ def test_a_folder_that_cannot_be_used_names_the_option(tmp_path):
 
 
 def test_a_new_run_keeps_an_older_one_s_files(tmp_path):
-    for name in ("config.json", "tokenizer.json"):
+    others = ("vocab.json", "LICENSE", "tokenization_kimi.py")  # of the weights it began with
+    for name in ("config.json", "tokenizer.json", *others):
         (tmp_path / name).write_text("older")
     (tmp_path / "metrics.old-1.jsonl").write_text("")
     (tmp_path / "metrics.jsonl").write_text("older")
@@ -53,7 +54,8 @@ def test_a_new_run_keeps_an_older_one_s_files(tmp_path):
         folder.claim(Config(), ByteTokenizer(), new=True)
     for name in ("config.old-2.json", "tokenizer.old-2.json", "metrics.old-2.jsonl"):
         assert (tmp_path / name).read_text() == "older"
-    assert not (tmp_path / "tokenizer.json").exists(), "bytes have no file"
+    for name in ("tokenizer.json", *others):
+        assert not (tmp_path / name).exists(), "bytes have no file"
     assert '"seed"' in (tmp_path / "config.json").read_text()
 
 
