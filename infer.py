@@ -100,6 +100,8 @@ def main(argv: Sequence[str]) -> int:
     cli.use_virtual_devices(options.devices)
     hosts.start(options.distributed)
     hosts.check_agreement(options)
+    if jax.process_count() > 1 and (options.batch is not None or not has_prompts(options)):
+        raise UserError("--batch and a conversation are for one process: give --prompt")
     with hosts.first_speaks():
         return write(options)
 
@@ -224,6 +226,11 @@ def continue_prompts(
         print(describe_speculation(completions), file=sys.stderr)
 
 
+def has_prompts(options: InferOptions) -> bool:
+    """Whether what is to be continued is given on the command line."""
+    return bool(options.prompt or options.token_ids)
+
+
 def check(options: InferOptions) -> None:
     """Raises UserError for options that do not fit together."""
     given = bool(options.prompt) + bool(options.token_ids) + (options.batch is not None)
@@ -234,8 +241,20 @@ def check(options: InferOptions) -> None:
         )
     if options.token_ids and (options.chat or options.stop):
         raise UserError("--chat and --stop are for text: give --prompt instead of --token-ids")
-    if options.system is not None and not options.chat:
-        raise UserError("--system is said in a conversation: add --chat")
+    batch = options.batch is not None
+    if batch and options.chat:
+        raise UserError("--chat is for --prompt: a line of --batch with messages is a conversation")
+    for name, fits, place in (
+        ("system", options.chat, "a conversation: add --chat"),
+        ("chat_template", options.chat or batch, "conversations: add --chat, or give --batch"),
+        ("out", batch, "--batch"),
+        ("slots", batch, "--batch"),
+        ("expert_load", options.redundant_experts, "--redundant-experts"),
+    ):
+        if not fits and getattr(options, name) != getattr(InferOptions, name):
+            raise UserError(f"--{name.replace('_', '-')} is for {place}")
+    if options.expert_load == "prompts" and not has_prompts(options):
+        raise UserError("--expert-load prompts counts on --prompt or --token-ids: give one")
     for name in ("max_new_tokens", "slots"):
         if getattr(options, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be positive")

@@ -78,7 +78,10 @@ def load(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     how = (mesh or ParallelConfig(), sharding or ShardingConfig(), expert_parallel)
-    make = _published if is_weights_folder(folder) else _of_run
+    published = is_weights_folder(folder)
+    if published and step != "auto":
+        raise UserError(f"--step {step}: {folder} is no run")
+    make = _published if published else _of_run
     model = make(folder, how, step, fp8)
     if not fp8:
         return model

@@ -175,10 +175,26 @@ def test_a_line_of_the_file_ends_with_a_newline_alone(run, tmp_path):
         ([], "--chat alone"),
         (["--prompt", "a", "--token-ids", "1"], "--chat alone"),
         (["--token-ids", "1", "--stop", "a"], "--chat and --stop are for text"),
-        (["--prompt", "a", "--system", "be"], "add --chat"),
+        (["--prompt", "a", "--system", "be"], "--system is for a conversation: add --chat"),
+        (["--prompt", "a", "--chat-template", "x"], "--chat-template is for conversations"),
+        (["--batch", "x", "--chat"], "--chat is for --prompt"),
+        (["--prompt", "a", "--out", "x"], "--out is for --batch"),
+        (["--prompt", "a", "--slots", "3"], "--slots is for --batch"),
+        (["--prompt", "a", "--expert-load", "prompts"], "--expert-load is for --redundant-experts"),
+        (
+            ["--chat", "--redundant-experts", "8", "--expert-load", "prompts"],
+            "--expert-load prompts counts on --prompt",
+        ),
         (["--prompt", "a", "--speculative", "-1"], "--speculative -1"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
     ],
 )
 def test_options_that_do_not_fit_together_are_refused(options, said, run):
     assert said in run(*options, code=2).err
+
+
+@pytest.mark.parametrize("more", [["--batch", "x"], ["--chat"]])
+def test_several_processes_take_prompts_only(more, run, monkeypatch):
+    monkeypatch.setattr(infer.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(infer.hosts, "check_agreement", lambda options: None)
+    assert "are for one process" in run(*more, code=2).err

@@ -91,3 +91,5 @@ def test_a_mesh_that_does_not_fit_is_refused_before_anything_is_read(folder):
         loading.load(folder, mesh=ParallelConfig(local=3))
     with pytest.raises(UserError, match="no such folder"):
         loading.load(folder / "nothing")
+    with pytest.raises(UserError, match=r"--step 3: .* is no run"):
+        loading.load(folder, step="3")

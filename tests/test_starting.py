@@ -144,10 +144,10 @@ def test_what_lies_beside_a_tokenizer_goes_with_it_and_with_no_other(
     assert loading.find_tokenizer(plain).prompt_prefix == ()
     saving.save(loading.load(plain), tmp_path / "saved")
     assert loading.find_tokenizer(tmp_path / "saved").prompt_prefix == ()
-    with pytest.raises(UserError, match="'nowhere.json': no such file"):
-        saving.save(loading.load(plain), tmp_path / "x", tokenizer="nowhere.json")
+    with pytest.raises(UserError, match="'nowhere': no such file"):
+        saving.save(loading.load(plain), tmp_path / "x", tokenizer="nowhere")
     other, run = tmp_path / "other.json", tmp_path / "run"
-    train_tokenizer(["other words"], 261, other)
+    train_tokenizer(["other words of words"], 265, other)
     assert begin(config_file, run, plain, "--data.tokenizer", other, "--train.steps", 0) == 0
     assert loading.find_tokenizer(run).prompt_prefix == (0,)
     assert (run / "chat_template.jinja").exists()
@@ -347,9 +347,12 @@ def test_a_moving_average_is_kept_and_exported(averaged_run, config_file, bf16_f
         mean = (first[name].astype(np.float32) + last[name]) / 2
         np.testing.assert_allclose(average[name], mean, atol=1e-6)
     assert (average["lm_head.weight"] != last["lm_head.weight"]).any()
-    with pytest.raises(UserError, match="is no run"):
-        cli.main(["export-hf", str(bf16_folder), str(tmp_path / "x"), "--ema"])
+    for option in (["--ema"], ["--merge"], ["--step", "3"]):
+        with pytest.raises(UserError, match=f"{' '.join(option)}: .* is no run"):
+            cli.main(["export-hf", str(bf16_folder), str(tmp_path / "x"), *option])
     plain = tmp_path / "plain"
     assert begin(config_file, plain, bf16_folder, "--train.steps", 0) == 0
+    with pytest.raises(UserError, match=r"--merge: .* is no LoRA run"):
+        cli.main(["export-hf", str(plain), str(tmp_path / "x"), "--merge"])
     with pytest.raises(UserError, match=r"without optimizer\.average_decay"):
         cli.main(["export-hf", str(plain), str(tmp_path / "x"), "--ema"])

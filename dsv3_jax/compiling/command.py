@@ -38,10 +38,38 @@ class CompileOptions:
     hlo: Path | None = None  # keep the compiled program's text
 
 
+# The programs, or the search, that an option is for; where it is given elsewhere, it is refused.
+_FOR = {
+    "batch": ("prefill", "decode"),
+    "context": ("prefill", "decode"),
+    "redundant_experts": ("prefill", "decode"),
+    "fp8_weights": ("prefill", "decode"),
+    "fp8_cache": ("decode",),
+    "plan": ("train",),
+}
+_NOT_WITH_PLAN = ("remedies", "plot", "hlo")
+
+
+def _check(options: CompileOptions) -> None:
+    """Raises UserError for an option that the program asked for would not read."""
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    given = [name for name, value in defaults.items() if getattr(options, name) != value]
+    for name in given:
+        flag = "--" + name.replace("_", "-")
+        if options.program not in _FOR.get(name, (options.program,)):
+            raise UserError(f"{flag} is for --program {' or '.join(_FOR[name])}")
+        if options.plan and name in _NOT_WITH_PLAN:
+            raise UserError(f"{flag} is for one program: leave it out, or leave out --plan")
+    for name in ("plan", "remedies"):
+        if getattr(options, name) < 0:
+            raise UserError(f"--{name} {getattr(options, name)} must not be negative")
+
+
 def run(options: CompileOptions, config: Config) -> int:
     """Compiles, prints and writes; 1 when the program does not fit the topology's devices."""
     from dsv3_jax.compiling import targets
 
+    _check(options)
     target = targets.parse_topology(options.topology)
     devices = targets.devices_of(target)
     # The rest imports jax; that must come after the platform was chosen.
@@ -53,14 +81,6 @@ def run(options: CompileOptions, config: Config) -> int:
 
     def serving() -> programs.Serving | None:
         if options.program == "train":
-            for name, default in {
-                "batch": None,
-                "redundant_experts": 0,
-                "fp8_cache": False,
-            }.items():
-                if getattr(options, name) != default:
-                    flag = "--" + name.replace("_", "-")
-                    raise UserError(f"{flag} is for --program prefill or decode")
             return None
         each = 32 if options.program == "decode" else 1
         tokens_on = config.mesh.data * config.mesh.node * config.mesh.local
@@ -83,8 +103,6 @@ def run(options: CompileOptions, config: Config) -> int:
 
     what = serving()
     if options.plan:
-        if what is not None:
-            raise UserError("--plan is for --program train")
         return _planned(options, config, target, lambda planned: compiled(planned, None, None))
     report = compiled(config, what, options.hlo)
     for line in lines(report, target.accelerator):

@@ -174,12 +174,13 @@ def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
 
 
 def open_source(
-    folder: Path, step: str, open_run: OpenRun, *, merge: bool = True, ema: bool = False
+    folder: Path, step: str, open_run: OpenRun, *, merge: bool | None = None, ema: bool = False
 ) -> tuple[Checkpoint, OpenedRun | None]:
     """The checkpoint of a run, an import or a Hugging Face folder; and the run, if it is one.
 
-    With `ema` the weights are a run's moving average. UserError when there is no such folder or
-    average, and for a LoRA run that is not to be merged.
+    With `ema` the weights are a run's moving average. `merge` says whether a LoRA run's adapters
+    may be added to their base; None: where there are any. UserError when there is no such folder,
+    step or average, and for what is to be merged and cannot, or cannot be left out.
     """
     from dsv3_jax.interop.checkpoint import from_variables, is_weights_folder, open_checkpoint
     from dsv3_jax.interop.published_scales import with_published_scales
@@ -187,13 +188,16 @@ def open_source(
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if is_weights_folder(folder):
-        if ema:
-            raise UserError(f"--ema: {folder} is no run")
+        asked = {"ema": ema, "merge": merge, f"step {step}": step != "auto"}
+        if options := [f"--{name}" for name, given in asked.items() if given]:
+            raise UserError(f"{' '.join(options)}: {folder} is no run")
         return open_checkpoint(folder), None
     run = open_run(folder, step)
     if ema and run.read_average is None:
         raise UserError(f"--ema: {folder} was trained without optimizer.average_decay")
-    if run.adapters is not None and not merge:
+    if run.adapters is None and merge:
+        raise UserError(f"--merge: {folder} is no LoRA run")
+    if run.adapters is not None and merge is False:
         raise UserError(
             f"{folder} is a LoRA run: --adapter exports its adapters, --merge the weights with "
             "them added"

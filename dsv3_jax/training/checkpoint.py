@@ -25,7 +25,16 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dsv3_jax.config import Config
-from dsv3_jax.training.manifest import MANIFEST, TEMPORARY, damage, steps_in, write_manifest
+from dsv3_jax.training.manifest import (
+    MANIFEST,
+    SAVING,
+    TEMPORARY,
+    begin_save,
+    cut_off,
+    damage,
+    steps_in,
+    write_manifest,
+)
 from dsv3_jax.training.restore import (
     CheckpointError,
     PyTree,
@@ -176,7 +185,7 @@ class Checkpoints:
         try:
             # Found out by orbax, a full disk prints a traceback for every array from C++ threads.
             self._wanted = state_bytes(state)
-            process_0_says(lambda: self._free_for(self._wanted))
+            process_0_says(lambda: self._begin(step))
             manager = self._manager
             if manager is None:
                 options = ocp.CheckpointManagerOptions(save_root_metadata=False)
@@ -222,9 +231,14 @@ class Checkpoints:
         self._remove_unfinished()
 
     def _remove_unfinished(self) -> None:
-        for path in self.folder.glob(f"*{TEMPORARY}*"):
+        torn = [
+            self.folder / str(s) for s in steps_in(self.folder) if cut_off(self.folder / str(s))
+        ]
+        for path in [*self.folder.glob(f"*{TEMPORARY}*"), *torn]:
             log.warning("removing %s, left by a save that was cut off", path)
             shutil.rmtree(path, ignore_errors=True)
+        for note in self.folder.glob(f"{SAVING}*"):
+            note.unlink(missing_ok=True)
 
     def _probe(self, num_bytes: int) -> None:
         path = self.folder / ".probe"
@@ -242,6 +256,10 @@ class Checkpoints:
                 "checkpoints: %s free in %s; keeping %d of %s needs room for %d while saving",
                 *(_gigabytes(free), self.folder, self.keep, _gigabytes(num_bytes), self.keep + 1),
             )
+
+    def _begin(self, step: int) -> None:
+        self._free_for(self._wanted)
+        begin_save(self.folder, step)
 
     def _free_for(self, num_bytes: int) -> int:
         """The free bytes; OSError when one checkpoint of `num_bytes` does not fit."""

@@ -17,6 +17,7 @@ from dsv3_jax.config import UserError
 from dsv3_jax.config.files import build, file_inside, read_json
 
 MANIFEST = "MANIFEST.json"
+SAVING = ".saving-"  # and the step, beside its folder: its save has begun
 TEMPORARY = ".orbax-checkpoint-tmp"  # orbax renames `<step>` + this to `<step>` when it commits
 
 
@@ -43,6 +44,24 @@ def steps_in(folder: str | Path) -> list[int]:
     names = [p.name for p in folder.iterdir() if p.is_dir()]
     steps = [n for n in names if n.isascii() and n.isdigit() and len(n) < 19]
     return sorted(int(n) for n in steps if n == str(int(n)))
+
+
+def begin_save(folder: Path, step: int) -> None:
+    """Notes that the save of a step begins; `write_manifest` ends it."""
+    _note(folder / str(step)).touch()
+
+
+def cut_off(step_folder: Path) -> bool:
+    """Whether the step's save was cut off: it began here, and there is no manifest.
+
+    Orbax renames a step's folder into place when its arrays are written; a process that is killed
+    between that and the manifest leaves it so.
+    """
+    return _note(step_folder).exists() and not (step_folder / MANIFEST).exists()
+
+
+def _note(step_folder: Path) -> Path:
+    return step_folder.with_name(SAVING + step_folder.name)
 
 
 def damage(step_folder: str | Path) -> str | None:
@@ -99,6 +118,7 @@ def write_manifest(step_folder: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(step_folder / MANIFEST)
+    _note(step_folder).unlink(missing_ok=True)
 
 
 def _sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 """What was saved of a run, read back: which step is good, whose it is, and its arrays.
 
 - The newest step that matches its manifest is used, and what is wrong with newer ones is said;
+- a step whose save was cut off counts for nothing, also where it is the first;
 - when steps exist and none is good, it refuses (CheckpointError) rather than start over;
 - a step of another architecture is refused with the differences (UserError).
 
@@ -27,7 +28,7 @@ from jax.experimental import multihost_utils
 
 from dsv3_jax.config import Config, RunError, UserError
 from dsv3_jax.config.files import build, file_inside, read_json, shown
-from dsv3_jax.training.manifest import damage, steps_in
+from dsv3_jax.training.manifest import cut_off, damage, steps_in
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ class CheckpointError(RunError):
 
 
 def latest_valid(folder: str | Path) -> int | None:
-    """The newest step that matches its manifest, or None when the folder holds no step at all.
+    """The newest step that matches its manifest, or None when no step was ever saved whole.
 
     Damaged newer steps are named on the log. Raises CheckpointError when steps exist and none is
     valid: starting over is the user's decision (`--resume never`).
@@ -156,7 +157,7 @@ def process_0_says(compute: Callable[[], T]) -> T:
 
 
 def _latest_valid(folder: Path) -> int | None:
-    steps = steps_in(folder)
+    steps = [step for step in steps_in(folder) if not cut_off(folder / str(step))]
     wrong = []
     for step in reversed(steps):
         problem = damage(folder / str(step))

@@ -196,6 +196,25 @@ def test_an_option_that_nobody_has_is_refused(capsys):
     assert "--mesh.data" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "program, options, said",
+    [
+        ("train", ["--context", "64"], "--context is for --program prefill or decode"),
+        ("train", ["--no-fp8-weights"], "--fp8-weights is for --program prefill or decode"),
+        ("prefill", ["--fp8-cache"], "--fp8-cache is for --program decode"),
+        ("decode", ["--plan", "2"], "--plan is for --program train"),
+        ("train", ["--plan", "2", "--hlo", "x"], "--hlo is for one program"),
+        ("train", ["--plan", "2", "--plot", "x"], "--plot is for one program"),
+        ("train", ["--plan", "2", "--remedies", "1"], "--remedies is for one program"),
+        ("train", ["--plan", "-1"], "--plan -1 must not be negative"),
+    ],
+)
+def test_an_option_that_the_program_would_not_read_is_refused(program, options, said):
+    argv = ["compile", "--config", str(CONFIGS / "tiny.py"), "--topology", "h200:1x8"]
+    with pytest.raises(UserError, match=said):
+        cli.main([*argv, "--program", program, *options])
+
+
 AOT = {
     "h200:1x8": ["--mesh.data", "2", "--mesh.node", "2", "--mesh.local", "2"],
     "v5p:2x2x1": ["--mesh.data", "2", "--mesh.node", "1", "--mesh.local", "2"],

@@ -22,7 +22,7 @@ import pytest
 
 from dsv3_jax.config import Config, ModelConfig, UserError
 from dsv3_jax.training.checkpoint import Checkpoints
-from dsv3_jax.training.manifest import MANIFEST, damage, steps_in, write_manifest
+from dsv3_jax.training.manifest import MANIFEST, begin_save, damage, steps_in, write_manifest
 from dsv3_jax.training.restore import (
     CheckpointError,
     latest_valid,
@@ -316,6 +316,23 @@ def test_only_an_empty_folder_starts_at_zero(tmp_path):
         assert opened.resume("auto", ABSTRACT) is None
         with pytest.raises(UserError, match=r"no checkpoint of step 5 .* it has none"):
             opened.resume("5", ABSTRACT)
+
+
+def test_a_first_save_that_was_cut_off_counts_for_nothing(folder, caplog):
+    """Killed between orbax's rename and the manifest: as if the save had not begun."""
+    for step in (10, 20):
+        shutil.rmtree(folder / str(step))
+    (folder / "30" / MANIFEST).unlink()
+    with pytest.raises(CheckpointError, match="30: no MANIFEST"):  # whoever lost it, not a save
+        latest_valid(folder)
+    begin_save(folder, 30)
+    assert latest_valid(folder) is None
+    with caplog.at_level(logging.WARNING), Checkpoints(folder, every_steps=1, keep=3) as opened:
+        assert "left by a save that was cut off" in caplog.text
+        assert opened.resume("auto", ABSTRACT) is None
+        opened.save(30, make_state(30), META)
+    assert [p.name for p in folder.iterdir()] == ["30"]
+    assert latest_valid(folder) == 30
 
 
 def test_a_step_can_be_chosen_and_newer_ones_are_set_aside(folder, caplog):
