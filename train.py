@@ -18,6 +18,7 @@ from dsv3_jax.analysis.model_cost import training_flops_per_token
 from dsv3_jax.config import Config
 from dsv3_jax.data.batches import prefetch
 from dsv3_jax.data.corpus import Corpus, check_model, open_corpus
+from dsv3_jax.frozen import abstract_base, load_base
 from dsv3_jax.parallel import hosts
 from dsv3_jax.parallel.mesh import fill_mesh, make_mesh, mesh_of
 from dsv3_jax.parallel.sharding import Layout, make_layout
@@ -59,7 +60,7 @@ def main(argv: Sequence[str], extensions: Extensions = NONE) -> int:
         mesh = make_mesh(config.mesh)
         layout = make_layout(mesh, config.sharding, config.expert_parallel)
     if config.dry_run:
-        print(dry_run_report(config, layout))
+        print(dry_run_report(config, layout, abstract_base(config, weights, layout)))
         return 0
     process, steps, run_dir = jax.process_index(), config.train.steps, Path(config.run_dir)
     with StopRequest(clock) as stop, RunFolder(run_dir) as folder:
@@ -90,7 +91,7 @@ def main(argv: Sequence[str], extensions: Extensions = NONE) -> int:
             state = (
                 TrainState(**restored) if restored else origin.create_state(abstract, extensions)
             )
-            base = origin.load_base(layout)
+            base = load_base(config, weights, layout)
         sinks = open_sinks(config, start) if process == 0 else []
         metrics = MetricsLog(
             run_dir, steps=steps, resumed_from=start, primary=process == 0, sinks=sinks
@@ -136,7 +137,7 @@ def train(run: Run, state: TrainState, start: int, losses: list[float]) -> Train
     plan, mesh, run_dir = config.train, mesh_of(state.step), Path(config.run_dir)
     step_fn = jit_train_step(config, layout, state, base, extensions)
     evaluate = Evaluation(config, mesh, layout, corpus, base, extensions)
-    flops = training_flops_per_token(config.model, plan.seq_len, mtp=True)
+    flops = training_flops_per_token(config.model, plan.seq_len, mtp=True, frozen=base is not None)
     throughput = Throughput(clock, flops, list(mesh.devices.flat))
     profile = ProfileWindow(run_dir / "profile", start, plan.steps, plan.profile_steps)
     feed = partial(batches, config, extensions.data or corpus, schedule, mesh, start)

@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_checkpoint_io --folder /a/disk/with/room --gigabytes 20
 
-The checkpoint is made of random bytes in V3's own layout: FP8 weights with scales, 1 MoE layer and
+The checkpoint has random weights in V3's own layout: FP8 weights with scales, 1 MoE layer and
 as many dense ones as fill the size. Import, export and cp each run in a process of their own, read
 a source that is not in the page cache, and count as done when the bytes are on the disk. At most
 two copies exist at a time, and all are removed at the end.
@@ -22,14 +22,10 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.random_checkpoint import make_checkpoint, size_of, specs_of
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.interop.checkpoint import INDEX, MANIFEST
-from dsv3_jax.interop.hf_config import model_config_to_hf
-from dsv3_jax.interop.name_map import places, scale_name, scale_shape
-from dsv3_jax.interop.safetensors import num_bytes, open_writer, read_header
-
-SHARD_BYTES = 4_300_000_000  # as DeepSeek-V3's own files
-CHUNK = 64 << 20
+from dsv3_jax.interop.checkpoint import MANIFEST
+from dsv3_jax.interop.safetensors import read_header
 
 IMPORT = "from dsv3_jax.interop.importing import import_hf; import_hf(SRC, DST)"
 EXPORT = (
@@ -57,47 +53,6 @@ def v3_slice(gigabytes: float) -> ModelConfig:
         if size_of(specs_of(config)) >= gigabytes * 1e9:
             break
     return config
-
-
-def specs_of(config: ModelConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """(dtype, shape) of every tensor as V3 was published."""
-    specs = {}
-    for name, place in places(config).items():
-        if place.fp8:
-            specs[name] = ("F8_E4M3", place.shape)
-            specs[scale_name(name)] = ("F32", scale_shape(place.shape))
-        else:
-            specs[name] = ("F32" if place.path[0] == "router" else "BF16", place.shape)
-    return specs
-
-
-def size_of(specs: dict[str, tuple[str, tuple[int, ...]]]) -> int:
-    """Bytes of all tensors."""
-    return sum(num_bytes(*spec) for spec in specs.values())
-
-
-def make_checkpoint(folder: Path, config: ModelConfig) -> None:
-    """Writes random bytes in V3's layout."""
-    specs = specs_of(config)
-    shards: list[dict] = [{}]
-    for name, spec in specs.items():
-        if size_of(shards[-1]) > SHARD_BYTES and not name.endswith("_scale_inv"):
-            shards.append({})
-        shards[-1][name] = spec
-    folder.mkdir()
-    random = np.random.default_rng(0).integers(0, 256, CHUNK + 4096, np.uint8)
-    weight_map = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):06d}.safetensors"
-        weight_map |= dict.fromkeys(shard, file)
-        with open_writer(folder / file, shard, {"format": "pt"}) as writer:
-            for i, (name, spec) in enumerate(shard.items()):
-                for at in range(0, num_bytes(*spec), CHUNK):
-                    count = min(CHUNK, num_bytes(*spec) - at)
-                    writer.write(name, random[i % 4096 :][:count], at)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    values = model_config_to_hf(config, fp8=True)
-    (folder / "config.json").write_text(json.dumps(values))
 
 
 def timed(code: str, src: Path, dst: Path) -> tuple[float, float]:

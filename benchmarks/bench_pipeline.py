@@ -143,7 +143,8 @@ def run(config: Config) -> tuple[TickTables, list[list[Span]]]:
     )
     for _ in range(2):
         stamps.clear()
-        jax.block_until_ready(gradients(state.params, state.router, rows, settings))
+        variables = {"params": state.params, "router": state.router}
+        jax.block_until_ready(gradients(variables, rows, settings))
         jax.effects_barrier()
     return plan_stages(config).tables, spans(stamps, config.mesh.pipe)
 

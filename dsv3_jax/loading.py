@@ -30,6 +30,7 @@ from dsv3_jax.config import (
 from dsv3_jax.config.files import read_config
 from dsv3_jax.data.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_file
 from dsv3_jax.data.tokens import Tokenizer
+from dsv3_jax.frozen import load_frozen, merged_variables, read_adapters
 from dsv3_jax.inference.redundant_experts import measure_load, plan_places, replicate_experts
 from dsv3_jax.interop.checkpoint import is_weights_folder, open_checkpoint
 from dsv3_jax.interop.commands import Adapters, OpenedRun
@@ -43,7 +44,7 @@ from dsv3_jax.model.transformer import Variables, abstract_variables
 from dsv3_jax.parallel.load_balancer import logged_load
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import Layout, make_layout
-from dsv3_jax.starting import load_frozen, merged_variables, open_base, read_adapters
+from dsv3_jax.starting import open_base
 from dsv3_jax.training.manifest import steps_in
 from dsv3_jax.training.metrics import newest_numbers
 from dsv3_jax.training.restore import read_meta, read_saved, read_state
@@ -130,12 +131,15 @@ def open_run(run_dir: Path, step: str) -> OpenedRun:
     adapters, read_average = None, None
     if config.lora.rank:
         weights, tree = open_base(run_dir, config), read_adapters(run_dir, found, config)
-        adapters = Adapters(tree, str(weights.folder))
         read = partial(merged_variables, weights, tree, config)
+        adapters = Adapters(tree, str(weights.folder))
     else:
         read = partial(_variables, folder, found, abstract_variables(config.model))
     if config.optimizer.average_decay:
-        read_average = partial(averaged_variables, folder, found, config)
+        read_average = average = partial(averaged_variables, folder, found, config)
+        if adapters is not None:
+            adapters = adapters._replace(read_average=lambda: average()["params"])
+            read_average = lambda: merged_variables(weights, average()["params"], config)  # noqa: E731
     facts = RunFacts(found, config, newest_numbers(run_dir / "metrics.jsonl", found))
     scales = run_dir / SCALES_FILE
     return OpenedRun(

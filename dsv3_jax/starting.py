@@ -31,22 +31,15 @@ from dsv3_jax.data.tokenizer import (
 )
 from dsv3_jax.interop.checkpoint import Checkpoint, is_weights_folder, open_checkpoint
 from dsv3_jax.interop.import_manifest import MANIFEST as IMPORT_MANIFEST
-from dsv3_jax.interop.load import LoadDType, abstract_leaves, stores_fp8
 from dsv3_jax.interop.load import load as load_checkpoint
 from dsv3_jax.interop.published_scales import SCALES_FILE, save_published_scales
 from dsv3_jax.interop.stream import carried_files
-from dsv3_jax.model.adapters import merged, with_adapters
-from dsv3_jax.model.fp8_weights import describe_weights, to_fp8_weights
-from dsv3_jax.model.placement import shardings
-from dsv3_jax.model.transformer import abstract_variables
-from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.manifest import MANIFEST as STEP_MANIFEST
 from dsv3_jax.training.restore import read_state, valid_step
 from dsv3_jax.training.run_folder import write_whole
 from dsv3_jax.training.state import (
     TrainState,
-    abstract_adapters,
     create_state,
     fresh_variables,
     state_from,
@@ -147,31 +140,16 @@ class Origin:
         there = _parts(self.weights.model)
         kept = _pick(wanted, lambda name: name in there or not name.startswith("mtp_"))
         if (checkpoint := self.weights.checkpoint) is None:
-            variables = _of_run(self.weights, kept)
+            variables = read_run(self.weights, kept)
         else:
-            depths = min(
-                checkpoint.config.num_nextn_predict_layers,
-                self.config.model.num_nextn_predict_layers,
-            )
-            model = dataclasses.replace(checkpoint.config, num_nextn_predict_layers=depths)
-            checkpoint = dataclasses.replace(checkpoint, config=model)
             places = jax.tree.map(lambda leaf: leaf.sharding, kept)
-            variables = load_checkpoint(checkpoint, dtype="f32", shardings=places)
+            wanted = with_depths_of(self.config.model, checkpoint)
+            variables = load_checkpoint(wanted, dtype="f32", shardings=places)
         if missing := _parts(self.config.model) - there:
             made = fresh_variables(self.config, abstract, missing)
             variables = {kind: tree | made[kind] for kind, tree in variables.items()}
         trees = variables["params"], variables["router"]
         return state_from(*trees, self.config, abstract, extensions)
-
-    def load_base(self, layout: Layout) -> Any:
-        """The frozen variables of a LoRA run, where products want them; None without LoRA.
-
-        UserError where the run wants MTP modules that the weights do not have.
-        """
-        if not self.config.lora.rank:
-            return None
-        assert self.weights is not None
-        return load_frozen(self.config, self.weights, layout)
 
     def _keep_files(self) -> None:
         assert self.weights is not None
@@ -237,43 +215,6 @@ def open_origin(config: Config, weights: Weights | None, start: int | None) -> O
     return Origin(config, weights)
 
 
-def load_frozen(config: Config, weights: Weights, layout: Layout) -> Any:
-    """The weights in the form that config.lora.base says, where products want them."""
-    ours, theirs = config.model, weights.model
-    if ours.num_nextn_predict_layers > theirs.num_nextn_predict_layers:
-        raise UserError(
-            f"model.num_nextn_predict_layers={ours.num_nextn_predict_layers}, but {weights.folder} "
-            f"has {theirs.num_nextn_predict_layers}, and LoRA trains no weights that are not there"
-        )
-    checkpoint, form = weights.checkpoint, config.lora.base
-    if form == "auto":
-        in_f32 = "f32" if ours.dtype == "float32" else "bf16"
-        form = "fp8" if checkpoint is not None and stores_fp8(checkpoint) else in_f32
-    if checkpoint is None:
-        abstract = abstract_variables(ours, layout)
-        variables = _of_run(weights, abstract)
-        if form == "bf16":
-            variables = jax.tree_util.tree_map_with_path(
-                lambda path, x: x if path[0].key == "router" else x.astype("bfloat16"), variables
-            )
-    else:
-        model = dataclasses.replace(
-            checkpoint.config, num_nextn_predict_layers=ours.num_nextn_predict_layers
-        )
-        checkpoint = dataclasses.replace(checkpoint, config=model)
-        as_stored: LoadDType = "bf16" if form == "fp8" and not stores_fp8(checkpoint) else form
-        places = None
-        if layout.has_devices:
-            places = shardings(abstract_leaves(checkpoint, as_stored), layout)
-        variables = load_checkpoint(checkpoint, dtype=as_stored, shardings=places)
-    if form == "fp8":
-        variables = to_fp8_weights(variables, ours)
-        if layout.has_devices:
-            variables = jax.device_put(variables, shardings(variables, layout))
-    log.info("the base is frozen; %s", describe_weights(variables))
-    return variables
-
-
 def open_base(run_dir: Path, config: Config) -> Weights:
     """The weights that a LoRA run's adapters belong to; UserError where others lie there now.
 
@@ -286,21 +227,6 @@ def open_base(run_dir: Path, config: Config) -> Weights:
     weights = open_weights(folder)
     _check_record(run_dir, weights, moved=False)
     return weights
-
-
-def read_adapters(run_dir: Path, step: int, config: Config, layout: Layout = ONE_DEVICE) -> Any:
-    """The adapters of a LoRA run's valid checkpoint."""
-    abstract = abstract_adapters(config, layout)
-    found = read_state(run_dir / "checkpoints", step, {"params": abstract}, partial=True)[0]
-    return found["params"]
-
-
-def merged_variables(weights: Weights, adapters: Any, config: Config) -> Any:
-    """Variables in f32 with the adapters added to their base, on the first device."""
-    lora = dataclasses.replace(config.lora, base="f32")
-    base = load_frozen(dataclasses.replace(config, lora=lora), weights, ONE_DEVICE)
-    params = with_adapters(base["params"], adapters, config.lora)
-    return {"params": merged(params, config.model), "router": base["router"]}
 
 
 def fingerprint(weights: Weights) -> str:
@@ -342,7 +268,15 @@ def _check_record(run_dir: Path, weights: Weights, moved: bool = True) -> None:
     )
 
 
-def _of_run(weights: Weights, wanted: Any) -> Any:
+def with_depths_of(model: ModelConfig, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with no more MTP modules than the model has."""
+    depths = min(checkpoint.config.num_nextn_predict_layers, model.num_nextn_predict_layers)
+    config = dataclasses.replace(checkpoint.config, num_nextn_predict_layers=depths)
+    return dataclasses.replace(checkpoint, config=config)
+
+
+def read_run(weights: Weights, wanted: Any) -> Any:
+    """What is wanted, an abstract tree, of a run's checkpoint."""
     return read_state(weights.folder / "checkpoints", weights.step, wanted, partial=True)[0]
 
 

@@ -15,6 +15,7 @@ import train
 from dsv3_jax import cli, loading
 from dsv3_jax.config import LoraConfig, UserError, config_from_dict
 from dsv3_jax.data.tokenizer import train_tokenizer
+from dsv3_jax.interop.checkpoint import open_checkpoint
 from dsv3_jax.interop.load import load_hf
 from dsv3_jax.interop.peft_adapter import export_adapter
 from dsv3_jax.interop.safetensors import load_file
@@ -95,6 +96,7 @@ def lora_run(hf, config_file, tmp_path_factory):
     argv = ["--config", config_file, "--init-from", hf, "--data.path", folder / "data"]
     argv += ["--run-dir", folder / "run", "--lora.rank", 2, "--lora.targets"]
     argv += ["q_b_proj", "kv_b_proj", "shared_experts/down_proj", "--train.sample-tokens", 2]
+    argv += ["--optimizer.average-decay", 0.5]
     assert train.main([*map(str, argv)]) == 0
     return folder / "run", [*map(str, argv)]
 
@@ -110,15 +112,16 @@ def test_a_lora_run_holds_adapters_alone_and_lowers_the_loss(lora_run, hf):
 
 
 def test_a_lora_run_begins_with_an_own_optimizer(lora_run):
-    config, weights = cli.parse_run(lora_run[1], description="")
+    averaging, weights = cli.parse_run(lora_run[1], description="")
+    optimizer = dataclasses.replace(averaging.optimizer, average_decay=0.0)
+    config = dataclasses.replace(averaging, optimizer=optimizer)
     own = Extensions(optimizer=optax.sgd(0.1, momentum=0.9))
     layout = make_layout(make_mesh(config.mesh), config.sharding, config.expert_parallel)
     abstract = abstract_state(config, layout, own)
     state = open_origin(config, weights, None).create_state(abstract, own)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
-    averaging = dataclasses.replace(config.optimizer, average_decay=0.5)
     with pytest.raises(UserError, match="average_decay with an own optimizer"):
-        abstract_state(dataclasses.replace(config, optimizer=averaging), layout, own)
+        abstract_state(averaging, layout, own)
 
 
 def test_a_lora_run_is_read_and_exported(lora_run, hf, tmp_path):
@@ -134,11 +137,34 @@ def test_a_lora_run_is_read_and_exported(lora_run, hf, tmp_path):
     merged = logits(load_hf(tmp_path / "merged", dtype="f32")[1])
     assert np.abs(logits(model.variables) - merged).max() < 3e-4
     assert np.abs(logits(base.variables) - merged).max() > 3e-3
-    for option in (["--merge"], ["--ema"], ["--dtype", "bf16"]):
+    for option in (["--merge"], ["--dtype", "bf16"]):
         with pytest.raises(UserError, match=f"leave out {option[0]}"):
             cli.main(["export-hf", str(run), str(tmp_path / "x"), "--adapter", *option])
-    with pytest.raises(UserError, match=r"shared_experts\.down_proj.* export with --merge"):
-        cli.main(["export-hf", str(run), str(tmp_path / "adapter"), "--adapter"])
+
+
+def test_adapters_and_their_average_are_exported_by_peft_s_names(lora_run, tmp_path):
+    """Of feed-forwards as parameters, which peft would else take for those of routed experts."""
+    run, _ = lora_run
+    found = {}
+    for name, options in (("last", []), ("average", ["--ema"])):
+        folder = tmp_path / name
+        cli.main(["export-hf", str(run), str(folder), "--adapter", *options])
+        values = json.loads((folder / "adapter_config.json").read_text())
+        assert values["target_parameters"] == ["model.layers.1.mlp.shared_experts.down_proj.weight"]
+        assert len(values["target_modules"]) == 4
+        found[name] = load_file(folder / "adapter_model.safetensors")
+    assert found["last"].keys() == found["average"].keys()
+    beside = "base_model.model.model.layers.1.mlp.shared_experts.down_proj.lora_B.weight"
+    last, average = (found[name][beside] for name in ("last", "average"))
+    assert np.any(last) and np.any(average) and np.abs(last - average).max() > 0
+    cli.main(["export-hf", str(run), str(tmp_path / "merged"), "--merge", "--ema"])
+    a, row = found["average"][beside.replace("lora_B", "lora_A")], 7
+    merged, base = (
+        open_checkpoint(folder).tensors["model.layers.1.mlp.shared_experts.down_proj.weight"]
+        for folder in (tmp_path / "merged", open_base(run, run_config(run)).folder)
+    )
+    want = base.read(row, row + 1) + 8 * average[row] @ a
+    np.testing.assert_allclose(merged.read(row, row + 1), want, atol=1e-5)
 
 
 def test_an_adapter_of_attention_has_peft_s_names(hf, tmp_path):
@@ -156,9 +182,13 @@ def test_an_adapter_of_attention_has_peft_s_names(hf, tmp_path):
     assert (tmp_path / "adapter" / "tokenizer.json").exists()
 
 
+def run_config(run):
+    return config_from_dict(json.loads((run / "config.json").read_text()))
+
+
 def test_a_base_is_found_from_wherever_the_run_is_read(lora_run, hf, tmp_path, monkeypatch):
     run, _ = lora_run
-    config = config_from_dict(json.loads((run / "config.json").read_text()))
+    config = run_config(run)
     monkeypatch.chdir(tmp_path)
     relative = dataclasses.replace(config, init_from="no/such/place/from/here")
     assert open_base(run, relative).folder.samefile(hf)

@@ -15,8 +15,9 @@ ROWS = [
     {"model", "analysis"},
     {"training", "inference", "interop"},
     {"starting"},
+    {"frozen"},
     {"loading", "verifying", "notebook", "samples", "compiling"},
-    {"saving", "running", "evaluating", "serving"},
+    {"saving", "running", "evaluating", "harness", "serving"},
     {"cli"},
     {"__main__"},
 ]
@@ -52,6 +53,7 @@ ONLY_HOME = {
     "pyarrow": {"data"},
     "starlette": {"serving"},
     "uvicorn": {"serving"},
+    "lm_eval": {"harness"},
 }
 # `analysis` may plan with these, which know no JAX.
 ANALYSIS_MAY_SEE = {"parallel.schedules", "parallel.load_balancer"}

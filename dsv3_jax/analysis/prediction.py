@@ -45,8 +45,8 @@ class Prediction:
 
 
 def predict(config: Config) -> Prediction | None:
-    """The prediction for a training step; None for a pipeline, whose ranks differ."""
-    if config.mesh.pipe > 1:
+    """The prediction for a training step; None for a pipeline, whose ranks differ, and for LoRA."""
+    if config.mesh.pipe > 1 or config.lora.rank:
         return None
     memory = training_memory(config, "1f1b", (1,))
     gathers, reductions = weight_traffic(config)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dsv3_jax.config import Config, UserError
+from dsv3_jax.frozen import abstract_base
 from dsv3_jax.inference.acts import advance, feed
 from dsv3_jax.inference.kv_cache import NO_PAGE
 from dsv3_jax.inference.slots import Chunk, Program, Slots, closed_slots
@@ -23,6 +24,7 @@ from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import Layout, make_layout, serving_layouts
+from dsv3_jax.starting import open_weights
 from dsv3_jax.training.dry_run import lowered_step
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import abstract_state
@@ -81,9 +83,11 @@ def layout_on(config: Config, devices: Sequence[Any]) -> Layout:
 def training(config: Config, layout: Layout) -> Built:
     """The step of `train.py`, with as many micro-batches as the full batch has."""
     state = abstract_state(config, layout)
+    weights = open_weights(config.init_from) if config.init_from else None
+    base = abstract_base(config, weights, layout)
     return Built(
-        partial(lowered_step, config, layout, state),
-        {"state": state._asdict()},
+        partial(lowered_step, config, layout, state, base),
+        {"state": state._asdict()} | ({} if base is None else {"frozen base": base}),
         layout,
         # A batch-size ramp makes this loop's count data; further rounds run only where rows do not
         # fit into buffers.

@@ -110,16 +110,6 @@ class Config:
             )
         if self.lora.rank and not self.init_from:
             found.append("lora.rank needs init_from: adapters change weights that are there")
-        if self.lora.rank and self.optimizer.average_decay:
-            found.append(
-                "optimizer.average_decay with lora.rank: there is no average of adapters alone"
-            )
-        if self.lora.rank and (self.mesh.pipe > 1 or self.sharding.state == "fsdp"):
-            found.append(
-                f"lora.rank with mesh.pipe={self.mesh.pipe} and sharding.state="
-                f"{self.sharding.state!r}: a frozen base lies whole or cut over tensor and expert "
-                "axes: use mesh.pipe=1 and sharding.state='zero1'"
-            )
         expert_shards = self.mesh.node * self.mesh.local
         if self.expert_parallel.transport == "local" and expert_shards > 1:
             found.append(

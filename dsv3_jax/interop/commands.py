@@ -39,10 +39,12 @@ class OpenedRun(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """Those of a LoRA run; `base` is where the weights lie that they belong to."""
+    """Those of a LoRA run; `base` is where the weights lie that they belong to, `read_average`
+    returns their moving average, None where there is none."""
 
     tree: dict[str, Any]
     base: str
+    read_average: Callable[[], dict[str, Any]] | None = None
 
 
 OpenRun = Callable[[Path, str], OpenedRun]
@@ -105,7 +107,7 @@ def run_export(options: ExportOptions, open_run: OpenRun) -> None:
 
     start = time.monotonic()
     if options.adapter:
-        for name, default in {"merge": False, "ema": False, "dtype": "stored"}.items():
+        for name, default in {"merge": False, "dtype": "stored"}.items():
             if getattr(options, name) != default:
                 raise UserError(f"--adapter writes adapters alone, in f32: leave out --{name}")
         _export_adapter(options, open_run)
@@ -140,8 +142,11 @@ def _export_adapter(options: ExportOptions, open_run: OpenRun) -> None:
     run = None if is_weights_folder(options.src) else open_run(options.src, options.step)
     if run is None or run.adapters is None or run.facts is None:
         raise UserError(f"--adapter: {options.src} is no LoRA run")
+    read_average = run.adapters.read_average
+    if options.ema and read_average is None:
+        raise UserError(f"--ema: {options.src} was trained without optimizer.average_decay")
     export_adapter(
-        run.adapters.tree,
+        read_average() if options.ema and read_average else run.adapters.tree,
         run.config,
         run.facts.config.lora,
         run.adapters.base,

@@ -18,11 +18,13 @@ from jaxtyping import Array, PRNGKeyArray
 
 from dsv3_jax.config import LoraConfig, ModelConfig, UserError
 from dsv3_jax.config.weights import Weight, find_weight, weights
+from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul
 from dsv3_jax.model.projection import Plain, Projection
 from dsv3_jax.quantization.block_scaled import BlockScaled, StraightThrough, dequantize
 
 A, B = "lora_a", "lora_b"
+RANK_TILE = 128  # of grouped products; other ranks would be multiplied by every expert in turn
 # Of the main model; MTP modules are frozen with the rest.
 BLOCKS = {"dense_layers": "dense", "moe_layers": "moe"}
 
@@ -76,7 +78,7 @@ class Adapted:
             return y
         rows = _value(rows)
         rows = rows if activation is None else activation(rows)
-        a, b = self.a.astype(rows.dtype), self.b.astype(rows.dtype)
+        a, b = _filled_up(self.a.astype(rows.dtype), -2), _filled_up(self.b.astype(rows.dtype), -1)
         multiply = functools.partial(grouped_matmul, alignment=alignment)
         inner = multiply(rows, a.reshape(len(a), -1, a.shape[-1]), group_sizes)
         if a.ndim == 3:
@@ -116,6 +118,15 @@ def _frozen(base: Any, shape: tuple[int, ...], x: Any, multiply: Any) -> Array:
         return multiply(Plain(_dequantized(base, dtype).reshape(shape)), x)
 
     return product(base, x)
+
+
+def _filled_up(x: Array, dim: int) -> Array:
+    """x with zeros up to the ranks that the kernels of grouped products take."""
+    if backend.platform() == "cpu":
+        return x
+    fill = [(0, 0)] * x.ndim
+    fill[dim] = (0, -x.shape[dim] % RANK_TILE)
+    return jnp.pad(x, fill)
 
 
 def _dequantized(base: Any, dtype: Any) -> Array:

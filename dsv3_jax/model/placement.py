@@ -5,13 +5,15 @@ that an optimizer's moments, whose trees repeat the parameters', are placed as t
 What is no weight is whole on every device.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
+from jax.tree_util import DictKey
 
 from dsv3_jax.config.weights import Weight, find_weight
-from dsv3_jax.model.adapters import A, B
+from dsv3_jax.model.adapters import A, Adapted, B
 from dsv3_jax.model.fp8_weights import cut_dims, matrix_dims
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import BlockScaled, StepWeight
@@ -29,15 +31,26 @@ def shardings(tree: Any, layout: Layout, *, stored: bool = False) -> Any:
     """The NamedSharding of every leaf of a tree of variables, or of a state made of such trees.
 
     stored: as held between steps, cut further over the devices that would hold copies. Weights in
-    FP8 and their scales are cut alike, between tiles.
+    FP8 and their scales are cut alike, between tiles. An adapted weight's base lies as the weight
+    does, its adapter by experts alone.
     """
 
     def place(path, leaf) -> Any:
+        if isinstance(leaf, Adapted):
+            parts = {"base": path, "a": (*path, DictKey(A)), "b": (*path, DictKey(B))}
+            there = {name: of for name, of in parts.items() if getattr(leaf, name) is not None}
+            places = {name: place(of, getattr(leaf, name)) for name, of in there.items()}
+            return dataclasses.replace(leaf, **places)
         weight = weight_of(path)
         if isinstance(leaf, BlockScaled):
             assert weight is not None, path
             dims = matrix_dims(weight)
-            where = layout.sharding(*cut_dims(leaf, _stacked(dims, leaf.ndim), layout))
+            spec = layout.spec(*cut_dims(leaf, _stacked(dims, leaf.ndim), layout))
+            if stored:
+                tiles = (*(1 for _ in leaf.shape[:-2]), *leaf.tile)
+                whole = tuple(n // t if n % t == 0 else 1 for n, t in zip(leaf.shape, tiles))
+                spec = layout.stored_spec(spec, whole, skip_dims=_stacked_dims(path))
+            where = NamedSharding(layout.mesh, spec)
             return BlockScaled(where, where, leaf.tile)
         if weight is not None and leaf.ndim < len(weight.dims):
             weight = None  # an optimizer's summary of it, such as Adafactor's of rows
@@ -49,15 +62,28 @@ def shardings(tree: Any, layout: Layout, *, stored: bool = False) -> Any:
             spec = layout.stored_spec(spec, leaf.shape, skip_dims=_stacked_dims(path))
         return NamedSharding(layout.mesh, spec)
 
-    return jax.tree_util.tree_map_with_path(
-        place, tree, is_leaf=lambda node: isinstance(node, BlockScaled)
-    )
+    return jax.tree_util.tree_map_with_path(place, tree, is_leaf=_is_frozen)
+
+
+def _is_frozen(node: Any) -> bool:
+    return isinstance(node, BlockScaled | Adapted)
 
 
 def _adapted(path: tuple[Any, ...]) -> Weight | None:
     """The row of the weight that the adapter at a path belongs to; None for what is no adapter."""
     names = [str(entry.key) for entry in path if hasattr(entry, "key")]
     return find_weight(names[:-1]) if names and names[-1] in (A, B) else None
+
+
+def placed(abstract: Any, layout: Layout, *, stored: bool = False) -> Any:
+    """A tree of shapes and dtypes with its `shardings`, where the layout has devices."""
+    if not layout.has_devices:
+        return abstract
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        abstract,
+        shardings(abstract, layout, stored=stored),
+    )
 
 
 def gathered(tree: Any, layout: Layout) -> Any:
@@ -82,10 +108,13 @@ def sliced(tree: Any, layout: Layout, dtype: Any) -> Any:
     """Variables as a layer's products need them, from variables in slices, those being left so.
 
     A matrix becomes a StepWeight: its slice, which is cast before it is gathered, and the slice
-    itself, to which the gradient goes back in f32. What else there is, `gathered` gives whole.
+    itself, to which the gradient goes back in f32. What else there is, `gathered` gives whole, and
+    a frozen weight in the numbers that it is held in.
     """
 
     def make(path, leaf, used, stored):
+        if _is_frozen(leaf):
+            return jax.tree.map(layout.gather, leaf, used, stored)
         weight = weight_of(path)
         if weight is None or not weight.is_matrix or weight.part == "router":
             return layout.gather(leaf, used, stored)
@@ -96,5 +125,9 @@ def sliced(tree: Any, layout: Layout, dtype: Any) -> Any:
         )
 
     return jax.tree_util.tree_map_with_path(
-        make, tree, shardings(tree, layout), shardings(tree, layout, stored=True)
+        make,
+        tree,
+        shardings(tree, layout),
+        shardings(tree, layout, stored=True),
+        is_leaf=_is_frozen,
     )

@@ -22,7 +22,7 @@ from dsv3_jax.model.forward_pass import Pass, Tokens, as_pass
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.mtp import MTPModule, run_mtp
 from dsv3_jax.model.parameters import initializer
-from dsv3_jax.model.placement import shardings
+from dsv3_jax.model.placement import placed
 from dsv3_jax.model.stack import run_layers
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 
@@ -92,13 +92,7 @@ def _init_ends(keys: Any, config: ModelConfig) -> Variables:
 def abstract_variables(config: ModelConfig, layout: Layout = ONE_DEVICE) -> Variables:
     """`init_variables` as shapes and dtypes, with the shardings of a layout; allocates nothing."""
     shapes = jax.eval_shape(lambda key: init_variables(key, config), jax.random.key(0))
-    if not layout.has_devices:
-        return shapes
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        shapes,
-        shardings(shapes, layout),
-    )
+    return placed(shapes, layout)
 
 
 def forward(

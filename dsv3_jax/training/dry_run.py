@@ -37,8 +37,11 @@ def parameter_counts(state: TrainState) -> tuple[int, int]:
     return count_parameters(trees) - mtp, mtp
 
 
-def dry_run_report(config: Config, layout: Layout) -> str:
-    """A text: every parameter's shape, the counts, and memory per device by XLA's own analysis."""
+def dry_run_report(config: Config, layout: Layout, base: Any = None) -> str:
+    """A text: every parameter's shape, the counts, and memory per device by XLA's own analysis.
+
+    `base` is what a LoRA run's adapters belong to, as shapes (`starting.abstract_base`).
+    """
     state = abstract_state(config, layout)
     lines = ["parameters"]
     for tree in (state.params, state.router):
@@ -50,7 +53,7 @@ def dry_run_report(config: Config, layout: Layout) -> str:
     main, mtp = parameter_counts(state)
     lines.append(f"  {main:,} in the main model, {mtp:,} more in MTP")
 
-    memory = lowered_step(config, layout, state).compile().memory_analysis()
+    memory = lowered_step(config, layout, state, base).compile().memory_analysis()
     gib = 2.0**30
     rows = {
         "master weights, f32": _bytes((state.params, state.router)) / gib,
@@ -58,6 +61,8 @@ def dry_run_report(config: Config, layout: Layout) -> str:
         "gradients, activations and scratch": memory.temp_size_in_bytes / gib,
         "peak of one training step": _peak(memory) / gib,
     }
+    if base is not None:
+        rows = {"frozen base": _bytes(base) / gib, **rows}
     if (predicted := predict(config)) is not None:
         rows["the same, predicted for accelerators"] = predicted.peak / gib
     lines.append(f"memory per device, GiB (XLA's analysis of the step for {layout.platform})")
@@ -123,7 +128,7 @@ def _by_name(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def lowered_step(config: Config, layout: Layout, state: TrainState) -> Any:
+def lowered_step(config: Config, layout: Layout, state: TrainState, base: Any = None) -> Any:
     """The step of a full batch as `train.py` runs it, lowered for the layout's devices.
 
     They may be devices that programs are only compiled for.
@@ -131,7 +136,8 @@ def lowered_step(config: Config, layout: Layout, state: TrainState) -> Any:
     schedule = Schedule(config)
     shape = (schedule.max_micro_batches, schedule.micro_batch_size, config.train.seq_len + 1)
     rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(layout.mesh, 1))
-    return jit_train_step(config, layout, state).lower(state, rows, schedule.settings(0))
+    step = jit_train_step(config, layout, state)
+    return step.lower(state, rows, schedule.settings(0), base=base)
 
 
 def _bytes(tree: Any) -> int:

@@ -39,6 +39,7 @@ from dsv3_jax.training.loss import (
 )
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.stages import NO_LAYER, StagePlan, from_stages, plan_stages, to_stages
+from dsv3_jax.training.state import variables_of
 
 PIPE = PartitionSpec("pipe")
 
@@ -57,46 +58,57 @@ class Totals(NamedTuple):
 
 
 def pipelined_gradients(
-    params: Any,
-    router: Any,
+    variables: dict[str, Any],
     rows: Rows,
     settings: StepSettings,
     config: Config,
     layout: Layout,
     per_token: float,
     around: Callable[[RankActs], RankActs] = lambda acts: acts,
+    base: dict[str, Any] | None = None,
     extensions: Extensions = NONE,
 ) -> tuple[LossTerms, Any]:
     """Sums over the step's micro-batches: the terms of the loss, and the gradients of the weights.
 
-    Those are of the losses times per_token. Weights come as `step` holds them. `around` puts
-    something around the acts of a rank, such as time stamps (benchmarks/bench_pipeline.py).
+    Those are of the losses times per_token. Weights come as `step` holds them, adapters with the
+    frozen `base` that they belong to. `around` puts something around the acts of a rank, such as
+    time stamps (benchmarks/bench_pipeline.py).
     """
     plan = plan_stages(config)
     inside = dataclasses.replace(layout, outer=("pipe",))
     kinds = tuple(plan.layers)
+    trained, router = variables["params"], variables["router"]
+    fixed = {"router": router} if base is None else base
     stacks = {
-        kind: {
-            name: to_stages(tree[kind], kind, plan, inside)
-            for name, tree in (("params", params), ("router", router))
-            if kind in tree
-        }
+        kind: (
+            to_stages(trained.get(kind, {}), kind, plan, inside),
+            {
+                name: to_stages(tree[kind], kind, plan, inside)
+                for name, tree in fixed.items()
+                if kind in tree
+            },
+        )
         for kind in kinds
     }
-    ends = {name: tree for name, tree in params.items() if name not in kinds}
-    ends = layout.constrain_tree(ends, shardings(ends, inside, stored=inside.gathers_each_layer))
-    ends_router = {name: tree for name, tree in router.items() if name not in kinds}
+
+    def at_ends(tree):
+        ends = {name: part for name, part in tree.items() if name not in kinds}
+        where = shardings(ends, inside, stored=inside.gathers_each_layer)
+        return layout.constrain_tree(ends, where)
+
+    ends = at_ends(trained), {name: at_ends(tree) for name, tree in fixed.items()}
     how = training_pass(config, inside, extensions)
     rank = partial(_rank, plan=plan, config=config, how=how, per_token=per_token, around=around)
     totals = jax.shard_map(
         rank,
         mesh=layout.mesh,
-        in_specs=(PIPE, PartitionSpec(), PartitionSpec(), PartitionSpec(), PartitionSpec()),
+        in_specs=(PIPE, PartitionSpec(), PartitionSpec(), PartitionSpec()),
         out_specs=_lies_on(PIPE, PartitionSpec()),
         axis_names={"pipe"},
         check_vma=False,  # a pullback inside cannot say along which axes it varies
-    )(stacks, ends, ends_router, rows, settings)
-    gradients = totals.ends | {k: from_stages(totals.layers[k], k, plan) for k in kinds}
+    )(stacks, ends, rows, settings)
+    of_layers = {k: from_stages(totals.layers[k], k, plan) for k in kinds if k in trained}
+    gradients = totals.ends | of_layers
     load = {f"mtp_{depth}": of_depth for depth, of_depth in enumerate(totals.mtp_load)}
     if MOE in kinds:
         load[MOE] = from_stages(totals.load, MOE, plan)
@@ -113,7 +125,6 @@ def _lies_on(of_rank: Any, everywhere: Any) -> Any:
 def _rank(
     stacks,
     ends,
-    ends_router,
     rows,
     settings,
     *,
@@ -125,7 +136,7 @@ def _rank(
 ):
     """The totals of one rank of `pipe`, and of all ranks where they are sums over them."""
     stacks = jax.tree.map(lambda leaf: leaf[0], stacks)
-    rank = _Rank(stacks, ends, ends_router, rows, settings, plan, config, how, per_token)
+    rank = _Rank(stacks, ends, rows, settings, plan, config, how, per_token)
     _, batch, row_len = tokens_of_rows(rows).shape
     micro = (batch, row_len - 1, config.model.hidden_size)
     message = jax.ShapeDtypeStruct(micro, config.model.dtype)
@@ -141,12 +152,15 @@ def _rank(
 
 
 class _Rank:
-    """The acts of a rank, which is looked up by its number: all ranks run one program."""
+    """The acts of a rank, which is looked up by its number: all ranks run one program.
 
-    def __init__(
-        self, stacks, ends, ends_router, rows, settings, plan, config, how: Pass, per_token
-    ):
-        self.stacks, self.ends, self.ends_router, self.rows = stacks, ends, ends_router, rows
+    Stacks and ends are pairs of what is trained and of what is not: router biases, and the frozen
+    base of adapters.
+    """
+
+    def __init__(self, stacks, ends, rows, settings, plan, config, how: Pass, per_token):
+        self.stacks, self.rows = stacks, rows
+        self.ends, self.fixed_ends = ends
         self.settings, self.plan, self.config = settings, plan, config
         self.how = how
         self.per_token = per_token
@@ -164,7 +178,7 @@ class _Rank:
         depths = model.num_nextn_predict_layers
         zero = jnp.zeros(())
         return Totals(
-            {k: _zeros_in_f32(self.stacks[k]["params"]) for k in self.kinds},
+            {k: _zeros_in_f32(self.stacks[k][0]) for k in self.kinds},
             _zeros_in_f32(self.ends),
             *(zero, zero, zero),
             jnp.zeros((chunks, slots, model.n_routed_experts), jnp.int32),
@@ -176,7 +190,7 @@ class _Rank:
         """A stage's output, and what its layers saved."""
         ids, of_tokens = self._tokens(m)
         first = self.stage[chunk] == 0
-        x = lax.cond(first, lambda: self._embed(self.ends, ids).astype(x.dtype), lambda: x)
+        x = lax.cond(first, lambda: self._embed(self._ends(), ids).astype(x.dtype), lambda: x)
         saved = {}
         for kind in self.kinds:
             x, (saved[kind], stats) = self._scan_forward(kind, chunk, x, of_tokens)
@@ -204,10 +218,9 @@ class _Rank:
         for kind in reversed(self.kinds):
             dy, (early, frontiers[kind]) = self._scan_input_backward(kind, chunk, saved[kind], dy)
             layers[kind] = _add_leaves(layers[kind], chunk, early)
-        first = self.stage[chunk] == 0
-        ends = lax.cond(
-            first, self._embedding_backward, lambda ends, *_: ends, totals.ends, ids, dy
-        )
+        ends, first = totals.ends, self.stage[chunk] == 0
+        if ends:  # those of adapters are frozen
+            ends = lax.cond(first, self._embedding_backward, lambda ends, *_: ends, ends, ids, dy)
         return totals._replace(ends=ends, layers=layers), dy, frontiers
 
     def weight_backward(self, totals: Totals, chunk, m, saved, frontiers) -> Totals:
@@ -227,6 +240,11 @@ class _Rank:
         ids = self.how.layout.whole_rows(tokens_of_rows(rows)[:, :-1])
         return ids, tokens_of(ids, self.how, segments, real_tokens(rows))
 
+    def _ends(self, trained: Any = None) -> Any:
+        """The parameters that no layer of a stack has."""
+        trained = self.ends if trained is None else trained
+        return _joined(trained, self.fixed_ends, self.config)["params"]
+
     def _embed(self, ends, ids):
         gathered = gathered_ends(ends, self.how)
         x = embed_tokens(gathered, self.how.layout.in_order(ids), self.how)
@@ -245,8 +263,8 @@ class _Rank:
         rows, (ids, of_tokens) = self._micro_batch(m), self._tokens(m)
 
         def of_output(ends, y):
-            params = gathered_ends(ends, self.how)
-            variables = {"params": params, "router": self.ends_router}
+            params = gathered_ends(self._ends(ends), self.how)
+            variables = {"params": params, "router": self.fixed_ends["router"]}
             states = finish(variables, y, ids, of_tokens, self.how)
             weight, segments = self.settings.mtp_loss_weight, documents(rows, self.config)
             nats, ce, mtp = prediction_nats(params, states, rows, weight, segments, self.how)
@@ -265,8 +283,8 @@ class _Rank:
         return (ends, *sums, loads + load if terms else loads, most.at[m].max(rounds)), dy
 
     def _slots(self, kind: str, chunk) -> tuple[Any, Any, Array]:
-        stack = jax.tree.map(lambda leaf: leaf[chunk], self.stacks[kind])
-        return stack["params"], stack.get("router", {}), self.exists[kind][chunk]
+        trained, fixed = jax.tree.map(lambda leaf: leaf[chunk], self.stacks[kind])
+        return trained, fixed, self.exists[kind][chunk]
 
     def _where(self, kind: str, exists, layer, skip, *operands):
         """layer(*operands) in a slot with a layer, else skip(*operands)."""
@@ -275,17 +293,17 @@ class _Rank:
         return lax.cond(exists, layer, skip, *operands)
 
     def _scan_forward(self, kind: str, chunk, x, of_tokens: Tokens):
-        backward = self.backward[kind] = _LayerBackward(kind, self.how)
+        backward = self.backward[kind] = _LayerBackward(kind, self.how, self.config)
 
         def body(x, slot):
-            params, router, exists = slot
+            params, fixed, exists = slot
 
-            def skip(params, router, x):
-                shapes = jax.eval_shape(layer, params, router, x)[1]
+            def skip(params, fixed, x):
+                shapes = jax.eval_shape(layer, params, fixed, x)[1]
                 return x, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
             layer = partial(backward.forward, of_tokens=of_tokens)
-            return self._where(kind, exists, layer, skip, params, router, x)
+            return self._where(kind, exists, layer, skip, params, fixed, x)
 
         return lax.scan(body, x, self._slots(kind, chunk))
 
@@ -293,16 +311,16 @@ class _Rank:
         backward = self.backward[kind]
 
         def body(dy, slot):
-            (params, _, exists), kept = slot
+            (*weights, exists), kept = slot
 
-            def layer(params, kept, dy):
-                return backward.first(params, kept, dy, self.d_balance)
+            def layer(weights, kept, dy):
+                return backward.first(weights, kept, dy, self.d_balance)
 
-            def skip(params, kept, dy):
-                shapes = jax.eval_shape(layer, params, kept, dy)[1]
+            def skip(weights, kept, dy):
+                shapes = jax.eval_shape(layer, weights, kept, dy)[1]
                 return dy, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-            return self._where(kind, exists, layer, skip, params, kept, dy)
+            return self._where(kind, exists, layer, skip, weights, kept, dy)
 
         return lax.scan(body, dy, (self._slots(kind, chunk), saved), reverse=True)
 
@@ -310,16 +328,16 @@ class _Rank:
         backward = self.backward[kind]
 
         def body(_, slot):
-            (params, _, exists), kept, at_frontier = slot
+            (*weights, exists), kept, at_frontier = slot
 
-            def layer(params, kept, at_frontier):
-                return backward.second(params, kept, at_frontier, self.d_balance)
+            def layer(weights, kept, at_frontier):
+                return backward.second(weights, kept, at_frontier, self.d_balance)
 
-            def skip(params, kept, at_frontier):
-                shapes = jax.eval_shape(layer, params, kept, at_frontier)
+            def skip(weights, kept, at_frontier):
+                shapes = jax.eval_shape(layer, weights, kept, at_frontier)
                 return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
-            return None, self._where(kind, exists, layer, skip, params, kept, at_frontier)
+            return None, self._where(kind, exists, layer, skip, weights, kept, at_frontier)
 
         slots = (self._slots(kind, chunk), saved, frontier)
         return lax.scan(body, None, slots)[1]
@@ -332,19 +350,19 @@ class _LayerBackward:
     forward is traced, and read when the backward is.
     """
 
-    def __init__(self, kind: str, how: Pass):
-        self.kind, self.how = kind, how
+    def __init__(self, kind: str, how: Pass, config: Config):
+        self.kind, self.how, self.config = kind, how, config
         self.block = Block(how, kind == DENSE)
         self.structure: Any = None
-        self.of_params: list[int | None] = []
+        self.of_weights: list[int | None] = []
         self.parts: SplitBackward | None = None
 
-    def forward(self, params, router, x, of_tokens: Tokens):
-        """(y, (saved, (balance, load, rounds)))."""
+    def forward(self, params, fixed, x, of_tokens: Tokens):
+        """(y, (saved, (balance, load, rounds))). Weights are not among what is saved."""
         how = self.how
 
         def apply(params, x):
-            variables = how.gathered({"params": params, "router": router})
+            variables = how.gathered(_joined(params, fixed, self.config))
             outputs: Any = self.block.apply(variables, x, of_tokens, None)
             y, _, stats = outputs
             y = how.layout.constrain(y, "batch", "residual")
@@ -354,30 +372,36 @@ class _LayerBackward:
 
         (y, balance), pull, (load, rounds) = jax.vjp(how.saving(apply), params, x, has_aux=True)
         leaves, self.structure = jax.tree.flatten(pull)
-        known = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves(params))}
-        self.of_params = [known.get(id(leaf)) for leaf in leaves]
-        saved = [leaf for leaf, i in zip(leaves, self.of_params) if i is None]
+        known = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((params, fixed)))}
+        self.of_weights = [known.get(id(leaf)) for leaf in leaves]
+        saved = [leaf for leaf, i in zip(leaves, self.of_weights) if i is None]
         return y, (saved, (balance, load, rounds))
 
-    def first(self, params, saved, dy, d_balance):
+    def first(self, weights, saved, dy, d_balance):
         """(dx, (gradients of weights made on the way, by their place, and the frontier))."""
-        inputs = (jax.tree.leaves(params), saved, dy, d_balance)
+        inputs = (jax.tree.leaves(weights), saved, dy, d_balance)
         self.parts = split_backward(self._pullback, *inputs)
         (dx,), early, frontier = self.parts.first(*inputs)
         return dx, (early, (frontier, dy))
 
-    def second(self, params, saved, frontier, d_balance):
+    def second(self, weights, saved, frontier, d_balance):
         """The other gradients of weights, by their place."""
         assert self.parts is not None
         values, dy = frontier
-        late = self.parts.second(values, jax.tree.leaves(params), saved, dy, d_balance)
+        late = self.parts.second(values, jax.tree.leaves(weights), saved, dy, d_balance)
         return {i: gradient for i, gradient in enumerate(late) if gradient is not None}
 
-    def _pullback(self, params, saved, dy, d_balance):
+    def _pullback(self, weights, saved, dy, d_balance):
         rest = iter(saved)
-        leaves = [next(rest) if i is None else params[i] for i in self.of_params]
+        leaves = [next(rest) if i is None else weights[i] for i in self.of_weights]
         d_params, dx = jax.tree.unflatten(self.structure, leaves)((dy, d_balance))
         return [dx], jax.tree.leaves(d_params)
+
+
+def _joined(trained: Any, fixed: Any, config: Config) -> Any:
+    """The variables of layers or ends, of what is trained and what is not."""
+    base = fixed if "params" in fixed else None
+    return variables_of(trained, fixed.get("router", {}), base, config)
 
 
 def _zeros_in_f32(tree: Any) -> Any:

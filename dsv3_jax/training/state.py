@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from dsv3_jax.config import Config, UserError
 from dsv3_jax.model.adapters import init_adapters, with_adapters
-from dsv3_jax.model.placement import shardings
+from dsv3_jax.model.placement import placed, shardings
 from dsv3_jax.model.transformer import init_variables
 from dsv3_jax.parallel.mesh import mesh_of
 from dsv3_jax.parallel.sharding import Layout
@@ -52,7 +52,7 @@ def variables_of(params: Any, router: Any, base: Any, config: Config) -> Any:
     if base is None:
         return {"params": params, "router": router}
     adapted = with_adapters(base["params"], params, config.lora)
-    return {"params": adapted, "router": base["router"]}
+    return {"params": adapted, "router": base.get("router", {})}
 
 
 def _optimizer(config: Config, extensions: Extensions) -> optax.GradientTransformation:
@@ -122,13 +122,7 @@ def averaged_variables(folder: Path, step: int, config: Config) -> dict[str, Any
 def abstract_adapters(config: Config, layout: Layout) -> Any:
     """A LoRA run's adapters as shapes and dtypes, with shardings where the layout has devices."""
     make = partial(init_adapters, model=config.model, lora=config.lora)
-    shapes = jax.eval_shape(make, jax.random.key(0))
-    if not layout.has_devices:
-        return shapes
-    return jax.tree.map(
-        lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place),
-        *(shapes, shardings(shapes, layout)),
-    )
+    return placed(jax.eval_shape(make, jax.random.key(0)), layout)
 
 
 def abstract_state(config: Config, layout: Layout, extensions: Extensions = NONE) -> TrainState:

@@ -152,6 +152,9 @@ def eval_step(
     """Mean cross-entropy of the main model, nats a token, of rows of T + 1 tokens: of all of them,
     or of those that count."""
     segments = documents(rows, config)
+    if layout.mesh.shape["pipe"] > 1:  # all ranks run all layers: slices are cut over other axes
+        layout = dataclasses.replace(layout, outer=("pipe",))
+    base = None if base is None else _gathered_once(base, layout)
     variables = variables_of(_gathered_once(params, layout), router, base, config)
     how = dataclasses.replace(training_pass(config, layout, extensions), remat="none")
     with layout.compiling():
@@ -203,7 +206,7 @@ def gradients(
     rows = with_shares(rows, settings.num_micro_batches.astype(jnp.float32), depths)
 
     if layout.mesh.shape["pipe"] > 1:
-        return _pipelined(state, rows, settings, config, layout, extensions, per_token)
+        return _pipelined(state, rows, settings, config, layout, base, extensions, per_token)
 
     # What every micro-batch multiplies by is made before the first of them, and only once.
     params = _gathered_once(state.params, layout)
@@ -252,7 +255,7 @@ def gradients(
 
 
 def _pipelined(
-    state, rows, settings, config: Config, layout: Layout, extensions: Extensions, per_token: float
+    state, rows, settings, config: Config, layout: Layout, base, extensions, per_token: float
 ):
     """`gradients` by the ranks of `pipe`."""
     if extensions.loss is not None:
@@ -260,8 +263,9 @@ def _pipelined(
             "an own loss reads all Outputs, which no stage has of "
             f"mesh.pipe={layout.mesh.shape['pipe']}: use mesh.pipe=1"
         )
+    held = {"params": state.params, "router": state.router}
     terms, grads = pipelined_gradients(
-        state.params, state.router, rows, settings, config, layout, per_token, extensions=extensions
+        held, rows, settings, config, layout, per_token, base=base, extensions=extensions
     )
     count = settings.num_micro_batches.astype(jnp.float32)
     means = jax.tree.map(lambda x: x / count, terms._replace(load={}))

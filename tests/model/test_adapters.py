@@ -13,6 +13,7 @@ from dsv3_jax.model.fp8_weights import to_fp8_weights
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import ONE_DEVICE, make_layout
 from dsv3_jax.training.loss import training_loss
+from dsv3_jax.training.state import variables_of
 from tests.helpers import (
     TOLERANCE,
     random_tokens,
@@ -26,21 +27,25 @@ MODEL = tiny_model(num_hidden_layers=2, num_nextn_predict_layers=1)
 EVERYTHING = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
 EVERYTHING += ("gate_proj", "up_proj", "down_proj")
 LORA = LoraConfig(rank=3, alpha=6.0, targets=EVERYTHING)
-CONFIG = tiny_config(MODEL)
+CONFIG = dataclasses.replace(tiny_config(MODEL), lora=LORA)
 VARIABLES = random_variables(MODEL)
 ROWS = random_tokens(MODEL, 2, 10)
 
 
-def random_adapters(lora=LORA):
-    shapes = jax.eval_shape(lambda key: init_adapters(key, MODEL, lora), jax.random.key(0))
+def random_adapters(model=MODEL, lora=LORA):
+    shapes = jax.eval_shape(lambda key: init_adapters(key, model, lora), jax.random.key(0))
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.1, s.dtype), shapes)
 
 
-def loss_of(base, adapters, config=CONFIG, layout=ONE_DEVICE):
-    params = with_adapters(base["params"], adapters, LORA)
-    variables = {"params": params, "router": base["router"]}
-    return training_loss(variables, ROWS, jnp.float32(0.3), config, layout)[0]
+def loss_of(base, adapters, config=CONFIG, layout=ONE_DEVICE, rows=ROWS):
+    variables = variables_of(adapters, {}, base, config)
+    return training_loss(variables, rows, jnp.float32(0.3), config, layout)[0]
+
+
+def gradient_of(base, config=CONFIG, layout=ONE_DEVICE, rows=ROWS):
+    """Of adapters: a function compiled for them."""
+    return jax.jit(jax.value_and_grad(lambda a: loss_of(base, a, config, layout, rows)))
 
 
 @pytest.mark.parametrize("form", ["f32", "fp8"])
@@ -49,21 +54,12 @@ def test_the_model_is_that_of_the_merged_weights(form):
     base = VARIABLES if form == "f32" else to_fp8_weights(VARIABLES, MODEL)
     adapters = random_adapters()
 
-    @jax.jit
-    def ours(adapters):
-        return jax.value_and_grad(lambda a: loss_of(base, a))(adapters)
+    def loss_when_merged(adapters):
+        params = merged(with_adapters(base["params"], adapters, LORA), MODEL)
+        return training_loss({**base, "params": params}, ROWS, jnp.float32(0.3), CONFIG)[0]
 
-    @jax.jit
-    def theirs(adapters):
-        def loss(adapters):
-            params = merged(with_adapters(base["params"], adapters, LORA), MODEL)
-            variables = {"params": params, "router": base["router"]}
-            return training_loss(variables, ROWS, jnp.float32(0.3), CONFIG)[0]
-
-        return jax.value_and_grad(loss)(adapters)
-
-    loss, grads = ours(adapters)
-    want, wanted = theirs(adapters)
+    loss, grads = gradient_of(base)(adapters)
+    want, wanted = jax.jit(jax.value_and_grad(loss_when_merged))(adapters)
     assert float(loss) == pytest.approx(float(want), rel=TOLERANCE["f32_model"])
     assert relative_error(grads, wanted) < 5 * TOLERANCE["f32_gradient"]
     assert len(jax.tree.leaves(grads)) == 2 * len(list(adapted_rows(MODEL, LORA)))
@@ -88,8 +84,7 @@ def test_recipes_and_remat(preset, remat):
         quant=dataclasses.replace(CONFIG.quant, preset=preset),
         train=dataclasses.replace(CONFIG.train, remat=remat),
     )
-    gradient = jax.jit(lambda a: jax.value_and_grad(lambda a: loss_of(base, a, config))(a))
-    loss, grads = gradient(adapters)
+    loss, grads = gradient_of(base, config)(adapters)
     plain = jax.jit(lambda a: loss_of(base, a))(adapters)
     assert float(loss) == pytest.approx(float(plain), rel=0.02)
     assert all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(grads))
@@ -100,27 +95,16 @@ def test_meshes(axes):
     model = tiny_model(
         num_hidden_layers=2, num_attention_heads=4, n_routed_experts=8, vocab_size=38
     )
-    base, lora = random_variables(model), LORA
-    shapes = jax.eval_shape(lambda key: init_adapters(key, model, lora), jax.random.key(0))
-    rng = np.random.default_rng(1)
-    adapters = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.1, s.dtype), shapes)
-    rows = random_tokens(model, 4, 9)
-    mesh = dataclasses.replace(ParallelConfig(), **axes)
-    layout = make_layout(
-        make_mesh(mesh, jax.devices()[:4]), CONFIG.sharding, CONFIG.expert_parallel
+    base, adapters, rows = (
+        random_variables(model),
+        random_adapters(model),
+        random_tokens(model, 4, 9),
     )
+    mesh = make_mesh(dataclasses.replace(ParallelConfig(), **axes), jax.devices()[:4])
+    layout = make_layout(mesh, CONFIG.sharding, CONFIG.expert_parallel)
     config = dataclasses.replace(CONFIG, model=model)
-
-    def gradient(adapters, layout):
-        def loss(adapters):
-            params = with_adapters(base["params"], adapters, lora)
-            held = {"params": params, "router": base["router"]}
-            return training_loss(held, rows, jnp.float32(0.3), config, layout)[0]
-
-        return jax.value_and_grad(loss)(adapters)
-
-    alone = jax.jit(lambda a: gradient(a, ONE_DEVICE))(adapters)
-    spread = jax.jit(lambda a: gradient(a, layout))(adapters)
+    alone = gradient_of(base, config, ONE_DEVICE, rows)(adapters)
+    spread = gradient_of(base, config, layout, rows)(adapters)
     assert float(spread[0]) == pytest.approx(float(alone[0]), rel=TOLERANCE["f32_model"])
     assert relative_error(spread[1], alone[1]) < TOLERANCE["f32_gradient"]
 
@@ -150,7 +134,7 @@ def test_targets_by_module():
 def test_what_is_fp8_is_wrapped_with_or_without_an_adapter():
     base = to_fp8_weights(VARIABLES, MODEL)["params"]
     lora = dataclasses.replace(LORA, targets=("o_proj",))
-    params = with_adapters(base, random_adapters(lora), lora)
+    params = with_adapters(base, random_adapters(lora=lora), lora)
     layer = params["moe_layers"]
     assert isinstance(layer["self_attn"]["q_b_proj"], Adapted)
     assert layer["self_attn"]["q_b_proj"].a is None

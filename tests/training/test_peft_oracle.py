@@ -8,31 +8,77 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.config import Config, LoraConfig, ScheduleConfig, TrainConfig, UserError
+from dsv3_jax.config import Config, LoraConfig, ScheduleConfig, TrainConfig
 from dsv3_jax.interop.load import load_hf
 from dsv3_jax.interop.name_map import places
-from dsv3_jax.interop.peft_adapter import adapter_tensors, export_adapter
+from dsv3_jax.interop.peft_adapter import export_adapter, peft_form
 from dsv3_jax.model.adapters import init_adapters, with_adapters
 from dsv3_jax.model.transformer import forward
 from dsv3_jax.training.loss import training_loss
 from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
 
 MODEL = dataclasses.replace(TINY, num_nextn_predict_layers=0)
-TARGETS = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
-LORA = LoraConfig(rank=4, alpha=8.0, targets=TARGETS)
+ATTENTION = ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
 
-@pytest.mark.oracle
-def test_peft_loads_our_adapter_and_has_our_gradients(tmp_path):
+def random_adapters(lora, rng):
+    shapes = jax.eval_shape(lambda key: init_adapters(key, MODEL, lora), jax.random.key(0))
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.05, s.dtype), shapes)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    return write_hf(tmp_path_factory.mktemp("hf") / "m", MODEL, hf_tensors(MODEL, "f32"))
+
+
+def peft_model(hf, folder, **options):
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft", reason="needs the oracle extra: peft is not installed")
     from transformers import AutoModelForCausalLM
 
-    hf = write_hf(tmp_path / "hf", MODEL, hf_tensors(MODEL, "f32"))
-    _, variables = load_hf(hf, dtype="f32")
-    shapes = jax.eval_shape(lambda key: init_adapters(key, MODEL, LORA), jax.random.key(0))
+    base = AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
+    return peft.PeftModel.from_pretrained(base, folder, **options)
+
+
+@pytest.mark.oracle
+@pytest.mark.parametrize(
+    "targets",
+    [
+        FEED_FORWARD,
+        ("mlp/experts/down_proj", "mlp/down_proj", "o_proj"),
+        ("mlp/experts/gate_up_proj", "shared_experts/gate_up_proj"),
+    ],
+    ids=str,
+)
+def test_peft_answers_with_our_feed_forwards(hf, tmp_path, targets):
+    """Dense, shared and routed, whose adapters of a layer are peft's of one parameter."""
+    torch = pytest.importorskip("torch")
+    lora = LoraConfig(rank=3, alpha=9.0, targets=targets)
     rng = np.random.default_rng(0)
-    adapters = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.05, s.dtype), shapes)
+    adapters = random_adapters(lora, rng)
+    rows = rng.integers(2, MODEL.vocab_size, (2, 17)).astype(np.int32)
+    _, variables = load_hf(hf, dtype="f32")
+    params = with_adapters(variables["params"], adapters, lora)
+    logits = jax.jit(lambda v: forward(v, rows, MODEL).logits)
+    ours, plain = logits({**variables, "params": params}), logits(variables)
+    folder = export_adapter(adapters, MODEL, lora, str(hf), tmp_path / "adapter")
+    with torch.no_grad():
+        theirs = peft_model(hf, folder)(torch.tensor(rows.astype(np.int64))).logits.numpy()
+    apart, moved = np.abs(ours - theirs).max(), np.abs(ours - plain).max()
+    print(f"logits {apart:.2e} apart; the adapter moves them by {moved:.2f}")
+    assert apart < 3e-4 and moved > 0.03
+
+
+@pytest.mark.oracle
+def test_peft_loads_our_adapter_and_has_our_gradients(hf, tmp_path):
+    torch = pytest.importorskip("torch")
+    lora = LoraConfig(rank=4, alpha=8.0, targets=ATTENTION)
+    _, variables = load_hf(hf, dtype="f32")
+    rng = np.random.default_rng(0)
+    adapters = random_adapters(lora, rng)
     rows = rng.integers(2, MODEL.vocab_size, (2, 18)).astype(np.int32)
     config = Config(
         model=MODEL,
@@ -41,7 +87,7 @@ def test_peft_loads_our_adapter_and_has_our_gradients(tmp_path):
     )
 
     def held(adapters):
-        params = with_adapters(variables["params"], adapters, LORA)
+        params = with_adapters(variables["params"], adapters, lora)
         return {**variables, "params": params}
 
     @jax.jit
@@ -54,11 +100,8 @@ def test_peft_loads_our_adapter_and_has_our_gradients(tmp_path):
     logits = jax.jit(lambda a: forward(held(a), rows[:, :-1], MODEL).logits)(adapters)
     loss, grads = gradient(adapters)
 
-    folder = export_adapter(adapters, MODEL, LORA, str(hf), tmp_path / "adapter")
-    base = AutoModelForCausalLM.from_pretrained(
-        hf, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-    )
-    model = peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
+    folder = export_adapter(adapters, MODEL, lora, str(hf), tmp_path / "adapter")
+    model = peft_model(hf, folder, is_trainable=True)
     ids = torch.tensor(rows.astype(np.int64))
     theirs = model(ids[:, :-1]).logits
     apart = float(np.abs(np.asarray(logits) - theirs.detach().numpy()).max())
@@ -69,7 +112,7 @@ def test_peft_loads_our_adapter_and_has_our_gradients(tmp_path):
     wanted = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), ids[:, 1:].flatten())
     wanted.backward()
     assert float(loss) == pytest.approx(float(wanted), rel=1e-5)
-    ours = adapter_tensors(grads, MODEL)
+    ours = peft_form(grads, MODEL).tensors
     found = {
         name.replace(".default.", "."): p.grad.numpy()
         for name, p in model.named_parameters()
@@ -81,8 +124,5 @@ def test_peft_loads_our_adapter_and_has_our_gradients(tmp_path):
     )
     print(f"worst gradient {worst:.2e} of {len(ours)}")
     assert worst < 1e-4
-    beside = {"moe_layers": {"mlp": {"shared_experts": {"down_proj": {}}}}}
-    with pytest.raises(UserError, match="export with --merge"):
-        adapter_tensors(beside, MODEL)
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 4
     assert len(places(MODEL)) > len(ours)
