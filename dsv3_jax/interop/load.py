@@ -1,14 +1,14 @@
 """Checkpoints straight into variables: a matrix is read once and put on all devices that need it.
 
-Large arrays are not assembled on the host: they start as zeros on their devices and matrices are
-written into them in place, so that the host holds one published matrix of them at a time.
+Large arrays are not assembled on the host: they start as zeros on their devices, and published rows
+are written into them in place, a piece at a time. What is read and not yet written is bounded too.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,8 @@ from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled
 # A device's part of an array is put together on the host up to this size: a transfer and a compiled
 # update for every norm would take longer than the rest of a small model's load.
 HOST_BYTES = 16 << 20
+PIECE_BYTES = 64 << 20  # of a matrix that is read at once
+ON_THE_WAY_BYTES = 4 * PIECE_BYTES  # read, and not yet written
 
 # "fp8": as "stored", but FP8 in every stack that holds some FP8.
 LoadDType = Literal["stored", "fp8", "bf16", "f32"]
@@ -95,8 +97,9 @@ def load(
     targets = _targets(checkpoint, dtype)
     arrays: dict[tuple[str, ...], dict[str, _Growing]] = {}
     bad: Counter[str] = Counter()
+    on_the_way = _OnTheWay()
     for path, leaf in leaves(checkpoint.config).items():
-        arrays[path] = _growing(leaf, targets[path], _at(shardings, path))
+        arrays[path] = _growing(leaf, targets[path], _at(shardings, path), on_the_way)
     for name in in_file_order((n, checkpoint.tensors[n]) for n in originals):
         place, target = originals[name], targets[originals[name].path]
         for kind, array in arrays[place.path].items():
@@ -112,11 +115,36 @@ def load(
     return _tree(found)
 
 
+class _OnTheWay:
+    """Pieces that are read and not yet written: as many bytes as may be."""
+
+    def __init__(self):
+        self._pieces: deque[tuple[jax.Array, int]] = deque()
+        self._bytes = 0
+
+    def add(self, written: jax.Array, size: int) -> None:
+        """Counts a piece, whose write gives `written`; waits for the oldest ones if it must."""
+        self._pieces.append((written, size))
+        self._bytes += size
+        while self._bytes > ON_THE_WAY_BYTES:
+            written, size = self._pieces.popleft()
+            written.block_until_ready()
+            self._bytes -= size
+
+
 class _Growing:
     """A stacked array that is filled matrix by matrix on every device that holds a part of it."""
 
-    def __init__(self, lead: tuple[int, ...], dims: tuple[int, ...], dtype: str, sharding: Any):
+    def __init__(
+        self,
+        lead: tuple[int, ...],
+        dims: tuple[int, ...],
+        dtype: str,
+        sharding: Any,
+        on_the_way: _OnTheWay,
+    ):
         self.shape, self.num_lead, self.dims = lead + dims, len(lead), dims
+        self.unit_bytes, self.on_the_way = num_bytes(dtype, dims[1:]), on_the_way
         self.sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         indices: dict[Any, Any] = dict(self.sharding.addressable_devices_indices_map(self.shape))
         self.bounds = {
@@ -143,19 +171,35 @@ class _Growing:
         }
         if not wanted:
             return
-        first = min(bounds[n][0] for bounds in wanted.values())
-        last = max(bounds[n][1] for bounds in wanted.values())
-        rows = read(first * rows_a_unit, last * rows_a_unit).reshape(last - first, *self.dims[1:])
-        for device, bounds in wanted.items():
-            (lo, hi), rest = bounds[n], bounds[n + 1 :]
-            piece = rows[(slice(lo - first, hi - first), *(slice(*b) for b in rest))]
-            start = [i - b[0] for i, b in zip(index, bounds)] + [0] * len(self.dims)
-            part = self.parts[device]
-            if isinstance(part, np.ndarray):
-                part[tuple(start[:n])] = piece
-            else:
-                piece = jax.device_put(piece.reshape((1,) * n + piece.shape), device)
-                self.parts[device] = _write(part, piece, np.array(start, np.int32))
+        begin = min(bounds[n][0] for bounds in wanted.values())
+        end = max(bounds[n][1] for bounds in wanted.values())
+        # Whole blocks of 128 rows where units are rows, as FP8 is read by them.
+        step = max(PIECE_BYTES // self.unit_bytes, 1)
+        step -= step % BLOCK if step > BLOCK else 0
+        for first in range(begin, end, step):
+            last = min(first + step, end)
+            rows = read(first * rows_a_unit, last * rows_a_unit)
+            rows = rows.reshape(last - first, *self.dims[1:])
+            for device, bounds in wanted.items():
+                self._put_rows(device, bounds, index, first, rows)
+
+    def _put_rows(self, device, bounds, index, first: int, rows: np.ndarray) -> None:
+        """Writes what a device has of the rows from `first` on of the matrix at `index`."""
+        n = self.num_lead
+        (lo, hi), rest = bounds[n], bounds[n + 1 :]
+        begin, end = max(lo, first), min(hi, first + len(rows))
+        if begin >= end:
+            return
+        piece = rows[(slice(begin - first, end - first), *(slice(*b) for b in rest))]
+        start = [i - b[0] for i, b in zip(index, bounds)]
+        part = self.parts[device]
+        if isinstance(part, np.ndarray):
+            part[(*start, slice(begin - lo, end - lo))] = piece
+            return
+        start += [begin - lo] + [0] * len(rest)
+        piece = jax.device_put(piece.reshape((1,) * n + piece.shape), device)
+        self.parts[device], written = _write(part, piece, np.array(start, np.int32))
+        self.on_the_way.add(written, piece.nbytes)
 
     def finish(self) -> jax.Array:
         """The array; nothing can be put any more."""
@@ -170,21 +214,22 @@ def _zeros(shape: tuple[int, ...], dtype: str, device: jax.Device) -> Any:
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write(part: jax.Array, piece: jax.Array, start: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_slice(part, piece, tuple(start))
+def _write(part: jax.Array, piece: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The part with the piece in it, and something that is there when that is."""
+    return jax.lax.dynamic_update_slice(part, piece, tuple(start)), start[0]
 
 
-def _growing(leaf: Leaf, target: str, sharding: Any) -> dict[str, _Growing]:
+def _growing(leaf: Leaf, target: str, sharding: Any, on_the_way: _OnTheWay) -> dict[str, _Growing]:
     if target != FP8:
-        return {"values": _Growing(leaf.lead, leaf.dims, target, sharding)}
+        return {"values": _Growing(leaf.lead, leaf.dims, target, sharding, on_the_way)}
     if not isinstance(sharding, BlockScaled):
         replicated = sharding
         if isinstance(sharding, jax.sharding.NamedSharding):
             replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
         sharding = BlockScaled(sharding, replicated, PER_BLOCK)
     return {
-        "values": _Growing(leaf.lead, leaf.shape, FP8, sharding.values),
-        "scales": _Growing(leaf.lead, scale_shape(leaf.shape), "F32", sharding.scales),
+        "values": _Growing(leaf.lead, leaf.shape, FP8, sharding.values, on_the_way),
+        "scales": _Growing(leaf.lead, scale_shape(leaf.shape), "F32", sharding.scales, on_the_way),
     }
 
 

@@ -1,0 +1,44 @@
+"""Matrices that are read and written a few rows at a time are the same, wherever they lie."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig
+from dsv3_jax.interop import load as loading
+from dsv3_jax.interop.checkpoint import open_checkpoint
+from dsv3_jax.interop.load import abstract_leaves, load
+from dsv3_jax.model.placement import shardings
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.sharding import make_layout
+from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
+
+# More than one block of rows in most matrices.
+MODEL = dataclasses.replace(TINY, hidden_size=320, num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = write_hf(tmp_path_factory.mktemp("hf") / "m", MODEL, hf_tensors(MODEL, "fp8"))
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "bf16"])
+@pytest.mark.parametrize("axes", [{}, {"data": 2, "local": 2}], ids=str)
+def test_pieces_make_the_whole(checkpoint, monkeypatch, dtype, axes):
+    want = load(checkpoint, dtype=dtype)
+    mesh = make_mesh(ParallelConfig(**axes), jax.devices()[: 4 if axes else 1])
+    layout = make_layout(mesh, ShardingConfig(state="fsdp"), ExpertParallelConfig())
+    places = shardings(abstract_leaves(checkpoint, dtype), layout, stored=True)
+    monkeypatch.setattr(loading, "HOST_BYTES", 0)
+    monkeypatch.setattr(loading, "PIECE_BYTES", 40_000)
+    monkeypatch.setattr(loading, "ON_THE_WAY_BYTES", 100_000)
+    read, was = [], loading._rows
+    monkeypatch.setattr(loading, "_rows", lambda *a: [read.append(a[1:3]), was(*a)][1])
+    found = load(checkpoint, dtype=dtype, shardings=places)
+    assert max(map(read.count, read)) > 2  # pieces of one matrix
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        assert ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
