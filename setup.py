@@ -11,7 +11,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 INSIDE = {"scripts": [ROOT / "train.py", ROOT / "infer.py"]}
-INSIDE["configs"] = sorted((ROOT / "configs").glob("*.py"))
+for folder in ("configs", "configs/scale"):
+    INSIDE[folder] = sorted((ROOT / folder).glob("*.py"))
 
 
 class BuildWithScripts(build_py):

@@ -103,4 +103,5 @@ from dsv3_jax.analysis.model_cost import (
     kv_bytes_per_token as kv_bytes_per_token,
     training_flops_per_token as training_flops_per_token,
 )
-from dsv3_jax.parallel.schedules import make_schedule as make_schedule, simulate as simulate
+from dsv3_jax.parallel.schedules import make_schedule as make_schedule
+from dsv3_jax.parallel.timeline import simulate as simulate

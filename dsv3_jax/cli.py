@@ -27,12 +27,7 @@ from dsv3_jax import running
 from dsv3_jax.analysis.commands import COMMANDS as ANALYSES
 from dsv3_jax.compiling.command import CompileOptions
 from dsv3_jax.compiling.command import run as run_compile
-from dsv3_jax.config import (
-    Config,
-    RunError,
-    UserError,
-    load_config,
-)
+from dsv3_jax.config import Config, RunError, UserError, load_config
 from dsv3_jax.interop.commands import (
     ExportOptions,
     ImportOptions,
@@ -171,6 +166,11 @@ def use_virtual_devices(count: int | None, *, all_cores: bool = False) -> None:
     """Makes JAX run on `count` virtual CPU devices; to be called before JAX is used. None: no.
 
     all_cores: where JAX finds nothing but CPUs, every core is a device, unless `count` is given.
+    Raises RuntimeError, JAX's own, where JAX is already used. Source: this project
+    (docs/parallelism.md).
+
+    >>> import dsv3_jax as ds
+    >>> ds.use_virtual_devices(None)  # as JAX finds them
     """
     import jax
 
@@ -359,14 +359,8 @@ def logits(options: LogitsOptions) -> None:
     run_logits(options, open_run)
 
 
-def compile_for(argv: Sequence[str]) -> int:
+def compile_for(options: CompileOptions, of_run: Sequence[str]) -> int:
     """python -m dsv3_jax compile --config FILE --topology NAME [options of train.py]"""
-    options, of_run = tyro.cli(
-        CompileOptions,
-        args=list(argv),
-        prog="python -m dsv3_jax compile",
-        return_unknown_args=True,
-    )
     config = parse_config(
         of_run, default_config=options.config, description="Options of the run that is compiled."
     )
@@ -386,8 +380,9 @@ class Command:
     """One sub-command: its options and what runs it."""
 
     options: type
-    run: Callable[[Any], int | None] = field(repr=False)
+    run: Callable[..., int | None] = field(repr=False)
     positional: bool = False  # its options without a default are words, not --options
+    with_run: bool = False  # it is also given what its options leave over, a run's options
 
 
 COMMANDS = {
@@ -399,7 +394,7 @@ COMMANDS = {
     "evaluate": Command(EvaluateOptions, evaluate),
     "logits": Command(LogitsOptions, logits),
     "serve": Command(ServeOptions, serve),
-    "compile": Command(CompileOptions, lambda options: run_compile(options, Config())),
+    "compile": Command(CompileOptions, compile_for, with_run=True),
     **{name: Command(options, run) for name, (options, run) in ANALYSES.items()},
 }
 
@@ -408,8 +403,13 @@ def main(argv: Sequence[str]) -> int | None:
     """`python -m dsv3_jax COMMAND ...`: parses the sub-command's options and runs it."""
     if not argv:
         argv = ["--help"]
-    if argv[0] == "compile":  # it takes a run's options too
-        return compile_for(argv[1:])
+    command = COMMANDS.get(argv[0])
+    if command is not None and command.with_run:
+        prog = f"python -m dsv3_jax {argv[0]}"
+        options, of_run = tyro.cli(
+            command.options, args=list(argv[1:]), prog=prog, return_unknown_args=True
+        )
+        return command.run(options, of_run)
     if argv[0] in running.SCRIPTS:
         return running.run_script(argv[0], argv[1:])
     choices = tuple(

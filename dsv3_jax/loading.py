@@ -75,6 +75,12 @@ def load(
     of its newest valid checkpoint or of the `step` asked for; published ones become BF16. With fp8
     projections are held as FP8, a published FP8 checkpoint's as they are stored. Raises UserError
     for a folder that is none of these or is damaged, and for a mesh that does not fit the model.
+    Source: this project (docs/checkpoints.md).
+
+    >>> import dsv3_jax as ds
+    >>> ds.load("nowhere")
+    Traceback (most recent call last):
+    dsv3_jax.config.rules.UserError: nowhere: no such folder
     """
     folder = Path(folder)
     if not folder.is_dir():

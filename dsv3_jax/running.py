@@ -25,7 +25,8 @@ def train(argv: Sequence[str], extensions: Any = None) -> int:
     """Trains as train.py does with these options; returns its exit code, 0 when all steps are done.
 
     `extensions` are an experiment's own functions, an `Extensions`. Raises what train.py shows as
-    one message: UserError for options that do not fit, RunError and OSError for what fails.
+    one message: UserError for options that do not fit, RunError and OSError for what fails. Source:
+    this project (docs/runs.md).
 
     >>> import dsv3_jax as ds
     >>> ds.train(["--config", "tiny", "--mesh.data", "1", "--train.steps", "-1"])

@@ -35,7 +35,7 @@ def save(
     not go on from here, as there is no optimizer's state. Raises UserError for weights that are
     held as FP8, in replicas, or of other shapes than the config's, for a tokenizer that is not
     there, and for a folder of another model; CheckpointError for a step that is there, or a disk
-    that is full.
+    that is full. Source: this project (docs/checkpoints.md).
 
     >>> import tempfile
     >>> import jax, dsv3_jax as ds
@@ -98,13 +98,14 @@ def export(
     an import or another Hugging Face folder. dtype: "stored" (f32 for a run), "bf16", "f32", or
     "fp8", which quantises what V3 published in FP8 in blocks of 128x128. Raises UserError for a
     source that is none of these and a folder that exists, OSError for a disk that is full, and then
-    leaves nothing behind. As `python -m dsv3_jax export-hf`; names are those of
+    leaves nothing behind. As `python -m dsv3_jax export-hf`. Source: names are those of
     deepseek-ai/DeepSeek-V3.
 
     >>> import tempfile
     >>> import jax, dsv3_jax as ds
     >>> config = ds.load_config("tiny")
-    >>> model = ds.Model(config, ds.ONE_DEVICE, ds.init(jax.random.key(0), config.model))
+    >>> variables = jax.jit(ds.init, static_argnums=1)(jax.random.key(0), config.model)
+    >>> model = ds.Model(config, ds.ONE_DEVICE, variables)
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     sorted(p.name for p in ds.export(model, folder + "/hf", "bf16").iterdir())[:2]
     ['README.md', 'config.json']

@@ -17,12 +17,14 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from dsv3_jax.analysis.output import new_figure, save_figure, table
 from dsv3_jax.config import (
@@ -34,17 +36,24 @@ from dsv3_jax.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from dsv3_jax.data.batches import Rows, val_batches
+from dsv3_jax.data.batches import val_batches
 from dsv3_jax.data.corpus import open_corpus
+from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.sharding import make_layout
+from dsv3_jax.training.extensions import NONE, Extensions
+from dsv3_jax.training.feed import batches
+from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import init_state
-from dsv3_jax.training.step import eval_step, train_step
+from dsv3_jax.training.step import eval_step, jit_train_step
 
 GROUPS = 2  # of heads that share keys and values, where attention is grouped-query
 
 BASELINE = Config(
     model=ModelConfig(
-        vocab_size=259,
+        vocab_size=261,
+        bos_token_id=256,
+        eos_token_id=257,
         hidden_size=64,
         num_hidden_layers=2,
         max_position_embeddings=512,
@@ -73,19 +82,26 @@ BASELINE = Config(
 )
 
 
-def variants(baseline: Config) -> dict[str, Config]:
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A config, and whether its attention is grouped-query: MLA held at `selection`."""
+
+    config: Config
+    grouped: bool = False
+
+
+def variants(baseline: Config) -> dict[str, Variant]:
     """The baseline, and what differs from it in one choice."""
-    no_bias = dataclasses.replace(
+    no_mtp = dataclasses.replace(baseline.model, num_nextn_predict_layers=0)
+    by_loss = dataclasses.replace(
         baseline.schedule, bias_update_speed=0.0, balance_loss_weight=0.01
     )
     return {
-        "V3": baseline,
-        "without MTP": dataclasses.replace(
-            baseline, model=dataclasses.replace(baseline.model, num_nextn_predict_layers=0)
-        ),
-        "auxiliary loss 0.01": dataclasses.replace(baseline, schedule=no_bias),
-        "FP8": dataclasses.replace(baseline, quant=QuantConfig("fp8_paper")),
-        "GQA, same cache": baseline,
+        "V3": Variant(baseline),
+        "without MTP": Variant(dataclasses.replace(baseline, model=no_mtp)),
+        "auxiliary loss 0.01": Variant(dataclasses.replace(baseline, schedule=by_loss)),
+        "FP8": Variant(dataclasses.replace(baseline, quant=QuantConfig("fp8_paper"))),
+        "GQA, same cache": Variant(baseline, grouped=True),
     }
 
 
@@ -105,35 +121,56 @@ def selection(config: ModelConfig) -> np.ndarray:
     return chosen
 
 
+def on_up_projections(params: Any, change: Callable[[jax.Array], jax.Array]) -> Any:
+    """The tree with every layer's kv_b_proj changed."""
+
+    def changed(path, leaf):
+        return change(leaf) if path[-1].key == "kv_b_proj" else leaf
+
+    return jax.tree_util.tree_map_with_path(changed, params)
+
+
 def with_selection(params: Any, config: ModelConfig) -> Any:
     """The parameters with every layer's kv_b_proj at the selection."""
     chosen = jnp.asarray(selection(config))
-
-    def placed(path, leaf):
-        held = path[-1].key == "kv_b_proj"
-        return jnp.broadcast_to(chosen, leaf.shape).astype(leaf.dtype) if held else leaf
-
-    return jax.tree_util.tree_map_with_path(placed, params)
+    return on_up_projections(
+        params, lambda leaf: jnp.broadcast_to(chosen, leaf.shape).astype(leaf.dtype)
+    )
 
 
-class Variant:
+def holding_up_projections(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """The run's own optimizer, for which kv_b_proj has no gradient and which leaves it as it is."""
+    inner = make_optimizer(config)
+
+    def update(grads, state, params=None, *, learning_rate, **extra):
+        del extra
+        grads = on_up_projections(grads, jnp.zeros_like)
+        direction, state = inner.update(grads, state, params)
+        updates = jax.tree.map(lambda d: -learning_rate * d, direction)
+        return on_up_projections(updates, jnp.zeros_like), state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+class Trainer:
     """One variant's compiled step and evaluation, which serve every seed."""
 
-    def __init__(self, name: str, config: Config):
-        self.name, self.config = name, config.validate()
-        grouped = name.startswith("GQA")
-
-        def step(state, rows, settings):
-            state, metrics = train_step(state, rows, settings, config)
-            params = with_selection(state.params, config.model) if grouped else state.params
-            return state._replace(params=params), metrics
+    def __init__(self, variant: Variant):
+        self.config = config = variant.config.validate()
+        extensions = NONE
+        if variant.grouped:
+            extensions = Extensions(optimizer=holding_up_projections(config.optimizer))
+        self._mesh = make_mesh(config.mesh)
+        layout = make_layout(self._mesh, config.sharding, config.expert_parallel)
 
         def start(key):
-            state = init_state(key, config)
-            params = with_selection(state.params, config.model) if grouped else state.params
+            state = init_state(key, config, extensions)
+            params = with_selection(state.params, config.model) if variant.grouped else state.params
             return state._replace(params=params)
 
-        self._start, self._step = jax.jit(start), jax.jit(step, donate_argnums=0)
+        self._start = jax.jit(start)
+        state = self._start(jax.random.key(0))
+        self._step = jit_train_step(config, layout, state, extensions=extensions)
         self._nats = jax.jit(
             lambda state, rows: eval_step(state.params, state.router, rows, config)
         )
@@ -142,18 +179,17 @@ class Variant:
         """Bits per byte of held-out text, and the busiest expert's load at the end, of one seed."""
         train, schedule, began = self.config.train, Schedule(self.config), time.perf_counter()
         corpus = open_corpus(self.config.data, seed)
-        rows = Rows(corpus.train, train.seq_len + 1, seed)
+        config = dataclasses.replace(self.config, seed=seed)
         state, late = self._start(jax.random.key(seed)), []
-        for step in range(train.steps):
-            batch = rows.rows(schedule.first_row(step), schedule.rows(step))[None]
-            state, metrics = self._step(state, batch, schedule.settings(step))
+        for step, rows in enumerate(batches(config, corpus, schedule, self._mesh, start=0)):
+            state, metrics = self._step(state, rows, schedule.settings(step))
             if step >= train.steps - 20:
                 load = np.concatenate([np.atleast_2d(x) for x in metrics.terms.load.values()])
                 late.append(float((load.max(1) / load.mean(1)).max()))
         held_out = val_batches(corpus.val, train.seq_len + 1, 32, 8, corpus.tokenizer)
-        nats = np.mean([float(self._nats(state, batch.tokens)) for batch in held_out])
+        assert int(state.skipped) == 0, "a loss was not finite"
+        nats = np.mean([float(self._nats(state, batch.rows)) for batch in held_out])
         return {
-            "variant": self.name,
             "seed": seed,
             "bits_per_byte": float(nats / np.log(2)),  # a token is a byte
             "busiest": float(np.mean(late)),
@@ -213,12 +249,12 @@ def main() -> None:
     path = args.out / "ablations.jsonl"
     lines = [json.loads(line) for line in path.open()] if path.exists() else []
     done = {(line["variant"], line["seed"], line["steps"]) for line in lines}
-    for name, config in variants(dataclasses.replace(BASELINE, train=train)).items():
-        variant = Variant(name, config)
-        for seed in args.seeds:
-            if (name, seed, args.steps) in done:
-                continue
-            line = variant.run(seed) | {"steps": args.steps}
+    for name, variant in variants(dataclasses.replace(BASELINE, train=train)).items():
+        missing = [seed for seed in args.seeds if (name, seed, args.steps) not in done]
+        trainer = Trainer(variant) if missing else None
+        for seed in missing:
+            assert trainer is not None
+            line = {"variant": name, "steps": args.steps} | trainer.run(seed)
             lines.append(line)
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import dsv3_jax as ds
 from dsv3_jax.model.mla import mla_expand
 
 ROOT = Path(__file__).parent.parent
@@ -46,10 +47,30 @@ def test_mla_at_the_selection_is_grouped_query_attention(ablations):
 
 def test_variants_differ_in_one_choice_and_cache_the_same_bytes(ablations):
     variants = ablations.variants(ablations.BASELINE)
-    sizes = {c.model.kv_lora_rank + c.model.qk_rope_head_dim for c in variants.values()}
+    configs = {name: variant.config for name, variant in variants.items()}
+    sizes = {c.model.kv_lora_rank + c.model.qk_rope_head_dim for c in configs.values()}
     assert len(variants) == 5 and len(sizes) == 1
-    assert variants["auxiliary loss 0.01"].schedule.bias_update_speed == 0
-    assert all(config.validate() for config in variants.values())
+    assert configs["auxiliary loss 0.01"].schedule.bias_update_speed == 0
+    assert [name for name, variant in variants.items() if variant.grouped] == ["GQA, same cache"]
+    assert all(config.validate() for config in configs.values())
+
+
+def test_grouped_queries_train_all_but_the_selection(ablations):
+    config = ablations.BASELINE
+    shapes = ds.abstract_variables(config.model)["params"]
+    fresh = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    params = ablations.with_selection(fresh, config.model)
+    own = ablations.holding_up_projections(config.optimizer)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = own.update(grads, own.init(params), params, learning_rate=0.1)
+    still = {
+        str(path[-1].key)
+        for path, update in jax.tree_util.tree_leaves_with_path(updates)
+        if not jnp.any(update)
+    }
+    assert still == {"kv_b_proj"}
+    layer = params["moe_layers"]["self_attn"]["kv_b_proj"][0]
+    np.testing.assert_array_equal(layer, ablations.selection(config.model))
 
 
 def test_the_table_compares_seed_by_seed(ablations):

@@ -56,12 +56,13 @@ ONLY_HOME = {
     "lm_eval": {"harness"},
 }
 # `analysis` may plan with these, which know no JAX.
-ANALYSIS_MAY_SEE = {"parallel.schedules", "parallel.load_balancer"}
+ANALYSIS_MAY_SEE = {"parallel.schedules", "parallel.timeline", "parallel.load_balancer"}
 WITHOUT_JAX = [
     "analysis",
     "data",
     "config",
     "parallel/schedules.py",
+    "parallel/timeline.py",
     "parallel/load_balancer.py",
 ]
 

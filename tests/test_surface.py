@@ -89,6 +89,8 @@ def test_an_installed_wheel_trains_and_writes_in_an_empty_folder(tmp_path):
         packed.extractall(tmp_path / "installed")
         names = packed.namelist()
     assert {"dsv3_jax/py.typed", "dsv3_jax/__init__.pyi", "dsv3_jax/configs/tiny.py"} <= set(names)
+    shipped = {name for name in files.stdout.decode().split("\0") if name.startswith("configs/")}
+    assert {f"dsv3_jax/{name}" for name in shipped} <= set(names)
     assert not [n for n in names if n.startswith(("tests/", "configs/", "benchmarks/"))]
     empty = tmp_path / "empty"
     empty.mkdir()

@@ -33,7 +33,7 @@ from dsv3_jax.analysis.model_cost import (
     training_flops_per_token,
 )
 from dsv3_jax.config import Config, ModelConfig, ParallelConfig, UserError
-from dsv3_jax.parallel.schedules import Durations
+from dsv3_jax.parallel.timeline import Durations
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,13 @@ def estimate_step(
     DualPipe and DualPipeV hide the wire of a pair's two micro-batches behind their compute, the
     other schedules expose it. UserError lists every way in which mesh, model and network do not
     fit. Memory is reported, not enforced. Without `simulated` the pipeline is the published
-    formulas, a hundred times faster and within a few per cent: for searches.
+    formulas, a hundred times faster and within a few per cent: for searches. Source: ISCA paper,
+    table 2 and section 2.3.2; constants as `efficiency.source` says.
+
+    >>> import dsv3_jax as ds
+    >>> v3 = ds.load_config("scale/deepseek_v3_2048_h200")
+    >>> ds.estimate(v3, ds.accelerator("h200"), simulated=False).devices
+    2048
     """
     problems = mesh_problems(config, schedule) + _network_problems(config.mesh, device)
     if problems:

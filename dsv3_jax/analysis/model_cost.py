@@ -98,7 +98,16 @@ def _of_part(model: ModelConfig, part: Part) -> int:
 
 
 def parameters(model: Architecture) -> Parameters:
-    """Parameter counts of `model` by part; V3's main model has 671,026,419,200."""
+    """Parameter counts of `model` by part; V3's main model has 671,026,419,200.
+
+    A count is a number of weights, MTP's embedding and head, which are shared, not counted again.
+    Raises nothing of its own. Source: V3 report, section 4.2; the shapes of
+    deepseek-ai/DeepSeek-V3.
+
+    >>> import dsv3_jax as ds
+    >>> ds.parameters(ds.ModelConfig()).main
+    671026419200
+    """
     D, V, L = model.hidden_size, model.vocab_size, model.num_hidden_layers
     if isinstance(model, DenseConfig):
         ffn = 3 * D * model.intermediate_size
@@ -164,7 +173,12 @@ def training_flops_per_token(
     """FLOPs of forward and backward per token: 6N, and three times the attention core.
 
     4N where the weights are frozen and have no gradients; adapters beside them do not count.
-    V3 at 4096: 250.45e9 causal, 281.15e9 not (ISCA paper, table 2: 250).
+    V3 at 4096: 250.45e9 causal, 281.15e9 not (ISCA paper, table 2: 250). A multiply-add is two
+    FLOPs; `mtp` adds the MTP modules. Raises nothing of its own. Source: ISCA paper, table 2.
+
+    >>> import dsv3_jax as ds
+    >>> round(ds.training_flops_per_token(ds.ModelConfig()) / 1e9, 2)
+    250.45
     """
     layers = model.num_hidden_layers
     if mtp and isinstance(model, ModelConfig):
@@ -203,7 +217,15 @@ def kv_bytes_per_token(
     kind: AttentionKind | None = None,
     kv_heads: int = 8,
 ) -> float:
-    """Cache bytes per token over all main layers; V3 in BF16: 70,272 (ISCA paper, table 1)."""
+    """Cache bytes per token over all main layers; V3 in BF16: 70,272 (ISCA paper, table 1).
+
+    `kind` computes what MHA, GQA of `kv_heads` or MQA with the model's heads would need instead.
+    Raises ValueError for the kind "mla" of a model without a latent. Source: ISCA paper, table 1.
+
+    >>> import dsv3_jax as ds
+    >>> ds.kv_bytes_per_token(ds.ModelConfig())
+    70272
+    """
     return model.num_hidden_layers * kv_values_per_token(model, kind, kv_heads) * bytes_per_value
 
 

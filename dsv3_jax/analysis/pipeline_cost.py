@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsv3_jax.analysis import latency
-from dsv3_jax.parallel.schedules import Durations, make_schedule, simulate
+from dsv3_jax.parallel.schedules import make_schedule
+from dsv3_jax.parallel.timeline import Durations, simulate
 
 
 @dataclass(frozen=True)

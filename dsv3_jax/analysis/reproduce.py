@@ -18,8 +18,9 @@ from dsv3_jax.analysis.fabric import Fabric, Routing, route
 from dsv3_jax.analysis.hardware import ACCELERATORS
 from dsv3_jax.analysis.network import max_min_rates, simulate
 from dsv3_jax.analysis.traffic import all_to_all_by_rail, draw_choices, expert_dispatch, rings
-from dsv3_jax.parallel.schedules import Durations, make_schedule
-from dsv3_jax.parallel.schedules import simulate as simulate_pipeline
+from dsv3_jax.parallel.schedules import make_schedule
+from dsv3_jax.parallel.timeline import Durations
+from dsv3_jax.parallel.timeline import simulate as simulate_pipeline
 
 EXACT = 1e-12  # float rounding only
 

@@ -200,16 +200,22 @@ def shipped_configs() -> dict[str, Path]:
     """The files of the configs that ship, by name: the repository's, or an installed package's."""
     package = Path(__file__).parents[1]
     folders = [package / "configs", package.parent / "configs"]
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("[a-z]*.py"))}
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for folder in folders
+        for path in sorted([*folder.glob("[a-z]*.py"), *folder.glob("scale/[a-z]*.py")])
+    }
 
 
 def load_config(path: str | Path) -> Config:
     """The Config that the `get_config()` of a Python file returns.
 
-    A bare name, such as "tiny", is that of a config that ships. Raises UserError when the file is
-    missing, fails, or returns something else.
+    A bare name, such as "tiny" or "scale/kimi_k2_1024_h200", is that of a config that ships. Raises
+    UserError when the file is missing, fails, or returns something else. Source: this project
+    (docs/architecture.md); fields are those of Hugging Face's config.json.
 
-    >>> load_config("tiny").model.n_routed_experts
+    >>> import dsv3_jax as ds
+    >>> ds.load_config("tiny").model.n_routed_experts
     8
     """
     path, shipped = Path(path), shipped_configs()

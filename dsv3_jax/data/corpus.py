@@ -170,7 +170,16 @@ def open_corpus(data: DataConfig, seed: int, cache_dir: str | Path | None = None
     is built again. UserError: as for `prepare`, and when a prepared folder is damaged or was made
     by another tokenizer. With "bpe:N" as the tokenizer, one of N ids is trained on the corpus'
     training documents and cached beside the tokens; a prepared folder brings its own. Of a mixture
-    all parts have one tokenizer.
+    all parts have one tokenizer. Source: V3 report, section 4.1 (packing without masks,
+    fill-in-the-middle).
+
+    >>> import tempfile, pathlib, dsv3_jax as ds
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     text = pathlib.Path(folder, "text.txt")
+    ...     _ = text.write_text("Some words. " * 200)
+    ...     data = ds.DataConfig(path=str(text), tokenizer="byte", val_fraction=0.5)
+    ...     len(ds.open_corpus(data, seed=0, cache_dir=folder).train) > 0
+    True
     """
     named = split_path(data.path)
     opened = [_open_one(dataclasses.replace(data, path=p), seed, cache_dir) for p, _ in named]

@@ -69,7 +69,13 @@ def import_hf(
     "stored" keeps every byte, FP8 included; "bf16" and "f32" convert. Killed and called again, it
     keeps what was complete and still matches its digest. Raises UserError for a source that is
     wrong in any way (as NaN and infinite numbers are unless `allow_non_finite`) or a `dst` that
-    exists, OSError when the disk is too small or fails; both leave nothing behind.
+    exists, OSError when the disk is too small or fails; both leave nothing behind. Source: names,
+    shapes and FP8 scales of deepseek-ai/DeepSeek-V3 (docs/checkpoints.md).
+
+    >>> import dsv3_jax as ds
+    >>> ds.import_hf("nowhere", "imported")
+    Traceback (most recent call last):
+    dsv3_jax.config.rules.UserError: nowhere/config.json: no such file
     """
     if dtype == "fp8":
         raise UserError("import to stored, bf16 or f32: FP8 is a form to export to")

@@ -39,7 +39,16 @@ def prefill(
     """Hidden states of whole prompts, and the empty cache filled with them.
 
     Shorter prompts are padded at the end; their rows past the end are overwritten before any later
-    token sees them. The expanded form of MLA. Without `counted` all tokens count.
+    token sees them. The expanded form of MLA. Without `counted` all tokens count. Hidden states are
+    in the model's dtype. Raises ValueError for tokens that are no integers [B, T] or too many.
+    Source: V3 report, section 2.1.1; DeepSeek-V3:inference/model.py, `attn_impl="naive"`.
+
+    >>> from functools import partial
+    >>> import jax, numpy as np, dsv3_jax as ds
+    >>> tiny, ids = ds.load_config("tiny").model, np.ones((2, 8), np.int32)
+    >>> shapes = ds.abstract_variables(tiny), ids, ds.init_model_cache(tiny, 2, 16)
+    >>> jax.eval_shape(partial(ds.prefill, config=tiny), *shapes).hidden.shape
+    (2, 8, 128)
     """
     how = dataclasses.replace(as_pass(config), prefill=True)
     check_tokens(ids, how.config)
@@ -59,7 +68,17 @@ def decode_step(
     """Hidden states of T new tokens at rows start[b].. of the cache, and the cache with them.
 
     The absorbed form of MLA; T = 1 when decoding, a few when verifying drafts, more for a prompt
-    that comes in chunks. Without `counted` all tokens count.
+    that comes in chunks. Without `counted` all tokens count. Raises ValueError for tokens that are
+    no integers [B, T]. Source: V3 report, section 2.1.1; DeepSeek-V3:inference/model.py,
+    `attn_impl="absorb"`.
+
+    >>> from functools import partial
+    >>> import jax, numpy as np, dsv3_jax as ds
+    >>> tiny, ids = ds.load_config("tiny").model, np.ones((2, 1), np.int32)
+    >>> shapes = ds.abstract_variables(tiny), ids, np.full(2, 8, np.int32)
+    >>> step = partial(ds.decode_step, config=tiny)
+    >>> jax.eval_shape(step, *shapes, ds.init_model_cache(tiny, 2, 16)).hidden.shape
+    (2, 1, 128)
     """
     how = dataclasses.replace(as_pass(config), prefill=False)
     check_tokens(ids, how.config, whole_rows=False)

@@ -49,7 +49,14 @@ def mla_expand(
     documents of a packed row, as V3 was trained (section 4.1). kv_b_proj holds, per head, H rows of
     W^UK and then U rows of W^UV; the recipe is for its product. kernels/attention says what runs
     where; on a mesh latents travel, not keys and values, and tokens lie in the layout's order. The
-    bias is that of `mla_attention`; ValueError where a ring spreads the sequence.
+    bias is that of `mla_attention`; ValueError where a ring spreads the sequence. Raises ValueError
+    where S is shorter than the query or not its length on a mesh. Source: V3 report, section 2.1.1,
+    eqs. 1-11.
+
+    >>> import jax.numpy as jnp, dsv3_jax as ds
+    >>> q, rope, latent = jnp.ones((1, 3, 2, 4)), jnp.ones((1, 3, 2, 2)), jnp.ones((1, 3, 8))
+    >>> ds.mla_expand(q, rope, latent, rope[:, :, 0], jnp.ones((2, 4 + 5, 8)), scale=0.4).shape
+    (1, 3, 2, 5)
     """
     if bias is not None and layout.order(k_rope_BSR.shape[1]) is not None:
         raise ValueError(
@@ -96,6 +103,13 @@ def mla_absorb(
     one device. On a mesh a contiguous cache's rows may lie over `context`; pages are whole on all
     devices of a `context` group. The bias is that of `mla_attention`; ValueError with pages, and
     where a cache's rows lie over `context`.
+
+    >>> import jax.numpy as jnp, dsv3_jax as ds
+    >>> cache = ds.init_model_cache(ds.load_config("tiny").model, batch=1, length=8).dense
+    >>> layer = type(cache)(cache.latent[0], cache.k_rope[0])
+    >>> q, rope, lengths = jnp.ones((1, 1, 4, 32)), jnp.ones((1, 1, 4, 16)), jnp.array([5])
+    >>> ds.mla_absorb(q, rope, layer, lengths, jnp.ones((4, 64, 32)), scale=0.1).shape
+    (1, 1, 4, 32)
     """
     in_pieces = isinstance(cache, LatentCache) and layout.size("cache") > 1
     if bias is not None and (in_pieces or isinstance(cache, PagedCache)):

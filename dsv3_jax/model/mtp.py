@@ -61,6 +61,15 @@ def run_mtp(
     hidden is h^{k-1} after its final norm (the paper does not say; the runtimes that load the
     published weights agree on it). Row i of embedding is that of token i + k; tokens are those of
     row i, not of that token. The cache, where there is one, is the module's own: a single layer's.
+    Hidden states are in the model's dtype. Raises nothing of its own. Source: V3 report, section
+    2.2, eqs. 21-23; layer 61 of deepseek-ai/DeepSeek-V3.
+
+    >>> import jax, jax.numpy as jnp, dsv3_jax as ds
+    >>> how = ds.Pass(ds.load_config("tiny").model)
+    >>> x = jax.ShapeDtypeStruct((2, 8, 128), jnp.float32)
+    >>> run = lambda v, x: ds.run_mtp(v, 0, x, x, ds.Tokens(jnp.zeros((2, 8), int)), how)[0]
+    >>> jax.eval_shape(run, ds.abstract_variables(how.config), x).shape
+    (2, 8, 128)
     """
 
     def apply(module, *inputs):

@@ -34,7 +34,16 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
 def rope_tables(
     positions: Int[Array | np.ndarray, "B T"], config: ModelConfig
 ) -> tuple[Float[Array, "B T R2"], Float[Array, "B T R2"]]:
-    """Cosines and sines of every position's angles, f32; R2 is half of qk_rope_head_dim."""
+    """Cosines and sines of every position's angles, f32; R2 is half of qk_rope_head_dim.
+
+    Raises nothing of its own. Source: YaRN (arXiv 2309.00071), V3 report, section 4.3;
+    DeepSeek-V3:inference/model.py, precompute_freqs_cis.
+
+    >>> import numpy as np, dsv3_jax as ds
+    >>> cos, sin = ds.rope_tables(np.arange(6)[None], ds.load_config("tiny").model)
+    >>> cos.shape, float(cos[0, 0, 0])
+    ((1, 6, 8), 1.0)
+    """
     angles = positions[..., None].astype(jnp.float32) * rope_frequencies(config)
     scaling = config.rope_scaling
     ratio = 1.0
@@ -48,7 +57,16 @@ def rope_tables(
 def apply_rope(
     x: Float[Array, "B T *N R"], cos: Float[Array, "#B T R2"], sin: Float[Array, "#B T R2"]
 ) -> Float[Array, "B T *N R"]:
-    """x with every pair (2j, 2j+1) turned by its position's angle; f32 inside, x's dtype out."""
+    """x with every pair (2j, 2j+1) turned by its position's angle; f32 inside, x's dtype out.
+
+    Raises nothing of its own. Source: arXiv 2104.09864; pairs lie as in
+    DeepSeek-V3:inference/model.py, apply_rotary_emb.
+
+    >>> import jax.numpy as jnp, dsv3_jax as ds
+    >>> quarter = jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 1))  # cosine and sine of 90 degrees
+    >>> ds.apply_rope(jnp.array([[[1.0, 0.0]]]), *quarter)[0, 0].tolist()
+    [0.0, 1.0]
+    """
     if x.ndim == 4:
         cos, sin = cos[:, :, None], sin[:, :, None]
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
@@ -60,8 +78,13 @@ def apply_rope(
 def softmax_scale(config: ModelConfig) -> float:
     """What attention logits are multiplied by: 1/sqrt(H + R), times YaRN's correction squared.
 
-    0.0721688 for V3 without YaRN and 0.1352338 with it. The correction holds at every length, as
-    in the published modelling code.
+    0.0721688 for V3 without YaRN and 0.1352338 with it. The correction holds at every length, as in
+    the published modelling code. Raises nothing of its own. Source: DeepSeek-V3:inference/model.py,
+    MLA.softmax_scale.
+
+    >>> import dsv3_jax as ds
+    >>> round(ds.softmax_scale(ds.ModelConfig()), 7)
+    0.1352338
     """
     scale = config.qk_head_dim**-0.5
     if config.rope_scaling is not None:

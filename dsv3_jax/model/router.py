@@ -52,8 +52,14 @@ def route(
     without the bias. V3 report, eqs. 12-16; DeepSeek-V3:inference/model.py, Gate.
 
     score(logits_TE) gives other scores, [T, E] f32, positive where `norm_topk_prob` or the balance
-    loss divides by their sum. select(scores_TE, bias_E, config) gives other choices, int [T, K],
-    no expert twice for a token; it is not differentiated.
+    loss divides by their sum. select(scores_TE, bias_E, config) gives other choices, int [T, K], no
+    expert twice for a token; it is not differentiated. Raises ValueError for scores or choices of
+    another shape or dtype.
+
+    >>> import jax.numpy as jnp, dsv3_jax as ds
+    >>> gate = jnp.eye(8)  # expert e likes tokens with a large entry e
+    >>> ds.route(10 * jnp.eye(8)[:1], gate, None, ds.load_config("tiny").model).experts_TK[0, 0]
+    Array(0, dtype=int32)
     """
     # f32 operands: with bf16 scores, 15 % of the tokens choose other experts at E=256.
     logits_TE = jax.lax.dot_general(
@@ -167,7 +173,13 @@ def balance_loss(
 
     Inside shard_map, `batch` is the number of sequences in all, spread over batch_axes, and
     token_axes are those that a sequence's tokens are spread over. f and P are summed over these
-    before they meet: a product of sums is not the sum of the shards' products.
+    before they meet: a product of sums is not the sum of the shards' products. f32. Raises nothing
+    of its own.
+
+    >>> import jax.numpy as jnp, dsv3_jax as ds
+    >>> even = jnp.eye(4)[None] + 0.1  # every token prefers another expert
+    >>> round(float(ds.balance_loss(even, experts_per_token=1)), 4)
+    1.0
     """
     num_experts = scores_BTE.shape[-1]
     chosen = jax.lax.top_k(jax.lax.stop_gradient(scores_BTE), experts_per_token)[1]
@@ -195,7 +207,11 @@ def update_router_bias(
 
     `load` is that of the whole batch of the step: every micro-batch, every device. An expert is
     overloaded when its load exceeds the mean; one exactly at the mean stays (V3 report, section
-    2.1.2; the sign rule is that of arXiv 2408.15664).
+    2.1.2; the sign rule is that of arXiv 2408.15664). f32. Raises nothing of its own.
+
+    >>> import jax.numpy as jnp, dsv3_jax as ds
+    >>> ds.update_router_bias(jnp.zeros(3), jnp.array([5, 1, 3]), 0.5).tolist()
+    [-0.5, 0.5, 0.0]
     """
     # Integers, as a mean in f32 would round above 2**24 entries: floor and remainder, because
     # load * E would overflow.

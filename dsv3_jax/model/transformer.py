@@ -53,6 +53,14 @@ def init_variables(key: PRNGKeyArray, config: ModelConfig) -> Variables:
     """Fresh f32 variables: normal with std `initializer_range`, ones for norms, zero router biases.
 
     Shapes are [out, in] with the layer dim first; see docs/architecture.md for the whole tree.
+    Raises nothing of its own. Source: V3 report, section 4.2 (std 0.006);
+    DeepSeek-V3:inference/model.py for what there is.
+
+    >>> import jax, dsv3_jax as ds
+    >>> tiny = ds.load_config("tiny").model
+    >>> shapes = jax.eval_shape(lambda key: ds.init(key, tiny), jax.random.key(0))
+    >>> shapes["params"]["embed_tokens"].shape
+    (1024, 128)
     """
     keys = jax.random.split(key, 5)
     params, router = _init_ends(keys[:2], config), {}
@@ -90,7 +98,14 @@ def _init_ends(keys: Any, config: ModelConfig) -> Variables:
 
 
 def abstract_variables(config: ModelConfig, layout: Layout = ONE_DEVICE) -> Variables:
-    """`init_variables` as shapes and dtypes, with the shardings of a layout; allocates nothing."""
+    """`init_variables` as shapes and dtypes, with the shardings of a layout; allocates nothing.
+
+    Raises nothing of its own. Source: this project (docs/architecture.md).
+
+    >>> import dsv3_jax as ds
+    >>> ds.abstract_variables(ds.ModelConfig())["params"]["lm_head"].shape
+    (129280, 7168)
+    """
     shapes = jax.eval_shape(lambda key: init_variables(key, config), jax.random.key(0))
     return placed(shapes, layout)
 
@@ -109,7 +124,16 @@ def forward(
     A Pass in the config's place also says recipe, layout and remat. segments are document numbers
     that attention must not cross; None lets it (V3's way). Tokens that are not counted are in no
     load and no balance loss. experts are what each MoE layer of the main model chooses instead of
-    its router (routing replay); MTP modules choose for themselves.
+    its router (routing replay); MTP modules choose for themselves. Logits are f32, hidden states in
+    the model's dtype. Raises ValueError for tokens that are no integers [B, T] or longer than the
+    model's positions, and for variables of another model. Source: V3 report, section 2.
+
+    >>> from functools import partial
+    >>> import jax, numpy as np, dsv3_jax as ds
+    >>> tiny, ids = ds.load_config("tiny").model, np.ones((2, 16), np.int32)
+    >>> out = jax.eval_shape(partial(ds.forward, config=tiny), ds.abstract_variables(tiny), ids)
+    >>> out.logits.shape, out.mtp_logits[0].shape
+    ((2, 16, 1024), (2, 16, 1024))
     """
     how = as_pass(config)
     check_tokens(tokens, how.config)

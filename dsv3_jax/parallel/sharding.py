@@ -311,7 +311,15 @@ ONE_DEVICE = Layout()
 
 
 def make_layout(mesh: Mesh, sharding: ShardingConfig, expert: ExpertParallelConfig) -> Layout:
-    """The layout for training on a mesh; UserError where it cannot run what is asked for."""
+    """The layout for training on a mesh; UserError where it cannot run what is asked for.
+
+    Source: this project (docs/parallelism.md).
+
+    >>> import dsv3_jax as ds
+    >>> mesh = ds.make_mesh(ds.ParallelConfig())
+    >>> ds.make_layout(mesh, ds.ShardingConfig(), ds.ExpertParallelConfig()).one_device
+    True
+    """
     return Layout(mesh, RULES["train"], transports.resolve(mesh, expert), sharding)
 
 

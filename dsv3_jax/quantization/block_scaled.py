@@ -166,14 +166,19 @@ def quantize(
     """`x` as E4M3 values with one scale per tile of its last two dims.
 
     Rounds to nearest even and never overflows. A tile of zeros keeps a positive scale. NaN stays
-    NaN, and an infinity, which E4M3 lacks, becomes NaN rather than a plausible 448: a diverging
-    run must be seen. Neither spoils the rest of its tile, whose scale comes from the finite
-    numbers. It has no useful derivative; callers own theirs.
+    NaN, and an infinity, which E4M3 lacks, becomes NaN rather than a plausible 448: a diverging run
+    must be seen. Neither spoils the rest of its tile, whose scale comes from the finite numbers. It
+    has no useful derivative; callers own theirs.
 
-    Any float dtype, computed in f32. The origin is `act_quant` of DeepSeek-V3's
-    inference/kernel.py and DeepGEMM's cast helpers; like the latter's it multiplies by 1 / scale.
+    Any float dtype, computed in f32. Source: `act_quant` of DeepSeek-V3's inference/kernel.py
+    and DeepGEMM's cast helpers; like the latter's it multiplies by 1 / scale.
 
     Raises ValueError for fewer than two dims, a tile of no elements or an unknown scale format.
+
+    >>> import jax.numpy as jnp, dsv3_jax as ds
+    >>> made = ds.quantize(jnp.ones((256, 256)), ds.PER_BLOCK)
+    >>> made.values.dtype, made.scales.shape
+    (dtype(float8_e4m3fn), (2, 2))
     """
     _check(x.shape, tile)
     tiles = _cut(jnp.asarray(x, jnp.float32), tile)
@@ -191,7 +196,14 @@ def quantize(
 
 
 def dequantize(x: BlockScaled, dtype: Any = jnp.bfloat16) -> Float[Array, "*batch M K"]:
-    """The numbers of `x` in `dtype`: the product with the scale in f32, rounded once."""
+    """The numbers of `x` in `dtype`: the product with the scale in f32, rounded once.
+
+    Raises nothing of its own. Source: DeepSeek-V3:inference/kernel.py, weight_dequant.
+
+    >>> import jax.numpy as jnp, dsv3_jax as ds
+    >>> ds.dequantize(ds.quantize(jnp.full((1, 128), 0.1), ds.PER_TOKEN))[0, 0]
+    Array(0.100098, dtype=bfloat16)
+    """
     tiles = _cut(x.values.astype(jnp.float32), x.tile)
     return _join(tiles * x.scales[..., :, None, :, None], x.shape).astype(dtype)
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from dsv3_jax.config import Config, UserError
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.data.mixture import arrays_of, batch_part, open_rows
+from dsv3_jax.data.shards import check_vocab
 from dsv3_jax.parallel.mesh import batch_sharding
 from dsv3_jax.training.extensions import DataSource
 from dsv3_jax.training.loss import Supervised
@@ -54,10 +55,20 @@ def batches(
 
     A micro-batches of B rows; those past the step's own, during the batch-size ramp, are zeros. The
     rows are those of a corpus, or of a function that gives row i; UserError for a row of another
-    length or with a token outside the vocabulary.
+    length or with a token outside the vocabulary. int32, or Supervised of them. Source: V3 report,
+    section 4.2 (the ramp of the batch size).
+
+    >>> import dataclasses, dsv3_jax as ds
+    >>> config = ds.load_config("tiny")
+    >>> schedule, mesh = ds.Schedule(config), ds.make_mesh(ds.ParallelConfig())
+    >>> rows = ds.batches(config, lambda row: [row] * 129, schedule, mesh, start=0)
+    >>> next(rows)[0, :3, 0].tolist()
+    [0, 1, 2]
     """
     row_len = config.train.seq_len + 1
     if isinstance(corpus, Corpus):
+        for part in corpus.parts:
+            check_vocab(part.train.index, config.model.vocab_size)
         rows: Any = open_rows(corpus, row_len, config.seed, config.data)
     else:
         rows = SourceRows(corpus, row_len, config.model.vocab_size)

@@ -100,7 +100,14 @@ def training_loss(
 
     V3 report, eqs. 17 and 23-25. The balance loss is summed over layers, MTP's included (its
     reduction is not published). Supervised rows are counted over their targets, and loads and the
-    balance loss over tokens that are no padding.
+    balance loss over tokens that are no padding. Means over tokens, in nats, f32. Raises ValueError
+    for a loss of one's own that is no scalar.
+
+    >>> import jax, numpy as np, dsv3_jax as ds
+    >>> config, rows = ds.load_config("tiny"), np.ones((2, 17), np.int32)
+    >>> loss = lambda variables: ds.training_loss(variables, rows, 0.3, config)[0]
+    >>> jax.eval_shape(loss, ds.abstract_variables(config.model))
+    ShapeDtypeStruct(shape=(), dtype=float32)
     """
     segments = documents(rows, config)
     how = training_pass(config, layout, extensions)

@@ -36,7 +36,16 @@ class TrainState(NamedTuple):
 
 
 def init_state(key: PRNGKeyArray, config: Config, extensions: Extensions = NONE) -> TrainState:
-    """The state before the first step; of a LoRA run, of the adapters alone."""
+    """The state before the first step; of a LoRA run, of the adapters alone.
+
+    Weights are f32, moments of `optimizer.moment_dtype`. Raises ValueError as the optimizer does.
+    Source: V3 report, section 3.3.3.
+
+    >>> import jax, dsv3_jax as ds
+    >>> start = lambda key: ds.init_state(key, ds.load_config("tiny"))
+    >>> jax.eval_shape(start, jax.random.key(0)).params["lm_head"].shape
+    (1024, 128)
+    """
     if config.lora.rank:
         params, router = init_adapters(key, config.model, config.lora), {}
     else:

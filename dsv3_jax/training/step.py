@@ -67,7 +67,19 @@ def jit_train_step(
     """`train_step` of this config, compiled on its first call; it takes over the state's memory.
 
     The new state lies as this one, which may be abstract; metrics are whole on every device. Were
-    that not pinned, the second call, on the first one's output, would compile anew.
+    that not pinned, the second call, on the first one's output, would compile anew. Raises as
+    `train_step` does, on the first call. Source: this project (docs/architecture.md).
+
+    >>> from functools import partial
+    >>> import jax, dsv3_jax as ds
+    >>> config, mesh = ds.load_config("tiny"), ds.make_mesh(ds.ParallelConfig())
+    >>> layout = ds.make_layout(mesh, config.sharding, config.expert_parallel)
+    >>> state = jax.jit(partial(ds.init_state, config=config)).eval_shape(jax.random.key(0))
+    >>> here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    >>> on_device = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+    >>> step = ds.jit_train_step(config, layout, jax.tree.map(on_device, state))
+    >>> callable(step)
+    True
     """
     options: Any = None
     if layout.platform == "cpu":
@@ -92,8 +104,20 @@ def train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """The state after one step on the first num_micro_batches of A micro-batches, and its metrics.
 
-    `base` are the frozen variables that the state's adapters belong to, where it has any.
-    A step whose loss or gradient norm is not finite changes nothing but the counters.
+    `base` are the frozen variables that the state's adapters belong to, where it has any. A step
+    whose loss or gradient norm is not finite changes nothing but the counters. Raises as
+    `training_loss` does. Source: V3 report, section 4.2; arXiv 2408.15664 for the bias.
+
+    >>> from functools import partial
+    >>> import jax, numpy as np, dsv3_jax as ds
+    >>> config = ds.load_config("tiny")
+    >>> state = jax.eval_shape(partial(ds.init_state, config=config), jax.random.key(0))
+    >>> one = np.float32(1)
+    >>> settings = ds.StepSettings(one, one, one, np.int32(1))
+    >>> rows = np.ones((1, 2, 17), np.int32)
+    >>> _, metrics = jax.eval_shape(partial(ds.train_step, config=config), state, rows, settings)
+    >>> metrics.loss
+    ShapeDtypeStruct(shape=(), dtype=float32)
     """
     with layout.compiling():
         loss, terms, grads = gradients(state, rows, settings, config, layout, base, extensions)

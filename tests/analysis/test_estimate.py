@@ -31,8 +31,8 @@ from dsv3_jax.config import (
 )
 from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.schedules import Durations
 from dsv3_jax.parallel.sharding import make_layout
+from dsv3_jax.parallel.timeline import Durations
 from tests.helpers import tiny_model
 
 H800 = accelerator("h800")

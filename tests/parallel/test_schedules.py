@@ -7,16 +7,15 @@ import pytest
 from dsv3_jax.parallel.schedules import (
     SCHEDULES,
     Action,
-    Durations,
     PipelineSchedule,
     dualpipe,
     dualpipev,
     interleaved,
     make_schedule,
     one_f_one_b,
-    simulate,
     zb1p,
 )
+from dsv3_jax.parallel.timeline import Durations, simulate
 
 # (ranks, micro-batches) with an even and an odd half, and the paper's 16 ranks.
 SIZES = [(2, 4), (4, 8), (6, 14), (8, 20), (16, 40)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dsv3_jax.parallel.schedules import Durations, make_schedule, simulate
+from dsv3_jax.parallel.schedules import make_schedule
 from dsv3_jax.parallel.ticks import (
     FORWARD,
     IDLE,
@@ -13,6 +13,7 @@ from dsv3_jax.parallel.ticks import (
     stages_of_rank,
     tick_tables,
 )
+from dsv3_jax.parallel.timeline import Durations, simulate
 
 CASES = [
     ("1f1b", 2, 4),
