@@ -27,7 +27,7 @@ ROW = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 MODEL_ROWS = [
     {"activation", "checks"},
     {"remat"},
-    {"fp8_operands"},
+    {"fp8_operands", "quantized_slices"},
     {"fp8", "plain_products", "step_weights"},
     {"projection"},
     {"fp8_weights", "adapters"},

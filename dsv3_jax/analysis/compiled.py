@@ -199,7 +199,7 @@ def kernel_flops(instruction: Instruction, types: Mapping[str, str]) -> float:
     names = ("scaled_matmul", "grouped_matmul", "grouped_wgrad")
     if not any(name in instruction.source for name in names) or len(operands) < 2:
         return 0.0
-    groups = outputs[0][0] if len(outputs[0]) == 3 and len(operands[1]) == 2 else 1
+    groups = math.prod(outputs[0][:-2]) if len(operands[1]) == 2 else 1
     return 2.0 * math.prod(outputs[0]) * operands[0][-1] / groups
 
 

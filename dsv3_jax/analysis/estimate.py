@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from dsv3_jax.analysis import latency, pipeline_cost
 from dsv3_jax.analysis.hardware import Accelerator
 from dsv3_jax.analysis.memory import (
-    BYTES,
     Memory,
     Stage,
+    gathered_width,
     mesh_problems,
     rank_shards,
     stage_parameters,
@@ -370,16 +370,16 @@ def weights_on_the_wire(config: Config, device: Accelerator, schedule: str = "1f
     """Seconds that weights and their gradients travel between replicas in a step.
 
     ZeRO-1 gathers weights and reduces gradients once a step, without a pipeline the latter in every
-    micro-batch; FSDP gathers each layer twice a micro-batch, in the model's dtype. Gradients are
-    f32. Hierarchical: replicas of one scale-up domain first, then, on a share of the bytes as small
-    as there are of those, the domains among each other.
+    micro-batch; FSDP gathers each layer twice a micro-batch, in FP8 or the model's dtype.
+    Gradients are f32. Hierarchical: replicas of one scale-up domain first, then, on a share of the
+    bytes as small as there are of those, the domains among each other.
     """
     mesh, state = config.mesh, config.sharding.state
     out = leaves_domain(mesh, device)
     up = device.bandwidth(scale_out=False)
     times = 1 if mesh.pipe > 1 else train_micro_batches(config)
     # Bytes a parameter; an all-reduce is a reduction and a gather.
-    copy = BYTES[config.model.dtype]
+    copy = gathered_width(config, fp8=True)
     width = 4 * times + {"replicated": 4 * times, "zero1": 4, "fsdp": 2 * copy * times}[state]
 
     def between(parameters: float, inner: int, outer: int) -> float:

@@ -229,14 +229,23 @@ LOGITS_AT_ONCE, LOGIT_BYTES = 1 << 30, 4
 HEAD_BYTES = 4 + 2 + 4
 
 
+def gathered_width(config: Config, fp8: bool) -> int:
+    """Bytes of a number that FSDP gathers, of a weight that is multiplied in FP8 or is not.
+
+    Where ranks of a pipeline or parts of matrices gather, it is a copy in the model's dtype.
+    """
+    in_fp8 = fp8 and uses_fp8(config) and config.mesh.pipe == config.mesh.tensor == 1
+    return 1 if in_fp8 else BYTES[config.model.dtype]
+
+
 def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -> Memory:
     """Bytes of a training step; `in_flight[rank]` micro-batches are held at once (simulated).
 
     Master weights (f32) and both moments are whole where the state is replicated, else sliced over
     the replicas. ZeRO-1 gathers all weights in f32 for the step, and has slices of the gradients;
-    FSDP has those of one layer at a time, or the head's. A replicated state needs no copy but that
-    in the dtype it is multiplied in. The head and a layer are not worked on at the same time: what
-    takes more counts.
+    FSDP has those of one layer at a time, or the head's, and slices of what it gathers. A
+    replicated state needs no copy but that in the dtype it is multiplied in. The head and a layer
+    are not worked on at the same time: what takes more counts.
     """
     model, mesh, fp8 = config.model, config.mesh, uses_fp8(config)
     width = BYTES[model.dtype]  # activation_bytes_per_token counts in BF16
@@ -256,8 +265,8 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
         per_token += mtp * _layer(config, moe=True)
         sliced = sliced_parameters(config, shard)
         layer = _largest_layer(config)
-        if config.sharding.state == "fsdp":
-            weights, gradients = 0.0, 4 * sliced
+        if config.sharding.state == "fsdp":  # slices of what products read, made once a step
+            weights, gradients = sliced * gathered_width(config, fp8), 4 * sliced
             of_head, of_layer = HEAD_BYTES * table, 4 * table + 2 * 4 * layer
         elif config.sharding.state == "zero1" and sliced < shard.total:
             weights, gradients = 4 * shard.total, 4 * sliced

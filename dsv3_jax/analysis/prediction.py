@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from dsv3_jax.analysis.memory import (
     BYTES,
+    gathered_width,
     tokens_per_micro_batch,
     train_micro_batches,
     training_memory,
@@ -155,9 +156,10 @@ def exchange_traffic(config: Config) -> dict[str, float]:
 def weight_traffic(config: Config) -> tuple[float, float]:
     """(bytes sent to gather weights, bytes sent to add up gradients) by a device in a step.
 
-    FSDP gathers a layer's weights, cast to the model's dtype, in the forward and in the backward
-    pass of every micro-batch, the embedding and the head once, and reduces gradients in f32 where
-    they are made. ZeRO-1 gathers all once a step; its gradients are reduced in every micro-batch.
+    FSDP gathers a layer's weights, in FP8 or cast to the model's dtype, in the forward and in the
+    backward pass of every micro-batch, the embedding and the head once, and reduces gradients in
+    f32 where they are made. ZeRO-1 gathers all once a step; its gradients are reduced in every
+    micro-batch.
     """
     times = train_micro_batches(config)
     state = config.sharding.state
@@ -172,7 +174,7 @@ def weight_traffic(config: Config) -> tuple[float, float]:
         share = (copies - 1) / copies
         once = row.part in ("embedding", "head")
         if state == "fsdp":
-            width = MASTER if row.part == "router" else BYTES[config.model.dtype]
+            width = MASTER if row.part == "router" else gathered_width(config, row.fp8)
             gathered += size * width * share * (1 if once else 2) * times
         elif state == "zero1":
             gathered += size * MASTER * share

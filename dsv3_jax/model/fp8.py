@@ -183,7 +183,7 @@ def _forward(x, weight, group_sizes, recipe, activation, arrived=None, made: Mad
         values = jnp.pad(arrived.values, [(0, 0), (0, -x.shape[1] % TILE)])
         quantized = BlockScaled(values, arrived.scales, arrived.tile)
     numbers, transposed, total = made or (weight, None, None)
-    kept = numbers if transposed is None else transposed
+    kept = (numbers, None) if transposed is None else (None, transposed)
     if not isinstance(numbers, BlockScaled):
         numbers = quantize_filled(numbers, recipe.weight)
     y = _multiply(quantized, numbers, group_sizes)
@@ -214,13 +214,14 @@ def _gradients(
     recipe, activation, residuals, d_output: tuple[BlockScaled, BlockScaled], outputs: int
 ):
     """Those of activation(input) and of the weight, for the output's, quantised for both."""
-    saved, like, weight, like_weight, group_sizes, total = residuals
+    saved, like, (weight, transposed), like_weight, group_sizes, total = residuals
     by_token, by_channel = d_output
     inputs = like.shape[-1]
     # Dgrad
-    if not isinstance(weight, BlockScaled):
-        weight = quantize_filled(weight, recipe.weight).mT
-    d_input = _multiply(by_token, weight, group_sizes)
+    if transposed is None:
+        scaled = isinstance(weight, BlockScaled)
+        transposed = (weight if scaled else quantize_filled(weight, recipe.weight)).mT
+    d_input = _multiply(by_token, transposed, group_sizes)
     d_input = d_input[:, :inputs].astype(like.dtype)
     # Wgrad
     kept = quantize_saved(saved, like, activation, recipe)

@@ -7,6 +7,7 @@ so that it reads only the 576 cached values a token: right for decoding. They ar
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -194,7 +195,10 @@ class MLA(nn.Module):
         q_rope = apply_rope(q_rope, cos, sin)
         k_rope = apply_rope(latent_and_rope[..., latent_dim:], cos, sin)
 
-        kv_b_proj, scale = w.kv_b_proj.astype(x.dtype), softmax_scale(config)
+        kv_b_proj, scale = w.kv_b_proj, softmax_scale(config)
+        # In FP8 the master itself is quantised; else an array is read in x's dtype.
+        if cache is not None or recipe.attention is None or not isinstance(kv_b_proj, jax.Array):
+            kv_b_proj = kv_b_proj.astype(x.dtype)
         if cache is not None:
             # A prompt may lie in another order over devices; the cache's rows are in order.
             new = (layout.in_natural_order(latent), layout.in_natural_order(k_rope))

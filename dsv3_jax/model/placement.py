@@ -9,14 +9,16 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
 
 from dsv3_jax.config.weights import Weight, find_weight
 from dsv3_jax.model.adapters import A, Adapted, B
 from dsv3_jax.model.fp8_weights import cut_dims, matrix_dims
+from dsv3_jax.model.quantized_slices import as_matrices, matrix_dims_of
 from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.quantization.block_scaled import BlockScaled, StepWeight
+from dsv3_jax.quantization.block_scaled import BlockScaled, StepWeight, is_step_weight
 
 # Layers of these are stacked on a leading dim; an MTP module is one layer.
 STACKED = ("dense_layers", "moe_layers")
@@ -115,8 +117,9 @@ def _stacked_dims(path: tuple[Any, ...]) -> int:
 def sliced(tree: Any, layout: Layout, dtype: Any) -> Any:
     """Variables as a layer's products need them, from variables in slices, those being left so.
 
-    A matrix becomes a StepWeight: its slice, which is cast before it is gathered, and the slice
-    itself, to which the gradient goes back in f32. What else there is, `gathered` gives whole, and
+    A matrix becomes a StepWeight: what is multiplied, which is gathered, and the slice itself, to
+    which the gradient goes back in f32. A StepWeight in slices brings what is to be gathered
+    (step_weights.py); else it is a copy in `dtype`. What else there is, `gathered` gives whole, and
     a frozen weight in the numbers that it is held in.
     """
 
@@ -124,18 +127,35 @@ def sliced(tree: Any, layout: Layout, dtype: Any) -> Any:
         if _is_frozen(leaf):
             return jax.tree.map(layout.gather, leaf, used, stored)
         weight = weight_of(path)
+        made = leaf.numbers if is_step_weight(leaf) else None
+        master = leaf.master if is_step_weight(leaf) else leaf
         if weight is None or not weight.is_matrix or weight.part == "router":
             return layout.gather(leaf, used, stored)
-        copy = jax.lax.stop_gradient(leaf).astype(dtype)
-        return StepWeight(
-            layout.place(leaf, stored.spec),
-            layout.gather(layout.place(copy, stored.spec), used, stored),
-        )
+        if isinstance(made, BlockScaled):
+            dims = matrix_dims_of(weight, master.ndim)
+            # As bytes: XLA:CPU would gather float8 as float16.
+            raw = jax.lax.bitcast_convert_type(made.values, jnp.uint8)
+            raw = layout.gather(layout.place(raw, stored.spec), used, stored)
+            values = jax.lax.bitcast_convert_type(raw, made.values.dtype)
+            by_matrix = NamedSharding(layout.mesh, PartitionSpec(*used.spec[: dims.lead]))
+            scales = layout.constrain_tree(made.scales, by_matrix)
+            numbers: Any = BlockScaled(as_matrices(values, dims), scales, made.tile)
+        else:
+            copy = jax.lax.stop_gradient(master).astype(dtype) if made is None else made
+            numbers = layout.gather(layout.place(copy, stored.spec), used, stored)
+        return StepWeight(layout.place(master, stored.spec), numbers)
 
+    masters = jax.tree.map(
+        lambda leaf: leaf.master if is_step_weight(leaf) else leaf, tree, is_leaf=_is_node
+    )
     return jax.tree_util.tree_map_with_path(
         make,
         tree,
-        shardings(tree, layout),
-        shardings(tree, layout, stored=True),
-        is_leaf=_is_frozen,
+        shardings(masters, layout),
+        shardings(masters, layout, stored=True),
+        is_leaf=_is_node,
     )
+
+
+def _is_node(leaf: Any) -> bool:
+    return is_step_weight(leaf) or _is_frozen(leaf)

@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from dsv3_jax.config.weights import Weight, find_weight
 from dsv3_jax.kernels.fused.api import quantize_blocks
 from dsv3_jax.kernels.sums import GradientSum, new_sum
+from dsv3_jax.model.quantized_slices import as_matrices, matrix_dims_of, quantize_slices
+from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, StepWeight
 from dsv3_jax.quantization.recipe import LinearRecipe, Recipe
 
@@ -38,16 +39,33 @@ def made_for_step(params: Any, recipe: Recipe, dtype: Any) -> Any:
             return None if leaf.dtype == dtype else (leaf.astype(dtype), None)
         if of_weight.weight.tile != PER_BLOCK:
             return None
-        rows, columns = map(len, weight.matrix)
-        rows += weight.lead[-1:] == ("2",)  # gate's rows, and up's
-        lead = leaf.ndim - rows - columns
-        matrix = leaf.reshape(*leaf.shape[:lead], math.prod(leaf.shape[lead : lead + rows]), -1)
-        fill = [(0, -size % 128) for size in matrix.shape[-2:]]
-        if fill != [(0, 0), (0, 0)]:
-            matrix = jnp.pad(matrix, [(0, 0)] * lead + fill)
-        return quantize_blocks(matrix, of_weight.weight.scale_format)
+        matrices = as_matrices(leaf, matrix_dims_of(weight, leaf.ndim))
+        return quantize_blocks(matrices, of_weight.weight.scale_format)
 
     return jax.tree_util.tree_map_with_path(make, params)
+
+
+def made_of_slices(params: Any, stored: Any, recipe: Recipe, dtype: Any, layout: Layout) -> Any:
+    """`made_for_step` of weights in slices (FSDP), made and left in slices: what layers gather.
+
+    stored: the NamedSharding of each. FP8 values are shaped as the weight, with the scales of whole
+    matrices. Where `tensor` cuts matrices, so that each device has tiles of its own, a weight is
+    copied to `dtype` instead.
+    """
+
+    def make(path, leaf, stored):
+        weight = _weight(path)
+        if weight is None or not weight.is_matrix or weight.part == "router":
+            return None
+        of_weight = recipe_of(weight, recipe)
+        whole = layout.mesh.shape["tensor"] == 1
+        if of_weight is None or of_weight.weight.tile != PER_BLOCK or not whole:
+            return layout.place(leaf.astype(dtype), stored.spec), None
+        dims = matrix_dims_of(weight, leaf.ndim)
+        scale_format = of_weight.weight.scale_format
+        return quantize_slices(leaf, dims, stored.spec, scale_format, layout), None
+
+    return jax.tree_util.tree_map_with_path(make, params, stored)
 
 
 def new_sums(params: Any, made: Any, adds: bool) -> Any:
@@ -137,13 +155,11 @@ def as_they_are(params: Any) -> StepWeights:
 
 def _matrices(weight: Weight, shape: tuple[int, ...]) -> tuple[int, ...]:
     """(layers, experts, N, K) of a weight's shape: its stack of matrices, gate's over up's."""
-    rows, columns = map(len, weight.matrix)
-    rows += weight.lead[-1:] == ("2",)
-    lead = shape[: len(shape) - rows - columns]
-    experts = lead[-1] if weight.of_expert else 1
-    own = lead[: len(lead) - weight.of_expert]
-    inner = shape[len(lead) : len(lead) + rows]
-    return math.prod(own), experts, math.prod(inner), math.prod(shape[len(lead) + rows :])
+    lead, rows, _ = matrix_dims_of(weight, len(shape))
+    experts = shape[lead - 1] if weight.of_expert else 1
+    layers = math.prod(shape[: lead - weight.of_expert])
+    inner = shape[lead : lead + rows]
+    return layers, experts, math.prod(inner), math.prod(shape[lead + rows :])
 
 
 def recipe_of(weight: Weight, recipe: Recipe) -> LinearRecipe | None:

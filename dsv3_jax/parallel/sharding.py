@@ -26,7 +26,7 @@ from dsv3_jax.kernels import backend
 from dsv3_jax.parallel import transports
 from dsv3_jax.parallel.collectives import carrier_of_slices
 from dsv3_jax.parallel.mesh import AXES
-from dsv3_jax.quantization.block_scaled import StepWeight, is_step_weight
+from dsv3_jax.quantization.block_scaled import BlockScaled, StepWeight, is_step_weight
 
 Axes = tuple[str, ...]
 
@@ -204,16 +204,22 @@ class Layout:
             def of_node(node):
                 if not is_step_weight(node):
                     return spec
-                return StepWeight(self.stored_spec(spec, node.shape), spec)
+                numbers = spec
+                if isinstance(node.numbers, BlockScaled):  # matrices, whole but for their stack
+                    stack = PartitionSpec(*spec[: node.numbers.ndim - 2])
+                    numbers = BlockScaled(stack, stack, node.numbers.tile)
+                return StepWeight(self.stored_spec(spec, node.shape), numbers)
 
             return jax.tree.map(of_node, operand, is_leaf=is_step_weight)
 
         def carried(spec, piece):
             if not is_step_weight(spec):
                 return piece
-            used = [*spec.numbers, *[None] * piece.master.ndim]
+            numbers = spec.numbers
+            used = numbers.values if isinstance(numbers, BlockScaled) else numbers
+            used = [*used, *[None] * piece.master.ndim]
             cuts = tuple(
-                (dim, _as_axes(entry)[len(_as_axes(used[dim])) :])
+                (dim, axes_of(entry)[len(axes_of(used[dim])) :])
                 for dim, entry in enumerate(spec.master)
             )
             cuts = tuple((dim, axes) for dim, axes in cuts if axes)
@@ -238,7 +244,7 @@ class Layout:
         """
         if self.config.state == "replicated":
             return spec
-        cut: list[Axes] = [_as_axes(entry) for entry in spec]
+        cut: list[Axes] = [axes_of(entry) for entry in spec]
         cut += [()] * (len(shape) - len(cut))
         used = {axis for axes in cut for axis in axes}
         for axis, size in self.mesh.shape.items():
@@ -301,7 +307,8 @@ def _is_spec(node: Any) -> bool:
     return isinstance(node, PartitionSpec | StepWeight)
 
 
-def _as_axes(entry: Any) -> Axes:
+def axes_of(entry: Any) -> Axes:
+    """The mesh axes of one entry of a PartitionSpec."""
     if entry is None:
         return ()
     return (entry,) if isinstance(entry, str) else tuple(entry)

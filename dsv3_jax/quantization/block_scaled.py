@@ -182,17 +182,26 @@ def quantize(
     """
     _check(x.shape, tile)
     tiles = _cut(jnp.asarray(x, jnp.float32), tile)
-    finite = jnp.isfinite(tiles)
-    amax = jnp.max(jnp.where(finite, jnp.abs(tiles), 0), axis=(-3, -1), keepdims=True)
+    finite = jnp.where(jnp.isfinite(tiles), jnp.abs(tiles), 0)
+    amax = jnp.max(finite, axis=(-3, -1), keepdims=True)
     scale = scale_of_amax(amax, scale_format)
+    values = round_to_e4m3(tiles, scale)
+    return BlockScaled(_join(values, x.shape), jnp.squeeze(scale, (-3, -1)), tile)
+
+
+def round_to_e4m3(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Numbers over their scales, which x's shape takes by broadcasting, as E4M3 values.
+
+    x and scale: float32; the scale is `scale_of_amax` of the largest finite magnitude. What is not
+    finite becomes NaN.
+    """
     # The rounding of `scale` can leave amax one part in 2^23 above 448, hence the clip: on its own
     # the cast turns what is too large into NaN.
-    scaled = jnp.clip(tiles * (1 / scale), -E4M3_MAX, E4M3_MAX)
-    values = jnp.where(finite, scaled, jnp.nan).astype(jnp.float8_e4m3fn)
+    scaled = jnp.clip(x * (1 / scale), -E4M3_MAX, E4M3_MAX)
+    values = jnp.where(jnp.isfinite(x), scaled, jnp.nan).astype(jnp.float8_e4m3fn)
     # XLA:GPU takes a cast and the cast back for excess precision and drops both: without this,
     # what is dequantised in the same program would never have been rounded.
-    values = jax.lax.optimization_barrier(values)
-    return BlockScaled(_join(values, x.shape), jnp.squeeze(scale, (-3, -1)), tile)
+    return jax.lax.optimization_barrier(values)
 
 
 def dequantize(x: BlockScaled, dtype: Any = jnp.bfloat16) -> Float[Array, "*batch M K"]:

@@ -32,16 +32,20 @@ def banner(config: Config, abstract: TrainState) -> list[str]:
         f"mfu         of {peak / 1e12:,.1f} TFLOP/s, a device's dense BF16 peak; MTP counts"
         if peak
         else f"mfu         none: the peak of {kind} is not known",
-        *_weights_line(config, len(devices)),
+        *_weights_line(config),
         f"run         {config.run_dir}, seed {config.seed}",
     ]
 
 
-def _weights_line(config: Config, devices: int) -> list[str]:
-    """Where FP8 weights are not those of the float32 master: FSDP gathers copies of it."""
-    if config.sharding.state != "fsdp" or config.quant.preset == "bf16" or devices == 1:
+def _weights_line(config: Config) -> list[str]:
+    """Where FP8 weights are not those of the float32 master: copies of it are gathered (FSDP)."""
+    copied = config.mesh.pipe > 1 or config.mesh.tensor > 1
+    if config.sharding.state != "fsdp" or config.quant.preset == "bf16" or not copied:
         return []
-    return [f"weights     gathered in {config.model.dtype}: FP8 products quantise that copy"]
+    return [
+        f"weights     gathered in {config.model.dtype}, as mesh.pipe or mesh.tensor is over 1: FP8 "
+        "products quantise that copy"
+    ]
 
 
 def batch_line(config: Config, schedule: Schedule, start: int | None) -> str:

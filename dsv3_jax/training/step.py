@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from dsv3_jax.config import Config, UserError
 from dsv3_jax.model.placement import gathered, shardings
 from dsv3_jax.model.router import update_router_bias
-from dsv3_jax.model.step_weights import StepWeights, as_they_are, made_for_step
+from dsv3_jax.model.step_weights import StepWeights, as_they_are, made_for_step, made_of_slices
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import recipe_named
 from dsv3_jax.training.extensions import NONE, Extensions
@@ -178,8 +178,13 @@ def eval_step(
     segments = documents(rows, config)
     if layout.mesh.shape["pipe"] > 1:  # all ranks run all layers: slices are cut over other axes
         layout = dataclasses.replace(layout, outer=("pipe",))
-    base = None if base is None else _gathered_once(base, layout)
-    variables = variables_of(_gathered_once(params, layout), router, base, config)
+    params = _gathered_once(params, layout)
+    if base is not None:
+        base = _gathered_once(base, layout)
+    elif layout.gathers_each_layer and not layout.outer:  # the numbers that training multiplies by
+        weights = for_products(params, config, layout)
+        params = weights.held(weights.trained)
+    variables = variables_of(params, router, base, config)
     how = dataclasses.replace(training_pass(config, layout, extensions), remat="none")
     with layout.compiling():
         return mean_nats(variables, rows, how, segments)
@@ -202,11 +207,17 @@ def _as_stored(grads: Any, layout: Layout) -> Any:
 def for_products(params: Any, config: Config, layout: Layout = ONE_DEVICE) -> StepWeights:
     """The weights, and what was made of them for all of a step's products.
 
-    Where nothing is made, layers cast and quantise themselves.
+    On a mesh something is made where layers gather it (FSDP). Where nothing is, they cast and
+    quantise themselves.
     """
-    if not layout.one_device:
+    recipe, dtype = recipe_named(config.quant.preset), config.model.dtype
+    if layout.one_device:
+        made = made_for_step(params, recipe, dtype)
+    elif layout.gathers_each_layer:
+        stored = shardings(params, layout, stored=True)
+        made = made_of_slices(params, stored, recipe, dtype, layout)
+    else:
         return as_they_are(params)
-    made = made_for_step(params, recipe_named(config.quant.preset), config.model.dtype)
     return as_they_are(params)._replace(made=made)
 
 
@@ -241,7 +252,7 @@ def gradients(
     # Products leave the gradients of what was made in their places, added up over micro-batches.
     # A loss of one's own may run a layer twice, or leave one out.
     once = num_micro_batches == 1 and extensions.loss is None
-    summing = weights.summing(adds=not once)
+    summing = weights.summing(adds=not once) if layout.one_device else weights
 
     def loss_of(trained, micro_rows, weights):
         variables = variables_of(weights.held(trained), state.router, base, config)

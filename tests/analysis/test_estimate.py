@@ -206,7 +206,8 @@ def test_fsdp_slices_the_state_and_gathers_in_every_micro_batch():
 
     whole, zero1, fsdp = (estimated(state) for state in ("replicated", "zero1", "fsdp"))
     assert whole.memory.optimizer == pytest.approx(8 * zero1.memory.optimizer)
-    assert fsdp.memory.optimizer == zero1.memory.optimizer and fsdp.memory.weights == 0
+    assert fsdp.memory.optimizer == zero1.memory.optimizer
+    assert 0 < fsdp.memory.weights < zero1.memory.weights / 8  # slices of copies
     assert fsdp.memory.total < zero1.memory.total
     wire = "weights and gradients on the wire"
     few = estimated("fsdp", 32).parts[wire]

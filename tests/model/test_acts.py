@@ -61,7 +61,11 @@ def test_stages_one_after_the_other_are_the_model(whole):
     np.testing.assert_array_equal(stats.load_E, whole.stats.load_E[1:])
 
 
-@pytest.mark.parametrize("sizes", [{}, {"local": 2, "tensor": 2}], ids=["alone", "on a mesh"])
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, pytest.param({"local": 2, "tensor": 2}, marks=pytest.mark.slow)],
+    ids=["alone", "on a mesh"],
+)
 def test_a_stage_runs_inside_a_shard_map_over_pipe(sizes, whole):
     """Each rank of `pipe` runs its layer, with its experts exchanged inside, and passes on.
 

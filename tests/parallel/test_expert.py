@@ -48,7 +48,7 @@ ROOMY = {"capacity_factor": 100.0}
 @pytest.mark.parametrize(
     "transport, nodes, local",
     [
-        (transport, *topology)
+        pytest.param(transport, *topology, marks=() if topology == (2, 4) else pytest.mark.slow)
         for transport in TRANSPORTS
         for topology in TOPOLOGIES
         if transport != "padded_flat" or 1 not in topology  # the same program as "padded"

@@ -165,6 +165,7 @@ def test_a_checkpoint_goes_on_on_another_mesh(tmp_path):
     np.testing.assert_allclose(losses(metrics), losses(whole_run(None)[1])[10:], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mesh_is_bitwise_repeatable():
     name = "fsdp, ring"
     again, metrics = run_on(name).train(run_on(name).start(), range(STEPS))

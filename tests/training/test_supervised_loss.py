@@ -156,7 +156,13 @@ def test_micro_batches_give_the_whole_batch_s_mean():
 
 
 @pytest.mark.parametrize(
-    "axes", [{"data": 2, "local": 2}, {"context": 2, "local": 2}, {"pipe": 2}], ids=str
+    "axes",
+    [
+        {"data": 2, "local": 2},
+        pytest.param({"context": 2, "local": 2}, marks=pytest.mark.slow),
+        pytest.param({"pipe": 2}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_meshes_give_the_same_mean(axes):
     rows = micro_batches(ROWS, 1 if "data" in axes else 2)
