@@ -36,6 +36,7 @@ def variables():
     return random_variables(MODEL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(5))
 def test_an_example_of_the_page_runs(number, tmp_path, capsys):
     assert len(EXAMPLES) == 5

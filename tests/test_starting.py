@@ -238,7 +238,9 @@ def test_masters_lie_as_the_run_holds_its_state(config_file, bf16_folder, tmp_pa
     assert state.params["lm_head"].addressable_shards[0].data.size < head.size
 
 
-@pytest.mark.parametrize("has, wants", [(0, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    "has, wants", [(0, 1), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((2, 1), (1, 2)))]
+)
 def test_mtp_modules_are_made_used_or_left_out(
     make_folder, config_file, tmp_path, caplog, has, wants
 ):
@@ -335,6 +337,7 @@ def test_a_config_that_names_its_weights_says_the_model(bf16_folder, tmp_path):
         cli.parse_config(argv, default_config=path, description="")
 
 
+@pytest.mark.slow
 def test_a_moving_average_is_kept_and_exported(averaged_run, config_file, bf16_folder, tmp_path):
     """With a decay of 0.5, after one step: the mean of the first weights and the last."""
     run = averaged_run

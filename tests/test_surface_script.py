@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import jax
+import pytest
 
 SCRIPT = """
 import dataclasses, sys
@@ -67,7 +68,7 @@ print(text, float(error.max() / jnp.abs(weight).max()))
 """
 
 
-def test_ten_usual_things_take_under_sixty_lines(tmp_path, monkeypatch, capsys):
+def test_ten_usual_things_take_under_sixty_lines():
     lines = [line for line in SCRIPT.splitlines() if line.strip()]
     assert len(lines) < 60
     imported = {
@@ -82,6 +83,10 @@ def test_ten_usual_things_take_under_sixty_lines(tmp_path, monkeypatch, capsys):
         )
     }
     assert imported == {"dataclasses", "sys", "functools", "jax", "numpy", "dsv3_jax"}
+
+
+@pytest.mark.slow
+def test_the_ten_things_do_what_they_say(tmp_path, monkeypatch, capsys):
     assert len(jax.devices()) == 8
     monkeypatch.setattr("sys.argv", ["script", str(tmp_path / "run")])
     exec(compile(SCRIPT, "script", "exec"), {"__name__": "script"})

@@ -172,6 +172,7 @@ def test_infer_with_redundant_experts_says_the_same(load, finished_run, capsys):
     assert capsys.readouterr().out == want
 
 
+@pytest.mark.slow
 def test_infer_with_redundant_experts_on_a_mesh_says_the_same(finished_run, monkeypatch, capsys):
     argv = ["--checkpoint", str(finished_run), "--max-new-tokens", "3", "--temperature", "0"]
     argv += ["--token-ids", "256,84,104"]
@@ -317,6 +318,7 @@ def test_a_run_cut_before_its_sample_writes_it(config_file, finished_run, tmp_pa
     assert "seconds" in lines_of(run)[-1]
 
 
+@pytest.mark.slow
 def test_another_batch_goes_on_behind_the_rows_that_were_read(
     config_file, finished_run, tmp_path, caplog
 ):

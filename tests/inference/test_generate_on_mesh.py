@@ -58,6 +58,7 @@ def test_a_mesh_writes_the_tokens_of_one_device(temperature):
     np.testing.assert_array_equal(tokens_of(layout, temperature=temperature), want)
 
 
+@pytest.mark.slow
 def test_weights_held_as_fp8_write_the_tokens_of_one_device():
     held = to_fp8_weights(VARIABLES, MODEL)
     layout = layout_of(node=2, local=2, tensor=2)

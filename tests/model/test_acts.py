@@ -61,9 +61,10 @@ def test_stages_one_after_the_other_are_the_model(whole):
     np.testing.assert_array_equal(stats.load_E, whole.stats.load_E[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
-    [{}, pytest.param({"local": 2, "tensor": 2}, marks=pytest.mark.slow)],
+    [{}, {"local": 2, "tensor": 2}],
     ids=["alone", "on a mesh"],
 )
 def test_a_stage_runs_inside_a_shard_map_over_pipe(sizes, whole):

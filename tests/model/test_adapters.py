@@ -74,6 +74,7 @@ def test_fresh_adapters_change_nothing():
     assert 0.8 / np.sqrt(a.shape[-1]) < np.abs(a).max() <= 1 / np.sqrt(a.shape[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["fp8_paper"])
 @pytest.mark.parametrize("remat", ["v3", "full"])
 def test_recipes_and_remat(preset, remat):
@@ -90,7 +91,11 @@ def test_recipes_and_remat(preset, remat):
     assert all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("axes", [{"data": 2, "local": 2}, {"tensor": 2, "local": 2}], ids=str)
+@pytest.mark.parametrize(
+    "axes",
+    [{"data": 2, "local": 2}, pytest.param({"tensor": 2, "local": 2}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_meshes(axes):
     model = tiny_model(
         num_hidden_layers=2, num_attention_heads=4, n_routed_experts=8, vocab_size=38

@@ -156,7 +156,14 @@ def test_no_logit_sees_a_later_token():
             np.testing.assert_array_equal(moved, np.arange(first, valid))
 
 
-@pytest.mark.parametrize("remat", [name for name in POLICIES if name != "none"])
+@pytest.mark.parametrize(
+    "remat",
+    [
+        pytest.param(name, marks=() if name == "v3" else pytest.mark.slow)
+        for name in POLICIES
+        if name != "none"
+    ],
+)
 def test_remat_changes_neither_loss_nor_gradients(remat, plain_gradient):
     loss, gradients = plain_gradient
     got_loss, got_gradients = gradient_of(remat)

@@ -62,6 +62,7 @@ def test_the_report_names_every_parameter_and_adds_up(one_device):
     assert "\n  fits: " in report
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_report_says_what_a_device_holds():
     model = tiny_model(num_hidden_layers=2, num_attention_heads=4, vocab_size=40)
     sizes = ParallelConfig(data=2, local=2, tensor=2)

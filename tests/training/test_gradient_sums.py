@@ -40,11 +40,12 @@ def by_jax(state, rows, settings, config):
     "preset, micro, remat",
     [
         ("bf16", 1, "v3"),
-        pytest.param("bf16", 2, "none", marks=pytest.mark.slow),
-        pytest.param("fp8_paper", 2, "none", marks=pytest.mark.slow),
-        pytest.param("fp8_paper", 1, "full", marks=pytest.mark.slow),
+        ("bf16", 2, "none"),
+        ("fp8_paper", 2, "none"),
+        ("fp8_paper", 1, "full"),
     ],
 )
+@pytest.mark.slow
 def test_every_gradient_of_a_step(preset, micro, remat):
     """Layers in a stack and MTP's, dense, shared and routed; one micro-batch, and two added up."""
     config = tiny_config(MODEL, batch_size=2, micro_batch_size=micro, remat=remat)

@@ -84,8 +84,8 @@ def check_equal(got, want):
     assert max(relative_error(a, b) for a, b in moments) < TOLERANCE["f32_gradient"]
 
 
-FAST = [run_config("zb1p", "full", "zero1", factor=1.0, pipe=2, local=2)]
-SLOW = [
+CONFIGS = [
+    run_config("zb1p", "full", "zero1", factor=1.0, pipe=2, local=2),
     run_config("1f1b", pipe=2),
     run_config("interleaved", "dots", "zero1", pipe=2, tensor=2),
     run_config("dualpipev", "none", "fsdp", pipe=2, data=2),
@@ -94,9 +94,10 @@ SLOW = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
-    [*FAST, *(pytest.param(config, marks=pytest.mark.slow) for config in SLOW)],
+    CONFIGS,
     ids=lambda c: f"{c.pipeline.schedule}-{c.mesh.pipe}-{c.sharding.state}-{c.train.remat}",
 )
 def test_a_pipelined_step_is_the_step(config, start, whole):
