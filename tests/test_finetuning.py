@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -262,6 +263,70 @@ def test_conversations_longer_than_a_row(hf, config_file, tmp_path):
     argv += ["--run-dir", tmp_path / "run"]
     with pytest.raises(UserError, match="long_documents=cut"):
         train.main([*map(str, argv)])
+
+
+# (command, its options, words of the one message); {chat} is read, {run} would be written.
+WRONG = {
+    "another architecture": ("train", "--init-from {llama} --run-dir {run}", "model_type='llama'"),
+    "no such folder": ("train", "--init-from {run}/x --run-dir {run}", "no such folder"),
+    "targets that match nothing": (
+        "train",
+        "--config {config} --init-from {hf} --run-dir {run} --data.path {data} --lora.rank 2 "
+        "--lora.targets qq_proj",
+        "qq_proj matches no projection; there are down_proj",
+    ),
+    "weights of nothing": (
+        "train",
+        "--config {config} --init-from {hf} --run-dir {run} --data.path {data}:0,{hf}:0",
+        "sum up to zero",
+    ),
+    "no answer": ("prepare", "{chat} --out {run} --tokenizer {hf}", "chat.jsonl:2: no assistant"),
+    "an empty file": ("prepare", "{empty} --out {run} --tokenizer {hf}", "empty"),
+    "nothing is a target": (
+        "prepare",
+        "{chat} --out {run} --tokenizer {hf} --chat-template {masked} --on-error skip",
+        "no conversation in 1 files",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mistake_is_one_message_and_nothing_is_lost(
+    hf, config_file, tmp_path, monkeypatch, capsys, name
+):
+    """Exit code 2, no traceback, and no folder that is half a run."""
+    command, options, words = WRONG[name]
+    lonely = {"messages": [{"role": "user", "content": "one"}]}
+    given = {
+        "chat": write_lines(tmp_path / "chat.jsonl", [talk("one", "two"), lonely]),
+        "empty": tmp_path / "empty.jsonl",
+        "masked": tmp_path / "masked.jinja",
+        "llama": shutil.copytree(hf, tmp_path / "llama"),
+        "data": tmp_path / "data",
+        "run": tmp_path / "run",
+        "hf": hf,
+        "config": config_file,
+    }
+    given["empty"].touch()
+    given["masked"].write_text("{% generation %}{% endgeneration %}{{ messages[0].content }}")
+    values = json.loads((hf / "config.json").read_text()) | {"model_type": "llama"}
+    (given["llama"] / "config.json").write_text(json.dumps(values))
+    if "{data}" in options:
+        prepare(write_lines(tmp_path / "a.jsonl", [talk("one", "two")]), given["data"], hf)
+    main = train.main if command == "train" else partial(_first, command)
+    monkeypatch.setattr("sys.argv", [command, *options.format(**given).split()])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli.run_command(main)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.count("error: ") == 1 and words in said and "Traceback" not in said
+    left = [*given["run"].rglob("*")] if given["run"].exists() else []
+    assert not [path for path in left if path.name in ("config.json", "checkpoints", "train")]
+
+
+def _first(command, argv):
+    return cli.main([command, *argv])
 
 
 ROOT = Path(__file__).parent.parent

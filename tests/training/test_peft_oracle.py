@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import Config, LoraConfig, ScheduleConfig, TrainConfig
+from dsv3_jax.interop.checkpoint import from_variables
+from dsv3_jax.interop.exporting import export_hf
 from dsv3_jax.interop.load import load_hf
 from dsv3_jax.interop.name_map import places
 from dsv3_jax.interop.peft_adapter import export_adapter, peft_form
-from dsv3_jax.model.adapters import init_adapters, with_adapters
+from dsv3_jax.model.adapters import init_adapters, merged, with_adapters
 from dsv3_jax.model.transformer import forward
 from dsv3_jax.training.loss import training_loss
 from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
@@ -32,15 +34,18 @@ def hf(tmp_path_factory):
     return write_hf(tmp_path_factory.mktemp("hf") / "m", MODEL, hf_tensors(MODEL, "f32"))
 
 
-def peft_model(hf, folder, **options):
+def transformers_model(hf):
     torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft", reason="needs the oracle extra: peft is not installed")
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         hf, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
     )
-    return peft.PeftModel.from_pretrained(base, folder, **options)
+
+
+def peft_model(hf, folder, **options):
+    peft = pytest.importorskip("peft", reason="needs the oracle extra: peft is not installed")
+    return peft.PeftModel.from_pretrained(transformers_model(hf), folder, **options)
 
 
 @pytest.mark.oracle
@@ -70,6 +75,15 @@ def test_peft_answers_with_our_feed_forwards(hf, tmp_path, targets):
     apart, moved = np.abs(ours - theirs).max(), np.abs(ours - plain).max()
     print(f"logits {apart:.2e} apart; the adapter moves them by {moved:.2f}")
     assert apart < 3e-4 and moved > 0.03
+
+    merged_weights = {**variables, "params": merged(params, MODEL)}
+    export_hf(from_variables(merged_weights, MODEL), tmp_path / "merged", "f32")
+    with torch.no_grad():
+        whole = transformers_model(tmp_path / "merged")
+        theirs = whole(torch.tensor(rows.astype(np.int64))).logits.numpy()
+    apart = np.abs(ours - theirs).max()
+    print(f"merged: logits {apart:.2e} apart")
+    assert apart < 3e-4
 
 
 @pytest.mark.oracle
