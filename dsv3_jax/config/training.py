@@ -12,7 +12,7 @@ from dsv3_jax.config.rules import DType, require_positive, round_up
 class QuantConfig:
     """What is computed in fewer bits; `dsv3_jax/quantization/recipe.py` spells the presets out."""
 
-    preset: Literal["bf16", "fp8_paper", "fp8_blockwise_dgrad"] = "bf16"
+    preset: Literal["bf16", "fp8_paper", "fp8_blockwise_dgrad", "fp8_head"] = "bf16"
 
 
 @dataclass(frozen=True)

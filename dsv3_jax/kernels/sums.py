@@ -6,7 +6,7 @@ the product that makes a gradient leaves it in its place itself.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -15,7 +15,9 @@ from jaxtyping import Array, Float
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["total", "number"], meta_fields=["adds"]
+    jax.tree_util.register_dataclass,
+    data_fields=["total", "number", "squares"],
+    meta_fields=["adds"],
 )
 @dataclass(frozen=True)
 class GradientSum:
@@ -26,11 +28,14 @@ class GradientSum:
         number: int32 [], which layer.
         adds: whether a gradient is added to what is there, or takes its place. Then `total` may
             begin with anything, and each layer's weight may be multiplied by only once.
+        squares: a Ref of float32 [L], where the sum of squares of each layer's gradient is left;
+            None: nowhere. Only where gradients are not added to what is there.
     """
 
     total: Any
     number: Any
     adds: bool
+    squares: Any = None
 
     @property
     def matrix(self) -> tuple[int, ...]:
@@ -43,17 +48,24 @@ class GradientSum:
         if self.adds:
             gradient += self.total[self.number]
         self.total[self.number] = gradient
+        if self.squares is not None:
+            self.put_squares(jnp.sum(jnp.square(gradient)))
+
+    def put_squares(self, of_layer: Float[Array, ""]) -> None:
+        """Leaves the sum of squares of a layer's gradient in its place."""
+        self.squares[self.number] = of_layer
 
     def of_layer(self, number: Any) -> "GradientSum":
         """The place in one layer, whose number may be traced."""
-        return GradientSum(self.total, jnp.asarray(number, jnp.int32), self.adds)
+        return replace(self, number=jnp.asarray(number, jnp.int32))
 
 
-def new_sum(shape: tuple[int, ...], adds: bool) -> GradientSum:
+def new_sum(shape: tuple[int, ...], adds: bool, squares: bool = False) -> GradientSum:
     """A sum of [L, E, N, K], at its first layer; zeros, or nothing yet where a gradient takes the
-    place of what is there.
+    place of what is there. With a place for sums of squares, if asked for.
 
     It belongs to the program that is being traced: `total` is read by `jax.freeze`.
     """
     start = jnp.zeros(shape, jnp.float32) if adds else jax.lax.empty(shape, jnp.float32)
-    return GradientSum(jax.new_ref(start), jnp.zeros((), jnp.int32), adds)
+    of_squares = jax.new_ref(jax.lax.empty(shape[:1], jnp.float32)) if squares else None
+    return GradientSum(jax.new_ref(start), jnp.zeros((), jnp.int32), adds, of_squares)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.linear import linear
 from dsv3_jax.model.norm import rms_norm
+from dsv3_jax.model.projection import ProductLayout
 from dsv3_jax.parallel.vocab import embed
 
 Params = dict[str, Any]
@@ -63,9 +64,11 @@ def head(params: Params, hidden: Float[Array, "B T D"], how: Pass) -> Float[Arra
     Array([128., 128.], dtype=float32)
     """
     hidden = how.layout.constrain(hidden, "batch", "seq")
-    return how.layout.constrain(logits_of(params, hidden), "batch", "seq", "vocab")
+    where = ProductLayout(how.layout, ("batch", "seq"), ("vocab", None))
+    logits = linear(hidden, params["lm_head"], how.recipe.lm_head, where=where)
+    return how.layout.constrain(logits.astype(jnp.float32), "batch", "seq", "vocab")
 
 
 def logits_of(params: Params, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """`head` of hidden states of any shape, wherever they lie."""
+    """`head` of hidden states of any shape, wherever they lie, by the head as it is."""
     return linear(hidden, params["lm_head"]).astype(jnp.float32)

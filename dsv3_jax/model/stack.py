@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels import backend
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import AnyCache, ModelCache, PagedCache, of_layer
 from dsv3_jax.model.forward_pass import Pass, Tokens, of_part
@@ -18,6 +19,9 @@ from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.quantization.block_scaled import is_step_weight
 
 DENSE, MOE = "dense_layers", "moe_layers"
+
+# So many layers, and no more, are compiled one by one on a GPU.
+WITHOUT_LOOP = 4
 
 
 def run_layers(
@@ -84,12 +88,21 @@ def _scan(layers, x, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches
             paged, layer_cache = layer_cache.with_table(paged.block_table), None
         return (x, paged), (layer_cache, stats)
 
-    # XLA:CPU copies what a step takes from the stack and leaves in it: two layers a step halve
-    # that, 10 % of a training step of the default model.
-    unroll = 2 if how.layout.platform == "cpu" else 1
     numbers = first_layer + jnp.arange(_num_layers(layers), dtype=jnp.int32)
     scanned = (layers, layer_caches, numbers, tokens.experts)
-    return jax.lax.scan(body, (x, paged), scanned, unroll=unroll)
+    return jax.lax.scan(body, (x, paged), scanned, unroll=_layers_a_step(layers, how))
+
+
+def _layers_a_step(layers, how: Pass) -> int:
+    """How many layers a step of the scan has. No result depends on it."""
+    # XLA:CPU copies what a step takes from the stack and leaves in it: two layers a step halve
+    # that, 10 % of a training step of the default model.
+    if how.layout.platform == "cpu":
+        return 2
+    # On a GPU a loop fills stacks with zeros, for what layers keep for their backward pass, and
+    # writes that into them: 3 % of a step. Without a loop there are none.
+    number = _num_layers(layers)
+    return number if backend.platform() == "gpu" and number <= WITHOUT_LOOP else 1
 
 
 def _without_sums(layers):

@@ -59,7 +59,9 @@ def made_of_slices(params: Any, stored: Any, recipe: Recipe, dtype: Any, layout:
             return None
         of_weight = recipe_of(weight, recipe)
         whole = layout.mesh.shape["tensor"] == 1
-        if of_weight is None or of_weight.weight.tile != PER_BLOCK or not whole:
+        # A head in FP8 is quantised where it is multiplied, from the copy that is gathered.
+        of_layers = whole and weight.where != "model"
+        if of_weight is None or of_weight.weight.tile != PER_BLOCK or not of_layers:
             return layout.place(leaf.astype(dtype), stored.spec), None
         dims = matrix_dims_of(weight, leaf.ndim)
         scale_format = of_weight.weight.scale_format
@@ -68,11 +70,11 @@ def made_of_slices(params: Any, stored: Any, recipe: Recipe, dtype: Any, layout:
     return jax.tree_util.tree_map_with_path(make, params, stored)
 
 
-def new_sums(params: Any, made: Any, adds: bool) -> Any:
+def new_sums(params: Any, made: Any, adds: bool, squares: bool = False) -> Any:
     """A GradientSum for each parameter of a layer that something was made of; None elsewhere.
 
     They belong to the program that is being traced. Without `adds` a gradient takes the place of
-    what is there: a loss then may run each layer only once.
+    what is there: a loss then may run each layer only once. `squares` as in `new_sum`.
     """
 
     def new(path, master, numbers):
@@ -80,7 +82,7 @@ def new_sums(params: Any, made: Any, adds: bool) -> Any:
         if numbers is None or weight is None or weight.where == "model":
             return None
         lead, experts, *matrix = _matrices(weight, master.shape)
-        return new_sum((lead, experts, *matrix), adds)
+        return new_sum((lead, experts, *matrix), adds, squares)
 
     return jax.tree_util.tree_map_with_path(new, params, made)
 
@@ -120,9 +122,9 @@ class StepWeights(NamedTuple):
         """A tree like the parameters' without what belongs to those that have a sum."""
         return jax.tree.map(lambda x, total: x if total is None else None, tree, self.sums)
 
-    def summing(self, adds: bool) -> "StepWeights":
+    def summing(self, adds: bool, squares: bool = False) -> "StepWeights":
         """The same with sums, in the program that is being traced; see `new_sums`."""
-        return self._replace(sums=new_sums(self.params, self.made, adds))
+        return self._replace(sums=new_sums(self.params, self.made, adds, squares))
 
     def held(self, trained: Any) -> Any:
         """The parameters as the model reads them, with `trained` for its part of the masters."""
@@ -136,6 +138,15 @@ class StepWeights(NamedTuple):
             return jax.freeze(total.total).reshape(master.shape) * scale
 
         return self._filled(of_trained, read)
+
+    def squares(self, scale: float = 1.0) -> Any:
+        """The sums of squares that products left of what `gradients` returns for this scale; None
+        for other gradients. They are read only once, too."""
+
+        def read(total, _):
+            return None if total.squares is None else jax.freeze(total.squares).sum() * scale**2
+
+        return self._filled(jax.tree.map(lambda _: None, self.params), read)
 
     def _filled(self, of_trained, leave: Callable[[GradientSum, Any], Any]):
         def fill(total, master, own):

@@ -1,8 +1,8 @@
 """What is quantised how, per operation of the model: training recipes as data.
 
 A `Recipe` names every linear operation that may run in FP8 and says how each operand of its three
-products is cut and scaled. None means the model's own dtype. Embedding, output head, router, norms
-and attention itself are not here because they never leave it (V3 report, section 3.3.1).
+products is cut and scaled. None means the model's own dtype. Embedding, router, norms and
+attention itself are not here because they never leave it (V3 report, section 3.3.1).
 """
 
 from collections.abc import Mapping
@@ -46,6 +46,7 @@ class Recipe:
     experts_gate_up_proj: LinearRecipe | None = None  # of routed experts
     experts_down_proj: LinearRecipe | None = None
     eh_proj: LinearRecipe | None = None  # of MTP modules
+    lm_head: LinearRecipe | None = None  # of the loss, MTP's included; generation has it plain
 
 
 BF16 = Recipe()
@@ -65,6 +66,8 @@ _PAPER = Recipe(
     experts_down_proj=_FP8,
     # The released weights hold eh_proj in BF16, alone among the projections.
     eh_proj=None,
+    # So is the head (V3 report, section 3.3.1).
+    lm_head=None,
 )
 
 
@@ -87,4 +90,6 @@ RECIPES: Mapping[str, Recipe] = {
     "fp8_blockwise_dgrad": Recipe(
         **{name: _blockwise_dgrad(value) for name, value in vars(_PAPER).items()}
     ),
+    # Beyond the paper: the head's three products in FP8, too (docs/numerics.md has what it costs).
+    "fp8_head": replace(_PAPER, lm_head=_FP8),
 }

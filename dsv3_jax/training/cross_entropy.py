@@ -17,13 +17,21 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels.fused.api import quantize_blocks
+from dsv3_jax.model.fp8 import fp8_linear
+from dsv3_jax.model.fp8_operands import TILE, filled
 from dsv3_jax.parallel.collectives import total, vary
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.block_scaled import StepWeight
+from dsv3_jax.quantization.recipe import LinearRecipe
 
 # Logits that are alive at a time: those of 8,192 tokens for V3's vocabulary, 2 GiB in BF16. What a
 # piece adds to the weight's gradient, read and written in f32, is then 4 % of its time.
 PIECE = 1 << 30
+
+# In FP8 the gradients of logits are quantised as that many times what they are: as shares of a mean
+# over thousands of tokens they lie under the floor of a tile's largest, 1e-4.
+RAISED = float(1 << 24)
 
 
 def head_nats(
@@ -33,65 +41,69 @@ def head_nats(
     shares: Float[Array, "B H T"],
     factors: Float[Array, " H"],
     layout: Layout = ONE_DEVICE,
+    recipe: LinearRecipe | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, " H"]]:
     """Each head's sum of shares times nats, the latter -log softmax(head @ hidden)[target]: all of
     them times their factors, added up; and one by one.
 
     float32; H are the main head and MTP's. The first result can be differentiated, in hidden and
     head; shares, factors and the second result have no gradient. Logits are rounded to hidden's
-    dtype, as `linear` rounds them, and so are their gradients. A StepWeight brings the head in that
-    dtype. With a layout, tokens lie as ("batch", None, "seq") and the head's rows as "vocab".
+    dtype, as `linear` rounds them, and so are their gradients. With a recipe all three products are
+    in FP8. A StepWeight brings the head as they read it. With a layout, tokens lie as
+    ("batch", None, "seq") and the head's rows as "vocab".
     """
     vocab, tokens = layout.axes("vocab"), (*layout.axes("batch"), *layout.axes("seq"))
     by_token: Any = layout.spec("batch", None, "seq")
     by_vocab: Any = layout.spec("vocab", None)
     whole: Any = layout.spec()
     return layout.shard_map(
-        partial(_of_device, vocab, tokens),
+        partial(_of_device, vocab, tokens, recipe),
         (layout.spec("batch", None, "seq", None), by_vocab, by_token, by_token, whole),
         (whole, whole),
     )(layout.constrain(hidden, "batch", None, "seq"), head, targets, shares, factors)
 
 
-def _of_device(vocab, tokens, hidden, head, targets, shares, factors):
-    master, copy = (head.master, head.numbers) if isinstance(head, StepWeight) else (head, None)
+def _of_device(vocab, tokens, recipe, hidden, head, targets, shares, factors):
+    master, copy = head, None
+    if isinstance(head, StepWeight):
+        master, copy = head.master, (head.numbers, head.transposed)
     # The gradients of what devices share are added up over them here.
     hidden, master, copy = vary(hidden, vocab), vary(master, tokens), vary(copy, tokens)
     weights = shares * factors[:, None]
     rows = hidden.reshape(-1, hidden.shape[-1])
-    of_rows: Any = _nats(vocab, rows, master, copy, targets.reshape(-1), weights.reshape(-1))
+    operands = rows, master, copy, targets.reshape(-1), weights.reshape(-1)
+    of_rows: Any = _nats(vocab, recipe, *operands)
     value, nats = of_rows
     of_heads = jnp.sum(jax.lax.stop_gradient(nats).reshape(shares.shape) * shares, axis=(0, 2))
     return total(value, tokens), total(of_heads, tokens)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _nats(vocab, rows, master, copy, targets, weights):
-    head = _head(master, copy, rows)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _nats(vocab, recipe, rows, master, copy, targets, weights):
+    multiply = _products(recipe, master, copy, rows.dtype)
 
     def one_piece(piece):
-        return _log_softmax(vocab, piece[0], head, piece[1])[0]
+        return _log_softmax(vocab, multiply(piece[0])[0], piece[1])[0]
 
-    pieces = _cut((rows, targets), len(head))
+    pieces = _cut((rows, targets), len(master))
     nats = jax.lax.map(one_piece, pieces) if len(pieces[1]) > 1 else one_piece(_first(pieces))
     nats = nats.reshape(-1)[: len(rows)]
     return jnp.sum(nats * weights), nats
 
 
-def _nats_forward(vocab, rows, master, copy, targets, weights):
-    head = _head(master, copy, rows)
+def _nats_forward(vocab, recipe, rows, master, copy, targets, weights):
+    multiply = _products(recipe, master, copy, rows.dtype)
 
     def one_piece(d_head, piece):
         rows, targets, weights = piece
-        nats, log_probabilities, is_target = _log_softmax(vocab, rows, head, targets)
+        logits, gradients = multiply(rows)
+        nats, log_probabilities, is_target = _log_softmax(vocab, logits, targets)
         d_logits = (jnp.exp(log_probabilities) - is_target.astype(jnp.float32)) * weights[:, None]
-        d_logits = d_logits.astype(rows.dtype)
-        d_rows = _product(d_logits, head, 1, 0)
-        of_piece = _product(d_logits, rows, 0, 0, jnp.float32)
+        d_rows, of_piece = gradients(d_logits.astype(rows.dtype))
         d_head = of_piece if d_head is None else d_head + of_piece
         return d_head, (nats, d_rows)
 
-    pieces = _cut((rows, targets, weights), len(head))
+    pieces = _cut((rows, targets, weights), len(master))
     # The first piece begins the sum that the others add to.
     d_head, results = one_piece(None, _first(pieces))
     results = jax.tree.map(lambda x: x[None], results)
@@ -104,7 +116,8 @@ def _nats_forward(vocab, rows, master, copy, targets, weights):
     return (value, nats), (d_rows, d_head.astype(master.dtype))
 
 
-def _nats_backward(vocab, gradients, cotangents):
+def _nats_backward(vocab, recipe, gradients, cotangents):
+    del vocab, recipe
     of_value, _ = cotangents
     d_rows, d_head = (g * of_value.astype(g.dtype) for g in gradients)
     return d_rows, d_head, None, None, None
@@ -113,21 +126,47 @@ def _nats_backward(vocab, gradients, cotangents):
 _nats.defvjp(_nats_forward, _nats_backward)
 
 
-def _head(master, copy, rows):
-    return master.astype(rows.dtype) if copy is None else copy
+def _products(recipe: LinearRecipe | None, master: Array, copy: Any, dtype: Any) -> Any:
+    """A function of rows [T, D]: their logits [T, V], and one that makes the gradients of the rows
+    and, in float32, of the head from the logits'. `copy` is of a StepWeight."""
+    if recipe is None:
+        head = master.astype(dtype) if copy is None else copy[0]
+
+        def plain(rows):
+            def gradients(d_logits):
+                return _product(d_logits, head, 1, 0), _product(d_logits, rows, 0, 0, jnp.float32)
+
+            return _product(rows, head, 1, 1), gradients
+
+        return plain
+    if copy is None:
+        copy = quantize_blocks(filled(master, TILE, TILE), recipe.weight.scale_format)
+
+    def in_fp8(rows):
+        def logits_of(rows, master):
+            return fp8_linear(rows, StepWeight(master, *copy), recipe)
+
+        def gradients(d_logits):
+            return jax.tree.map(lambda g: g / RAISED, pull(d_logits * RAISED))
+
+        logits, pull = jax.vjp(logits_of, rows, master)
+        return logits, gradients
+
+    return in_fp8
 
 
-def _log_softmax(vocab, rows, head, targets):
+def _log_softmax(vocab, logits, targets):
     """Each row's nats, and of the device's part of the vocabulary the log-probabilities and which
     of them is the target's."""
-    logits = _product(rows, head, 1, 1).astype(jnp.float32)
+    logits = logits.astype(jnp.float32)
+    columns = logits.shape[1]
     largest = logits.max(-1)
     if vocab:
         largest = jax.lax.pmax(largest, vocab)
-        targets = targets - jax.lax.axis_index(vocab) * len(head)
+        targets = targets - jax.lax.axis_index(vocab) * columns
     logits -= largest[:, None]
     log_sum = jnp.log(total(jnp.exp(logits).sum(-1), vocab))
-    is_target = targets[:, None] == jnp.arange(len(head), dtype=targets.dtype)
+    is_target = targets[:, None] == jnp.arange(columns, dtype=targets.dtype)
     of_target = total(jnp.where(is_target, logits, 0.0).sum(-1), vocab)
     return log_sum - of_target, logits - log_sum[:, None], is_target
 

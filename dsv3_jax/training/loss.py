@@ -159,7 +159,7 @@ def prediction_nats(
 
     def of_heads(chosen: slice, weight: Any):
         operands = hidden[:, chosen], weight, targets[:, chosen], shares[:, chosen]
-        return head_nats(*operands, factors[chosen], how.layout)
+        return head_nats(*operands, factors[chosen], how.layout, how.recipe.lm_head)
 
     if how.mtp_detached and depths:
         nats, (ce,) = of_heads(slice(0, 1), weight)
@@ -177,8 +177,8 @@ def mean_nats(variables: Variables, rows: Rows, how: Pass, segments: Any) -> Flo
     params, ids = gathered_ends(variables["params"], how), tokens_of_rows(rows)[:, :-1]
     states = hidden_states({**variables, "params": params}, ids, how, segments=segments)
     of_head = _targets_of_heads(rows, None, 0, how.layout)
-    head = params["lm_head"]
-    return head_nats(states.hidden[:, None], head, *of_head, jnp.ones(1), how.layout)[0]
+    operands = states.hidden[:, None], params["lm_head"], *of_head, jnp.ones(1)
+    return head_nats(*operands, how.layout, how.recipe.lm_head)[0]
 
 
 def _targets_of_heads(rows: Rows, segments, depths: int, layout: Layout):

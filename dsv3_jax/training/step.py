@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config, UserError
+from dsv3_jax.kernels import backend
 from dsv3_jax.model.placement import gathered, shardings
 from dsv3_jax.model.router import update_router_bias
 from dsv3_jax.model.step_weights import StepWeights, as_they_are, made_for_step, made_of_slices
@@ -120,8 +121,9 @@ def train_step(
     ShapeDtypeStruct(shape=(), dtype=float32)
     """
     with layout.compiling():
-        loss, terms, grads = gradients(state, rows, settings, config, layout, base, extensions)
-    grad_norm = optax.tree.norm(grads)
+        loss, terms, grads, grad_norm = gradients(
+            state, rows, settings, config, layout, base, extensions
+        )
     applied = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if extensions.optimizer is None:
         updates, opt_state = make_optimizer(config.optimizer).update(
@@ -229,8 +231,9 @@ def gradients(
     layout: Layout = ONE_DEVICE,
     base: Any = None,
     extensions: Extensions = NONE,
-) -> tuple[Float[Array, ""], LossTerms, Any]:
-    """(loss, terms, gradients): means over the step's micro-batches, and sums of the loads."""
+) -> tuple[Float[Array, ""], LossTerms, Any, Float[Array, ""]]:
+    """(loss, terms, gradients, their global norm): means over the step's micro-batches, and sums of
+    the loads."""
 
     # The backward pass is that of the loss summed over tokens, or of the next lower power of two,
     # which changes no bit without FP8. As shares of a mean, gradients of many tokens lie so far
@@ -241,7 +244,8 @@ def gradients(
     rows = with_shares(rows, settings.num_micro_batches.astype(jnp.float32), depths)
 
     if layout.mesh.shape["pipe"] > 1:
-        return _pipelined(state, rows, settings, config, layout, base, extensions, per_token)
+        means = _pipelined(state, rows, settings, config, layout, base, extensions, per_token)
+        return *means, optax.tree.norm(means[2])
 
     # What every micro-batch multiplies by is made before the first of them, and only once.
     params = _gathered_once(state.params, layout)
@@ -252,7 +256,9 @@ def gradients(
     # Products leave the gradients of what was made in their places, added up over micro-batches.
     # A loss of one's own may run a layer twice, or leave one out.
     once = num_micro_batches == 1 and extensions.loss is None
-    summing = weights.summing(adds=not once) if layout.one_device else weights
+    # On a GPU the kernels that make gradients add up their squares as well, for the norm.
+    squares = once and backend.platform() == "gpu"
+    summing = weights.summing(not once, squares) if layout.one_device else weights
 
     def loss_of(trained, micro_rows, weights):
         variables = variables_of(weights.held(trained), state.router, base, config)
@@ -270,7 +276,8 @@ def gradients(
 
     if num_micro_batches == 1:
         (loss, terms), grads = gradient(micro(0))
-        return loss, terms, summing.gradients(_in_f32(grads), 1 / per_token)
+        grads = summing.gradients(_in_f32(grads), 1 / per_token)
+        return loss, terms, grads, _norm(grads, summing.squares(1 / per_token))
 
     def body(i, total):
         value, grads = gradient(micro(i))
@@ -286,7 +293,18 @@ def gradients(
     count = settings.num_micro_batches.astype(jnp.float32)
     grads = summing.gradients(grads, 1 / per_token)
     means = jax.tree.map(lambda x: x / count, (loss, terms._replace(load={}), grads))
-    return means[0], means[1]._replace(load=terms.load), means[2]
+    return means[0], means[1]._replace(load=terms.load), means[2], optax.tree.norm(means[2])
+
+
+def _norm(grads: Any, squares: Any) -> Float[Array, ""]:
+    """The global norm of gradients; those whose sum of squares is known are not read."""
+    known = jax.tree.leaves(squares)
+    if not known:
+        return optax.tree.norm(grads)
+    read = jax.tree.map(
+        lambda of, g: g if of is None else None, squares, grads, is_leaf=lambda x: x is None
+    )
+    return jnp.sqrt(optax.tree.norm(read, squared=True) + sum(known))
 
 
 def _pipelined(

@@ -122,8 +122,10 @@ def test_each_token_is_sent_to_its_rows_and_the_rest_are_zeros(implementation, r
         (64, dict(top_k=8, n_group=8, topk_group=4)),
         (32, dict(top_k=4, n_group=8, topk_group=3, best_of_group=1)),
         (64, dict(top_k=6)),
+        (16, dict(top_k=8, n_group=8, topk_group=4)),
+        (12, dict(top_k=5, n_group=4, topk_group=2)),
     ],
-    ids=["V3's groups", "groups by their best", "no groups"],
+    ids=["V3's groups", "groups by their best", "no groups", "pairs", "fewer than lanes"],
 )
 def test_the_router_chooses_as_by_sorting(implementation, experts, choice, rng, running):
     # Few different scores: many are equal, and the first must win.
@@ -194,6 +196,7 @@ def test_what_threads_do_with_their_registers_lowers_for_a_gpu(rng):
     lower_for_an_h200(pallas_gpu.quantize_blocks, x.astype(jnp.float32))
     choose = partial(pallas_gpu.route_top_k, top_k=8, n_group=8, topk_group=4, best_of_group=2)
     lower_for_an_h200(choose, gate, gate[0])
+    lower_for_an_h200(choose, gate[:, :16], gate[0, :16])
 
 
 def test_a_tpu_runs_the_reference():

@@ -54,12 +54,15 @@ def test_weight_gradient_is_left_in_a_layer_s_place(implementation, adds, rng, r
 
     @jax.jit
     def left(before, number):
-        total = GradientSum(jax.new_ref(before), number, adds)
+        squares = None if adds else jax.new_ref(jnp.zeros(2))
+        total = GradientSum(jax.new_ref(before), number, adds, squares)
         scaled_wgrad(a, b, total, implementation=implementation)
-        return jax.freeze(total.total)
+        return jax.freeze(total.total), None if adds else jax.freeze(squares)
 
     with running(implementation):
-        got = left(before, jnp.int32(1))
+        got, squares = left(before, jnp.int32(1))
+    if squares is not None:
+        np.testing.assert_allclose(squares, [0, np.square(got[1], dtype=float).sum()], rtol=1e-6)
     want = exact(a, b) + (np.asarray(before[1, 0]) if adds else 0)
     assert relative_error(got[1, 0], want) < F32_LIMIT
     np.testing.assert_array_equal(got[0], before[0])

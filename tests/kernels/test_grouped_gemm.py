@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.kernels.gemm import tiles
+from dsv3_jax.kernels.gemm.hopper_wgrad import wgrad
 from dsv3_jax.kernels.grouped_gemm import api
 from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, dequantize, quantize
@@ -150,6 +152,42 @@ def test_weight_gradients_are_left_in_a_layer_s_place(implementation, adds, rng,
         product = api.grouped_wgrad(a, b, sizes, implementation=implementation)
     want = before.at[1].set(before[1] + product if adds else product)
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-5)
+
+
+@INTERPRETER_IS_NEWER
+@pytest.mark.parametrize("scaled", [True, False], ids=["fp8", "bf16"])
+def test_the_kernel_of_weight_gradients_adds_up_their_squares(scaled, rng, running):
+    sizes, tokens = jnp.array([256, 0, 128], jnp.int32), 384
+    n, k = (200, 264) if scaled else (192, 320)
+    a, b = (normal(rng, rows, tokens) for rows in (n, k))
+    if scaled:
+        (a, b), tile = (quantize(x, PER_TOKEN) for x in (a, b)), tiles.WGRAD
+        scales = a.scales.mT, b.scales.mT
+        operands = a.values, b.values
+    else:
+        tile, scales = tiles.BF16_WGRAD, (None, None)
+        operands = a.T.astype(jnp.bfloat16), b.T.astype(jnp.bfloat16)
+    starts = jnp.cumsum(sizes) - sizes
+
+    def product(a, b, starts, sizes, a_scales, b_scales, **where):
+        operands = a, b, starts, sizes, tile
+        return wgrad(*operands, a_scales=a_scales, b_scales=b_scales, **where)
+
+    with running("pallas_gpu"):
+        gradient, squares = product(*operands, starts, sizes, *scales, squares=True)
+    want = np.square(np.asarray(gradient, np.float64))
+    for column in range(squares.shape[1]):
+        of_tile = want[..., column * tile.n : (column + 1) * tile.n].sum(-1)
+        np.testing.assert_allclose(squares[:, column, :n], of_tile, rtol=1e-5)
+        assert not np.asarray(squares[:, column, n:]).any()
+
+    def left(*operands):
+        places = jax.new_ref(jnp.zeros((2, 3, n, k))), jax.new_ref(jnp.zeros(2))
+        into = GradientSum(places[0], jnp.int32(1), False, places[1])
+        product(*operands, into=into)
+        return jax.freeze(places[0]), jax.freeze(places[1])
+
+    lower_for_an_h200(left, *operands, starts, sizes, *scales)
 
 
 def test_refuses_operands_that_do_not_belong_together(rng):

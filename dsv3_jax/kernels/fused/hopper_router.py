@@ -38,8 +38,14 @@ def route_top_k(
     logits = jnp.pad(logits, ((0, max(TOKENS - rows, 0)), (0, 0)))
     logits, bias = manual.vary((logits, bias))
     tokens, experts = logits.shape
-    layout = _layout(n_group, experts // n_group)
-    shape = (TOKENS, n_group, experts // n_group)
+    of_group = experts // n_group
+    layout, places = _layout(n_group, of_group)
+    shape = (TOKENS, n_group, places)
+    # Places of a group that lanes have beyond its experts score -inf, and are none of them.
+    fill = [(0, 0), (0, places - of_group)]
+    logits = logits.reshape(tokens, n_group, of_group)
+    logits = jnp.pad(logits, [(0, 0), *fill], constant_values=LOWEST)
+    bias = jnp.pad(bias.reshape(n_group, of_group), fill, constant_values=LOWEST)
 
     def kernel(logits_ref, bias_ref, chosen, weights, scores_ref):
         start = lax.min(lax.axis_index("block") * TOKENS, jnp.int32(tokens - TOKENS))
@@ -51,7 +57,8 @@ def route_top_k(
         bias = plgpu.layout_cast(lax.broadcast_in_dim(bias, shape, [1, 2]), layout)
         choice = scores + bias
         group = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=layout)
-        expert = group * shape[2] + plgpu.broadcasted_iota(jnp.int32, shape, 2, layout=layout)
+        place = plgpu.broadcasted_iota(jnp.int32, shape, 2, layout=layout)
+        expert = jnp.where(place < of_group, group * of_group + place, experts)
         if topk_group < n_group:
             choice = _keep_best_groups(choice, expert, topk_group, best_of_group, layout)
         # Integers in the same order, which a warp compares in one instruction.
@@ -80,9 +87,10 @@ def route_top_k(
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Lane
         ),
-    )(logits.reshape(tokens, *shape[1:]), bias.reshape(shape[1:]))
+    )(logits, bias)
     chosen, weights, scores = manual.vary((chosen, weights, scores), logits)
-    return chosen[:rows], weights[:rows], scores.reshape(tokens, experts)[:rows]
+    scores = scores[:rows, :, :of_group].reshape(rows, experts)
+    return chosen[:rows], weights[:rows], scores
 
 
 def _keep_best_groups(choice: Any, expert: Any, topk_group: int, best_of_group: int, layout: Any):
@@ -136,15 +144,13 @@ def _spread(x: Any, shape: tuple[int, ...], layout: Any) -> Any:
     return plgpu.layout_cast(lax.broadcast_in_dim(x, shape, range(x.ndim)), layout)
 
 
-def _layout(groups: int, experts: int) -> Any:
-    """[4 x tokens, groups, experts]: a warp for a token, its lanes spread over groups first."""
+def _layout(groups: int, experts: int) -> tuple[Any, int]:
+    """[4 x tokens, groups, places]: a warp for a token, its lanes spread over groups first; and
+    how many places a group has, one for each expert or a few more."""
     group_lanes = math.gcd(groups, 8)
     expert_lanes = 32 // group_lanes
-    if experts % expert_lanes:
-        raise NotImplementedError(
-            f"{experts} experts in each of {groups} groups must be a multiple of {expert_lanes}"
-        )
-    each = math.gcd(experts // expert_lanes, 8)
+    places = experts + -experts % expert_lanes
+    each = math.gcd(places // expert_lanes, 8)
     span = (group_lanes, expert_lanes * each)
     layout = fragmented_array.TiledLayout(
         plgpu.Tiling(((4, *span), (1, *span), (1, 1, each))),
@@ -153,4 +159,5 @@ def _layout(groups: int, experts: int) -> Any:
         -1,
         _check_canonical=False,
     ).canonicalize()
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+    tiled = layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim
+    return plgpu.Layout.TILED(*tiled), places

@@ -41,10 +41,13 @@ def wgrad(
     b_scales: Float[Array, "TB K"] | None = None,
     accumulate: Float[Array, "E N K"] | None = None,
     into: GradientSum | None = None,
+    squares: bool = False,
 ) -> Any:
     """[E, N, K]: a[:, group] @ b[:, group].T for each group of tokens, plus `accumulate`.
 
-    With `into` it is left there, and None is returned.
+    With `into` it is left there, and None is returned. With `squares`, or where `into` has a place
+    for them, the sums of the squares of each row of a tile are made as well, [E, tiles of K, rows]
+    in whole tiles: they are returned beside the result, or their sum is left in that place.
 
     E4M3 operands with scales are [N, T] and [K, T]; bfloat16 ones have their tokens first, [T, N]
     and [T, K], so that the signature leaves their order open. Groups start and end at multiples of
@@ -61,10 +64,16 @@ def wgrad(
     if accumulate is not None and not hopper.interpreted():
         into = GradientSum(jax.new_ref(accumulate[None]), jnp.zeros((), jnp.int32), adds=True)
     adds = into is not None and into.adds
+    squares = squares or (into is not None and into.squares is not None)
+    # A sum of squares is of what is there in the end; and its buffer is free once a row of a tile
+    # has been stored.
+    assert not (squares and (adds or accumulate is not None))
+    assert not squares or tile.store_buffers <= tile.n // STORE
     memory_registers, math_registers = tile.registers
 
     def kernel(*refs):
-        *refs, out, a_slots, b_slots, scale_slots, out_slots, full, empty = refs
+        *refs, a_slots, b_slots, scale_slots, out_slots, square_slots, full, empty = refs
+        *refs, out, squares_ref = refs if squares else (*refs, None)
         a_ref, b_ref, starts_ref, sizes_ref, number_ref, *scale_refs = refs
         thread = lax.axis_index("warpgroup")
         schedule = plgpu.nd_loop(
@@ -127,13 +136,19 @@ def wgrad(
                     pieces = _scaled_loop(tile, steps, slot_of, slots, scale_slots)
                 else:
                     pieces = _plain_loop(tile, steps, slot_of, slots)
-                buffer = 0
+                buffer, column_tile = 0, lax.div(column, jnp.int32(tile.n))
                 for wave in range(tile.waves):
                     first = row + thread * (64 * tile.waves) + wave * 64
+                    of_rows = 0.0
                     for left in range(0, tile.n, STORE):
                         plgpu.wait_smem_to_gmem(tile.store_buffers - 1, wait_read_only=True)
                         piece = pieces[wave * (tile.n // STORE) + left // STORE]
                         out_slots.at[thread, buffer][...] = piece
+                        last = left + STORE >= tile.n
+                        if squares:
+                            of_rows += jnp.sum(piece * piece, axis=1)
+                        if squares and last:
+                            square_slots.at[thread, wave][...] = of_rows
                         plgpu.commit_smem()
                         send = functools.partial(
                             plgpu.copy_smem_to_gmem,
@@ -143,6 +158,12 @@ def wgrad(
                             commit_group=False,
                         )
                         store_inside(column + left, k, STORE, send)
+                        if squares_ref is not None and last:
+                            plgpu.copy_smem_to_gmem(
+                                square_slots.at[thread, wave],
+                                squares_ref.at[expert, column_tile, pl.ds(first, 64)],
+                                commit_group=False,
+                            )
                         plgpu.commit_smem_to_gmem_group()
                         buffer = (buffer + 1) % tile.store_buffers
                 return carry + steps
@@ -156,6 +177,10 @@ def wgrad(
         inputs += [a_scales, b_scales]
     if into is not None:
         inputs.append(into.total)
+    out_type = [shape] if into is None else []
+    if squares:
+        by_tile = (experts, tiles[1], tiles[0] * tile.m)
+        out_type.append(manual.result(by_tile, jnp.float32, a))
     slots = [
         plgpu.SMEM(
             (stages, span, slab) if scaled else (stages, slab, span),
@@ -167,7 +192,7 @@ def wgrad(
     out_tiling = swizzled(jnp.float32, math.gcd(k, STORE))
     result = plgpu.kernel(
         kernel,
-        out_type=shape if into is None else (),
+        out_type=tuple(out_type),
         grid=(min(hopper.multiprocessors(), experts * tiles_each),),
         grid_names=("block",),
         num_threads=tile.warpgroups + 1,
@@ -183,15 +208,20 @@ def wgrad(
                 jnp.float32,
                 transforms=out_tiling,
             ),
+            plgpu.SMEM((tile.warpgroups, tile.waves, 64), jnp.float32),
             plgpu.Barrier(num_arrivals=4 if scaled else 2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=tile.warpgroups, num_barriers=stages),
         ),
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*inputs)
     if into is not None:
+        if squares:
+            into.put_squares(jnp.sum(result[0]))
         return None if accumulate is None else jax.freeze(into.total)[0]
-    result = manual.vary(result[0], a)
-    return result if accumulate is None else accumulate + result
+    gradient, *of_tiles = manual.vary(result, a)
+    if squares:
+        return gradient[0], of_tiles[0]
+    return gradient[0] if accumulate is None else accumulate + gradient[0]
 
 
 def _scaled_loop(tile: Tile, steps, slot_of, slots, scale_slots):
