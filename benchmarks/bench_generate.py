@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_generate --checkpoint runs/tiny --batch 1 8 --speculative 0 1 2
     python -m benchmarks.bench_generate --checkpoint EXPORTED --peer transformers
-    python -m benchmarks.bench_generate --config configs/h200_slice.py --batch 1 8 32 128 \\
-        --prompt 128 128 128 4096 --speculative 0 --fp8 0 1 --trace --forward 4096
+    python -m benchmarks.bench_generate --config configs/h200_slice.py --paged --batch 1 8 32 128 \\
+        --prompt 128 128 128 4096 --rounds 5 5 5 1 --speculative 0 --fp8 0 1 --trace --forward 4096
 
 Variants are timed in turn, several rounds, so that what else the machine does falls on all alike;
 the table has medians, and the ratio to the first variant of the same round. `model` and `program`
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -152,11 +152,33 @@ def floor(config: Config, variant: Variant, batch: int, context: int) -> float:
     return estimate_decode(config, accelerator("h200"), batch, context).tpot
 
 
-def compile_all(engines: dict[Any, Engine], prompts, args) -> None:
-    """Every engine writes a few tokens, side by side: a program compiles in one thread."""
-    few = requests_of(prompts, 3, args.temperature)
-    with ThreadPoolExecutor(max(1, args.threads)) as pool:
-        list(pool.map(lambda engine: engine.run(few), engines.values()))
+class Batch(NamedTuple):
+    """Prompts, and an engine for each variant."""
+
+    prompts: list[list[int]]
+    rounds: int
+    engines: dict[Variant, Engine]
+
+
+def batches_of(models: dict[bool, Model], args) -> list[Batch]:
+    """What is to be timed, compiled side by side: each program in a thread of its own."""
+    variants = [Variant(drafts, bool(fp8)) for fp8 in args.fp8 for drafts in args.speculative]
+    batches = []
+    for number, batch in enumerate(args.batch):
+        length, rounds = (x[min(number, len(x) - 1)] for x in (args.prompt, args.rounds))
+        engines = {v: engine_for(models[v.fp8], args, batch, length, v.drafts) for v in variants}
+        prompts = prompts_of(args, models[variants[0].fp8].config.model, batch, length)
+        batches.append(Batch(prompts, rounds, engines))
+
+    def compiled(prompts: list[list[int]], engine: Engine) -> None:
+        engine.run(requests_of(prompts, 3, args.temperature))
+        for queued in (timing.queued_model, timing.queued_engine):
+            queued(engine, len(prompts[0]))
+
+    with ThreadPoolExecutor(args.threads) as pool:
+        jobs = [(b.prompts, engine) for b in batches for engine in b.engines.values()]
+        list(pool.map(compiled, *zip(*jobs)))
+    return batches
 
 
 def medians(rounds: list[dict[Variant, Times]], variant: Variant) -> Callable[[str], float]:
@@ -164,15 +186,12 @@ def medians(rounds: list[dict[Variant, Times]], variant: Variant) -> Callable[[s
     return lambda name: statistics.median(getattr(times[variant], name) for times in rounds)
 
 
-def time_batch(models: dict[bool, Model], args, batch: int, length: int, peer) -> None:
+def time_batch(config: Config, args, timed: Batch, peer) -> None:
     """Prints the lines of one batch."""
-    variants = [Variant(drafts, bool(fp8)) for fp8 in args.fp8 for drafts in args.speculative]
-    config = models[variants[0].fp8].config
-    prompts = prompts_of(args, config.model, batch, length)
-    engines = {v: engine_for(models[v.fp8], args, batch, length, v.drafts) for v in variants}
-    compile_all(engines, prompts, args)
+    prompts, engines = timed.prompts, timed.engines
+    variants, batch, length = [*engines], len(prompts), len(prompts[0])
     rounds, rates = [], []
-    for _ in range(args.rounds):
+    for _ in range(timed.rounds):
         rounds.append({v: run(engine, prompts, args) for v, engine in engines.items()})
         for fp8 in {v.fp8 for v in variants}:
             of_kind = [t for v, t in rounds[-1].items() if v.fp8 == fp8]
@@ -238,7 +257,7 @@ def main() -> None:
     parser.add_argument("--speculative", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--prompt", type=int, nargs="+", default=[64], help="of each batch, or all")
     parser.add_argument("--new", type=int, default=128, help="tokens to write")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, nargs="+", default=[5], help="likewise")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--tokens", help="a text file to cut prompts from; else random ids")
     parser.add_argument("--paged", action=argparse.BooleanOptionalAction, default=False)
@@ -263,9 +282,8 @@ def main() -> None:
         "batch prompt drafts fp8  first     step     host    model  program  x model    floor "
         " tokens/s  x first  B/token/layer"
     )
-    for number, batch in enumerate(args.batch):
-        length = args.prompt[min(number, len(args.prompt) - 1)]
-        time_batch(models, args, batch, length, peer)
+    for timed in batches_of(models, args):
+        time_batch(plain.config, args, timed, peer)
     if args.forward:
         seconds = timing.training_forward(plain.variables, plain.config.model, args.forward)
         print(f"forward of {args.forward} tokens, as in training: {1e3 * seconds:.2f} ms")
