@@ -35,7 +35,7 @@ MODEL_ROWS = [
     {"forward_pass", "quantized_inputs"},
     {"mlp", "ends"},
     {"mla", "moe"},
-    {"block"},
+    {"block", "micro_batches"},
     {"stack", "mtp"},
     {"decode", "transformer"},
 ]

@@ -31,6 +31,7 @@ class CompileOptions:
     redundant_experts: int = 0  # prefill, decode: places for experts beyond one each
     fp8_weights: bool = True  # prefill, decode: projections held in FP8, as published
     fp8_cache: bool = False  # decode: latents held in FP8
+    micro_batches: int = 1  # decode: 2 computes half of the sequences beside the others' exchange
     plan: int = 0  # train: search meshes for the topology, and compile this many of the best
     remedies: int = 2  # tried when it does not fit; each is compiled
     json: Path | None = None
@@ -45,6 +46,7 @@ _FOR = {
     "redundant_experts": ("prefill", "decode"),
     "fp8_weights": ("prefill", "decode"),
     "fp8_cache": ("decode",),
+    "micro_batches": ("decode",),
     "plan": ("train",),
 }
 _NOT_WITH_PLAN = ("remedies", "plot", "hlo")
@@ -90,6 +92,7 @@ def run(options: CompileOptions, config: Config) -> int:
             options.redundant_experts,
             options.fp8_weights,
             options.fp8_cache,
+            options.micro_batches,
         )
 
     def compiled(config: Config, what: programs.Serving | None, hlo: Path | None):

@@ -40,6 +40,7 @@ class Serving:
         redundant_experts: places for experts beyond one each (ISCA paper, section 2.3).
         fp8_weights: projections held in FP8, as published.
         fp8_cache: latents held in FP8, in pages.
+        micro_batches: of a decoding step; see model/micro_batches.py.
     """
 
     batch: int
@@ -47,6 +48,7 @@ class Serving:
     redundant_experts: int = 0
     fp8_weights: bool = True
     fp8_cache: bool = False
+    micro_batches: int = 1
 
 
 class Built(NamedTuple):
@@ -110,8 +112,13 @@ def serving(config: Config, layout: Layout, what: Serving, decode: bool) -> Buil
         )
     if what.context % (PAGE * context):
         raise UserError(f"context={what.context} must be a multiple of {PAGE * context}")
-    of_each = [Pass(config.model, layout=each) for each in (of_prompts, of_steps)]
-    program = Program(of_each[0], of_each[1], sampled=False)
+    if what.micro_batches not in (1, 2) or what.batch % (what.micro_batches * devices):
+        raise UserError(
+            f"micro_batches={what.micro_batches} must be 1, or 2 with batch={what.batch} a "
+            f"multiple of 2 x {devices} devices"
+        )
+    steps = Pass(config.model, layout=of_steps, micro_batches=what.micro_batches)
+    program = Program(Pass(config.model, layout=of_prompts), steps, sampled=False)
     variables = _weights(config, layout, what)
     cache = _cache(config, of_steps, what, paged=decode)
     by_sequence = layout.sharding("batch")

@@ -46,19 +46,14 @@ class Engine:
         layout: Layout = ONE_DEVICE,
         expert_load: ExpertLoad | None = None,
     ):
-        options.check(config)
+        options.check(config, layout)
         if layout.one_device:  # a longer piece would be padding
             chunks = {min(size, options.max_length) for size in options.chunks}
             options = replace(options, chunks=tuple(sorted(chunks)))
         self.config, self.options, self.expert_load = config, options, expert_load
         prompts, steps = (Pass(config, layout=each) for each in serving_layouts(layout))
-        self._groups = groups = layout.size("batch")
-        self._alone = layout.one_device
-        if options.slots % groups or any(rows % groups for rows in options.chunk_rows):
-            raise UserError(
-                f"{options.slots} slots and {options.chunk_rows} prompts in a program must divide "
-                f"over {groups} groups of devices"
-            )
+        steps = replace(steps, micro_batches=options.micro_batches)
+        self._groups, self._alone = layout.size("batch"), layout.one_device
         if not layout.one_device:
             variables = jax.device_put(variables, shardings(variables, prompts.layout))
         self.variables = variables

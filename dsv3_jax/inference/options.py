@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from dsv3_jax.config import ModelConfig, UserError
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
+from dsv3_jax.parallel.sharding import Layout
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class EngineOptions:
             being written.
         fp8_cache: latents as E4M3 with scales.
         share_prefixes: sequences that begin alike share pages.
+        micro_batches: 2 takes a step of one half of the sequences and then of the other, so that
+            one computes while the other's tokens are on their way to experts; on a mesh.
         top: of the likeliest tokens returned with each.
         experts: return each token's experts. Prefixes are then not shared, as what is shared is not
             computed.
@@ -40,6 +43,7 @@ class EngineOptions:
     paged: bool = True
     fp8_cache: bool = False
     share_prefixes: bool = True
+    micro_batches: int = 1
     top: int = 0
     experts: bool = False
     page: int = PAGE
@@ -62,8 +66,8 @@ class EngineOptions:
         affordable = [n for n in self.chunks if n * rows <= budget] or self.chunks[:1]
         return next((n for n in affordable if n >= longest), affordable[-1])
 
-    def check(self, config: ModelConfig) -> None:
-        """Raises UserError for options that do not fit the model or each other."""
+    def check(self, config: ModelConfig, layout: Layout) -> None:
+        """Raises UserError for options that do not fit the model, the mesh or each other."""
         modules = config.num_nextn_predict_layers
         if self.drafts < 0 or (self.drafts and not modules):
             raise UserError(
@@ -79,6 +83,22 @@ class EngineOptions:
         numbers = (self.slots, *self.chunks, *self.chunk_rows, self.token_budget, self.page)
         if not self.chunks or not self.chunk_rows or min(numbers) < 1 or self.top < 0:
             raise UserError(f"{self} has a number that is not positive")
+        groups, halves = layout.size("batch"), self.micro_batches
+        if self.slots % groups or any(rows % groups for rows in self.chunk_rows):
+            raise UserError(
+                f"{self.slots} slots and {self.chunk_rows} prompts in a program must divide over "
+                f"{groups} groups of devices"
+            )
+        if halves not in (1, 2) or self.slots % (halves * groups):
+            raise UserError(
+                f"micro_batches={halves} must be 1, or 2 with {self.slots} slots a multiple of "
+                f"2 x {groups} groups of devices"
+            )
+        if halves == 2 and (not self.paged or layout.size("expert") == 1):
+            raise UserError(
+                "two micro-batches need a cache in pages, and experts on several devices: there is "
+                "no exchange to compute beside"
+            )
 
 
 @dataclass

@@ -31,6 +31,8 @@ class Pass:
         remat: what each layer saves for its backward pass, a key of remat.POLICIES.
         prefill: a cache that comes along is empty: the tokens attend to each other alone, in the
             expanded form of MLA, and not to the cache in the absorbed form.
+        micro_batches: 2 computes each layer for one half of every device's sequences and then for
+            the other, where they can be cut and lie in pages; see micro_batches.py.
         mtp_detached: MTP modules send no gradient to the hidden states and embeddings they read.
         score, select: the router's own functions, see `route`; None: those of the config.
         attention_bias: see `mla_attention`; called with positions, None: causal attention alone.
@@ -44,6 +46,7 @@ class Pass:
     layout: Layout = ONE_DEVICE
     remat: str = "none"
     prefill: bool = False
+    micro_batches: int = 1
     mtp_detached: bool = False
     score: Callable[..., Any] | None = None
     select: Callable[..., Any] | None = None

@@ -81,6 +81,7 @@ def _load(options: ServeOptions) -> Any:
             token_budget=largest * groups + options.slots * (1 + options.speculative),
             drafts=options.speculative,
             fp8_cache=options.fp8_cache,
+            micro_batches=options.micro_batches,
             top=options.top_logprobs,
             page=PAGE,
         ),

@@ -41,6 +41,7 @@ class ServeOptions:
     drain_timeout: float = 60.0  # seconds that answers under way have after SIGTERM
     fp8: bool = False  # hold the projections as FP8 and multiply in FP8
     fp8_cache: bool = False  # keep the latent cache as FP8 with scales
+    micro_batches: int = 1  # on a mesh, 2: half of a step's sequences beside the others' exchange
     mesh: ParallelConfig = field(default_factory=ParallelConfig)
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     expert_parallel: ExpertParallelConfig = field(default_factory=ExpertParallelConfig)

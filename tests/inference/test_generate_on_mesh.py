@@ -8,8 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig
+from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig, UserError
+from dsv3_jax.inference.acts import advance
+from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.generate import generate
+from dsv3_jax.inference.options import EngineOptions
+from dsv3_jax.inference.requests import Request
 from dsv3_jax.model.cache import init_model_cache
 from dsv3_jax.model.decode import decode_step, prefill
 from dsv3_jax.model.forward_pass import Pass
@@ -150,3 +154,39 @@ def test_weights_are_read_where_they_are_used():
     experts = placed["moe_layers"]["mlp"]["experts"]["down_proj"]
     assert experts.sharding.shard_shape(experts.shape) == (1, 2, 24, 16)
     assert placed["lm_head"].sharding.shard_shape((40, 24)) == (20, 24)
+
+
+def test_two_micro_batches_write_the_tokens_of_one():
+    """Each half of a device's sequences has its own exchange, and every text stays what it was."""
+    layout = layout_of(node=2, local=2)
+    prompts = [row[: 1 + n].tolist() for n, row in enumerate(random_tokens(MODEL, 8, 9))]
+    requests = [Request(tuple(prompt), 5, seed=n) for n, prompt in enumerate(prompts)]
+    texts, exchanges = [], []
+    for halves in (1, 2):
+        options = EngineOptions(
+            slots=8, max_length=16, chunks=(12,), chunk_rows=(4,), page=4, micro_batches=halves
+        )
+        engine = Engine(VARIABLES, MODEL, options, layout)
+        table = np.full((8, engine._width), -1, np.int32)
+        program = engine._programs[False]
+        lowered = advance.lower(engine.variables, engine._slots, table, program).as_text()
+        exchanges.append(lowered.count("all_to_all"))
+        texts.append([done.ids for done in engine.run(requests)])
+    assert texts[0] == texts[1]
+    assert exchanges[1] == 2 * exchanges[0] > 0
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"slots": 4}, "4 slots a multiple of 2 x 4 groups"),
+        ({"paged": False}, "need a cache in pages"),
+        ({"micro_batches": 3}, "micro_batches=3 must be 1, or 2"),
+    ],
+)
+def test_micro_batches_that_cannot_overlap_are_refused(change, message):
+    options = {"slots": 8, "max_length": 16, "chunk_rows": (4,), "micro_batches": 2} | change
+    with pytest.raises(UserError, match=message):
+        Engine(VARIABLES, MODEL, EngineOptions(**options), layout_of(node=2, local=2))
+    with pytest.raises(UserError, match="experts on several devices"):
+        Engine(VARIABLES, MODEL, EngineOptions(slots=2, max_length=16, micro_batches=2))

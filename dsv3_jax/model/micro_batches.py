@@ -1,0 +1,64 @@
+"""Two half-batches through a layer: one computes while the other's tokens are on their way.
+
+V3 report, section 3.4.2, and ISCA paper, section 2.3.1: decoding on many devices spends as long on
+the experts' exchange as on attention. Each device's sequences are cut in two; neither half reads
+what the other has computed, so that XLA's scheduler lays the exchange of one over the attention of
+the other. Pages are written by one half after the other.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dsv3_jax.model.cache import PagedCache
+from dsv3_jax.model.forward_pass import Tokens
+from dsv3_jax.model.moe import MoEStats
+from dsv3_jax.parallel.sharding import Layout
+
+Layer = Callable[[jax.Array, Tokens, PagedCache], tuple[Any, Any, MoEStats | None]]
+
+
+def divides(batch: int, layout: Layout) -> bool:
+    """Whether every device's share of so many sequences can be cut in two."""
+    return batch % (2 * layout.size("batch")) == 0
+
+
+def in_halves(
+    layer: Layer, x: jax.Array, tokens: Tokens, cache: PagedCache, layout: Layout
+) -> tuple[jax.Array, PagedCache, MoEStats | None]:
+    """What `layer(x, tokens, cache)` returns for the whole batch, computed for one half and the
+    other; x is [B, T, D] and B a multiple of twice the layout's devices."""
+    assert tokens.decode_schedule is None, "a schedule is of all sequences, on one device"
+    table, done = cache.block_table, []
+    for half in (0, 1):
+        cut = partial(_half, half=half, layout=layout)
+        y, cache, stats = layer(cut(x), jax.tree.map(cut, tokens), cache.with_table(cut(table)))
+        done.append((y, stats))
+    (y, stats), (other_y, other_stats) = done
+    if stats is not None:
+        stats = MoEStats(
+            stats.load_E + other_stats.load_E,
+            (stats.balance_loss + other_stats.balance_loss) / 2,
+            _joined(stats.experts, other_stats.experts, layout),
+            _joined(stats.weights, other_stats.weights, layout),
+            jnp.maximum(stats.rounds, other_stats.rounds),
+        )
+    return _joined(y, other_y, layout), cache.with_table(table), stats
+
+
+def _half(x: jax.Array, half: int, layout: Layout) -> jax.Array:
+    """The first or second half of each device's sequences."""
+    groups = layout.size("batch")
+    of_each = x.reshape(groups, 2, -1, *x.shape[1:])[:, half]
+    return layout.constrain(of_each.reshape(-1, *x.shape[1:]), "batch")
+
+
+def _joined(first: jax.Array, second: jax.Array, layout: Layout) -> jax.Array:
+    """The whole that `_half` cut."""
+    groups = layout.size("batch")
+    both = [x.reshape(groups, -1, *x.shape[1:]) for x in (first, second)]
+    whole = jnp.concatenate(both, axis=1).reshape(-1, *first.shape[1:])
+    return layout.constrain(whole, "batch")
