@@ -27,7 +27,7 @@ from dsv3_jax.inference.expert_load import ExpertLoad
 from dsv3_jax.inference.kv_cache import NO_PAGE, OutOfPages, PagePool
 from dsv3_jax.inference.options import EngineOptions, Statistics
 from dsv3_jax.inference.requests import Completion, FinishReason, Request
-from dsv3_jax.inference.running import Flight, Piece, Running, chunk_of, token_of
+from dsv3_jax.inference.running import Flight, Piece, Running, chunk_of, tokens_of
 from dsv3_jax.inference.slots import Program, empty_slots, pools_of
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.placement import shardings
@@ -93,7 +93,7 @@ class Engine:
         self.check(request)
         completion = Completion(request)
         completion.drafted, completion.accepted = ([0] * self.options.drafts for _ in range(2))
-        self._arrived.append(Running(completion, list(request.prompt)))
+        self._arrived.append(Running(completion, [*request.prompt], request.ends(self.config)))
         return completion
 
     def cancel(self, completion: Completion) -> None:
@@ -148,7 +148,7 @@ class Engine:
                 for size in self.options.chunks:
                     for fresh in (True, False) if self.options.paged else (True,):
                         table = np.full((rows, self._width), NO_PAGE, np.int32)
-                        chunk = chunk_of([], rows, size, self.options.slots, self.config)
+                        chunk = chunk_of([], rows, size, self.options.slots)
                         args = (self.variables, self._slots, table, chunk, program)
                         self._slots, _ = feed(*args, fresh)
             nobody = np.full((self.options.slots, self._width), NO_PAGE, np.int32)
@@ -219,7 +219,7 @@ class Engine:
             self._waiting.popleft()
             self._sequences[slot] = sequence
             sequence.slot, sequence.fed, sequence.prompt = slot, 0, len(sequence.ids)
-            sequence.rows = sequence.flights = 0
+            sequence.rows = sequence.flights = sequence.room = 0
             if found is not None and found.tokens:
                 sequence.fed = found.tokens
                 if not sequence.completion.tokens:
@@ -239,9 +239,13 @@ class Engine:
         pool, within = self._pool(sequence.slot)
         while True:
             rows = sequence.rows + (1 + self.options.drafts) * sequence.flights
+            needed = self._needed(sequence, rows)
+            if needed <= sequence.room:
+                return True
             try:
-                if pool.reserve(within, self._needed(sequence, rows)):
+                if pool.reserve(within, needed):
                     self._table = None
+                sequence.room = len(pool.held(within)) * pool.page
                 return True
             except OutOfPages:
                 if self._flying:  # who has ended gives pages back
@@ -297,7 +301,7 @@ class Engine:
         chosen = self._spread(alike, rows)
         longest = max(s.prompt - s.fed for s in chosen if s is not None)
         size = options.size_of_chunk(longest, rows, writing)
-        chunk = chunk_of(chosen, rows, size, options.slots, self.config)
+        chunk = chunk_of(chosen, rows, size, options.slots)
         table = np.full((rows, self._width), NO_PAGE, np.int32)
         for row, sequence in enumerate(chosen):
             if sequence is not None:
@@ -377,6 +381,8 @@ class Engine:
         waited = perf_counter() - began
         if self.expert_load is not None:
             self.expert_load.add(written.load)
+        listed = {name: getattr(written, name) for name in ("tokens", "logprobs", "top")}
+        written = written._replace(**jax.tree.map(np.ndarray.tolist, listed))
         for piece in flight.pieces:
             if not piece.sequence.completion.done:
                 self._take_in(piece, written, flight.is_step)
@@ -385,7 +391,8 @@ class Engine:
     def _take_in(self, piece: Piece, written: Any, is_step: bool) -> None:
         row, sequence = piece.row, piece.sequence
         completion, request = sequence.completion, sequence.completion.request
-        made = int((written.tokens[row] >= 0).sum())
+        tokens = tokens_of(written, row)
+        made = len(tokens)
         first, count = piece.first, piece.count
         if is_step:
             first, count = sequence.rows, made
@@ -398,14 +405,13 @@ class Engine:
             completion.experts.append(np.moveaxis(new, 1, 0))
         if not made:
             return
-        tokens = [token_of(written, row, place) for place in range(made)]
         completion.tokens += tokens
         sequence.ids += [token.id for token in tokens]
         self.statistics.new_tokens += made
         completion.started = completion.started or perf_counter()
         completion.steps += is_step
         reason: FinishReason | None = None
-        if tokens[-1].id in request.ends(self.config):
+        if tokens[-1].id in sequence.ends:
             reason = "stop"
         elif len(completion.tokens) >= request.max_new_tokens:
             reason = "length"

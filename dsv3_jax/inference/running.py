@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv3_jax.config import ModelConfig
 from dsv3_jax.inference.kv_cache import NO_PAGE
 from dsv3_jax.inference.requests import MAX_STOP_IDS, Completion, Token
 from dsv3_jax.inference.sampling import Settings
@@ -19,10 +18,12 @@ class Running:
 
     completion: Completion
     ids: list[int]  # the prompt and what was written
+    ends: tuple[int, ...] = ()  # the ids that end it
     slot: int = NO_PAGE
     fed: int = 0  # of the prompt's tokens, launched or shared
     prompt: int = 0  # tokens to feed before it writes: those that ids had when it was admitted
     rows: int = 0  # in the cache for certain, once what is launched has run
+    room: int = 0  # rows that its pages hold
     flights: int = 0  # steps launched and not read
     promised: int = 0  # tokens it will have at the least, once what is launched has run
 
@@ -56,9 +57,7 @@ class Flight:
     of_this_step: bool = True
 
 
-def chunk_of(
-    chosen: Sequence[Running | None], rows: int, size: int, nobody: int, config: ModelConfig
-) -> Chunk:
+def chunk_of(chosen: Sequence[Running | None], rows: int, size: int, nobody: int) -> Chunk:
     """The next piece of each of these prompts, in programs of so many rows; None: slot `nobody`."""
     ids = np.zeros((rows, size), np.int32)
     slot = np.full(rows, nobody, np.int32)
@@ -79,8 +78,7 @@ def chunk_of(
         number[row] = len(sequence.completion.tokens)
         limit[row], seed[row] = request.max_new_tokens, request.seed
         temperature[row], top_p[row] = request.temperature, request.top_p
-        stops = request.ends(config)
-        ends[row, : len(stops)] = stops
+        ends[row, : len(sequence.ends)] = sequence.ends
     # NumPy's: to one of several processes they are the same on every device.
     arrays: Any = (slot, ids, start, valid, following, last, number)
     settings: Any = (temperature, top_p, seed)
@@ -88,10 +86,11 @@ def chunk_of(
     return Chunk(*arrays, asked=Asked(Settings(*settings), *others))
 
 
-def token_of(written: Any, row: int, place: int) -> Token:
-    """The token that an act wrote in a row at a place of its step."""
-    top: tuple[tuple[int, float], ...] = ()
-    if written.top is not None:
-        ids, logprobs = (array[row, place].tolist() for array in written.top)
-        top = tuple(zip(ids, logprobs))
-    return Token(int(written.tokens[row, place]), float(written.logprobs[row, place]), top)
+def tokens_of(written: Any, row: int) -> list[Token]:
+    """The tokens that an act wrote in a row; `written` is on the host, its arrays as lists."""
+    ids = written.tokens[row]
+    made = next((place for place, token_id in enumerate(ids) if token_id < 0), len(ids))
+    if written.top is None:
+        return [Token(*pair) for pair in zip(ids[:made], written.logprobs[row])]
+    tops = (tuple(zip(*likeliest)) for likeliest in zip(*(each[row] for each in written.top)))
+    return [Token(*triple) for triple in zip(ids[:made], written.logprobs[row], tops)]

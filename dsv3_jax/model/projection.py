@@ -6,6 +6,7 @@ model/fp8_weights.py has another. A third kind, such as an adapter beside a base
 implements the same five methods; being a pytree of arrays, it goes through jit, scan and shard_map.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -18,7 +19,7 @@ from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
 from dsv3_jax.model.plain_products import grouped_product, product
 from dsv3_jax.model.remat import named_product
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
-from dsv3_jax.quantization.block_scaled import StraightThrough
+from dsv3_jax.quantization.block_scaled import StepWeight, StraightThrough
 from dsv3_jax.quantization.recipe import LinearRecipe
 
 Activation = Callable[[Array], Array]
@@ -34,6 +35,10 @@ class ProductLayout(NamedTuple):
     rows: tuple[str | None, ...]  # the dims of x but its last
     weight: tuple[str | None, ...]  # the last is contracted, and so also x's last
 
+
+# Up to so many rows, as decoding has them, XLA:CPU copies a weight of several output dims into
+# another order in every step, and reads one of a single output dim as it lies.
+FEW_ROWS = 16
 
 WHOLE = ProductLayout(ONE_DEVICE, (), (None,))
 
@@ -106,7 +111,13 @@ class Plain:
 
             return multiply_on_mesh(of_device, x, weight, where.layout.spec(*where.weight), where)
         assert not isinstance(x, StraightThrough)
-        return product(x if activation is None else activation(x), weight)
+        x = x if activation is None else activation(x)
+        few = where.layout.one_device and math.prod(x.shape[:-1]) <= FEW_ROWS
+        if isinstance(weight, StepWeight) or not few:
+            return product(x, weight)
+        return product(x, weight.reshape(-1, weight.shape[-1])).reshape(
+            *x.shape[:-1], *weight.shape[:-1]
+        )
 
     def multiply_groups(self, rows, group_sizes, alignment, recipe, activation):
         """As `Projection.multiply_groups`."""

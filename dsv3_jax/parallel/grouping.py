@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.quantization.block_scaled import StraightThrough
 
-_BLOCK = 128  # entries that are compared with each other
+_BLOCK = 128  # entries that are compared with each other, at most
 
 
 @functools.partial(
@@ -83,9 +83,9 @@ def rank_in_group(
     pairs takes tens of times as long.
     """
     entries = groups.shape[0]
-    blocks = jnp.pad(groups, (0, -entries % _BLOCK), constant_values=num_groups)
-    blocks = blocks.reshape(-1, _BLOCK)
-    place = jnp.arange(_BLOCK)
+    size = min(_BLOCK, max(entries, 1))
+    blocks = jnp.pad(groups, (0, -entries % size), constant_values=num_groups).reshape(-1, size)
+    place = jnp.arange(size)
     same = (blocks[:, :, None] == blocks[:, None, :]) & (place < place[:, None])
     within = same.sum(-1, dtype=jnp.int32)
     of_block = blocks[:, :, None] == jnp.arange(num_groups, dtype=groups.dtype)
