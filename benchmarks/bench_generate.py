@@ -1,7 +1,9 @@
 """Generation: time to the first token, time a token, tokens/s, acceptance, host time between steps.
 
     python -m benchmarks.bench_generate --checkpoint runs/tiny --batch 1 8 --speculative 0 1 2
-    python -m benchmarks.bench_generate --checkpoint EXPORTED --peer transformers
+    python -m dsv3_jax export-hf runs/tiny runs/tiny-hf
+    python -m benchmarks.bench_generate --checkpoint runs/tiny --peer runs/tiny-hf --batch 1 \\
+        --speculative 0 1 --tokens dsv3_jax/inference/engine.py
     python -m benchmarks.bench_generate --config configs/h200_slice.py --paged --batch 1 8 32 128 \\
         --prompt 128 128 128 4096 --rounds 5 5 5 1 --speculative 0 --fp8 0 1 --trace --forward 4096
 
@@ -267,7 +269,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4, help="that compile")
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--forward", type=int, help="tokens of a row, forward as in training")
-    parser.add_argument("--peer", choices=["transformers"], help="in f32, of a HF folder")
+    parser.add_argument("--peer", type=Path, help="the same weights for transformers, in f32")
     args = parser.parse_args()
     if (args.checkpoint is None) == (args.config is None):
         parser.error("give --checkpoint or --config")
@@ -276,7 +278,7 @@ def main() -> None:
     if 1 in args.fp8:
         held = to_fp8_weights(plain.variables, plain.config.model)
         models[True] = plain._replace(variables=held)
-    peer = Transformers(args.checkpoint) if args.peer else None
+    peer = Transformers(args.peer) if args.peer else None
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.new} new tokens; in ms")
     print(
         "batch prompt drafts fp8  first     step     host    model  program  x model    floor "

@@ -53,7 +53,8 @@ def run_layers(
     """
     paged = cache if isinstance(cache, PagedCache) else None
     stacked = cache if isinstance(cache, ModelCache) else ModelCache(None, None)
-    new_caches, stats = {DENSE: None, MOE: None}, None
+    new_caches: dict[str, Any] = {DENSE: None, MOE: None}
+    stats = None
     for name, layer_caches in ((DENSE, stacked.dense), (MOE, stacked.moe)):
         layers = of_part(variables, name)
         if not layers.get("params"):
