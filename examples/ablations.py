@@ -237,28 +237,37 @@ def draw(lines: list[dict[str, Any]], path: Path) -> Path:
     return save_figure(figure, path)
 
 
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of finished runs."""
+    return [json.loads(line) for line in path.open()] if path.exists() else []
+
+
 def main() -> None:
     """Trains what is missing, prints the table and draws the plot."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=BASELINE.train.steps)
+    parser.add_argument("--variants", nargs="+", choices=variants(BASELINE), help="instead of all")
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"))
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     train = dataclasses.replace(BASELINE.train, steps=args.steps)
     path = args.out / "ablations.jsonl"
-    lines = [json.loads(line) for line in path.open()] if path.exists() else []
+    lines = read(path)
     done = {(line["variant"], line["seed"], line["steps"]) for line in lines}
     for name, variant in variants(dataclasses.replace(BASELINE, train=train)).items():
+        if args.variants and name not in args.variants:
+            continue
         missing = [seed for seed in args.seeds if (name, seed, args.steps) not in done]
         trainer = Trainer(variant) if missing else None
         for seed in missing:
             assert trainer is not None
             line = {"variant": name, "steps": args.steps} | trainer.run(seed)
-            lines.append(line)
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             print(line, flush=True)
+    order = list(variants(BASELINE))  # several calls, a variant each, may share the file
+    lines = sorted(read(path), key=lambda line: (order.index(line["variant"]), line["seed"]))
     lines = [line for line in lines if line["steps"] == args.steps and line["seed"] in args.seeds]
     print(table(HEADERS, summary(lines)))
     print(draw(lines, args.out / "ablations.png"))

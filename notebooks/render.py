@@ -27,8 +27,9 @@ def render(path: Path) -> None:
     """Writes NAME.md and NAME_1.png, NAME_2.png, ... in the place of those that were there."""
     began = time.perf_counter()
     notebook = nbformat.read(path, as_version=4)
+    exporter = MarkdownExporter()  # it fails where templates are missing: before minutes of running
     NotebookClient(notebook, timeout=600, resources={"metadata": {"path": FOLDER}}).execute()
-    text, resources = MarkdownExporter().from_notebook_node(notebook)
+    text, resources = exporter.from_notebook_node(notebook)
     DOCS.mkdir(parents=True, exist_ok=True)
     for old in DOCS.glob(f"{path.stem}*"):
         old.unlink()

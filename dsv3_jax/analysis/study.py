@@ -57,6 +57,9 @@ def plot_study(study: Study, path: str | Path) -> Path:
         else:
             room = 1.35 if panel.bars and len(panel.series) > 1 else 1.08  # for the legend
             ax.set_ylim(0, room * max(max(values) for values in panel.series.values()))
-        if len(panel.series) > 1:
+        if len(panel.series) > 1 and panel.bars:
             ax.legend()
+        elif len(panel.series) > 1:  # below: lines may go anywhere inside
+            below = {"bbox_to_anchor": (0.5, -0.2), "ncol": len(panel.series), "fontsize": 8}
+            ax.legend(loc="upper center", columnspacing=1, handlelength=1.2, **below)
     return save_figure(figure, path)

@@ -71,6 +71,11 @@ class Layout:
     # inside of it lies on one of their ranks, and is not cut over them.
     outer: Axes = ()
 
+    def __repr__(self) -> str:
+        """Short: it is a default in the signatures that help() shows."""
+        axes = [f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1]
+        return f"<Layout of {' '.join(axes) or 'one device'}>"
+
     @property
     def one_device(self) -> bool:
         """Whether no array is cut: one device, or one for each rank of a pipeline."""
