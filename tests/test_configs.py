@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_jax import cli
 from dsv3_jax.config import (
     Config,
     ExpertParallelConfig,
@@ -32,6 +33,23 @@ def test_shipped_configs_fit_together(path):
 def test_configs_survive_json(path):
     config = load_config(path)
     assert config_from_dict(json.loads(to_json(config))) == config
+
+
+@pytest.mark.parametrize(
+    "option, said",
+    [
+        (["--seed", "4294967296"], "seed=4294967296 must lie in 0 to 4294967295"),
+        (["--seed", "-1"], "seed=-1 must lie in"),
+        (["--optimizer.learning-rate", "nan"], "learning_rate=nan must be a finite number"),
+        (["--optimizer.clip-norm", "inf"], "clip_norm=inf must be a finite number"),
+        (["--optimizer.weight-decay", "-0.1"], "weight_decay=-0.1 must not be negative"),
+        (["--schedule.mtp-loss-weight", "-1"], "mtp_loss_weight=-1.0 must not be negative"),
+        (["--schedule.final-ratio", "-1"], "final_ratio=-1.0 must not be negative"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(option, said):
+    with pytest.raises(UserError, match=said):
+        cli.parse_config(option, description="")
 
 
 def test_a_choice_that_there_is_not_is_a_problem_also_outside_of_groups():

@@ -23,6 +23,12 @@ def require_positive(found: list[str], group: Any, names: Sequence[str]) -> None
     found += [f"{n}={getattr(group, n)} must be positive" for n in names if getattr(group, n) <= 0]
 
 
+def require_not_negative(found: list[str], group: Any, names: Sequence[str]) -> None:
+    """Adds to what was found each of these fields of the group that is negative."""
+    values = {name: getattr(group, name) for name in names}
+    found += [f"{name}={value} must not be negative" for name, value in values.items() if value < 0]
+
+
 def round_up(value: int, multiple: int) -> int:
     """The least multiple that is not below the value."""
     return -(-value // multiple) * multiple

@@ -89,11 +89,14 @@ class Config:
         found = _unknown_choices(self)
         for group in dataclasses.fields(self):
             value = getattr(self, group.name)
-            found += [f"{group.name}.{problem}" for problem in _unknown_choices(value)]
+            wrong = _unknown_choices(value) + _not_finite(value)
+            found += [f"{group.name}.{problem}" for problem in wrong]
             if hasattr(value, "problems"):
                 found += [f"{group.name}.{problem}" for problem in value.problems()]
         if self.resume not in ("auto", "never") and not self.resume.isdecimal():
             found.append(f"resume={self.resume!r} must be auto, never or a step number")
+        if not 0 <= self.seed < 1 << 32:  # JAX's keys take the lowest 32 bits
+            found.append(f"seed={self.seed} must lie in 0 to {(1 << 32) - 1}")
         if self.devices is not None and self.devices <= 0:
             found.append(f"devices={self.devices} must be positive")
         if found:
@@ -162,6 +165,16 @@ def _unknown_choices(group: Any) -> list[str]:
         if allowed and value not in allowed and not (value is None and type(None) in choices):
             found.append(f"{name}={value!r} must be one of {', '.join(map(str, allowed))}")
     return found
+
+
+def _not_finite(group: Any) -> list[str]:
+    """The numbers of a group that are none: NaN passes every comparison."""
+    values = vars(group) if dataclasses.is_dataclass(group) else {}
+    return [
+        f"{name}={value} must be a finite number"
+        for name, value in values.items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
 
 
 def to_json(config: Any) -> str:

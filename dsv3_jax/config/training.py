@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from dsv3_jax.config.rules import DType, require_positive, round_up
+from dsv3_jax.config.rules import DType, require_not_negative, require_positive, round_up
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class OptimizerConfig:
         """What is wrong with AdamW's values."""
         found: list[str] = []
         require_positive(found, self, ["learning_rate", "eps", "clip_norm"])
+        require_not_negative(found, self, ["weight_decay"])
         for name in ("b1", "b2", "average_decay"):
             if not 0 <= getattr(self, name) < 1:
                 found.append(f"{name}={getattr(self, name)} must lie in [0, 1)")
@@ -132,11 +133,13 @@ class ScheduleConfig:
 
     def problems(self) -> list[str]:
         """Which phases are out of order."""
-        found = []
+        found: list[str] = []
         if self.steps is not None and self.steps <= 0:
             found.append(f"steps={self.steps} must be positive, or None for train.steps")
-        if self.warmup_steps < 0:
-            found.append(f"warmup_steps={self.warmup_steps} must not be negative")
+        names = ["warmup_steps", "decay_ratio", "final_ratio", "batch_ramp_end", "mtp_switch"]
+        names += ["bias_update_speed", "bias_update_end", "balance_loss_weight"]
+        names += ["mtp_loss_weight", "mtp_loss_weight_final"]
+        require_not_negative(found, self, names)
         if not 0 <= self.decay_start <= self.decay_end <= self.final_start <= 1:
             found.append(
                 f"phases must come in order: 0 <= decay_start={self.decay_start} <= "
@@ -194,8 +197,6 @@ class WatchdogConfig:
 
     def problems(self) -> list[str]:
         """What is wrong with the limits."""
-        found = []
-        for name in ("min_seconds", "median_steps"):
-            if getattr(self, name) < 0:
-                found.append(f"{name}={getattr(self, name)} must not be negative")
+        found: list[str] = []
+        require_not_negative(found, self, ["min_seconds", "median_steps"])
         return found

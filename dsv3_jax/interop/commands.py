@@ -88,9 +88,11 @@ class LogitsOptions:
 
 def run_import(options: ImportOptions) -> None:
     """python -m dsv3_jax import-hf SRC DST"""
+    from dsv3_jax.interop.folder import check_apart
     from dsv3_jax.interop.importing import import_hf
 
     start = time.monotonic()
+    check_apart(options.src, options.dst)
     import_hf(
         options.src,
         options.dst,
@@ -104,8 +106,10 @@ def run_import(options: ImportOptions) -> None:
 def run_export(options: ExportOptions, open_run: OpenRun) -> None:
     """python -m dsv3_jax export-hf SRC DST"""
     from dsv3_jax.interop.exporting import export_hf
+    from dsv3_jax.interop.folder import check_apart
 
     start = time.monotonic()
+    check_apart(options.src, options.dst)
     if options.adapter:
         for name, default in {"merge": False, "dtype": "stored"}.items():
             if getattr(options, name) != default:

@@ -38,6 +38,12 @@ def describes_a_model(folder: Path) -> bool:
     return "model_type" in values or bool(other_weights(folder))
 
 
+def check_apart(src: Path, dst: Path) -> None:
+    """Raises UserError where writing `dst` over what is there would remove `src`."""
+    if src.resolve().is_relative_to(dst.resolve()):
+        raise UserError(f"{dst} is, or holds, what is read ({src}): choose another folder to write")
+
+
 def no_weights(folder: Path, index: str, single: str) -> UserError:
     """The error for a folder without `index` and `single`, saying what is there instead."""
     names = other_weights(folder)

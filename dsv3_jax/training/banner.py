@@ -33,6 +33,7 @@ def banner(config: Config, abstract: TrainState) -> list[str]:
         if peak
         else f"mfu         none: the peak of {kind} is not known",
         *_weights_line(config),
+        *_warmup_line(config),
         f"run         {config.run_dir}, seed {config.seed}",
     ]
 
@@ -45,6 +46,18 @@ def _weights_line(config: Config) -> list[str]:
     return [
         f"weights     gathered in {config.model.dtype}, as mesh.pipe or mesh.tensor is over 1: FP8 "
         "products quantise that copy"
+    ]
+
+
+def _warmup_line(config: Config) -> list[str]:
+    """Where the run ends before its learning rate is what was asked for."""
+    warmup, steps = config.schedule.warmup_steps, config.schedule.steps or config.train.steps
+    if warmup <= steps:
+        return []
+    rate = config.optimizer.learning_rate * steps / warmup
+    return [
+        f"warm-up     schedule.warmup_steps={warmup} of {steps} steps: the learning rate comes to "
+        f"{rate:.3g} at most, not to {config.optimizer.learning_rate:.3g}"
     ]
 
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from dsv3_jax import cli
 from dsv3_jax.config import ModelConfig, UserError
 from dsv3_jax.data.tokenizer import load_tokenizer, train_tokenizer
 from dsv3_jax.interop import commands
@@ -80,6 +81,16 @@ def test_export_of_a_run_takes_its_variables_and_tokenizer(make_hf, tmp_path):
     )
     found = open_checkpoint(tmp_path / "out")
     assert found.config == dataclasses.replace(config, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dst", [".", "..", "../hf"])
+def test_what_is_read_is_not_written_over(make_hf, dst):
+    folder, _, _ = make_hf("f32")
+    before = sorted(path.name for path in folder.iterdir())
+    for command in ("import-hf", "export-hf"):
+        with pytest.raises(UserError, match="is, or holds, what is read"):
+            cli.main([command, str(folder), str(folder / dst), "--overwrite"])
+    assert sorted(path.name for path in folder.iterdir()) == before
 
 
 BAD_TOKENS = {

@@ -5,7 +5,14 @@ from functools import partial
 import jax
 import pytest
 
-from dsv3_jax.config import Config, ParallelConfig, QuantConfig, ShardingConfig
+from dsv3_jax.config import (
+    Config,
+    OptimizerConfig,
+    ParallelConfig,
+    QuantConfig,
+    ShardingConfig,
+    TrainConfig,
+)
 from dsv3_jax.training.banner import banner
 from dsv3_jax.training.state import init_state
 from tests.helpers import tiny_model
@@ -30,3 +37,12 @@ def test_fp8_weights_from_gathered_copies_are_told(state, preset, tensor):
     abstract = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
     told = any("FP8 products quantise that copy" in line for line in banner(config, abstract))
     assert told == (state == "fsdp" and preset != "bf16" and tensor > 1)
+
+
+@pytest.mark.parametrize("steps, told", [(2000, False), (1000, True)])
+def test_a_warm_up_that_outlasts_the_run_is_told(steps, told):
+    optimizer, plan = OptimizerConfig(learning_rate=1e-3), TrainConfig(steps=steps)
+    config = Config(model=tiny_model(), train=plan, optimizer=optimizer)
+    abstract = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
+    line = "the learning rate comes to 0.0005 at most, not to 0.001"
+    assert any(line in said for said in banner(config, abstract)) == told
