@@ -255,6 +255,10 @@ def check(options: InferOptions) -> None:
             raise UserError(f"--{name.replace('_', '-')} is for {place}")
     if options.expert_load == "prompts" and not has_prompts(options):
         raise UserError("--expert-load prompts counts on --prompt or --token-ids: give one")
+    for name in ("out", "save_expert_load"):
+        path = getattr(options, name)
+        if path is not None and not path.parent.is_dir():
+            raise UserError(f"--{name.replace('_', '-')} {path}: no folder {path.parent}")
     for name in ("max_new_tokens", "slots"):
         if getattr(options, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be positive")

@@ -186,6 +186,8 @@ def test_a_line_of_the_file_ends_with_a_newline_alone(run, tmp_path):
             "--expert-load prompts counts on --prompt",
         ),
         (["--prompt", "a", "--speculative", "-1"], "--speculative -1"),
+        (["--prompt", "a", "--seed", "-1"], "seed=-1 must not be negative"),
+        (["--prompt", "a", "--save-expert-load", "no/x"], "--save-expert-load no/x: no folder no"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens 0"),
     ],
 )

@@ -139,4 +139,6 @@ def describe_speculation(completions: Sequence[Completion]) -> str:
 
 def seed_of(seed: int, number: int) -> int:
     """The seed of request `number` where one seed is given for all."""
+    if seed < 0:
+        raise UserError(f"seed={seed} must not be negative")
     return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
