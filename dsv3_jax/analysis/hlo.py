@@ -1,7 +1,7 @@
 """The text of a compiled program (`compiled.as_text()`), read: what runs, how often, and on what.
 
 HLO is a list of computations; a `while`, a fusion or a call names others. A loop's body runs as
-often as its trip count says: XLA writes the counts it knows, and the caller gives the others.
+often as its trip count says, where the program does; the caller gives the others.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Instruction:
         type: its result's type; a tuple's in parentheses.
         operands: names of the instructions it reads.
         attributes: what stands behind the operands.
+        literal: of a constant, its value.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Instruction:
     type: str
     operands: tuple[str, ...]
     attributes: str
+    literal: str = ""
 
     @property
     def source(self) -> str:
@@ -67,12 +69,6 @@ class Instruction:
         names = [name for pair in found for part in pair for name in part.split(",")]
         return tuple(name.strip().lstrip("%") for name in names if name.strip())
 
-    @property
-    def trip_count(self) -> int | None:
-        """How often XLA knows that a `while` loops; None where it does not."""
-        found = _TRIPS.search(self.attributes)
-        return int(found[1]) if found else None
-
 
 @dataclass(frozen=True)
 class Program:
@@ -86,6 +82,31 @@ class Program:
         """The type of every instruction of a computation, by its name."""
         return {each.name: each.type for each in self.computations[computation]}
 
+    def trip_count(self, loop: Instruction) -> int | None:
+        """How often a `while` loops, where the program says so; else None.
+
+        XLA for GPUs and CPUs writes it. That for TPUs does not: there it follows from a constant
+        that the condition compares a counter with, and from one that the body adds to the counter,
+        which begins at 0. XLA's own loops around collectives go two steps at a time.
+        """
+        if found := _TRIPS.search(loop.attributes):
+            return int(found[1])
+        condition, body = (self.computations.get(name, []) for name in loop.called)
+        if not condition or condition[-1].op != "compare" or "=LT" not in condition[-1].attributes:
+            return None
+        read, made = ({each.name: each for each in part} for part in (condition, body))
+        counter, limit = (read.get(name) for name in condition[-1].operands)
+        place = re.search(r"\bindex=(\d+)", counter.attributes) if counter else None
+        if limit is None or not limit.literal.isdigit() or place is None or not body:
+            return None
+        after = body[-1].operands[int(place[1]) :] if body[-1].op == "tuple" else ()
+        counted = made.get(after[0]) if after else None
+        if counted is None or counted.op != "add":
+            return None
+        added = [made[name].literal for name in counted.operands if name in made]
+        steps = [int(text) for text in added if text.isdigit() and int(text)]
+        return -(-int(limit.literal) // steps[0]) if len(steps) == 1 else None
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -95,7 +116,7 @@ class Loop:
         source: the JAX operation it comes from.
         body: the computation.
         trips: how often it is counted.
-        known: whether XLA wrote that count; else it is the caller's, or 1.
+        known: whether the program says that count; else it is the caller's, or 1.
         runs: how often the loop itself is entered.
     """
 
@@ -122,8 +143,9 @@ def parse(text: str) -> Program:
         if current is not None and found is not None:
             operands, attributes = _split(found["rest"])
             names = tuple(_OPERAND.findall(operands))
+            literal = operands if found["op"] == "constant" else ""
             current.append(
-                Instruction(found["name"], found["op"], found["type"], names, attributes)
+                Instruction(found["name"], found["op"], found["type"], names, attributes, literal)
             )
     if entry is None:
         raise ValueError("no ENTRY computation: this is not the text of a compiled program")
@@ -150,7 +172,7 @@ def executions(
         counts[name] += times
         for each in program.computations.get(name, ()):
             if each.op == "while":
-                known = each.trip_count
+                known = program.trip_count(each)
                 count = told(each.source) if known is None else known
                 loops.append(Loop(each.source, each.called[-1], count, known is not None, times))
                 for called in each.called:

@@ -170,9 +170,59 @@ def test_flops_of_kernels_are_those_of_their_shapes():
     assert of("jit(quantize_rows)/kernel", f"{fp8}[8,128]", a="bf16[8,128]") == 0
 
 
-def test_a_kernel_for_tpus_counts_no_flops():
-    call = 'custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/attention_forward"}'
-    body = f"  %a = s32[4] parameter(0)\n  ROOT %k = bf16[8] custom-call(%a), {call}\n"
-    text = f"ENTRY %m () -> x {{\n{body}}}\n"
-    report = read_program(text, SIZES)
-    assert report.kernel_flops == 0 and sum(report.kernels.values()) == 1
+def test_flops_of_kernels_for_tpus_are_those_of_their_shapes():
+    def of(source, result, *operands):
+        names = ", ".join(f"%x{n}" for n in range(len(operands)))
+        text = "".join(f"  %x{n} = {t} parameter({n})\n" for n, t in enumerate(operands))
+        call = f'custom_call_target="tpu_custom_call", metadata={{op_name="jit(f)/{source}"}}'
+        body = f"{text}  ROOT %k = {result} custom-call({names}), {call}\n"
+        report = read_program(f"ENTRY %m () -> x {{\n{body}}}\n", SIZES)
+        assert sum(report.kernels.values()) == 1
+        return report.kernel_flops
+
+    groups, rows = "s32[4]", "bf16[256,128]"
+    assert of("shard_map", "bf16[256,6]", groups, rows, "bf16[4,6,128]") == 2 * 256 * 6 * 128
+    assert of("shard_map", "f32[4,6,7]", groups, "bf16[6,256]", "bf16[7,256]") == 2 * 6 * 7 * 256
+    q, kv, shared, o = (
+        "bf16[1,2,1024,24]",
+        "bf16[1,2,1024,32]",
+        "bf16[1,1024,8]",
+        "bf16[1,2,1024,16]",
+    )
+    scores = 2 * 1024 * (1024 + 512) / 2
+    forward = of("attention_forward", f"({o}, f32[1,2,1024,1])", "s32[1]", q, kv, shared)
+    assert forward == 2 * scores * (24 + 16)
+    backward = ("s32[1]", q, kv, shared, o, "f32[1,2,1024,1]")
+    assert of("attention_key_gradients", f"({kv}, {shared})", *backward) == 2 * forward
+    assert of("attention_query_gradients", q, *backward) == 2 * scores * (2 * 24 + 16)
+    assert of("copy", "bf16[8]", groups) == 0
+
+
+def test_a_loop_of_a_tpu_program_is_counted_by_its_condition():
+    """XLA for TPUs writes no trip counts."""
+    text = """
+%cond (p: (s32[])) -> pred[] {
+  %n = s32[]{:T(128)} constant(58)
+  %p = (s32[]) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %n), direction=LT
+}
+
+%body (p: (s32[])) -> (s32[]) {
+  %p = (s32[]) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %step = s32[]{:T(128)} constant(2)
+  %next = s32[]{:T(128)} add(%i, %step)
+  ROOT %t = (s32[]) tuple(%next)
+}
+
+ENTRY %m (a: (s32[])) -> (s32[]) {
+  %a = (s32[]) parameter(0)
+  ROOT %w = (s32[]) while(%a), condition=%cond, body=%body
+}
+"""
+    counts, (loop,) = executions(parse(text))
+    assert counts["body"] == 29 and loop.known
+    for other in ("direction=GT", "direction=NE"):
+        counts, (loop,) = executions(parse(text.replace("direction=LT", other)))
+        assert counts["body"] == 1 and not loop.known
