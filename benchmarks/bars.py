@@ -29,6 +29,7 @@ def plot(
     axes.set_yticks([i + 0.27 * len(peers) / 2 for i in range(len(rows))], labels)
     axes.invert_yaxis()
     axes.set_xlabel(unit)
-    axes.legend()
+    if peers:
+        axes.legend()
     figure.savefig(path, dpi=100, bbox_inches="tight")
     pyplot.close(figure)

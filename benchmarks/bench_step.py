@@ -3,8 +3,10 @@
     python -m benchmarks.bench_step [--only stage|slice] [--remat v3] [--classes] [--picture F.png]
 
 Needs a Hopper GPU. The stage (configs/h200_stage.py) is its layers alone, forward and backward of 8
-micro-batches, with what they read of the weights made once; no optimizer. The slice
-(configs/h200_slice.py) is a whole step; its backward pass is what forward and backward take beyond
+micro-batches, with what they read of the weights made once; no optimizer; remat `v3` unless said.
+The slice (configs/h200_slice.py) is a whole step, of one row, of one with its head in FP8 too, and
+of four rows with half the experts, remat `none`; its backward pass is what forward and backward
+take beyond
 the forward alone, its optimizer what a step takes beyond both. Milliseconds by the clock, medians
 of five; TFLOP/s are the model's operations, MTP's among them, once forward and twice backward.
 --classes adds what the slice's kernels go to, by the profiler, for a program without CUDA graphs,
@@ -168,8 +170,9 @@ def time_slice(config: Config, classes: bool) -> Timed:
     operations = tokens * training_flops_per_token(config.model, train.seq_len, mtp=True)
     parts = forward, both - forward, ms - both
     mtp = "" if config.model.num_nextn_predict_layers else " without MTP"
-    rate = operations / ms / 1e9
-    return Timed(f"slice{mtp}, {config.quant.preset}", ms, rate, parts, of_kernels)
+    rows_of_step = f", {train.batch_size} rows" if train.batch_size > 1 else ""
+    name = f"slice{mtp}{rows_of_step}, {config.quant.preset}"
+    return Timed(name, ms, operations / ms / 1e9, parts, of_kernels)
 
 
 def of_transformers(config: Config) -> Timed | None:
@@ -186,24 +189,30 @@ def of_transformers(config: Config) -> Timed | None:
 
 def plans(options: argparse.Namespace) -> Iterator[tuple[Any, Config]]:
     """What is measured, in order: how, and the config."""
-    for name, measure in (("stage", time_stage), ("slice", time_slice)):
+    for name, measure, remat, presets in (
+        ("stage", time_stage, "v3", ("bf16", "fp8_paper")),
+        ("slice", time_slice, "none", ("bf16", "fp8_paper", "fp8_head")),
+    ):
         if options.only not in (None, name):
             continue
         config = load_config(f"configs/h200_{name}.py")
-        train = dataclasses.replace(config.train, remat=options.remat)
-        for preset in ("bf16", "fp8_paper"):
-            yield measure, dataclasses.replace(config, train=train, quant=QuantConfig(preset))
+        train = dataclasses.replace(config.train, remat=options.remat or remat)
+        config = dataclasses.replace(config, train=train)
+        for preset in presets:
+            yield measure, dataclasses.replace(config, quant=QuantConfig(preset))
         if name == "slice":
+            model = dataclasses.replace(config.model, n_routed_experts=8, n_group=4)
+            rows, fp8 = dataclasses.replace(train, batch_size=4), QuantConfig("fp8_paper")
+            yield measure, dataclasses.replace(config, model=model, train=rows, quant=fp8)
             model = dataclasses.replace(config.model, num_nextn_predict_layers=0)
-            train = dataclasses.replace(train, remat="none")
-            yield measure, dataclasses.replace(config, model=model, train=train)
+            yield measure, dataclasses.replace(config, model=model)
 
 
 def main() -> None:
     """Prints the table, and writes the picture."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=["stage", "slice"])
-    parser.add_argument("--remat", default="v3")
+    parser.add_argument("--remat", choices=["none", "dots", "v3", "full"])
     parser.add_argument("--classes", action="store_true")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args()
