@@ -1,5 +1,7 @@
 """One transformer layer: x += MLA(norm(x)); x += feed-forward(norm(x))."""
 
+from collections.abc import Callable
+
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -25,13 +27,18 @@ class Block(nn.Module):
         x: Float[Array, "B T D"],
         tokens: Tokens,
         cache: LatentCache | PagedCache | None = None,
+        between: Callable[[Array], Array] | None = None,
     ) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache | None, MoEStats | None]:
-        """The layer's output, its updated cache, and a MoE layer's statistics."""
+        """The layer's output, its updated cache, and a MoE layer's statistics.
+
+        `between` is given x after attention and returns it; see micro_batches.py.
+        """
         how, eps = self.how, self.how.config.rms_norm_eps
         w = parameters(self, how.config, "layer")
         normed = norm_for(x, w.input_layernorm, eps, how.recipe.attention, how.layout)
         attended, cache = MLA(how, name="self_attn")(normed, tokens, cache)
         x = x + how.layout.constrain(attended, "batch", "residual")
+        x = x if between is None else between(x)
         norm = w.post_attention_layernorm
         if self.dense:
             mlp = MLP(how, name="mlp")

@@ -1,9 +1,10 @@
 """Two half-batches through a layer: one computes while the other's tokens are on their way.
 
 V3 report, section 3.4.2, and ISCA paper, section 2.3.1: decoding on many devices spends as long on
-the experts' exchange as on attention. Each device's sequences are cut in two; neither half reads
-what the other has computed, so that XLA's scheduler lays the exchange of one over the attention of
-the other. Pages are written by one half after the other.
+the experts' exchange as on attention. Each device's sequences are cut in two. Neither half reads
+what the other has computed, but the second begins its attention when the first has ended its own:
+XLA's scheduler then lays the exchange of one over the attention or the experts of the other. Left
+alone it takes both halves through each act side by side, and little is left to lie over.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from dsv3_jax.model.forward_pass import Tokens
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.parallel.sharding import Layout
 
-Layer = Callable[[jax.Array, Tokens, PagedCache], tuple[Any, Any, MoEStats | None]]
+# Of (x, tokens, cache, between); returns as a Block does.
+Layer = Callable[..., Any]
 
 
 def divides(batch: int, layout: Layout) -> bool:
@@ -32,10 +34,19 @@ def in_halves(
     """What `layer(x, tokens, cache)` returns for the whole batch, computed for one half and the
     other; x is [B, T, D] and B a multiple of twice the layout's devices."""
     assert tokens.decode_schedule is None, "a schedule is of all sequences, on one device"
-    table, done = cache.block_table, []
+    table, done, attended = cache.block_table, [], []
+
+    def between(x: jax.Array) -> jax.Array:
+        attended.append(x)
+        return x
+
     for half in (0, 1):
         cut = partial(_half, half=half, layout=layout)
-        y, cache, stats = layer(cut(x), jax.tree.map(cut, tokens), cache.with_table(cut(table)))
+        of_half = cut(x)
+        if attended:
+            of_half, _ = jax.lax.optimization_barrier((of_half, attended[0]))
+        held = cache.with_table(cut(table))
+        y, cache, stats = layer(of_half, jax.tree.map(cut, tokens), held, between)
         done.append((y, stats))
     (y, stats), (other_y, other_stats) = done
     if stats is not None:

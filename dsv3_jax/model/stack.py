@@ -84,12 +84,12 @@ def _scan(layers, x, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches
             layer = _with_sums(layer, sums, number - first_layer)
         if paged is not None:
             layer_cache = of_layer(paged, number, how.layout)
-        apply = how.saving(lambda v, x, t, c: block.apply(how.gathered(v), x, t, c))
         if how.micro_batches == 2 and paged is not None and divides(len(x), how.layout):
-            of_half = partial(apply, layer)
+            of_half = partial(block.apply, how.gathered(layer))
             x, layer_cache, stats = in_halves(of_half, x, told, layer_cache, how.layout)
         else:
-            x, layer_cache, stats = apply(layer, x, told, layer_cache)
+            apply = how.saving(lambda v, x, c: block.apply(how.gathered(v), x, told, c))
+            x, layer_cache, stats = apply(layer, x, layer_cache)
         x = how.layout.constrain(x, "batch", "residual")
         if paged is not None:
             paged, layer_cache = layer_cache.with_table(paged.block_table), None

@@ -45,7 +45,9 @@ def fits_or_nan(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _in_rounds(piece, axes, levels, operands, constants):
-    return _forward(piece, axes, levels, operands, constants)[0]
+    # Without a gradient nothing is linearised: a kernel need not be differentiable then.
+    y, left = piece(operands, constants, jnp.zeros(levels, jnp.int32))
+    return _with_further(piece, axes, operands, constants, y, _agree(left, axes))
 
 
 def _forward(piece, axes, levels, operands, constants):
@@ -54,6 +56,12 @@ def _forward(piece, axes, levels, operands, constants):
         lambda operands: piece(operands, constants, first), operands, has_aux=True
     )
     left = _agree(left, axes)
+    out = _with_further(piece, axes, operands, constants, y, left)
+    return out, (pull_back, left, operands, constants)
+
+
+def _with_further(piece, axes, operands, constants, y, left):
+    """(y with all windows after the first, how many rounds that took)."""
 
     def body(carry):
         window, left, y, rounds = carry
@@ -61,9 +69,9 @@ def _forward(piece, axes, levels, operands, constants):
         more, left = piece(operands, constants, window)
         return window, _agree(left, axes), y + more, rounds + 1
 
-    start = (first, left, y, jnp.ones((), jnp.int32))
+    start = (jnp.zeros_like(left, jnp.int32), left, y, jnp.ones((), jnp.int32))
     _, _, y, rounds = lax.while_loop(lambda carry: carry[1].any(), body, start)
-    return (y, rounds), (pull_back, left, operands, constants)
+    return y, rounds
 
 
 def _backward(piece, axes, levels, residuals, cotangents):

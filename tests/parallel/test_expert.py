@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 
 from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.parallel.expert import _give_back, _send, dispatch
+from dsv3_jax.parallel.rounds import in_rounds
 from dsv3_jax.quantization.recipe import RECIPES
 from tests.parallel.exchanges import (
     AXES,
@@ -192,3 +193,30 @@ def test_fp8_rows_are_multiplied_as_they_arrived():
     jax.tree.map(np.testing.assert_array_equal, *results.values())
     assert quantised[True] == {TOKENS}
     assert len(quantised[False]) == 2
+
+
+def test_without_a_gradient_no_round_is_linearised():
+    """Kernels of decoding have no derivative; asking for one would pass over them."""
+
+    @jax.custom_jvp
+    def undifferentiable(x):
+        return 2 * x
+
+    @undifferentiable.defjvp
+    def refuse(primals, tangents):
+        raise NotImplementedError("no derivative")
+
+    def piece(x, constants, window):
+        return undifferentiable(x), window < constants
+
+    def run(x):
+        return in_rounds(piece, ("node",), 1, x, jnp.array([2]))
+
+    rows = PartitionSpec("node")
+    on_mesh = jax.shard_map(
+        run, mesh=mesh_of(8, 1), in_specs=rows, out_specs=(rows, PartitionSpec())
+    )
+    y, rounds = jax.jit(on_mesh)(jnp.ones((8, 3)))
+    assert (np.asarray(y) == 6).all() and rounds == 3
+    with pytest.raises(NotImplementedError, match="no derivative"):
+        jax.grad(lambda x: on_mesh(x)[0].sum())(jnp.ones((8, 3)))
