@@ -22,7 +22,7 @@ from dsv3_jax.quantization.block_scaled import is_step_weight
 
 DENSE, MOE = "dense_layers", "moe_layers"
 
-# So many layers, and no more, are compiled one by one on a GPU.
+# So many layers, and no more, are compiled one by one on one GPU.
 WITHOUT_LOOP = 4
 
 
@@ -107,9 +107,10 @@ def _layers_a_step(layers, how: Pass) -> int:
     if how.layout.platform == "cpu":
         return 2
     # On a GPU a loop fills stacks with zeros, for what layers keep for their backward pass, and
-    # writes that into them: 3 % of a step. Without a loop there are none.
+    # writes that into them: 3 % of a step. Without a loop there are none. Not measured on several.
     number = _num_layers(layers)
-    return number if backend.platform() == "gpu" and number <= WITHOUT_LOOP else 1
+    one_gpu = backend.platform() == "gpu" and how.layout.mesh.size == 1
+    return number if one_gpu and number <= WITHOUT_LOOP else 1
 
 
 def _without_sums(layers):
