@@ -78,7 +78,7 @@ def run(state: str, **sizes: int):
     settings = Schedule(config).settings(0)
     step = jax.jit(partial(gradients, config=config, layout=layout))
     compiled = step.lower(begun, rows, settings).compile()
-    loss, _, grads = compiled(begun, rows, settings)
+    loss, _, grads, _ = compiled(begun, rows, settings)
     return float(loss), jax.tree.map(np.asarray, grads), compiled.as_text()
 
 
