@@ -203,6 +203,8 @@ def test_blows_at_random_moments_lose_nothing(tmp_path):
 
 def main() -> None:
     """Runs the numbers of the command line, and prints what befell."""
+    # A shell's background jobs ignore SIGINT, and so would the runs that they start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("kills", "saves", "terms", "ints", "flips", "cuts", "seed"):
         parser.add_argument(f"--{name}", type=int, default=0)
