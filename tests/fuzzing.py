@@ -128,7 +128,7 @@ def headers(folder: Path, rng: random.Random) -> Iterator[Callable[[], Any]]:
         text = spoilt(rng, good)
         length = len(text)
         if rng.random() < 0.1:
-            length = rng.choice([0, 7, len(text) - 1, len(text) + 1, 1 << 25, 1 << 63])
+            length = rng.choice([0, 7, abs(len(text) - 1), len(text) + 1, 1 << 25, 1 << 63])
         size = rng.choice([32, 32, 32, 31, 33, 0])
         raw = length.to_bytes(8, "little") + text + bytes(size)
         path.write_bytes(torn(rng, raw) if rng.random() < 0.1 else raw)
