@@ -2,9 +2,9 @@
 
 V3 report, section 3.4.2, and ISCA paper, section 2.3.1: decoding on many devices spends as long on
 the experts' exchange as on attention. Each device's sequences are cut in two. Neither half reads
-what the other has computed, but the second begins its attention when the first has ended its own:
-XLA's scheduler then lays the exchange of one over the attention or the experts of the other. Left
-alone it takes both halves through each act side by side, and little is left to lie over.
+what the other has computed, so that XLA may lay the exchange of one over what the other computes;
+the second begins its attention when the first has ended its own. How much XLA does lay over is its
+scheduler's choice: docs/log.md (2026-11-29) has what it made of it.
 """
 
 from collections.abc import Callable

@@ -14,7 +14,7 @@ from dsv3_jax.serving.worker import Worker
 
 
 class DrainingServer(uvicorn.Server):
-    """Serves until SIGTERM or SIGINT, and then for `seconds` at most; a second signal ends it."""
+    """Serves until SIGTERM or SIGINT, and then for `seconds` at most; a second signal ends that."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker, seconds: float):
         super().__init__(config)
@@ -27,7 +27,7 @@ class DrainingServer(uvicorn.Server):
             self._until = time.monotonic() + self._seconds
             self._worker.draining = True
         else:
-            self.should_exit = self.force_exit = True
+            self.should_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: True when it is time to close."""
