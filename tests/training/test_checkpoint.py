@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -310,6 +311,24 @@ def test_a_stranger_s_step_whose_manifest_fits_is_refused_in_a_line(folder, name
     assert len(str(error.value)) < 500 and "\n" not in str(error.value)
 
 
+def test_reads_that_outlast_a_failed_one_show_no_traceback(folder):
+    """Every array is cut in half, and the manifest fits."""
+    for path in (folder / "30").glob("state/**/d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    write_manifest(folder / "30")
+    shown = run_this_file("read_cut", folder, check=False).stderr.strip()
+    assert shown == "told, and other errors are still shown"
+
+
+def read_cut(folder: Path) -> None:
+    sys.excepthook = lambda kind, error, trace: print(error, file=sys.stderr)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        restore(folder, 30, ABSTRACT)
+    time.sleep(1)
+    sys.excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)
+    raise RuntimeError("told, and other errors are still shown")
+
+
 def test_only_an_empty_folder_starts_at_zero(tmp_path):
     with Checkpoints(tmp_path / "new", every_steps=1, keep=1) as opened:
         assert opened.latest_valid() is None
@@ -494,4 +513,6 @@ def run_this_file(what: str, folder: Path, check: bool = True) -> subprocess.Com
 
 if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
-    {"reshard": reshard, "save_and_die": save_and_die}[sys.argv[1]](Path(sys.argv[2]))
+    {"reshard": reshard, "save_and_die": save_and_die, "read_cut": read_cut}[sys.argv[1]](
+        Path(sys.argv[2])
+    )
