@@ -215,8 +215,15 @@ def _zeros(shape: tuple[int, ...], dtype: str, device: jax.Device) -> Any:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(part: jax.Array, piece: jax.Array, start: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The part with the piece in it, and something that is there when that is."""
-    return jax.lax.dynamic_update_slice(part, piece, tuple(start)), start[0]
+    """The part with the piece in it, and something that is there when that is.
+
+    A byte a number is written as such: of float8 XLA:CPU writes all of the part anew.
+    """
+    dtype = part.dtype
+    if dtype.itemsize == 1:
+        part, piece = (jax.lax.bitcast_convert_type(x, jnp.uint8) for x in (part, piece))
+    part = jax.lax.dynamic_update_slice(part, piece, tuple(start))
+    return (part if part.dtype == dtype else jax.lax.bitcast_convert_type(part, dtype)), start[0]
 
 
 def _growing(leaf: Leaf, target: str, sharding: Any, on_the_way: _OnTheWay) -> dict[str, _Growing]:
