@@ -46,6 +46,7 @@ def serve(options: ServeOptions) -> None:
     )
     server = DrainingServer(config, worker, options.drain_timeout)
     sock = config.bind_socket()
+    sock.listen(config.backlog)  # who reads the line below may connect at once
     host, port = sock.getsockname()[:2]
     print(f"serving {served.model} at http://{host}:{port}/v1", flush=True)
     server.run(sockets=[sock])
