@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import logging
 import re
 import typing
 
@@ -42,7 +43,9 @@ def test_every_function_is_looked_at():
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_its_example_runs_as_a_reader_would_paste_it(name):
+def test_its_example_runs_as_a_reader_would_paste_it(name, monkeypatch):
+    # A reader's session shows no log; tests before this one may have turned it on.
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
     example = doctest.DocTestParser().get_doctest(doc_of(name), {}, name, None, None)
     assert example.examples, "no example"
     said: list[str] = []

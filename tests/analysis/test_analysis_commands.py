@@ -110,7 +110,10 @@ def test_fp8_weights_are_counted_in_both_orientations(config, tmp_path):
             dict(mesh=MeshOptions(tensor=3)),
             "heads=4 must be a multiple of mesh.tensor=3",
         ),
-        (dict(quant_preset="fp8"), "unknown quant preset 'fp8': did you mean fp8_paper"),
+        (
+            dict(quant_preset="fp8"),
+            "unknown quant preset 'fp8': did you mean fp8_head or fp8_paper",
+        ),
         (dict(decode_batch=0), "batch=0"),
         (dict(measured_tokens_per_second=-1.0), "must be positive"),
         (dict(price_per_hour=-2.0), "price_per_hour=-2.0 must be a positive number"),
