@@ -129,7 +129,8 @@ class Torture:
         if code == 0:
             return False
         if moment != "start":  # while Python imports, the signal itself or an ImportError ends it
-            assert code == (-number if number == KILL else 128 + number), self.said()
+            expected = -number if number == KILL else 128 + number
+            assert code == expected, f"exit code {code}, not {expected}:\n{self.said()}"
             assert "Traceback" not in self.said(), self.said()
         assert self.newest() >= newest, f"step {newest} was lost:\n{self.said()}"
         self.tell(f"{number.name} while {moment}, at step {self.newest()}")
