@@ -195,3 +195,16 @@ def test_rows_of_a_data_source_are_checked():
         batch_part(rows, 6, 2, (1, 2, 2), part)
     with pytest.raises(ds.UserError, match=r"shape \(2,\) .* must be train.seq_len \+ 1 = 3"):
         batch_part(SourceRows(lambda row: [1, 2], 3, 8), 0, 1, (1, 1, 3), part)
+
+
+def test_a_corpus_with_more_ids_than_the_model_is_refused(tmp_path):
+    """Its rows would have a loss of NaN, and their steps would be skipped."""
+    text = tmp_path / "text.txt"
+    text.write_text("some words " * 200)
+    data = ds.DataConfig(path=str(text), tokenizer="byte", val_fraction=0.5)
+    corpus = ds.open_corpus(data, seed=0, cache_dir=tmp_path)
+    assert corpus.train.index.vocab_size == 261
+    config = tiny_config(dataclasses.replace(MODEL, vocab_size=259, bos_token_id=0, eos_token_id=1))
+    mesh = ds.make_mesh(ds.ParallelConfig(), jax.devices()[:1])
+    with pytest.raises(ds.UserError, match=r"261 ids, but model.vocab_size=259"):
+        next(ds.batches(config, corpus, ds.Schedule(config), mesh, start=0))
