@@ -42,10 +42,16 @@ def test_every_function_is_looked_at():
     assert len(FUNCTIONS) > 40
 
 
+@pytest.fixture
+def no_log():
+    """A reader's session shows no log; tests before this one may have turned it on."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_its_example_runs_as_a_reader_would_paste_it(name, monkeypatch):
-    # A reader's session shows no log; tests before this one may have turned it on.
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
+def test_its_example_runs_as_a_reader_would_paste_it(name, no_log):
     example = doctest.DocTestParser().get_doctest(doc_of(name), {}, name, None, None)
     assert example.examples, "no example"
     said: list[str] = []

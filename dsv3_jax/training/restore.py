@@ -12,11 +12,9 @@ same order on one shared file system; process 0 checks, decides and tells.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from jax.experimental import multihost_utils
 
 from dsv3_jax.config import Config, RunError, UserError
 from dsv3_jax.config.files import build, file_inside, read_json, shown
+from dsv3_jax.training.hushed_reads import hush_other_reads
 from dsv3_jax.training.manifest import cut_off, damage, steps_in
 
 log = logging.getLogger(__name__)
@@ -224,7 +223,7 @@ def read_state(
         )
     else:
         args = ocp.args.StandardRestore(target)
-    _hush_the_other_reads()
+    hush_other_reads()
     try:
         _check_orbax_s_files(path)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
@@ -233,26 +232,6 @@ def read_state(
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise CheckpointError(f"checkpoint {path} cannot be read: {reason}") from error
     return state, saved["meta"]
-
-
-@functools.cache
-def _hush_the_other_reads() -> None:
-    """From now on, shows no traceback of array reads that outlast one that failed.
-
-    TensorStore's threads tell their ends to orbax's event loop, which is closed by then.
-    """
-    shown, shown_unraisable = sys.excepthook, sys.unraisablehook
-
-    def excepthook(kind: Any, error: BaseException, trace: Any) -> None:
-        if kind is not RuntimeError or str(error) != "Event loop is closed":
-            shown(kind, error, trace)
-
-    def unraisablehook(unraisable: Any) -> None:
-        code = getattr(unraisable.object, "cr_code", None)
-        if "orbax" not in Path(getattr(code, "co_filename", "")).parts:
-            shown_unraisable(unraisable)
-
-    sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
 
 
 def read_saved(step_folder: Path) -> dict[str, Any]:

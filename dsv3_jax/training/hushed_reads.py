@@ -1,0 +1,36 @@
+"""What orbax's array reads print when they outlast one that failed: nothing."""
+
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+
+@functools.cache
+def hush_other_reads() -> None:
+    """From now on, shows no traceback of array reads that outlast one that failed.
+
+    TensorStore's threads tell their ends to orbax's event loop, which is closed by then: a
+    RuntimeError, or the cause of another error.
+    """
+    shown, shown_unraisable = sys.excepthook, sys.unraisablehook
+
+    def excepthook(kind: Any, error: BaseException, trace: Any) -> None:
+        if not _of_closed_loop(error):
+            shown(kind, error, trace)
+
+    def unraisablehook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        of_orbax = "orbax" in Path(getattr(code, "co_filename", "")).parts
+        if not of_orbax and not _of_closed_loop(unraisable.exc_value):
+            shown_unraisable(unraisable)
+
+    sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
+
+
+def _of_closed_loop(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, RuntimeError) and str(error) == "Event loop is closed":
+            return True
+        error = error.__cause__ or error.__context__
+    return False
