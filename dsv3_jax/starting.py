@@ -157,7 +157,7 @@ class Origin:
         if jax.process_index():
             return
         run_dir, skipped = Path(self.config.run_dir), set(TOKENIZER_FILES)
-        if not self._has_tokenizer_of_weights():
+        if not self._has_tokenizer_of_weights:
             skipped |= {*BESIDE_TOKENIZER} - {CHAT_TEMPLATE_FILE}
         for path in carried_files(self.weights.folder):
             if path.name not in KEPT_WITH_WEIGHTS or path.name in skipped:
@@ -186,6 +186,7 @@ class Origin:
             lines.append(f"MTP: {has - wanted} of the {has} modules in {folder} are left out")
         return lines + self._told_of_tokenizer()
 
+    @functools.cached_property
     def _has_tokenizer_of_weights(self) -> bool:
         assert self.weights is not None
         own = self.weights.tokenizer
@@ -199,7 +200,7 @@ class Origin:
         own, used = self.weights.tokenizer, self.config.data.tokenizer
         if own is None:
             return [f"{self.weights.folder} has no tokenizer: data.tokenizer={used} is taken"]
-        if self._has_tokenizer_of_weights():
+        if self._has_tokenizer_of_weights:
             return []
         return [f"data.tokenizer={used} is not the tokenizer of {self.weights.folder}"]
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,8 @@ def test_an_unwritable_home_and_one_core_are_a_line_each():
     done = first_cell(code, HOME="/nonexistent")
     assert done.returncode == 0, done.stderr
     home, runs_on, core, files = done.stdout.splitlines()
-    assert home.startswith("/nonexistent cannot be written: caches go to /tmp/dsv3_jax-notebook-")
+    caches = Path(tempfile.gettempdir()) / "dsv3_jax-notebook-"
+    assert home.startswith(f"/nonexistent cannot be written: caches go to {caches}")
     assert runs_on.endswith("on 2 x cpu; 1 CPU cores")
     assert core.startswith("One core: ")
     assert files == "['cache']"

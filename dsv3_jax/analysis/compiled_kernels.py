@@ -42,6 +42,10 @@ def kernel_flops(instruction: Instruction, types: Mapping[str, str]) -> float:
     names = ("scaled_matmul", "grouped_matmul", "grouped_wgrad")
     if not any(name in instruction.source for name in names) or len(operands) < 2:
         return 0.0
+    return _product_flops(operands, outputs)
+
+
+def _product_flops(operands: list[tuple[int, ...]], outputs: list[tuple[int, ...]]) -> float:
     groups = math.prod(outputs[0][:-2]) if len(operands[1]) == 2 else 1
     return 2.0 * math.prod(outputs[0]) * operands[0][-1] / groups
 
@@ -69,8 +73,7 @@ def _tpu_kernel_flops(
         return 2.0 * scores * products[which] if which else 0.0
     if len(operands[0]) != 2 or len(operands[1]) not in (2, 3):
         return 0.0
-    groups = math.prod(outputs[0][:-2]) if len(operands[1]) == 2 else 1
-    return 2.0 * math.prod(outputs[0]) * operands[0][-1] / groups
+    return _product_flops(operands, outputs)
 
 
 def kernel_name(instruction: Instruction) -> str:

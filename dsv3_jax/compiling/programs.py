@@ -85,8 +85,8 @@ def layout_on(config: Config, devices: Sequence[Any]) -> Layout:
 def training(config: Config, layout: Layout) -> Built:
     """The step of `train.py`, with as many micro-batches as the full batch has."""
     state = abstract_state(config, layout)
-    weights = open_weights(config.init_from) if config.init_from else None
-    base = abstract_base(config, weights, layout)
+    folder = config.init_from if config.lora.rank else None
+    base = abstract_base(config, open_weights(folder) if folder else None, layout)
     return Built(
         partial(lowered_step, config, layout, state, base),
         {"state": state._asdict()} | ({} if base is None else {"frozen base": base}),

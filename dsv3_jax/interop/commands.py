@@ -146,11 +146,11 @@ def _export_adapter(options: ExportOptions, open_run: OpenRun) -> None:
     run = None if is_weights_folder(options.src) else open_run(options.src, options.step)
     if run is None or run.adapters is None or run.facts is None:
         raise UserError(f"--adapter: {options.src} is no LoRA run")
-    read_average = run.adapters.read_average
-    if options.ema and read_average is None:
-        raise UserError(f"--ema: {options.src} was trained without optimizer.average_decay")
+    tree = run.adapters.tree
+    if options.ema:
+        tree = _average(run.adapters.read_average, options.src)()
     export_adapter(
-        read_average() if options.ema and read_average else run.adapters.tree,
+        tree,
         run.config,
         run.facts.config.lora,
         run.adapters.base,
@@ -182,6 +182,13 @@ def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
     print(f"wrote {options.out}")
 
 
+def _average(read: Callable[[], Any] | None, folder: Path) -> Callable[[], Any]:
+    """What reads a run's moving average; UserError where it has none."""
+    if read is None:
+        raise UserError(f"--ema: {folder} was trained without optimizer.average_decay")
+    return read
+
+
 def open_source(
     folder: Path, step: str, open_run: OpenRun, *, merge: bool | None = None, ema: bool = False
 ) -> tuple[Checkpoint, OpenedRun | None]:
@@ -202,8 +209,7 @@ def open_source(
             raise UserError(f"{' '.join(options)}: {folder} is no run")
         return open_checkpoint(folder), None
     run = open_run(folder, step)
-    if ema and run.read_average is None:
-        raise UserError(f"--ema: {folder} was trained without optimizer.average_decay")
+    read = _average(run.read_average, folder) if ema else run.read
     if run.adapters is None and merge:
         raise UserError(f"--merge: {folder} is no LoRA run")
     if run.adapters is not None and merge is False:
@@ -211,7 +217,6 @@ def open_source(
             f"{folder} is a LoRA run: --adapter exports its adapters, --merge the weights with "
             "them added"
         )
-    read = run.read_average if ema and run.read_average else run.read
     checkpoint = from_variables(read(), run.config)
     if run.published_scales is not None:
         checkpoint = with_published_scales(checkpoint, run.published_scales)

@@ -126,9 +126,8 @@ def sliced(tree: Any, layout: Layout, dtype: Any) -> Any:
     def make(path, leaf, used, stored):
         if _is_frozen(leaf):
             return jax.tree.map(layout.gather, leaf, used, stored)
-        weight = weight_of(path)
+        weight, master = weight_of(path), _master_of(leaf)
         made = leaf.numbers if is_step_weight(leaf) else None
-        master = leaf.master if is_step_weight(leaf) else leaf
         if weight is None or not weight.is_matrix or weight.part == "router":
             return layout.gather(leaf, used, stored)
         if isinstance(made, BlockScaled):
@@ -145,9 +144,7 @@ def sliced(tree: Any, layout: Layout, dtype: Any) -> Any:
             numbers = layout.gather(layout.place(copy, stored.spec), used, stored)
         return StepWeight(layout.place(master, stored.spec), numbers)
 
-    masters = jax.tree.map(
-        lambda leaf: leaf.master if is_step_weight(leaf) else leaf, tree, is_leaf=_is_node
-    )
+    masters = jax.tree.map(_master_of, tree, is_leaf=_is_node)
     return jax.tree_util.tree_map_with_path(
         make,
         tree,
@@ -155,6 +152,10 @@ def sliced(tree: Any, layout: Layout, dtype: Any) -> Any:
         shardings(masters, layout, stored=True),
         is_leaf=_is_node,
     )
+
+
+def _master_of(leaf: Any) -> Any:
+    return leaf.master if is_step_weight(leaf) else leaf
 
 
 def _is_node(leaf: Any) -> bool:

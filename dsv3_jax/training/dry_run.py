@@ -40,7 +40,7 @@ def parameter_counts(state: TrainState) -> tuple[int, int]:
 def dry_run_report(config: Config, layout: Layout, base: Any = None) -> str:
     """A text: every parameter's shape, the counts, and memory per device by XLA's own analysis.
 
-    `base` is what a LoRA run's adapters belong to, as shapes (`starting.abstract_base`).
+    `base` is what a LoRA run's adapters belong to, as shapes (`frozen.abstract_base`).
     """
     state = abstract_state(config, layout)
     lines = ["parameters"]
