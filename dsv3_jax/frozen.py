@@ -36,7 +36,7 @@ def load_base(config: Config, weights: Weights | None, layout: Layout) -> Any:
     if not config.lora.rank:
         return None
     assert weights is not None
-    return load_frozen(config, weights, layout, stored=_lies_in_slices(layout))
+    return load_frozen(config, weights, layout, stored=lies_in_slices(layout))
 
 
 def load_frozen(config: Config, weights: Weights, layout: Layout, stored: bool = False) -> Any:
@@ -77,7 +77,7 @@ def abstract_base(config: Config, weights: Weights | None, layout: Layout) -> An
         variables = abstract_leaves(with_depths_of(ours, checkpoint), _read_as(form, checkpoint))
     if form == "fp8":
         variables = jax.eval_shape(partial(to_fp8_weights, config=ours), variables)
-    return placed(variables, layout, stored=_lies_in_slices(layout))
+    return placed(variables, layout, stored=lies_in_slices(layout))
 
 
 def _form_of_base(config: Config, weights: Weights) -> LoadDType:
@@ -105,7 +105,7 @@ def _in_bf16(variables: Any) -> Any:
     return {**variables, "params": params}
 
 
-def _lies_in_slices(layout: Layout) -> bool:
+def lies_in_slices(layout: Layout) -> bool:
     """Whether a frozen base lies in slices, which layers or stages gather; else it lies whole, or
     cut over tensor and expert axes."""
     return layout.gathers_each_layer or layout.mesh.shape["pipe"] > 1
