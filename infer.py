@@ -28,6 +28,7 @@ from dsv3_jax.config import (
     ShardingConfig,
     UserError,
 )
+from dsv3_jax.config.files import check_folder_of
 from dsv3_jax.data.supervised import find_template
 from dsv3_jax.data.tokens import Tokenizer
 from dsv3_jax.inference.batch_file import run_batch
@@ -256,9 +257,8 @@ def check(options: InferOptions) -> None:
     if options.expert_load == "prompts" and not has_prompts(options):
         raise UserError("--expert-load prompts counts on --prompt or --token-ids: give one")
     for name in ("out", "save_expert_load"):
-        path = getattr(options, name)
-        if path is not None and not path.parent.is_dir():
-            raise UserError(f"--{name.replace('_', '-')} {path}: no folder {path.parent}")
+        if (path := getattr(options, name)) is not None:
+            check_folder_of(path, f"--{name.replace('_', '-')}")
     for name in ("max_new_tokens", "slots"):
         if getattr(options, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be positive")

@@ -6,6 +6,7 @@ the profiler: how long kernels ran, and how long the GPU had nothing to do.
 """
 
 import glob
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -92,7 +93,7 @@ def queued_model(engine: Engine, context: int) -> float:
             cache, fed, start = model_step(engine.variables, cache, fed, start, how)
         return fed
 
-    seconds = _each(chain)
+    seconds = _median_seconds(chain, 3) / STEPS
     if isinstance(cache, PagedCache):
         cache = cache.with_table(jnp.zeros((count, 0), jnp.int32))
     engine._slots = slots._replace(cache=cache)
@@ -124,27 +125,22 @@ def queued_steps(engine: Engine, context: int) -> Callable[[], Any]:
 
 def queued_engine(engine: Engine, context: int) -> float:
     """Seconds of the engine's own step where nobody reads what it writes."""
-    return _each(queued_steps(engine, context))
+    return _median_seconds(queued_steps(engine, context), 3) / STEPS
 
 
-def _each(chain: Callable[[], Any]) -> float:
-    jax.block_until_ready(chain())
+def _median_seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Of calls that are waited for, after one that compiles."""
+    jax.block_until_ready(run())
     times = []
-    for _ in range(3):
+    for _ in range(repeats):
         began = time.perf_counter()
-        jax.block_until_ready(chain())
-        times.append((time.perf_counter() - began) / STEPS)
-    return sorted(times)[1]
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 def training_forward(variables, config, length: int) -> float:
     """Seconds of `forward` of one row without a gradient: what training computes of a prompt."""
     run = jax.jit(lambda v, ids: forward(v, ids, Pass(config)).logits[:, -1])
     ids = jnp.asarray(np.random.default_rng(1).integers(2, config.vocab_size, (1, length)))
-    jax.block_until_ready(run(variables, ids))
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        jax.block_until_ready(run(variables, ids))
-        times.append(time.perf_counter() - began)
-    return sorted(times)[2]
+    return _median_seconds(lambda: run(variables, ids), 5)

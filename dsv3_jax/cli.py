@@ -361,10 +361,10 @@ def logits(options: LogitsOptions) -> None:
 
 def compile_for(options: CompileOptions, of_run: Sequence[str]) -> int:
     """python -m dsv3_jax compile --config FILE --topology NAME [options of train.py]"""
-    config = parse_config(
+    config, weights = parse_run(
         of_run, default_config=options.config, description="Options of the run that is compiled."
     )
-    return run_compile(options, config)
+    return run_compile(options, config, weights)
 
 
 def serve(options: ServeOptions) -> None:

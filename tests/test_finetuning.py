@@ -13,7 +13,9 @@ import optax
 import pytest
 
 import train
-from dsv3_jax import cli, loading
+from dsv3_jax import cli, loading, starting
+from dsv3_jax.compiling import programs
+from dsv3_jax.compiling.command import CompileOptions
 from dsv3_jax.config import LoraConfig, UserError, config_from_dict
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.interop.checkpoint import open_checkpoint
@@ -166,6 +168,17 @@ def test_adapters_and_their_average_are_exported_by_peft_s_names(lora_run, tmp_p
     )
     want = base.read(row, row + 1) + 8 * average[row] @ a
     np.testing.assert_allclose(merged.read(row, row + 1), want, atol=1e-5)
+
+
+def test_compile_opens_the_weights_once_and_has_the_frozen_base(lora_run, hf, monkeypatch):
+    opened, given = [], {}
+    monkeypatch.setattr(starting, "open_weights", lambda f: opened.append(f) or open_weights(f))
+    monkeypatch.setattr(cli, "run_compile", lambda *args: given.update(enumerate(args)) or 0)
+    options = CompileOptions(config=Path(lora_run[1][1]), topology="h200:1")
+    assert cli.compile_for(options, lora_run[1][2:]) == 0
+    _, config, weights = given.values()
+    built = programs.training(config, programs.layout_on(config, jax.devices()[:1]), weights)
+    assert opened == [str(hf)] and built.arguments["frozen base"]["params"].keys() >= {"norm"}
 
 
 def test_an_adapter_of_attention_has_peft_s_names(hf, tmp_path):

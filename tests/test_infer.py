@@ -157,7 +157,7 @@ def test_requests_longer_than_the_cache_are_named_too(run, tmp_path):
     assert "line 2: the prompt has 12 tokens and 12 more are asked for" in shown.err
     assert not (tmp_path / "requests.completions.jsonl").exists()
     shown = run("--batch", file, "--out", tmp_path / "none" / "out.jsonl", code=2)
-    assert f"no folder {tmp_path / 'none'}" in shown.err
+    assert f"out.jsonl: no folder {tmp_path / 'none'} to write it in" in shown.err
 
 
 def test_a_line_of_the_file_ends_with_a_newline_alone(run, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dsv3_jax.analysis.charts import describe_mesh
 from dsv3_jax.analysis.estimate import StepEstimate
@@ -14,6 +14,9 @@ from dsv3_jax.analysis.planner import plan_training
 from dsv3_jax.analysis.prediction import predict
 from dsv3_jax.compiling.text import GIB, lines, over
 from dsv3_jax.config import Config, UserError
+
+if TYPE_CHECKING:  # it imports jax, which must come after the platform was chosen
+    from dsv3_jax.starting import Weights
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,11 @@ def _check(options: CompileOptions) -> None:
             raise UserError(f"--{name} {getattr(options, name)} must not be negative")
 
 
-def run(options: CompileOptions, config: Config) -> int:
-    """Compiles, prints and writes; 1 when the program does not fit the topology's devices."""
+def run(options: CompileOptions, config: Config, weights: Weights | None = None) -> int:
+    """Compiles, prints and writes; 1 when the program does not fit the topology's devices.
+
+    weights: those of config.init_from, opened.
+    """
     from dsv3_jax.compiling import targets
 
     _check(options)
@@ -98,7 +104,7 @@ def run(options: CompileOptions, config: Config) -> int:
     def compiled(config: Config, what: programs.Serving | None, hlo: Path | None):
         layout = programs.layout_on(config, devices)
         if what is None:
-            built = programs.training(config, layout)
+            built = programs.training(config, layout, weights)
             report = compile_program(built, target, hlo)
             return dataclasses.replace(report, predicted=predict(config))
         built = programs.serving(config, layout, what, options.program == "decode")

@@ -20,11 +20,12 @@ from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 from dsv3_jax.model.cache import init_model_cache, init_paged_cache
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.fp8_weights import to_fp8_weights
+from dsv3_jax.model.micro_batches import check_micro_batches
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import Layout, make_layout, serving_layouts
-from dsv3_jax.starting import open_weights
+from dsv3_jax.starting import Weights
 from dsv3_jax.training.dry_run import lowered_step
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import abstract_state
@@ -82,11 +83,13 @@ def layout_on(config: Config, devices: Sequence[Any]) -> Layout:
     return make_layout(make_mesh(config.mesh, devices), config.sharding, config.expert_parallel)
 
 
-def training(config: Config, layout: Layout) -> Built:
-    """The step of `train.py`, with as many micro-batches as the full batch has."""
+def training(config: Config, layout: Layout, weights: Weights | None = None) -> Built:
+    """The step of `train.py`, with as many micro-batches as the full batch has.
+
+    weights: those of config.init_from, opened; a LoRA run's base has their form.
+    """
     state = abstract_state(config, layout)
-    folder = config.init_from if config.lora.rank else None
-    base = abstract_base(config, open_weights(folder) if folder else None, layout)
+    base = abstract_base(config, weights, layout)
     return Built(
         partial(lowered_step, config, layout, state, base),
         {"state": state._asdict()} | ({} if base is None else {"frozen base": base}),
@@ -112,11 +115,7 @@ def serving(config: Config, layout: Layout, what: Serving, decode: bool) -> Buil
         )
     if what.context % (PAGE * context):
         raise UserError(f"context={what.context} must be a multiple of {PAGE * context}")
-    if what.micro_batches not in (1, 2) or what.batch % (what.micro_batches * devices):
-        raise UserError(
-            f"micro_batches={what.micro_batches} must be 1, or 2 with batch={what.batch} a "
-            f"multiple of 2 x {devices} devices"
-        )
+    check_micro_batches(what.micro_batches, what.batch, layout)
     steps = Pass(config.model, layout=of_steps, micro_batches=what.micro_batches)
     program = Program(Pass(config.model, layout=of_prompts), steps, sampled=False)
     variables = _weights(config, layout, what)

@@ -60,6 +60,12 @@ def file_inside(folder: Path, name: str) -> Path:
     return path
 
 
+def check_folder_of(file: Path, what: str) -> None:
+    """Raises UserError, naming `what` is to be written, where a file's folder is not there."""
+    if not file.parent.is_dir():
+        raise UserError(f"{what} {file}: no folder {file.parent} to write it in")
+
+
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """The JSON object in a small file of the folder; UserError as `file_inside` and `parse_json`,
     OSError."""

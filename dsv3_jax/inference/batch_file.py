@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dsv3_jax.config import ModelConfig, UserError
+from dsv3_jax.config.files import check_folder_of
 from dsv3_jax.data.chat import ChatTemplate, check_messages
 from dsv3_jax.data.tokens import Tokenizer
 from dsv3_jax.inference.conversation import chat_prompt
@@ -196,8 +197,7 @@ def strings_of(name: str, value: Any) -> tuple[str, ...]:
 def _written_before(out: Path) -> set[str]:
     """The ids that are in the file; a line that was cut off is taken out of it."""
     if not out.exists():
-        if not out.parent.is_dir():
-            raise UserError(f"{out}: no folder {out.parent} to write it in")
+        check_folder_of(out, "completions")
         return set()
     raw = out.read_bytes()
     whole = raw.rfind(b"\n") + 1

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from dsv3_jax.config import ModelConfig, UserError
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
+from dsv3_jax.model.micro_batches import check_micro_batches
 from dsv3_jax.parallel.sharding import Layout
 
 
@@ -83,22 +84,13 @@ class EngineOptions:
         numbers = (self.slots, *self.chunks, *self.chunk_rows, self.token_budget, self.page)
         if not self.chunks or not self.chunk_rows or min(numbers) < 1 or self.top < 0:
             raise UserError(f"{self} has a number that is not positive")
-        groups, halves = layout.size("batch"), self.micro_batches
+        groups = layout.size("batch")
         if self.slots % groups or any(rows % groups for rows in self.chunk_rows):
             raise UserError(
                 f"{self.slots} slots and {self.chunk_rows} prompts in a program must divide over "
                 f"{groups} groups of devices"
             )
-        if halves not in (1, 2) or self.slots % (halves * groups):
-            raise UserError(
-                f"micro_batches={halves} must be 1, or 2 with {self.slots} slots a multiple of "
-                f"2 x {groups} groups of devices"
-            )
-        if halves == 2 and (not self.paged or layout.size("expert") == 1):
-            raise UserError(
-                "two micro-batches need a cache in pages, and experts on several devices: there is "
-                "no exchange to compute beside"
-            )
+        check_micro_batches(self.micro_batches, self.slots, layout, self.paged, "slots")
 
 
 @dataclass

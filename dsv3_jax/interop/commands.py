@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dsv3_jax.config import ModelConfig, UserError
+from dsv3_jax.config.files import check_folder_of
 
 # The rest is imported where it is used, so that parsing these options does not wait for JAX.
 if TYPE_CHECKING:
@@ -172,8 +173,7 @@ def run_logits(options: LogitsOptions, open_run: OpenRun) -> None:
     dtype = {"bf16": "bfloat16", "f32": "float32"}[options.dtype]
     config = dataclasses.replace(source.config, dtype=dtype)
     tokens = read_tokens(options.tokens, config)
-    if not options.out.parent.is_dir():
-        raise UserError(f"{options.out.parent}: no such folder")
+    check_folder_of(options.out, "--out")
     found = trace(load(source, dtype=options.dtype), jnp.asarray(tokens), config)
     with open(options.out, "wb") as file:
         np.savez(file, allow_pickle=False, tokens=tokens, **found)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dsv3_jax.config import UserError
 from dsv3_jax.model.cache import PagedCache
 from dsv3_jax.model.forward_pass import Tokens
 from dsv3_jax.model.moe import MoEStats
@@ -26,6 +27,26 @@ Layer = Callable[..., Any]
 def divides(batch: int, layout: Layout) -> bool:
     """Whether every device's share of so many sequences can be cut in two."""
     return batch % (2 * layout.size("batch")) == 0
+
+
+def check_micro_batches(
+    count: int, sequences: int, layout: Layout, paged: bool = True, what: str = "sequences"
+) -> None:
+    """Raises UserError for micro-batches of a decoding step that would not overlap.
+
+    `what` is what the caller's options name the sequences.
+    """
+    groups = layout.size("batch")
+    if count not in (1, 2) or (count == 2 and not divides(sequences, layout)):
+        raise UserError(
+            f"micro_batches={count} must be 1, or 2 with {sequences} {what} a multiple of "
+            f"2 x {groups} groups of devices"
+        )
+    if count == 2 and (not paged or layout.size("expert") == 1):
+        raise UserError(
+            "two micro-batches need a cache in pages, and experts on several devices: there is "
+            "no exchange to compute beside"
+        )
 
 
 def in_halves(

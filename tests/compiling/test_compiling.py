@@ -187,6 +187,12 @@ def test_serving_programs_check_their_sizes():
         programs.serving(config, layout, programs.Serving(8, 100), decode=True)
     with pytest.raises(UserError, match=r"11 places .* multiple of the 8 devices"):
         programs.serving(config, layout, programs.Serving(8, 64, 3), decode=True)
+    halves = programs.Serving(8, 64, micro_batches=2)
+    with pytest.raises(UserError, match="or 2 with 8 sequences a multiple of 2 x 8 groups"):
+        programs.serving(config, layout, halves, decode=True)
+    alone = programs.layout_on(tiny_config(TINY), jax.devices()[:1])
+    with pytest.raises(UserError, match="experts on several devices"):
+        programs.serving(tiny_config(TINY), alone, halves, decode=True)
 
 
 def test_an_option_that_nobody_has_is_refused(capsys):
