@@ -110,8 +110,8 @@ def main(argv: Sequence[str], extensions: Extensions = NONE) -> int:
                 if extensions.generates:
                     write_sample(config, layout, corpus, state, steps, base)
             metrics.record(steps, {"seconds": clock.seconds()})
-    if process == 0:
-        cli.draw_plots(run_dir)
+        if process == 0:
+            cli.draw_plots(run_dir)
     log.info("infer.py continues from it: ./run infer --checkpoint %s --prompt TEXT", run_dir)
     return 0
 

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -68,6 +69,10 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
         else:
             raise
         _leave(EXIT_USER if isinstance(error, UserError) else EXIT_ENVIRONMENT)
+    if not _one_of_several_processes():  # those wait for each other, and must be stoppable
+        # All is done: a signal while the interpreter ends would only give another exit code.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 

@@ -96,3 +96,21 @@ def test_a_signal_while_a_checkpoint_is_read_leaves_one_line():
         said = process.stdout.read()
         assert said == "warning: SIGTERM heard: nothing is left to save, the run ends\n"
         assert process.wait(timeout=20) == 143
+
+
+ENDING = """
+import atexit, os, time
+from dsv3_jax.cli import run_command
+atexit.register(time.sleep, 0.5)
+atexit.register(print, "ending", flush=True)
+run_command(lambda argv: 0)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_end_leaves_the_exit_code(number):
+    with start(ENDING) as process:
+        assert process.stdout.readline() == "ending\n"
+        process.send_signal(number)
+        assert process.stdout.read() == ""
+        assert process.wait(timeout=20) == 0
