@@ -17,7 +17,8 @@ from dsv3_jax import cli
 from dsv3_jax.analysis.model_cost import training_flops_per_token
 from dsv3_jax.config import Config
 from dsv3_jax.data.batches import prefetch
-from dsv3_jax.data.corpus import Corpus, check_model, open_corpus
+from dsv3_jax.data.checks import check_model
+from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.frozen import abstract_base, load_base
 from dsv3_jax.parallel import hosts
 from dsv3_jax.parallel.mesh import fill_mesh, make_mesh, mesh_of

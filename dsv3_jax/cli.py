@@ -70,9 +70,8 @@ def run_command(main: Callable[[Sequence[str]], int | None]) -> None:
             raise
         _leave(EXIT_USER if isinstance(error, UserError) else EXIT_ENVIRONMENT)
     if not _one_of_several_processes():  # those wait for each other, and must be stoppable
-        # All is done: a signal while the interpreter ends would only give another exit code.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
+            signal.signal(number, signal.SIG_IGN)  # all is done: the exit code stays
     sys.exit(code)
 
 
@@ -242,8 +241,7 @@ def prepare(options: PrepareOptions) -> None:
                 text_field=options.text_field,
             )
     print(summary)
-    # A prepared folder holds its own tokenizer.json.
-    name = "byte" if tokenizer_file == "byte" else options.out
+    name = "byte" if tokenizer_file == "byte" else options.out  # it holds its tokenizer.json
     print(f"train with --data.path {options.out} --data.tokenizer {name}")
 
 
@@ -287,8 +285,7 @@ def report(options: ReportOptions) -> None:
     from dsv3_jax.analysis.report_page import write_page
 
     written = [write_page(options.run_dir)] if options.html else write_report(options.run_dir)
-    for path in written:
-        print(path)
+    print(*written, sep="\n")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from dsv3_jax.config import DataConfig, UserError
-from dsv3_jax.data.corpus import check_model, open_corpus
+from dsv3_jax.data.checks import check_model
+from dsv3_jax.data.corpus import open_corpus
 from dsv3_jax.data.mixture import val_rows
 from dsv3_jax.data.packed_rows import SupervisedRows
 from dsv3_jax.data.tokens import Tokenizer

@@ -8,6 +8,7 @@ weights, and `inference` places redundant experts.
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -49,6 +50,8 @@ from dsv3_jax.training.manifest import steps_in
 from dsv3_jax.training.metrics import newest_numbers
 from dsv3_jax.training.restore import read_meta, read_saved, read_state
 from dsv3_jax.training.state import averaged_variables, variables_of
+
+log = logging.getLogger(__name__)
 
 
 class Model(NamedTuple):
@@ -178,10 +181,13 @@ def find_tokenizer(folder: Path, asked_for: str | None = None) -> Tokenizer:
 
     Raises UserError, with the ways out, for a folder of weights without one that can be read: to
     take another in its place would feed the model other ids. A run without a file of its own was
-    trained on bytes, as its config.json says.
+    trained on bytes, as its config.json says. One that is asked for and is not the folder's own is
+    told in a line on the log.
     """
     if asked_for:
-        return load_tokenizer(asked_for)
+        tokenizer = load_tokenizer(asked_for)
+        _tell_another(folder, asked_for, tokenizer)
+        return tokenizer
     if (
         tokenizer_file(folder) is None
         and not is_weights_folder(folder)
@@ -199,6 +205,18 @@ def find_tokenizer(folder: Path, asked_for: str | None = None) -> Tokenizer:
             f"{folder} has no tokenizer.json: {error}\nConvert its tokenizer to that form, or give "
             "--tokenizer (the path of one, or 'byte'), or --token-ids 1,2,3"
         ) from error
+
+
+def _tell_another(folder: Path, asked_for: str, tokenizer: Tokenizer) -> None:
+    with contextlib.suppress(UserError, RunError, OSError):  # there may be none to compare with
+        own = find_tokenizer(folder)
+        if own.fingerprint != tokenizer.fingerprint:
+            log.warning(
+                "--tokenizer %s (%d ids, sha256 %s...) is not the model's own, %s (%d ids, sha256 "
+                "%s...): the model may read and write other text than its own would",
+                *(asked_for, tokenizer.vocab_size, tokenizer.fingerprint[:12]),
+                *(own.path or own.name, own.vocab_size, own.fingerprint[:12]),
+            )
 
 
 def _trained_on_bytes(run_dir: Path) -> bool:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from dsv3_jax.config import RunError, UserError
 from dsv3_jax.config.run import config_of_run
-from dsv3_jax.data.corpus import RECIPE_FILE, damage_of_prepared
+from dsv3_jax.data.corpus import damage_of_prepared, is_prepared
 from dsv3_jax.data.shards import INDEX_FILE, TokenShards
 from dsv3_jax.interop.import_manifest import MANIFEST
 from dsv3_jax.training.manifest import damage, steps_in
@@ -45,10 +45,6 @@ def verify(folder: str | Path) -> Verified:
     raise UserError(
         f"{folder}: neither a run, nor an import, nor a Hugging Face folder, nor prepared data"
     )
-
-
-def _is_prepared(folder: Path) -> bool:
-    return any((folder / name).exists() for name in (RECIPE_FILE, f"train/{INDEX_FILE}"))
 
 
 def _is_run(folder: Path) -> bool:
@@ -100,7 +96,7 @@ def _is_shards(folder: Path) -> bool:
 
 # In this order: a folder is the first of these that it may be.
 _KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], list[str]]], ...] = (
-    ("prepared data", _is_prepared, damage_of_prepared),
+    ("prepared data", is_prepared, damage_of_prepared),
     ("a run", _is_run, _run),
     ("an import", _is_import, _import),
     ("token shards", _is_shards, lambda folder: TokenShards(folder).damage()),

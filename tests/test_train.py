@@ -201,6 +201,7 @@ def test_dry_run_shows_shapes_and_memory_and_trains_nothing(config_file, tmp_pat
     assert "moe_layers/mlp/experts/gate_up_proj" in shown
     assert "[1, 4, 2, 16, 32]" in shown
     assert "memory per device" in shown
+    assert "the model has its tokenizer's ids" in shown
     assert not run.exists()
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from dsv3_jax.config import DataConfig, ModelConfig, UserError
+from dsv3_jax.config import DataConfig, UserError
 from dsv3_jax.config.files import build, file_inside, read_json, shown
 from dsv3_jax.data.cache import (
     default_cache_dir,
@@ -40,7 +40,6 @@ from dsv3_jax.data.shards import (
     ShardWriter,
     TokenShards,
     atomic_folder,
-    check_vocab,
 )
 from dsv3_jax.data.tokenizer import (
     TIKTOKEN_FILE,
@@ -193,19 +192,18 @@ def open_corpus(data: DataConfig, seed: int, cache_dir: str | Path | None = None
 
 def _open_one(data: DataConfig, seed: int, cache_dir: str | Path | None) -> Corpus:
     path = Path(data.path)
-    bpe_size = _bpe_size(data.tokenizer)
-    marks = (path / RECIPE_FILE, path / "train" / INDEX_FILE)
-    if data.path != "stdlib" and any(mark.exists() for mark in marks):
+    size = bpe_size(data.tokenizer)
+    if is_prepared(data.path):
         own = path if tokenizer_file(path) else "byte"
-        tokenizer = load_tokenizer(data.tokenizer if bpe_size is None else own)
+        tokenizer = load_tokenizer(data.tokenizer if size is None else own)
         return _open_prepared(path, tokenizer, data)
     recipe = Recipe(data.val_fraction, data.fim_rate, seed)
     inputs = stdlib_files() if data.path == "stdlib" else find_files([path])
     root = Path(cache_dir) if cache_dir is not None else default_cache_dir()
-    if bpe_size is None:
+    if size is None:
         tokenizer = load_tokenizer(data.tokenizer)
     else:
-        tokenizer = _trained_bpe(inputs, bpe_size, data, root)
+        tokenizer = _trained_bpe(inputs, size, data, root)
     folder = root / f"corpus-{_cache_key(inputs, tokenizer, recipe, data.path)}"
     with locked(folder):
         try:
@@ -220,7 +218,13 @@ def _open_one(data: DataConfig, seed: int, cache_dir: str | Path | None) -> Corp
         return _open_splits(folder, tokenizer, data)
 
 
-def _bpe_size(spec: str) -> int | None:
+def is_prepared(path: str | Path) -> bool:
+    """Whether `data.path` names a folder that `prepare` wrote, whole or damaged."""
+    marks = (RECIPE_FILE, f"train/{INDEX_FILE}")
+    return path != "stdlib" and any((Path(path) / mark).exists() for mark in marks)
+
+
+def bpe_size(spec: str) -> int | None:
     """N of "bpe:N"; None for any other tokenizer."""
     kind, _, size = spec.partition(":")
     if kind != "bpe":
@@ -254,24 +258,6 @@ def _trained_bpe(inputs: Inputs, size: int, data: DataConfig, root: Path) -> Tok
         tokenizer = train_tokenizer(documents, size, file)
         seal.write_text(tokenizer.fingerprint)
         return tokenizer
-
-
-def check_model(model: ModelConfig, corpus: Corpus) -> None:
-    """Raises UserError unless the model can read the corpus: vocabulary, bos and eos ids agree."""
-    for part in corpus.parts:
-        for split in (part.train, part.val):
-            check_vocab(split.index, model.vocab_size)
-    for role, ids in (
-        ("bos_token_id", (model.bos_token_id,)),
-        ("eos_token_id", model.eos_token_ids),
-    ):
-        theirs = getattr(corpus.tokenizer, role)
-        if theirs not in ids:
-            raise UserError(
-                f"model.{role}={getattr(model, role)}, but the tokenizer "
-                f"{corpus.tokenizer.name} has {theirs}: "
-                f"use --model.{role.replace('_', '-')} {theirs}"
-            )
 
 
 def _prepare(

@@ -292,12 +292,12 @@ class TokenShards:
                 raise DamagedShards(f"{error}: prepare the folder again") from error
 
 
-def check_vocab(index: ShardIndex, vocab_size: int) -> None:
-    """UserError when the tokens of a corpus do not fit a model's vocabulary."""
-    if index.vocab_size > vocab_size:
+def check_vocab(vocab_size: int, ids: int, tokenizer: str) -> None:
+    """UserError when a tokenizer has more ids than a model's vocabulary."""
+    if ids > vocab_size:
         raise UserError(
-            f"the data's tokenizer ({index.tokenizer}) has {index.vocab_size} ids, but "
-            f"model.vocab_size={vocab_size}: use model.vocab_size={index.vocab_size} or more"
+            f"the data's tokenizer ({tokenizer}) has {ids} ids, but "
+            f"model.vocab_size={vocab_size}: use model.vocab_size={ids} or more"
         )
 
 

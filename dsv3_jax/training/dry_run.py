@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from dsv3_jax.analysis.prediction import predict
 from dsv3_jax.config import Config
+from dsv3_jax.data.checks import problems
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.parallel.mesh import batch_sharding
 from dsv3_jax.parallel.picture import draw
@@ -76,6 +77,10 @@ def dry_run_report(config: Config, layout: Layout, base: Any = None) -> str:
         f"{schedule.max_micro_batches} micro-batches (full batch); "
         f"the run, {schedule.tokens(config.train.steps):,} tokens in {config.train.steps:,} steps",
     ]
+    wrong = problems(config.data, config.model)
+    lines += [f"data: the run would stop: {problem}" for problem in wrong]
+    if not wrong:
+        lines.append(f"data: {config.data.path} is there, and the model has its tokenizer's ids")
     if not layout.one_device:
         lines += ["", "which devices hold which part", *_pictures(config, layout, state)]
     return "\n".join(lines)

@@ -68,7 +68,8 @@ def batches(
     row_len = config.train.seq_len + 1
     if isinstance(corpus, Corpus):
         for part in corpus.parts:
-            check_vocab(part.train.index, config.model.vocab_size)
+            index = part.train.index
+            check_vocab(config.model.vocab_size, index.vocab_size, index.tokenizer)
         rows: Any = open_rows(corpus, row_len, config.seed, config.data)
     else:
         rows = SourceRows(corpus, row_len, config.model.vocab_size)

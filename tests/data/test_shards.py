@@ -166,9 +166,9 @@ def test_a_folder_without_an_index_is_no_shard_folder(tmp_path):
 
 def test_a_model_with_too_small_a_vocabulary_is_refused(folder):
     index = TokenShards(folder).index
-    check_vocab(index, 261)
+    check_vocab(261, index.vocab_size, index.tokenizer)
     with pytest.raises(UserError, match=r"byte.*261 ids.*model\.vocab_size=260.*=261 or more"):
-        check_vocab(index, 260)
+        check_vocab(260, index.vocab_size, index.tokenizer)
 
 
 def test_an_atomic_folder_appears_whole_or_not_at_all(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 import infer
 from dsv3_jax.config import UserError
+from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.interop.checkpoint import is_weights_folder, open_checkpoint
 from dsv3_jax.interop.importing import import_hf
 from dsv3_jax.interop.load import load_hf
@@ -154,3 +155,21 @@ def test_a_run_on_bytes_is_read_with_bytes_and_another_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"data": {"tokenizer": "bpe:1024"}}')
     with pytest.raises(UserError, match=r"has no tokenizer\.json"):
         find_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_is_not_the_model_s_own_is_told(tmp_path, caplog):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text('{"data": {"tokenizer": "byte"}}')
+    other = tmp_path / "other.json"
+    train_tokenizer(["hello hello world"], 270, other)
+    assert find_tokenizer(tmp_path, "byte").name == "byte"
+    assert not caplog.records
+    assert find_tokenizer(tmp_path, str(other)).name == "other.json"
+    (told,) = caplog.messages
+    assert "other.json (2" in told and "is not the model's own, byte (261 ids" in told
+    caplog.clear()
+    train_tokenizer(["hello hello world"], 270, tmp_path / "tokenizer.json")
+    find_tokenizer(tmp_path, str(other))
+    assert not caplog.records  # the same file
+    find_tokenizer(tmp_path, "byte")
+    assert "tokenizer.json (2" in caplog.text
