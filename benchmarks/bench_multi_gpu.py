@@ -25,6 +25,7 @@ PARTS = {
     "collectives": (multi_gpu_exchange.collectives, 90),
     "torch": (multi_gpu_exchange.torch_collectives, 60),
     "exchange": (multi_gpu_exchange.exchange, 240),
+    "profile": (multi_gpu_exchange.profile, 120),
     "moe": (multi_gpu_layers.moe_layer, 300),
     "slice": (multi_gpu_layers.training, 420),
 }
@@ -34,7 +35,7 @@ def main() -> int:
     """Runs the parts one after the other; 1 if one failed or took too long."""
     options, words = parse()
     if options.part:
-        begin(options)
+        begin(options.virtual, options.cache)
         PARTS[options.part][0](options)
         return 0
     failed = 0

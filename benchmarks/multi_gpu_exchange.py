@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks import kernel_classes
 from benchmarks.multi_gpu_timing import (
     AXES,
     Options,
@@ -26,6 +27,7 @@ from dsv3_jax.model.router import route
 from dsv3_jax.parallel.collectives import exchange as all_to_all
 from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.parallel.expert import combine, dispatch, make_exchange
+from dsv3_jax.quantization.block_scaled import StraightThrough, dequantize
 
 SPLIT = PartitionSpec(AXES)
 
@@ -141,6 +143,33 @@ def exchange(options: Options) -> None:
             print(f"{case!s:38} {failure(error)}", flush=True)
 
 
+def profile(options: Options) -> None:
+    """What one dispatch and combine, and their backward pass, spend on a GPU, kernel by kernel."""
+    quick = bool(options.virtual)
+    model = ModelConfig(hidden_size=512 if quick else 7168, n_routed_experts=64 if quick else 256)
+    tokens = (options.tokens or [32 if quick else 4096])[0]
+    given = inputs_of(mesh_of(), tokens, model)
+    cases = [Case(way, form) for way in options.ways or ["pallas"] for form in ("none", "fp8")]
+    built = compile_all({c: partial(_programs, c, model, tokens, given) for c in cases})
+    for case in cases:
+        if isinstance(built[case], Exception):
+            print(f"{case!s:38} {failure(built[case])}", flush=True)
+            continue
+        operands, rows, _ = _operands(case, built[case], given)
+        operands.append(rows if case.dispatch_format == "fp8" else operands[1])
+        for name, more in (("both", []), ("fwd+bwd", operands[:1])):
+            program = built[case][name]
+            call = partial(program, *operands, *more)
+            found = kernel_classes.kernels(call, program.as_text(), calls=4)
+            total = sum(kernel.ms for kernel in found) / jax.device_count()
+            print(f"{case}, {name}: {1e3 * total:.0f} us in kernels of a GPU, and which")
+            for kernel in found[: 24 if name == "both" else 32]:
+                each, launches = kernel.ms / jax.device_count(), kernel.launches
+                told = f"{1e3 * each:8.1f} us {launches / jax.device_count():4.1f}x"
+                print(f"{told}  {kernel.name[:44]:44} {kernel.result[:34]:34} {kernel.path[-60:]}")
+            sys.stdout.flush()
+
+
 def _programs(case: Case, model: ModelConfig, tokens: int, given: Inputs) -> dict[str, Any]:
     mesh = mesh_of(case.nodes)
     config = ExpertParallelConfig(
@@ -157,21 +186,25 @@ def _programs(case: Case, model: ModelConfig, tokens: int, given: Inputs) -> dic
         per_token=model.num_experts_per_tok,
         num_experts=model.n_routed_experts,
         max_nodes=model.topk_group,
+        quantized_rows=case.dispatch_format == "fp8",
     )
     assert way.entries is not None
     alignment = group_alignment(way.entries, way.experts, None, None)
     spread = partial(jax.shard_map, mesh=mesh, out_specs=SPLIT)
 
     def there(x, w, e):
-        return dispatch(*vary((x, w, e), AXES), way, alignment)
+        x, w, e = vary((x, w, e), AXES)
+        return dispatch(x, w, e, way, alignment)
 
-    def both(x, w, e):
+    def both(x, w, e, given):
         rows, _, handle = there(x, w, e)
-        return combine(rows, handle, way)
+        if isinstance(rows, StraightThrough):  # what the experts make of FP8 numbers is BF16
+            return combine(_instead(rows.carrier, given), handle, way), rows.numbers
+        return combine(rows, handle, way), None
 
-    def and_back(x, w, e, d_y):
-        y, pull_back = jax.vjp(lambda x, w: both(x, w, e), x, w)
-        return y, *pull_back(d_y)
+    def and_back(x, w, e, given, d_y):
+        y, pull_back, numbers = jax.vjp(lambda x, w: both(x, w, e, given), x, w, has_aux=True)
+        return y, *pull_back(d_y), numbers
 
     def shapes(tree):
         sharding = NamedSharding(mesh, SPLIT)
@@ -181,11 +214,13 @@ def _programs(case: Case, model: ModelConfig, tokens: int, given: Inputs) -> dic
 
     operands = shapes((given.x, given.weights, given.experts))
     rows, _, handle = jax.eval_shape(spread(there, in_specs=(SPLIT,) * 3), *operands)
+    rows = shapes(jax.ShapeDtypeStruct(rows.shape, given.x.dtype))
+    given_rows = rows if case.dispatch_format == "fp8" else operands[1]
     parts = {
         "dispatch": (there, operands),
-        "combine": (lambda r, h: combine(r, h, way), shapes((rows, handle))),
-        "both": (both, operands),
-        "fwd+bwd": (and_back, (*operands, operands[0])),
+        "combine": (lambda r, h: combine(r, h, way), (rows, shapes(handle))),
+        "both": (both, (*operands, given_rows)),
+        "fwd+bwd": (and_back, (*operands, given_rows, operands[0])),
     }
     return {
         name: jax.jit(spread(f, in_specs=(SPLIT,) * len(o))).lower(*o).compile()
@@ -193,11 +228,30 @@ def _programs(case: Case, model: ModelConfig, tokens: int, given: Inputs) -> dic
     } | {"mesh": mesh}
 
 
-def _measure(case: Case, programs: dict[str, Any], given: Inputs, model: ModelConfig, quick: bool):
+@jax.custom_vjp
+def _instead(carrier, given):
+    """The given rows, whose gradient is the carrier's."""
+    return given
+
+
+_instead.defvjp(lambda carrier, given: (given, None), lambda _, d_rows: (d_rows, None))
+
+
+def _operands(case: Case, programs: dict[str, Any], given: Inputs):
+    """Tokens, weights and choices; the experts' rows, as they arrived, and the handle."""
     place = NamedSharding(programs["mesh"], SPLIT)
     operands = [jax.device_put(a, place) for a in given[:3]]
-    y, d_x, d_w = programs["fwd+bwd"](*operands, operands[0])
-    again = programs["fwd+bwd"](*operands, operands[0])
+    rows, _, handle = programs["dispatch"](*operands)
+    if isinstance(rows, StraightThrough):
+        rows = jax.jit(lambda numbers: dequantize(numbers, jnp.bfloat16))(rows.numbers)
+    return operands, rows, handle
+
+
+def _measure(case: Case, programs: dict[str, Any], given: Inputs, model: ModelConfig, quick: bool):
+    operands, rows, handle = _operands(case, programs, given)
+    more = rows if case.dispatch_format == "fp8" else operands[1]
+    y, d_x, d_w, _ = programs["fwd+bwd"](*operands, more, operands[0])
+    again = programs["fwd+bwd"](*operands, more, operands[0])
     same = all(bool((a == b).all()) for a, b in zip((y, d_x, d_w), again))
     # Experts that change nothing: each token comes back times the sum of its gate weights.
     want = np.asarray(given.x[:64], np.float32) * np.asarray(given.weights[:64].sum(1)[:, None])
@@ -205,12 +259,11 @@ def _measure(case: Case, programs: dict[str, Any], given: Inputs, model: ModelCo
         np.linalg.norm(np.asarray(got[:64], np.float32) - want) / np.linalg.norm(want)
         for got in (y, d_x)
     )
-    rows, _, handle = programs["dispatch"](*operands)
     took = {
         "dispatch": seconds_of(programs["dispatch"], *operands, quick=quick),
         "combine": seconds_of(programs["combine"], rows, handle, quick=quick),
-        "both": seconds_of(programs["both"], *operands, quick=quick),
-        "fwd+bwd": seconds_of(programs["fwd+bwd"], *operands, operands[0], quick=quick),
+        "both": seconds_of(programs["both"], *operands, more, quick=quick),
+        "fwd+bwd": seconds_of(programs["fwd+bwd"], *operands, more, operands[0], quick=quick),
     }
     dim = model.hidden_size
     out = 2 * dim if case.dispatch_format == "none" else dim + dim // 128 * 4

@@ -34,13 +34,14 @@ class Options:
     devices: list[int] = field(default_factory=list)
 
 
-def begin(options: Options) -> None:
-    """Sets JAX up, before its first use."""
-    if options.virtual:
+def begin(virtual: int = 0, cache: str = "") -> None:
+    """Sets JAX up, before its first use: virtual CPU devices, a folder for compiled programs."""
+    if virtual:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", options.virtual)
-    if options.cache:
-        jax.config.update("jax_compilation_cache_dir", options.cache)
+        jax.config.update("jax_num_cpu_devices", virtual)
+        jax.config.update("jax_disable_most_optimizations", True)  # to compile takes the time
+    if cache:
+        jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

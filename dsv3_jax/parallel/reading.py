@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.kernels.fused.api import quantize_rows
-from dsv3_jax.kernels.peers.api import gather_rows, return_rows
+from dsv3_jax.kernels.peers.api import gather_rows, return_rows, sum_slots_backward
 from dsv3_jax.parallel.grouping import Groups
 from dsv3_jax.parallel.hops import Hop, needs
 from dsv3_jax.quantization.block_scaled import BlockScaled, StraightThrough, dequantize
@@ -59,6 +59,23 @@ class Reading:
         """The same for numbers with scales. These are few: a collective and XLA move them."""
         scales = jnp.take(self.of_all(x.scales), places.source, axis=0, mode="fill", fill_value=0)
         return BlockScaled(self.gather(x.values, places), scales, x.tile)
+
+    def of_each(self, x: Float[Array, "R D"], places: "Places") -> Float[Array, "NR D"]:
+        """The rows of all peers that have slots here, once each, and unspecified rows between.
+
+        By way of FP8, if that is the hop's format.
+        """
+        everyone = places.slots.shape[0]
+        asked = (places.slots < places.source.shape[0]).any(axis=1, keepdims=True)
+        once = jnp.where(asked, jnp.arange(everyone, dtype=jnp.int32)[:, None], everyone)
+        take = functools.partial(
+            gather_rows, slots=once, free=jnp.zeros((1, 2), jnp.int32), num_rows=everyone
+        )
+        if not self.quantize:
+            return take(x, **self._options)
+        numbers = quantize_rows(x, "ue8m0")
+        values, scales = take(numbers.values, **self._options), self.of_all(numbers.scales)
+        return dequantize(BlockScaled(values, scales, numbers.tile), x.dtype)
 
     def sum_back(self, rows, weights, places: "Places"):
         """`kernels.peers.return_rows` along this hop."""
@@ -143,12 +160,8 @@ def _return_fwd(rows, weights, places, reading):
 
 def _return_bwd(reading: Reading, residuals, d_y):
     rows, weights, places = residuals
-    d_sums = _taken(d_y, places, reading).astype(jnp.float32)
-    of_row = jnp.zeros_like(weights, shape=rows.shape[0])
-    of_row = of_row.at[places.slots].set(weights, mode="drop")
-    d_weight = jnp.sum(rows.astype(jnp.float32) * d_sums, axis=1)
-    d_weights = d_weight.at[places.slots].get(mode="fill", fill_value=0)
-    d_rows = (d_sums * of_row[:, None]).astype(rows.dtype)
+    d_sums = reading.of_each(d_y, places)
+    d_rows, d_weights = sum_slots_backward(rows, d_sums, weights, places.slots, places.free)
     return d_rows, d_weights.astype(weights.dtype), _no_gradient(places)
 
 

@@ -53,7 +53,7 @@ def gathered(implementation, x, slots):
     where = [(pallas_gpu.Peers(PEERS, me=me), slots[me], free[me]) for me in range(PEERS)]
     return np.stack(
         [
-            pallas_gpu.gather_from(peers, x, jnp.asarray(s), jnp.asarray(f), SLOTS, 1)
+            pallas_gpu.gather_from(peers, x, jnp.asarray(s), jnp.asarray(f), SLOTS, 1, 1)
             for peers, s, f in where
         ]
     )
@@ -125,6 +125,31 @@ def test_results_come_back_summed(implementation, weighted, rng, running, places
             )
     error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
     assert error < 4e-3  # rounded to BF16 on the way, and once more
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_gradients_of_sums_reach_rows_and_weights(implementation, rng, running, places):
+    slots = places[0][0]
+    rows = jnp.asarray(rng.normal(size=(SLOTS, DIM)), jnp.bfloat16)
+    weights = jnp.asarray(rng.normal(size=slots.shape), jnp.float32)
+    d_sums = jnp.asarray(rng.normal(size=(len(slots), DIM)), jnp.bfloat16)
+    # What has no slot is not read.
+    d_sums = jnp.where((slots < SLOTS).any(1, keepdims=True), d_sums, jnp.nan)
+    with running(implementation):
+        d_rows, d_weights = api.sum_slots_backward(
+            rows, d_sums, weights, jnp.asarray(slots), jnp.asarray(FREE, jnp.int32)
+        )
+    there = slots < SLOTS
+    token = np.nonzero(there)[0]
+    taken = np.asarray(d_sums, np.float64)[token]
+    want = np.asarray(taken * np.asarray(weights)[there][:, None], jnp.bfloat16)
+    d_rows = np.asarray(d_rows)
+    np.testing.assert_array_equal(d_rows[slots[there]], want)
+    for first, end in FREE:
+        assert not d_rows[first:end].any()
+    products = (np.asarray(rows, np.float64)[slots[there]] * taken).sum(1)
+    np.testing.assert_allclose(np.asarray(d_weights)[there], products, rtol=1e-4, atol=1e-4)
+    assert not np.asarray(d_weights)[~there].any()
 
 
 @INTERPRETER_IS_NEWER

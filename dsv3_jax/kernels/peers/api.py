@@ -104,3 +104,30 @@ def sum_slots(
         implementation=implementation,
         dtype=jnp.dtype(dtype or rows.dtype),
     )
+
+
+def sum_slots_backward(
+    rows: Float[Array, "M D"],
+    d_sums: Float[Array, "T D"],
+    weights: Float[Array, "T K"],
+    slots: Int[Array, "T K"],
+    free: Int[Array, "E 2"],
+    *,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "M D"], Float[Array, "T K"]]:
+    """The gradients of `sum_slots` for its rows, in their dtype, and for its weights, in float32.
+
+    d_sums of a token without slots is not read. Rows from free[e, 0] to free[e, 1] are zeros, those
+    of no slot that are not free unspecified.
+    """
+    return backend.run(
+        PACKAGE,
+        "sum_slots_backward",
+        rows,
+        d_sums,
+        weights,
+        slots,
+        free,
+        order=ORDER,
+        implementation=implementation,
+    )

@@ -23,6 +23,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.kernels import hopper, manual
 from dsv3_jax.kernels.hopper import plgpu
+from dsv3_jax.kernels.peers import hopper_slots
+from dsv3_jax.kernels.peers.hopper_slots import LANES, piece_of, strided, sum_slots
 
 Axes = tuple[str, ...]
 
@@ -31,10 +33,7 @@ SUMMING = 2  # of a block that adds up
 STAGES = 8  # rows in flight of a warpgroup, at most
 MAX_BARRIERS = 32
 ROOM = 200 * 1024  # bytes of shared memory for rows
-LANES = 128  # threads of a warpgroup
-VECTOR = 4  # numbers that a thread reads at once
 BULK = 16  # bytes that a bulk copy's size is a multiple of
-WIDEST = 4096  # channels of a row that are added up at once
 
 
 class Peers(NamedTuple):
@@ -104,7 +103,11 @@ def gather_rows(
     multiprocessors: int,
 ) -> Array:
     """The rows of all peers at their slots; see `api.gather_rows`."""
-    return gather_from(_peers(axes, x), x, slots, free, num_rows, multiprocessors)
+    at_home = max(hopper.multiprocessors() - multiprocessors, 1)
+    return gather_from(_peers(axes, x), x, slots, free, num_rows, multiprocessors, at_home)
+
+
+sum_slots_backward = hopper_slots.sum_slots_backward
 
 
 def return_rows(
@@ -130,20 +133,30 @@ def gather_from(
     free: Int[Array, "E 2"],
     num_rows: int,
     multiprocessors: int,
+    at_home: int,
 ) -> Array:
-    """`gather_rows` from these peers."""
+    """`gather_rows` from these peers: of the grid's blocks the first ones read from others.
+
+    `at_home` more copy this device's own rows and write the zeros. They wait for nobody, and are
+    through long before the first ones are.
+    """
     items, per_row = slots.shape
     rows, dim = items // peers.size, x.shape[-1]
     stages = min(STAGES, ROOM // (_row_bytes(x) * WARPGROUPS))
     if stages < 2:
         raise NotImplementedError(f"rows of {_row_bytes(x)} bytes do not fit into shared memory")
-    workers = multiprocessors * WARPGROUPS
+    others = peers.size - 1
+    readers, copiers = multiprocessors * WARPGROUPS, at_home * WARPGROUPS
     x, slots, free = manual.vary((x, slots, free))
     wanted = (slots < num_rows).any(axis=1).astype(jnp.int32)
 
     def kernel(x_ref, wanted_ref, slots_ref, free_ref, out, ring, zeros, arrived, *done):
-        worker = lax.axis_index("block") * WARPGROUPS + lax.axis_index("warpgroup")
-        me = peers.index()
+        block, me = lax.axis_index("block"), peers.index()
+        reads = block < multiprocessors
+        first = lax.select(reads, block, block - multiprocessors) * WARPGROUPS
+        worker = first + lax.axis_index("warpgroup")
+        workers = lax.select(reads, jnp.int32(readers), jnp.int32(copiers))
+        count = lax.select(reads, jnp.int32(rows * others), jnp.int32(rows))
 
         def place(step):
             return lax.axis_index("warpgroup") * stages + lax.rem(step, jnp.int32(stages))
@@ -152,10 +165,11 @@ def gather_from(
             """The peer whose row this step takes, its place there, and whether there is one."""
             item = step * workers + worker
             # Of a multiple of the peers every warpgroup would have one peer's rows only.
-            turn = item + step if workers % peers.size == 0 else item
+            turn = item + step if readers % others == 0 else item
+            turn = lax.select(reads, lax.rem(turn, jnp.int32(others)) + 1, jnp.int32(0))
+            row = lax.select(reads, lax.div(item, jnp.int32(others)), item)
             peer = lax.rem(me + turn, jnp.int32(peers.size))
-            row = lax.min(lax.div(item, jnp.int32(peers.size)), jnp.int32(rows - 1))
-            return peer, row, item < items
+            return peer, lax.min(row, jnp.int32(rows - 1)), item < count
 
         def is_wanted(step):
             peer, row, there = source_of(step)
@@ -177,9 +191,9 @@ def gather_from(
         for step in range(stages):
             pl.when(is_wanted(step))(functools.partial(fetch, jnp.int32(step)))
 
-        @pl.when(lax.axis_index("warpgroup") == 0)
+        @pl.when(jnp.logical_not(reads) & (lax.axis_index("warpgroup") == 0))
         def _():
-            _clear(zeros, out, free_ref, lax.axis_index("block"), multiprocessors)
+            _clear(zeros, out, free_ref, block - multiprocessors, at_home)
 
         def take(step, known):
             fetch_next, *slots_now = known
@@ -198,15 +212,18 @@ def gather_from(
             pl.when(fetch_next)(lambda: fetch(step - 1 + stages))
             return known
 
-        steps = pl.cdiv(items, workers)
-        lax.fori_loop(0, steps, take, [jnp.bool_(False), *slots_of(0)])
+        steps = lax.div(count + workers - 1, workers)
+        lax.fori_loop(jnp.int32(0), steps, take, [jnp.bool_(False), *slots_of(jnp.int32(0))])
         plgpu.wait_smem_to_gmem(0)
-        peers.leave_together(done, WARPGROUPS)
+
+        @pl.when(reads)
+        def _():
+            peers.leave_together(done, WARPGROUPS)
 
     out = plgpu.kernel(
         kernel,
         out_type=manual.result((num_rows, dim), x.dtype, slots),
-        grid=(multiprocessors,),
+        grid=(multiprocessors + at_home,),
         grid_names=("block",),
         num_threads=WARPGROUPS,
         thread_name="warpgroup",
@@ -221,46 +238,6 @@ def gather_from(
     return manual.vary(out, slots)
 
 
-def sum_slots(
-    rows: Float[Array, "M D"],
-    weights: Float[Array, "T K"] | None,
-    slots: Int[Array, "T K"],
-    *,
-    dtype: Any,
-) -> Float[Array, "T D"]:
-    """The weighted sum of each token's rows; see `api.sum_slots`. A block has a token's piece."""
-    hopper.require()
-    num_rows, dim = rows.shape
-    tokens, per_token = slots.shape
-    piece = _piece(dim)
-    layout = _strided(piece)
-    if weights is None:
-        weights = jnp.ones(slots.shape, jnp.float32)
-    rows, weights, slots = manual.vary((rows, weights.astype(jnp.float32), slots))
-
-    def kernel(rows_ref, weights_ref, slots_ref, out):
-        token = lax.axis_index("token")
-        columns = pl.ds(lax.axis_index("piece") * piece, piece)
-        total = plgpu.layout_cast(jnp.zeros((piece,), jnp.float32), layout)
-        for k in range(per_token):
-            slot = slots_ref[token, k]
-
-            def add(total, slot=slot, k=k):
-                row = plgpu.load(rows_ref.at[slot, columns], layout=layout, optimized=False)
-                return total + row.astype(jnp.float32) * weights_ref[token, k]
-
-            total = lax.cond(slot < num_rows, add, lambda total: total, total)
-        out[token, columns] = total.astype(out.dtype)
-
-    out = plgpu.kernel(
-        kernel,
-        out_type=manual.result((tokens, dim), dtype, rows),
-        grid=(tokens, dim // piece),
-        grid_names=("token", "piece"),
-    )(rows, weights, slots)
-    return manual.vary(out, rows)
-
-
 def sum_from(
     peers: Peers,
     partial: Float[Array, "*all NR D"],
@@ -273,8 +250,8 @@ def sum_from(
     `partial` is this device's array; without axes, where Peers only counts, that of all of them.
     """
     rows, dim = needed.shape[0], partial.shape[-1]
-    piece = _piece(dim)
-    pieces, layout = dim // piece, _strided(piece)
+    piece = piece_of(dim)
+    pieces, layout = dim // piece, strided(piece)
     stage_bytes = peers.size * piece * partial.dtype.itemsize
     stages = min(STAGES, MAX_BARRIERS // SUMMING, ROOM // (stage_bytes * SUMMING))
     if stages < 2:
@@ -371,18 +348,6 @@ def _clear(zeros, out, free_ref, block, blocks: int) -> None:
 
 def _row_bytes(part: Any) -> int:
     return part.shape[-1] * part.dtype.itemsize
-
-
-def _piece(dim: int) -> int:
-    """Channels of a row that a warpgroup adds up at once."""
-    unit = LANES * VECTOR
-    if dim % unit:
-        raise NotImplementedError(f"{dim=} must be a multiple of {unit}")
-    return max(c for c in range(unit, min(dim, WIDEST) + 1, unit) if dim % c == 0)
-
-
-def _strided(piece: int) -> Any:
-    return plgpu.Layout.WG_STRIDED((piece,), vec_size=VECTOR)
 
 
 def _peers(axes: Axes, x: Any) -> Peers:

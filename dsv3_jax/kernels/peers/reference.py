@@ -65,3 +65,23 @@ def sum_slots(
     for k in range(1, slots.shape[1]):
         total += entry(k)
     return total.astype(dtype)
+
+
+def sum_slots_backward(
+    rows: Float[Array, "M D"],
+    d_sums: Float[Array, "T D"],
+    weights: Float[Array, "T K"],
+    slots: Int[Array, "T K"],
+    free: Int[Array, "E 2"],
+) -> tuple[Float[Array, "M D"], Float[Array, "T K"]]:
+    """The gradients of rows, zeros where no slot is, and weights; see `api.sum_slots_backward`."""
+    del free
+    num_rows, tokens = rows.shape[0], slots.shape[0]
+    token = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32)[:, None], slots.shape)
+    source = jnp.full(num_rows, tokens, jnp.int32).at[slots].set(token, mode="drop")
+    weight = jnp.zeros_like(weights, jnp.float32, shape=num_rows)
+    weight = weight.at[slots].set(weights.astype(jnp.float32), mode="drop")
+    d_sum = jnp.take(d_sums, source, axis=0, mode="fill", fill_value=0).astype(jnp.float32)
+    d_weight = jnp.sum(rows.astype(jnp.float32) * d_sum, axis=1)
+    d_weights = d_weight.at[slots].get(mode="fill", fill_value=0)
+    return (d_sum * weight[:, None]).astype(rows.dtype), d_weights
