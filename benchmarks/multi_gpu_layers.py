@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import kernel_classes
 from benchmarks.multi_gpu_timing import Options, compile_all, failure, seconds_of
 from dsv3_jax import cli
 from dsv3_jax.config import (
@@ -23,6 +24,7 @@ from dsv3_jax.config import (
 )
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.moe import MoE
+from dsv3_jax.model.step_weights import made_for_step, with_made
 from dsv3_jax.parallel.mesh import batch_sharding, make_mesh
 from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.quantization.recipe import RECIPES
@@ -37,7 +39,7 @@ SLICE = Path(__file__).parent.parent / "configs" / "h200_slice.py"
 def moe_layer(options: Options) -> None:
     """Router, dispatch, experts in FP8, combine and the shared expert, forward and with backward.
 
-    Weights are the f32 masters of training: what quantises them is in the times.
+    The experts' FP8 numbers are made beforehand, as a step makes them once for all its products.
     """
     quick, devices = bool(options.virtual), len(jax.devices())
     model = ModelConfig(dtype="bfloat16")
@@ -55,11 +57,14 @@ def moe_layer(options: Options) -> None:
             print(f"{name} {failure(programs)}", flush=True)
             continue
         flops = 6 * tokens * choices * model.hidden_size * width  # a GPU
-        said = ""
+        said, spent, operands = "", [], programs[2]()
         for program, times in zip(programs[:2], (1, 3)):
-            seconds = seconds_of(program, *programs[2](), quick=quick)
+            seconds = seconds_of(program, *operands, quick=quick)
             said += f"  {1e3 * seconds:8.3f} ms ({times * flops / seconds / 1e12:6.1f})"
-        print(f"{name}{said}", flush=True)
+            found = kernel_classes.kernels(partial(program, *operands), program.as_text(), calls=4)
+            classes = kernel_classes.classed(found).items()
+            spent.append(", ".join(f"{k} {row.ms / devices:.2f}" for k, row in classes))
+        print(f"{name}{said}", *("   ms of a GPU: " + each for each in spent), sep="\n", flush=True)
 
 
 def _layer_programs(transport: str, tokens: int, model: ModelConfig, devices: int):
@@ -82,12 +87,22 @@ def _layer_programs(transport: str, tokens: int, model: ModelConfig, devices: in
     shapes = jax.tree_util.tree_map_with_path(placed, shapes)
     x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding("batch"))
 
-    def forward(variables, x):
-        return module.apply(variables, x)[0]
+    # Each device makes the numbers of its experts; the shared one's are made where it multiplies.
+    spec = layout.spec("expert")
+    make = jax.jit(layout.shard_map(_made, (spec,), spec))
+    made = jax.tree_util.tree_map_with_path(
+        placed, {"experts": make.eval_shape(shapes["params"]["experts"])}
+    )["experts"]
 
-    def and_back(variables, x):
+    def forward(variables, made, x):
+        params = variables["params"]
+        params = params | {"experts": with_made(params["experts"], made)}
+        return module.apply({**variables, "params": params}, x)[0]
+
+    def and_back(variables, made, x):
         y, pull_back = jax.vjp(
-            lambda params, x: forward({**variables, "params": params}, x), variables["params"], x
+            lambda params, x: forward({**variables, "params": params}, made, x),
+            *(variables["params"], x),
         )
         return y, *pull_back(y)
 
@@ -99,10 +114,18 @@ def _layer_programs(transport: str, tokens: int, model: ModelConfig, devices: in
             return tree.unflatten(drawn)
 
         places = jax.tree.map(lambda a: a.sharding, (shapes, x))
-        return jax.jit(draw, out_shardings=places)(jax.random.key(1))
+        variables, tokens = jax.jit(draw, out_shardings=places)(jax.random.key(1))
+        return variables, make(variables["params"]["experts"]), tokens
 
-    compiled = [jax.jit(f).lower(shapes, x).compile() for f in (forward, and_back)]
+    compiled = [jax.jit(f).lower(shapes, made, x).compile() for f in (forward, and_back)]
     return *compiled, operands
+
+
+def _made(experts: Any) -> Any:
+    """What a step makes of the experts' weights for its products."""
+    layer = {"mtp_0": {"block": {"mlp": {"experts": experts}}}}  # without a dim of layers
+    made = made_for_step(layer, RECIPES["fp8_paper"], jnp.bfloat16)
+    return made["mtp_0"]["block"]["mlp"]["experts"]
 
 
 class Run(NamedTuple):

@@ -27,10 +27,10 @@ from dsv3_jax.model.fp8_operands import (
     Activation,
     filled,
     keep_activation_input,
-    quantize_filled,
     quantize_gradient,
     quantize_input,
     quantize_saved,
+    quantize_weight,
     unpacked,
 )
 from dsv3_jax.model.remat import named_product
@@ -185,7 +185,7 @@ def _forward(x, weight, group_sizes, recipe, activation, arrived=None, made: Mad
     numbers, transposed, total = made or (weight, None, None)
     kept = (numbers, None) if transposed is None else (None, transposed)
     if not isinstance(numbers, BlockScaled):
-        numbers = quantize_filled(numbers, recipe.weight)
+        numbers, _ = quantize_weight(numbers, recipe.weight)
     y = _multiply(quantized, numbers, group_sizes)
     y = named_product(y[:, : weight.shape[-2]].astype(x.dtype), weight.shape)
     saved = x if arrived is None else quantized
@@ -220,7 +220,7 @@ def _gradients(
     # Dgrad
     if transposed is None:
         scaled = isinstance(weight, BlockScaled)
-        transposed = (weight if scaled else quantize_filled(weight, recipe.weight)).mT
+        transposed = weight.mT if scaled else quantize_weight(weight, recipe.weight)[1]
     d_input = _multiply(by_token, transposed, group_sizes)
     d_input = d_input[:, :inputs].astype(like.dtype)
     # Wgrad

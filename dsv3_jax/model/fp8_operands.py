@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from dsv3_jax.kernels.fused.api import (
+    quantize_blocks,
     quantize_both_ways,
     quantize_rows,
     quantize_transposed,
@@ -21,6 +22,7 @@ from dsv3_jax.kernels.fused.api import (
 from dsv3_jax.model.activation import swiglu
 from dsv3_jax.quantization import e5m6
 from dsv3_jax.quantization.block_scaled import (
+    PER_BLOCK,
     PER_CHANNEL,
     PER_TOKEN,
     BlockScaled,
@@ -101,6 +103,14 @@ def quantize_saved(
 def _halves_are_whole(x, activation: Activation | None) -> bool:
     """Whether gate and up, laid side by side, are whole tiles that the fused SwiGLU can read."""
     return activation is swiglu and x.shape[-1] % TILE == 0
+
+
+def quantize_weight(weight: Any, form: TileFormat) -> tuple[BlockScaled, BlockScaled]:
+    """What Fprop reads of a weight, and what Dgrad does, from one read of it."""
+    if form.tile == PER_BLOCK:
+        return quantize_blocks(filled(weight, TILE, TILE), form.scale_format)
+    numbers = quantize_filled(weight, form)
+    return numbers, numbers.mT
 
 
 def quantize_filled(x, form: TileFormat, columns: int = TILE) -> BlockScaled:
