@@ -177,8 +177,9 @@ def _linear(x, weight, group_sizes, recipe, activation, arrived=None, made=None)
 
 def _forward(x, weight, group_sizes, recipe, activation, arrived=None, made: Made = None):
     """`arrived` are the numbers of x if they were quantised before; x then has their gradient."""
+    used = _used(group_sizes)
     if arrived is None:
-        quantized = quantize_input(x, activation, recipe.input)
+        quantized = quantize_input(x, activation, recipe.input, used)
     else:
         values = jnp.pad(arrived.values, [(0, 0), (0, -x.shape[1] % TILE)])
         quantized = BlockScaled(values, arrived.scales, arrived.tile)
@@ -190,7 +191,7 @@ def _forward(x, weight, group_sizes, recipe, activation, arrived=None, made: Mad
     y = named_product(y[:, : weight.shape[-2]].astype(x.dtype), weight.shape)
     saved = x if arrived is None else quantized
     if recipe.saved_input == "quantized":
-        saved = quantized if activation is None else keep_activation_input(x, recipe.input)
+        saved = quantized if activation is None else keep_activation_input(x, recipe.input, used)
     elif recipe.saved_input == "e5m6" and arrived is None:
         saved = e5m6.encode(filled(x.reshape(len(x), -1), 1, e5m6.PACKET))
     # dtypes and shapes travel as arrays that nobody reads: residuals are arrays.
@@ -200,10 +201,8 @@ def _forward(x, weight, group_sizes, recipe, activation, arrived=None, made: Mad
 
 def _backward(recipe, activation, residuals, dy):
     saved, like, *_, group_sizes, _ = residuals
-    outputs = dy.shape[1]
-    d_input, d_weight = _gradients(
-        recipe, activation, residuals, quantize_gradient(dy, recipe), outputs
-    )
+    d_output = quantize_gradient(dy, recipe, _used(group_sizes))
+    d_input, d_weight = _gradients(recipe, activation, residuals, d_output, dy.shape[1])
     d_input = d_input[: dy.shape[0]]
     if activation is not None:
         d_input = jax.vjp(activation, unpacked(saved, like, like.dtype))[1](d_input)[0]
@@ -224,7 +223,7 @@ def _gradients(
     d_input = _multiply(by_token, transposed, group_sizes)
     d_input = d_input[:, :inputs].astype(like.dtype)
     # Wgrad
-    kept = quantize_saved(saved, like, activation, recipe)
+    kept = quantize_saved(saved, like, activation, recipe, _used(group_sizes))
     whole = by_channel.shape[0], kept.shape[0]
     if total is not None and total.matrix == whole:
         if group_sizes is None:
@@ -241,6 +240,11 @@ def _gradients(
         return d_input, d_weight.astype(like_weight.dtype)
     total.put(d_weight)
     return d_input, None
+
+
+def _used(group_sizes: Any) -> Array | None:
+    """The rows that belong to groups, of those that there is room for; None: all."""
+    return None if group_sizes is None else group_sizes.sum(dtype=jnp.int32)
 
 
 def _no_gradient(group_sizes: Any) -> Any:
@@ -265,13 +269,13 @@ def _feed_forward_fwd(x, gate_up, down, group_sizes, recipes, arrived=None, made
 def _feed_forward_bwd(recipes, residuals, dy):
     wide, narrow = residuals
     kept, like, *_, group_sizes, _ = narrow
-    d_activated, d_down = _gradients(
-        recipes[1], swiglu, narrow, quantize_gradient(dy, recipes[1]), dy.shape[1]
-    )
+    used = _used(group_sizes)
+    d_output = quantize_gradient(dy, recipes[1], used)
+    d_activated, d_down = _gradients(recipes[1], swiglu, narrow, d_output, dy.shape[1])
     # Rows that filled dy up to whole tiles are zeros, and fill the gradient of SwiGLU as well.
     kept = filled(kept, TILE, 1)
     d_hidden = swiglu_backward_quantize(
-        kept, filled(d_activated, TILE, 1), recipes[0].dgrad.scale_format
+        kept, filled(d_activated, TILE, 1), recipes[0].dgrad.scale_format, used=used
     )
     width = 2 * like.shape[-1]
     dx, d_gate_up = _gradients(recipes[0], None, wide, d_hidden, width)

@@ -39,20 +39,22 @@ Activation = Callable[[Array], Array]
 TILE = 128
 
 
-def quantize_input(x, activation: Activation | None, form: TileFormat) -> BlockScaled:
-    """What Fprop reads: activation(x) quantised."""
+def quantize_input(
+    x, activation: Activation | None, form: TileFormat, used: Array | None = None
+) -> BlockScaled:
+    """What Fprop reads: activation(x) quantised, of the first `used` rows at least."""
     if form.tile == PER_TOKEN:
         if activation is None:
-            return quantize_rows(filled(x, 1, TILE), form.scale_format)
+            return quantize_rows(filled(x, 1, TILE), form.scale_format, used=used)
         if _halves_are_whole(x, activation):
-            return swiglu_quantize(x.reshape(len(x), -1), form.scale_format)
+            return swiglu_quantize(x.reshape(len(x), -1), form.scale_format, used=used)
     return quantize_filled(x if activation is None else activation(x), form)
 
 
-def keep_activation_input(x, form: TileFormat) -> BlockScaled:
+def keep_activation_input(x, form: TileFormat, used: Array | None = None) -> BlockScaled:
     """An activation's input [T, 2, F], kept in FP8 from the forward to the backward pass."""
     if form.tile == PER_TOKEN and x.shape[-1] % TILE == 0:
-        return quantize_rows(x.reshape(len(x), -1), form.scale_format)
+        return quantize_rows(x.reshape(len(x), -1), form.scale_format, used=used)
     return quantize(x, *astuple(form))
 
 
@@ -69,18 +71,24 @@ def unpacked(saved: Any, like: Array, dtype: Any) -> Any:
     return x[..., : like.shape[-1]]
 
 
-def quantize_gradient(dy, recipe: LinearRecipe) -> tuple[BlockScaled, BlockScaled]:
+def quantize_gradient(
+    dy, recipe: LinearRecipe, used: Array | None = None
+) -> tuple[BlockScaled, BlockScaled]:
     """The output's gradient for Dgrad, quantised along channels, and for Wgrad, along tokens."""
     dgrad, wgrad = recipe.dgrad, recipe.wgrad
     one_read = (dgrad.tile, wgrad.tile) == (PER_TOKEN, PER_CHANNEL)
     if one_read and dgrad.scale_format == wgrad.scale_format:
-        return quantize_both_ways(filled(dy, TILE, TILE), dgrad.scale_format)
+        return quantize_both_ways(filled(dy, TILE, TILE), dgrad.scale_format, used=used)
     by_channel = split_tiles(quantize_filled(dy, dgrad), PER_TOKEN)
     return by_channel, quantize_filled(dy, wgrad, columns=8).mT
 
 
 def quantize_saved(
-    saved: Any, like: Array, activation: Activation | None, recipe: LinearRecipe
+    saved: Any,
+    like: Array,
+    activation: Activation | None,
+    recipe: LinearRecipe,
+    used: Array | None = None,
 ) -> BlockScaled:
     """The product's input for Wgrad, transposed and quantised along tokens."""
     form = recipe.wgrad
@@ -89,12 +97,12 @@ def quantize_saved(
     if form.tile == PER_CHANNEL:
         kept = isinstance(saved, BlockScaled)
         if activation is None and not (kept and saved.tile != PER_TOKEN):
-            return quantize_transposed(filled(saved, TILE, TILE), form.scale_format)
+            return quantize_transposed(filled(saved, TILE, TILE), form.scale_format, used=used)
         # A block-scaled SwiGLU input is taken for bfloat16 numbers.
         in_bf16 = like.dtype == jnp.bfloat16 and _halves_are_whole(like, activation)
         if kept and saved.ndim == 2 and in_bf16:
             saved = filled(saved, TILE, 1)
-            return swiglu_quantize(saved, form.scale_format, transposed=True)
+            return swiglu_quantize(saved, form.scale_format, transposed=True, used=used)
     # f32 is the exact form for quantising again; an activation is computed in the model's dtype.
     x = unpacked(saved, like, jnp.float32 if activation is None else like.dtype)
     return quantize_filled(x if activation is None else activation(x), form, columns=8).mT

@@ -50,6 +50,37 @@ def test_one_read_gives_both_directions(implementation, rng, running):
     assert_same(out, (quantize(x, PER_TOKEN), quantize(x.mT, PER_TOKEN)))
 
 
+@INTERPRETER_IS_NEWER
+@pytest.mark.parametrize("op", ["rows", "both_ways", "transposed", "swiglu", "swiglu_backward"])
+def test_rows_in_use_are_quantised_and_no_tile_beyond_them(op, rng, running):
+    rows, used = 384, 130  # a tile, and two rows of the next
+    gate_up = quantize(normal(rng, rows, 256).astype(jnp.bfloat16), PER_TOKEN)
+    x = normal(rng, rows, 128).astype(jnp.bfloat16)
+    quantise = {
+        "rows": (api.quantize_rows, x),
+        "both_ways": (api.quantize_both_ways, x),
+        "transposed": (api.quantize_transposed, x),
+        "swiglu": (partial(api.swiglu_quantize, transposed=True), gate_up),
+        "swiglu_backward": (api.swiglu_backward_quantize, gate_up, x),
+    }[op]
+    with running("pallas_gpu"):
+        function = partial(quantise[0], implementation="pallas_gpu")
+        some = function(*quantise[1:], used=jnp.int32(used))
+        every = function(*quantise[1:])
+    for got, wanted in zip(jax.tree.leaves(some), jax.tree.leaves(every), strict=True):
+        got, wanted = (np.asarray(a, np.float32) for a in (got, wanted))
+        for dim in (0, 1):  # where the tokens are: one by one, or a scale for 128
+            if got.shape[dim] in (rows, rows // 128):
+                made = used if got.shape[dim] == rows else 2
+                got, wanted = np.moveaxis(got, dim, 0), np.moveaxis(wanted, dim, 0)
+                np.testing.assert_array_equal(got[:made], wanted[:made])
+                if jax.default_backend() != "gpu":  # there it is what memory held
+                    assert np.isnan(got[256 if made == used else 2 :]).all()
+                break
+        else:
+            raise AssertionError(got.shape)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "shape, dtype, scale_format",

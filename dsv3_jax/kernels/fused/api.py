@@ -2,7 +2,8 @@
 
 Letters: T tokens, D channels, F expert hidden, E experts, K experts of a token. Values are E4M3 in
 1x128 tiles, what a GEMM reads as its first operand; their scales lie rows last in memory, as the
-GPU kernels want them.
+GPU kernels want them. Of rows that are grouped by expert, with room for more, the first `used` are
+quantised, up to whole tiles; what the result has for others is unspecified.
 """
 
 from jaxtyping import Array, Float, Int
@@ -25,12 +26,18 @@ def quantize_rows(
     x: Float[Array, "T D"],
     scale_format: ScaleFormat = "f32",
     *,
+    used: Int[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> BlockScaled:
     """x quantised per token, [T, D] in 1x128 tiles."""
     cut = Cut(BY_TOKEN[:1], BY_TOKEN, {"t": 1, "d": 128})
     return _run(
-        "quantize_rows", x, implementation=implementation, cut=cut, scale_format=scale_format
+        "quantize_rows",
+        x,
+        implementation=implementation,
+        cut=cut,
+        used=used,
+        scale_format=scale_format,
     )
 
 
@@ -38,6 +45,7 @@ def quantize_both_ways(
     x: Float[Array, "T D"],
     scale_format: ScaleFormat = "f32",
     *,
+    used: Int[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> tuple[BlockScaled, BlockScaled]:
     """x quantised per token, and x.T [D, T] quantised along tokens, both from one read.
@@ -47,7 +55,12 @@ def quantize_both_ways(
     """
     cut = Cut((BY_TOKEN[0],), (*BY_TOKEN, *BY_CHANNEL), TILES)
     return _run(
-        "quantize_both_ways", x, implementation=implementation, cut=cut, scale_format=scale_format
+        "quantize_both_ways",
+        x,
+        implementation=implementation,
+        cut=cut,
+        used=used,
+        scale_format=scale_format,
     )
 
 
@@ -75,6 +88,7 @@ def quantize_transposed(
     x: Float[Array, "T D"] | BlockScaled,
     scale_format: ScaleFormat = "f32",
     *,
+    used: Int[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> BlockScaled:
     """x.T [D, T] quantised along tokens; x may have been quantised along channels before.
@@ -85,7 +99,12 @@ def quantize_transposed(
         _check_per_token(x)
     cut = Cut(BY_TOKEN if isinstance(x, BlockScaled) else BY_TOKEN[:1], BY_CHANNEL, TILES)
     return _run(
-        "quantize_transposed", x, implementation=implementation, cut=cut, scale_format=scale_format
+        "quantize_transposed",
+        x,
+        implementation=implementation,
+        cut=cut,
+        used=used,
+        scale_format=scale_format,
     )
 
 
@@ -94,6 +113,7 @@ def swiglu_quantize(
     scale_format: ScaleFormat = "f32",
     *,
     transposed: bool = False,
+    used: Int[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> BlockScaled:
     """silu(gate) x up quantised per token, [T, F]; gate is the first half of the channels.
@@ -110,6 +130,7 @@ def swiglu_quantize(
         gate_up,
         implementation=implementation,
         cut=cut,
+        used=used,
         scale_format=scale_format,
         transposed=transposed,
     )
@@ -120,6 +141,7 @@ def swiglu_backward_quantize(
     d_out: Float[Array, "T F"],
     scale_format: ScaleFormat = "f32",
     *,
+    used: Int[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> tuple[BlockScaled, BlockScaled]:
     """The gradient of `gate_up` for that of silu(gate) x up, as `quantize_both_ways` gives it.
@@ -137,6 +159,7 @@ def swiglu_backward_quantize(
         gate_up,
         d_out,
         implementation=implementation,
+        used=used,
         cut=Cut((*operands, BY_TOKEN[0]), results, {"t": 128}),
         scale_format=scale_format,
     )
@@ -252,6 +275,8 @@ def _check_gate_up(gate_up: Array | BlockScaled) -> None:
 
 
 def _run(op: str, *arrays, implementation: str | None, cut: Cut | None, **options):
+    if options.get("used") is not None:
+        cut = None  # rows of experts are one device's
     return backend.run(
         PACKAGE, op, *arrays, order=ORDER, implementation=implementation, cut=cut, **options
     )

@@ -28,6 +28,8 @@ from dsv3_jax.kernels.fused.hopper_quantize import (
     load_parts,
     quantize_channels,
     quantized,
+    where_used,
+    with_used,
 )
 from dsv3_jax.kernels.fused.hopper_registers import (
     CHANNELS,
@@ -51,24 +53,29 @@ def quantize_computed(
     *,
     parts: int = 1,
     by_token: bool = True,
+    used: Any = None,
 ) -> tuple[BlockScaled, ...]:
     """The source's numbers [tokens, parts * dim], turned and quantised by channel; and by token.
 
     Part i lies in columns i * dim and on. tokens and dim are multiples of 128. A block's tile waits
-    in shared memory, bfloat16, from one direction to the other.
+    in shared memory, bfloat16, from one direction to the other. Of more than `used` tokens whole
+    blocks are left out.
     """
     assert dim % 128 == 0 and tokens % 128 == 0 and PLACE.group % split.rows == 0
-    operands = manual.vary(tuple(operands))
+    operands = with_used(operands, used)
     column_tiles, width = dim // 128, parts * dim
     by_tma, by_load = source.pieces[: split.staged], source.pieces[split.staged :]
 
     def kernel(*refs):
-        *refs, tile, met, staged, arrived = refs
-        sources = [refs.pop(0) for _ in operands]
         block = lax.axis_index("block")
-        warpgroup = lax.axis_index("warpgroup")
         row = lax.div(block, jnp.int32(column_tiles)) * 128
         column = lax.rem(block, jnp.int32(column_tiles)) * 128
+        where_used(used, refs[: len(operands)], row)(lambda: of_tile(list(refs), row, column))
+
+    def of_tile(refs, row, column):
+        *refs, tile, met, staged, arrived = refs
+        sources = [refs.pop(0) for _ in operands]
+        warpgroup = lax.axis_index("warpgroup")
         if by_token:
             values, scales = refs.pop(0), refs.pop(0)
 

@@ -142,28 +142,33 @@ def quantize_tiles(
     *,
     by_token: bool = True,
     by_channel: bool = False,
+    used: Any = None,
 ) -> tuple[BlockScaled, ...]:
     """The source's numbers [tokens, dim], one part, quantised by token, and turned by channel.
 
     `by_channel` gives [dim, tokens] in tiles of 128 tokens, of which there must be whole ones.
-    `dim` is a multiple of 128, tokens at least 8.
+    `dim` is a multiple of 128, tokens at least 8. Of more than `used` tokens whole blocks are left
+    out.
     """
     assert dim % 128 == 0 and tokens >= 8 and not (by_channel and tokens % 128)
-    operands = manual.vary(tuple(operands))
+    operands = with_used(operands, used)
     width = 128 if by_token else split.turned * split.warpgroups
     column_tiles = dim // width
     rows_each = min(split.rows, tokens // 8 * 8)
     height = 128 if by_channel else rows_each * split.warpgroups
 
     def kernel(*refs):
-        refs = list(refs)
-        sources = [refs.pop(0) for _ in operands]
+        sources, refs = refs[: len(operands)], refs[len(operands) :]
         block = lax.axis_index("block")
-        warpgroup = lax.axis_index("warpgroup") if split.warpgroups > 1 else 0
         row = lax.div(block, jnp.int32(column_tiles)) * height
         column = lax.rem(block, jnp.int32(column_tiles)) * width
+        where_used(used, sources, row)(lambda: tile(sources, refs, row, column))
+
+    def tile(sources, results, row, column):
+        results = list(results)
+        warpgroup = lax.axis_index("warpgroup") if split.warpgroups > 1 else 0
         if by_token:
-            values, scales = refs.pop(0), refs.pop(0)
+            values, scales = results.pop(0), results.pop(0)
 
             @in_turn(height // (rows_each * split.warpgroups))
             def _(turn):
@@ -176,7 +181,7 @@ def quantize_tiles(
                 scales[lax.div(column, jnp.int32(128)), rows] = per_token
 
         if by_channel:
-            values, scales = refs
+            values, scales = results
             rows, each = pl.ds(row, 128), split.turned // CHANNELS
 
             @in_turn(width // (split.turned * split.warpgroups))
@@ -220,6 +225,17 @@ def quantize_tiles(
 
 # No thread reads what another has written: Pallas's barriers around every access are not needed.
 COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True)
+
+
+def with_used(operands: Sequence[Any], used: Any) -> tuple[Any, ...]:
+    """The operands of a kernel, the last being the number of rows in use if there is one."""
+    last = () if used is None else (jnp.asarray(used, jnp.int32).reshape(1),)
+    return manual.vary((*operands, *last))
+
+
+def where_used(used: Any, sources: Sequence[Any], row: Any) -> Callable[[Callable[[], None]], None]:
+    """Runs a block that begins at a row, unless no row from there on is in use."""
+    return (lambda body: body()) if used is None else pl.when(row < sources[-1][0])
 
 
 def in_turn(times: int) -> Callable[[Callable[[Any], None]], None]:

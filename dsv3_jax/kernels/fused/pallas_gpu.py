@@ -44,34 +44,36 @@ WHOLE_CHANNELS = 1024  # that the threads of a block read of a token at a time
 FREE_ROWS = 16  # that a block looks through for those without a token
 
 
-def quantize_rows(x: Float[Array, "T D"], scale_format: ScaleFormat = "f32") -> BlockScaled:
+def quantize_rows(
+    x: Float[Array, "T D"], scale_format: ScaleFormat = "f32", *, used: Any = None
+) -> BlockScaled:
     """x quantised per token; see `api.quantize_rows`."""
     rows = x.shape[0]
     x = jnp.pad(x, ((0, max(8 - rows, 0)), (0, 0)))
     tokens, dim = _require(x)
-    (out,) = quantize_tiles(PLAIN, (x,), tokens, dim, scale_format, ALONG_CHANNELS)
+    (out,) = quantize_tiles(PLAIN, (x,), tokens, dim, scale_format, ALONG_CHANNELS, used=used)
     return BlockScaled(out.values[:rows], out.scales[:rows], PER_TOKEN)
 
 
 def quantize_both_ways(
-    x: Float[Array, "T D"], scale_format: ScaleFormat = "f32"
+    x: Float[Array, "T D"], scale_format: ScaleFormat = "f32", *, used: Any = None
 ) -> tuple[BlockScaled, ...]:
     """x quantised per token, and transposed and quantised along tokens, in one read; see `api`."""
     tokens, dim = _require(x, whole_tokens=True)
-    return quantize_tiles(PLAIN, (x,), tokens, dim, scale_format, BOTH_WAYS, by_channel=True)
+    inputs = (PLAIN, (x,), tokens, dim, scale_format)
+    return quantize_tiles(*inputs, BOTH_WAYS, by_channel=True, used=used)
 
 
 def quantize_transposed(
-    x: Float[Array, "T D"] | BlockScaled, scale_format: ScaleFormat = "f32"
+    x: Float[Array, "T D"] | BlockScaled, scale_format: ScaleFormat = "f32", *, used: Any = None
 ) -> BlockScaled:
     """x transposed and quantised along tokens; see `api.quantize_transposed`."""
     scaled = isinstance(x, BlockScaled)
     tokens, dim = _require(x, True, jnp.float8_e4m3fn if scaled else jnp.bfloat16)
 
     source, operands = (KEPT, _leaves(x)) if scaled else (PLAIN, (x,))
-    (out,) = quantize_tiles(
-        source, operands, tokens, dim, scale_format, ALONG_TOKENS, by_token=False, by_channel=True
-    )
+    inputs = (source, operands, tokens, dim, scale_format)
+    (out,) = quantize_tiles(*inputs, ALONG_TOKENS, by_token=False, by_channel=True, used=used)
     return out
 
 
@@ -80,6 +82,7 @@ def swiglu_quantize(
     scale_format: ScaleFormat = "f32",
     *,
     transposed: bool = False,
+    used: Any = None,
 ) -> BlockScaled:
     """silu(gate) x up, quantised per token, or transposed; see `api.swiglu_quantize`."""
     tokens, width, operands = _halves_of(gate_up, transposed)
@@ -91,9 +94,9 @@ def swiglu_quantize(
     source = Source(_gate_and_up_pieces(gate_up), activate)
     inputs = (source, operands, tokens, width, scale_format)
     if transposed:
-        (out,) = quantize_computed(*inputs, SWIGLU_TRANSPOSED, by_token=False)
+        (out,) = quantize_computed(*inputs, SWIGLU_TRANSPOSED, by_token=False, used=used)
     else:
-        (out,) = quantize_tiles(*inputs, SWIGLU)
+        (out,) = quantize_tiles(*inputs, SWIGLU, used=used)
     return out
 
 
@@ -101,6 +104,8 @@ def swiglu_backward_quantize(
     gate_up: Float[Array, "T F2"] | BlockScaled,
     d_out: Float[Array, "T F"],
     scale_format: ScaleFormat = "f32",
+    *,
+    used: Any = None,
 ) -> tuple[BlockScaled, ...]:
     """The gradient of SwiGLU's input, quantised both ways; see `api.swiglu_backward_quantize`."""
     tokens, width, operands = _halves_of(gate_up, True)
@@ -116,7 +121,7 @@ def swiglu_backward_quantize(
     pieces = (*_gate_and_up_pieces(gate_up), Piece(len(operands)))
     source = Source(pieces, differentiate)
     inputs = (source, (*operands, d_out), tokens, width, scale_format)
-    return quantize_computed(*inputs, SWIGLU_BACKWARD, parts=2)
+    return quantize_computed(*inputs, SWIGLU_BACKWARD, parts=2, used=used)
 
 
 def rms_norm_quantize(

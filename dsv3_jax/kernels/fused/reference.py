@@ -1,4 +1,7 @@
-"""The fused quantisers in plain JAX: compute in float32, round once, quantise."""
+"""The fused quantisers in plain JAX: compute in float32, round once, quantise.
+
+All rows are made here, also those beyond the ones that are `used`.
+"""
 
 from typing import Any
 
@@ -16,13 +19,15 @@ from dsv3_jax.quantization.block_scaled import (
 )
 
 
-def quantize_rows(x: Float[Array, "T D"], scale_format: ScaleFormat = "f32") -> BlockScaled:
+def quantize_rows(
+    x: Float[Array, "T D"], scale_format: ScaleFormat = "f32", *, used: Any = None
+) -> BlockScaled:
     """x quantised per token."""
     return quantize(x, PER_TOKEN, scale_format)
 
 
 def quantize_both_ways(
-    x: Float[Array, "T D"], scale_format: ScaleFormat = "f32"
+    x: Float[Array, "T D"], scale_format: ScaleFormat = "f32", *, used: Any = None
 ) -> tuple[BlockScaled, BlockScaled]:
     """x quantised per token, and x.T quantised along tokens."""
     return quantize(x, PER_TOKEN, scale_format), quantize(x.mT, PER_TOKEN, scale_format)
@@ -37,7 +42,7 @@ def quantize_blocks(
 
 
 def quantize_transposed(
-    x: Float[Array, "T D"] | BlockScaled, scale_format: ScaleFormat = "f32"
+    x: Float[Array, "T D"] | BlockScaled, scale_format: ScaleFormat = "f32", *, used: Any = None
 ) -> BlockScaled:
     """x transposed and quantised along tokens."""
     plain = dequantize(x, jnp.float32) if isinstance(x, BlockScaled) else x
@@ -49,6 +54,7 @@ def swiglu_quantize(
     scale_format: ScaleFormat = "f32",
     *,
     transposed: bool = False,
+    used: Any = None,
 ) -> BlockScaled:
     """silu(gate) x up, quantised per token; or transposed, along tokens."""
     (gate, up), dtype = _gate_and_up(gate_up)
@@ -60,6 +66,8 @@ def swiglu_backward_quantize(
     gate_up: Float[Array, "T F2"] | BlockScaled,
     d_out: Float[Array, "T F"],
     scale_format: ScaleFormat = "f32",
+    *,
+    used: Any = None,
 ) -> tuple[BlockScaled, BlockScaled]:
     """The gradient of SwiGLU's input, quantised per token, and transposed, along tokens."""
     (gate, up), dtype = _gate_and_up(gate_up)

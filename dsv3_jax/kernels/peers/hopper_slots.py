@@ -125,7 +125,7 @@ def sum_slots_backward(
 
 
 def piece_of(dim: int) -> int:
-    """Channels of a row that a warpgroup handles at once."""
+    """Channels of a row that a warpgroup handles at once; NotImplementedError where none fit."""
     unit = LANES * VECTOR
     if dim % unit:
         raise NotImplementedError(f"{dim=} must be a multiple of {unit}")
@@ -133,4 +133,5 @@ def piece_of(dim: int) -> int:
 
 
 def strided(piece: int) -> Any:
+    """The layout of a piece in registers: side by side what neighbouring threads read."""
     return plgpu.Layout.WG_STRIDED((piece,), vec_size=VECTOR)
