@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-from benchmarks import multi_gpu_exchange, multi_gpu_layers
+from benchmarks import multi_gpu_exchange, multi_gpu_layers, multi_gpu_soak
 from benchmarks.multi_gpu_timing import Options, begin
 
 PARTS = {
@@ -26,6 +26,7 @@ PARTS = {
     "torch": (multi_gpu_exchange.torch_collectives, 60),
     "exchange": (multi_gpu_exchange.exchange, 240),
     "profile": (multi_gpu_exchange.profile, 120),
+    "soak": (multi_gpu_soak.soak, 120),
     "moe": (multi_gpu_layers.moe_layer, 300),
     "slice": (multi_gpu_layers.training, 420),
 }
