@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from dsv3_jax.config import Config, UserError
-from dsv3_jax.interop.checkpoint import Checkpoint
+from dsv3_jax.config import Config, ModelConfig, UserError
 from dsv3_jax.interop.load import LoadDType, abstract_leaves, stores_fp8
 from dsv3_jax.interop.load import load as load_checkpoint
 from dsv3_jax.model.adapters import merged, with_adapters
@@ -19,6 +19,7 @@ from dsv3_jax.model.fp8_weights import describe_weights, to_fp8_weights
 from dsv3_jax.model.placement import placed, shardings
 from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
+from dsv3_jax.quantization.block_scaled import BlockScaled, as_bytes
 from dsv3_jax.starting import Weights, read_run, with_depths_of
 from dsv3_jax.training.restore import read_state
 from dsv3_jax.training.state import abstract_adapters
@@ -50,13 +51,13 @@ def load_frozen(config: Config, weights: Weights, layout: Layout, stored: bool =
         if form == "bf16":
             variables = _in_bf16(variables)
     else:
-        wanted, as_stored = with_depths_of(ours, checkpoint), _read_as(form, checkpoint)
-        places = None
+        wanted, places = with_depths_of(ours, checkpoint), None
         if layout.has_devices:
-            places = shardings(abstract_leaves(wanted, as_stored), layout, stored=stored)
-        variables = load_checkpoint(wanted, dtype=as_stored, shardings=places)
+            places = shardings(abstract_leaves(wanted, form), layout, stored=stored)
+        raw = layout.platform == "cpu"
+        variables = load_checkpoint(wanted, dtype=form, shardings=places, as_bytes=raw)
     if form == "fp8":
-        variables = to_fp8_weights(variables, ours)
+        variables = _held_in_fp8(variables, ours, layout)
         if layout.has_devices:
             variables = jax.device_put(variables, shardings(variables, layout, stored=stored))
     log.info("the base is frozen; %s", describe_weights(variables))
@@ -74,9 +75,10 @@ def abstract_base(config: Config, weights: Weights | None, layout: Layout) -> An
         if form == "bf16":
             variables = jax.eval_shape(_in_bf16, variables)
     else:
-        variables = abstract_leaves(with_depths_of(ours, checkpoint), _read_as(form, checkpoint))
+        variables = abstract_leaves(with_depths_of(ours, checkpoint), form)
     if form == "fp8":
-        variables = jax.eval_shape(partial(to_fp8_weights, config=ours), variables)
+        held = partial(_held_in_fp8, config=ours, layout=layout)
+        variables = jax.eval_shape(held, variables)
     return placed(variables, layout, stored=lies_in_slices(layout))
 
 
@@ -95,9 +97,17 @@ def _form_of_base(config: Config, weights: Weights) -> LoadDType:
     return "f32" if ours.dtype == "float32" else "bf16"
 
 
-def _read_as(form: LoadDType, checkpoint: Checkpoint) -> LoadDType:
-    """What a base is read as: weights that are not stored in FP8 are quantised once read."""
-    return "bf16" if form == "fp8" and not stores_fp8(checkpoint) else form
+def _held_in_fp8(variables: Any, config: ModelConfig, layout: Layout) -> Any:
+    """Projections in FP8; on CPUs as bytes, as each step cuts layers from their stacks."""
+    variables = to_fp8_weights(variables, config)
+    if layout.platform != "cpu":
+        return variables
+
+    def convert(leaf: Any) -> Any:
+        is_fp8 = isinstance(leaf, BlockScaled) and leaf.dtype != np.uint8
+        return as_bytes(leaf) if is_fp8 else leaf
+
+    return jax.tree.map(convert, variables, is_leaf=lambda leaf: isinstance(leaf, BlockScaled))
 
 
 def _in_bf16(variables: Any) -> Any:

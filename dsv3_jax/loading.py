@@ -36,7 +36,7 @@ from dsv3_jax.inference.redundant_experts import measure_load, plan_places, repl
 from dsv3_jax.interop.checkpoint import is_weights_folder, open_checkpoint
 from dsv3_jax.interop.commands import Adapters, OpenedRun
 from dsv3_jax.interop.companions import RunFacts
-from dsv3_jax.interop.load import LoadDType, abstract_leaves, stores_fp8
+from dsv3_jax.interop.load import LoadDType, abstract_leaves
 from dsv3_jax.interop.load import load as load_checkpoint
 from dsv3_jax.interop.published_scales import SCALES_FILE
 from dsv3_jax.model.fp8_weights import to_fp8_weights
@@ -105,7 +105,7 @@ def _published(folder: Path, how: tuple, step: str, fp8: bool) -> Model:
     tokenizer = DataConfig(tokenizer=str(folder))
     config = Config(model=checkpoint.config_to_generate, data=tokenizer)
     layout = layout_for(config.model, *how)
-    dtype: LoadDType = "fp8" if fp8 and stores_fp8(checkpoint) else "bf16"
+    dtype: LoadDType = "fp8" if fp8 else "bf16"
     places = shardings(abstract_leaves(checkpoint, dtype), layout)
     return Model(config, layout, load_checkpoint(checkpoint, dtype=dtype, shardings=places))
 

@@ -3,11 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import infer
 import train
+from dsv3_jax.config import load_config
 from dsv3_jax.training.manifest import steps_in
+from dsv3_jax.training.restore import read_saved
+from tests.fixtures.interop.tiny import hf_tensors, write_hf
 from tests.helpers import write_small_run
 
 CONFIG = """
@@ -70,3 +74,31 @@ def test_a_run_on_a_mesh_resumes_bitwise_and_its_model_writes(config_file, tmp_p
     alone = said()
     assert infer.main([*argv, "--temperature", "0", *MESH]) == 0
     assert said() == alone and alone.count(",") == 3
+
+
+@pytest.mark.slow
+def test_a_lora_run_on_a_mesh_has_one_device_s_losses_and_resumes_bitwise(config_file, tmp_path):
+    """On a frozen base in FP8 blocks, with adapters of attention and of experts."""
+    model = load_config(config_file).model
+    weights = write_hf(tmp_path / "hf", model, hf_tensors(model, "fp8"))
+    (weights / "tokenizer.json").unlink()  # bytes, as the config says
+    argv = ["--config", config_file, "--init-from", weights, "--model.dtype", "float32"]
+    argv += ["--schedule.batch-start-ratio", 1, "--optimizer.learning-rate", 1e-2]
+    argv += ["--lora.rank", 2, "--lora.targets", "o_proj", "experts/down_proj"]
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    assert train.main([*map(str, argv), "--run-dir", str(alone)]) == 0
+    on_mesh = [*map(str, argv), "--run-dir", str(run), *MESH]
+    assert train.main(on_mesh) == 0
+    want, first = lines_of(alone), lines_of(run)
+    assert want[-1]["loss"] < want[0]["loss"] - 1e-3
+    for name in ("loss", "grad_norm"):
+        found = [[line[name] for line in lines] for lines in (first, want)]
+        np.testing.assert_allclose(*found, rtol=1e-5)
+    was = (run / "checkpoints" / "4").rename(tmp_path / "set-aside")
+    assert train.main(on_mesh) == 0
+    for line, again in zip(first, lines_of(run), strict=True):
+        assert (line["loss"], line["grad_norm"]) == (again["loss"], again["grad_norm"])
+    saved = [read_saved(step)["arrays"] for step in (was, run / "checkpoints" / "4")]
+    assert any(name.endswith("lora_a") for name in saved[0]) and saved[0].keys() == saved[1].keys()
+    for name, array in saved[0].items():
+        np.testing.assert_array_equal(array, saved[1][name])

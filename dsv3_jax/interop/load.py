@@ -24,6 +24,7 @@ from dsv3_jax.interop.safetensors import DTYPES, num_bytes
 from dsv3_jax.interop.stored import common_dtype, count_non_finite
 from dsv3_jax.interop.stream import (
     BLOCK,
+    CHUNK_BYTES,
     dequantize_rows,
     in_file_order,
     quantize_rows,
@@ -38,7 +39,8 @@ HOST_BYTES = 16 << 20
 PIECE_BYTES = 64 << 20  # of a matrix that is read at once
 ON_THE_WAY_BYTES = 4 * PIECE_BYTES  # read, and not yet written
 
-# "fp8": as "stored", but FP8 in every stack that holds some FP8.
+# "fp8": every projection in FP8, made so as it is read where it is not stored so; the rest as
+# "stored", or as "bf16" where nothing is stored in FP8.
 LoadDType = Literal["stored", "fp8", "bf16", "f32"]
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,8 @@ def load_hf(
     With "stored", FP8 weights are BlockScaled with tile (128, 128) and the published matrices'
     shapes (tiles cross heads, so heads are not apart: [L, N*(H+R), Q] rather than [L, N, H+R, Q]);
     with "bf16" or "f32" everything but the router biases (f32) has that dtype and the shapes of
-    `init_variables`. "fp8" is "stored", with all of a stack in FP8 where some of it is stored so.
+    `init_variables`. With "fp8" every projection is in FP8, as stored or made so as it is read, and
+    the rest is as stored, or BF16 where nothing is stored in FP8.
     The config's eos_token_id is what generation is to stop at. Raises UserError as
     `open_checkpoint` does.
     """
@@ -83,13 +86,18 @@ def abstract_leaves(checkpoint: Checkpoint, dtype: LoadDType = "stored") -> dict
 
 
 def load(
-    checkpoint: Checkpoint, *, dtype: LoadDType = "stored", shardings: Any = None
+    checkpoint: Checkpoint,
+    *,
+    dtype: LoadDType = "stored",
+    shardings: Any = None,
+    as_bytes: bool = False,
 ) -> dict[str, Any]:
     """The checkpoint's variables on the devices of `shardings`, or on the first device.
 
     `shardings` is a tree like the variables with a jax.sharding.Sharding at each leaf; at a
     BlockScaled leaf it may hold a BlockScaled of two, otherwise its scales are replicated. Each
-    process reads the matrices that its own devices need.
+    process reads the matrices that its own devices need. With `as_bytes` FP8 values are uint8, as
+    `block_scaled.as_bytes` makes them.
     """
     if name := copies_differ(checkpoint):
         raise UserError(f"{name} differs from the main model's; MTP modules share its numbers here")
@@ -99,7 +107,8 @@ def load(
     bad: Counter[str] = Counter()
     on_the_way = _OnTheWay()
     for path, leaf in leaves(checkpoint.config).items():
-        arrays[path] = _growing(leaf, targets[path], _at(shardings, path), on_the_way)
+        where = _at(shardings, path)
+        arrays[path] = _growing(leaf, targets[path], where, on_the_way, as_bytes)
     for name in in_file_order((n, checkpoint.tensors[n]) for n in originals):
         place, target = originals[name], targets[originals[name].path]
         for kind, array in arrays[place.path].items():
@@ -144,6 +153,7 @@ class _Growing:
         on_the_way: _OnTheWay,
     ):
         self.shape, self.num_lead, self.dims = lead + dims, len(lead), dims
+        self.dtype = DTYPES[dtype]
         self.unit_bytes, self.on_the_way = num_bytes(dtype, dims[1:]), on_the_way
         self.sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         indices: dict[Any, Any] = dict(self.sharding.addressable_devices_indices_map(self.shape))
@@ -180,6 +190,7 @@ class _Growing:
             last = min(first + step, end)
             rows = read(first * rows_a_unit, last * rows_a_unit)
             rows = rows.reshape(last - first, *self.dims[1:])
+            rows = rows.view(self.dtype) if self.dtype == np.uint8 else rows
             for device, bounds in wanted.items():
                 self._put_rows(device, bounds, index, first, rows)
 
@@ -226,7 +237,9 @@ def _write(part: jax.Array, piece: jax.Array, start: jax.Array) -> tuple[jax.Arr
     return (part if part.dtype == dtype else jax.lax.bitcast_convert_type(part, dtype)), start[0]
 
 
-def _growing(leaf: Leaf, target: str, sharding: Any, on_the_way: _OnTheWay) -> dict[str, _Growing]:
+def _growing(
+    leaf: Leaf, target: str, sharding: Any, on_the_way: _OnTheWay, as_bytes: bool
+) -> dict[str, _Growing]:
     if target != FP8:
         return {"values": _Growing(leaf.lead, leaf.dims, target, sharding, on_the_way)}
     if not isinstance(sharding, BlockScaled):
@@ -234,8 +247,9 @@ def _growing(leaf: Leaf, target: str, sharding: Any, on_the_way: _OnTheWay) -> d
         if isinstance(sharding, jax.sharding.NamedSharding):
             replicated = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
         sharding = BlockScaled(sharding, replicated, PER_BLOCK)
+    values = "U8" if as_bytes else FP8
     return {
-        "values": _Growing(leaf.lead, leaf.shape, FP8, sharding.values, on_the_way),
+        "values": _Growing(leaf.lead, leaf.shape, values, sharding.values, on_the_way),
         "scales": _Growing(leaf.lead, scale_shape(leaf.shape), "F32", sharding.scales, on_the_way),
     }
 
@@ -245,15 +259,20 @@ def _targets(checkpoint: Checkpoint, dtype: LoadDType) -> dict[tuple[str, ...], 
 
     FP8 beside BF16 is dequantised, or with "fp8" the rest is quantised.
     """
-    return {
-        path: FP8 if dtype == "fp8" and FP8 in counts else common_dtype(set(counts))
-        for path, counts in _stored(checkpoint, dtype).items()
-    }
+    projections = {place.path for place in checkpoint.places.values() if place.fp8}
+
+    def target(path: tuple[str, ...], counts: Counter[str]) -> str:
+        as_fp8 = dtype == "fp8" and (path in projections or FP8 in counts)
+        return FP8 if as_fp8 else common_dtype(set(counts))
+
+    return {path: target(path, counts) for path, counts in _stored(checkpoint, dtype).items()}
 
 
 def _stored(checkpoint: Checkpoint, dtype: LoadDType) -> dict[tuple[str, ...], Counter[str]]:
     """How many matrices of each leaf would be loaded in which dtype by themselves."""
     stored: dict[tuple[str, ...], Counter[str]] = {}
+    if dtype == "fp8":
+        dtype = "stored" if stores_fp8(checkpoint) else "bf16"
     for name, place in checkpoint.places.items():
         if not place.copy:
             target = _target(checkpoint, name, place, dtype)
@@ -285,8 +304,7 @@ def _target(checkpoint: Checkpoint, name: str, place: Place, dtype: LoadDType) -
     """The dtype a weight is loaded in by itself; router biases are f32 in our variables."""
     if place.path[0] == "router":
         return "F32"
-    kept = "stored" if dtype == "fp8" else dtype
-    return specs_of(checkpoint, name, place, kept)[name][0]
+    return specs_of(checkpoint, name, place, dtype)[name][0]
 
 
 def _rows(
@@ -304,7 +322,7 @@ def _rows(
     """
     tensor = checkpoint.tensors[name]
     if target == FP8 and tensor.dtype != FP8:
-        return _quantized(checkpoint, tensor, kind, first, last)
+        return _quantized(checkpoint, name, kind, bad, first, last)
     if kind == "scales":
         rows = checkpoint.tensors[scale_name(name)].read(first, last).astype(np.float32)
     elif tensor.dtype != FP8 or target == FP8:
@@ -322,16 +340,26 @@ def _rows(
 
 
 def _quantized(
-    checkpoint: Checkpoint, tensor: Tensor, kind: str, first: int, last: int
+    checkpoint: Checkpoint, name: str, kind: str, bad: Counter[str], first: int, last: int
 ) -> np.ndarray:
-    """Rows of FP8 values made of a weight, or of their scales, which count by blocks."""
+    """Rows of FP8 values made of a weight, or of their scales, which count by blocks.
+
+    Made of a few MiB at a time, as the numbers are widened to f32 meanwhile.
+    """
+    tensor, of_values = checkpoint.tensors[name], kind == "values"
     scale_format = "ue8m0" if checkpoint.scale_fmt == "ue8m0" else "f32"
-    if kind == "scales":
-        begin, end = first * BLOCK, min(last * BLOCK, tensor.shape[0])
-        return np.asarray(quantize_rows(tensor.read(begin, end), scale_format).scales)
-    begin, end = _whole_blocks(first, last, tensor)
-    made = quantize_rows(tensor.read(begin, end), scale_format)
-    return np.asarray(made.values)[first - begin : last - begin]
+    begin, end = first * BLOCK, min(last * BLOCK, tensor.shape[0])
+    if of_values:
+        begin, end = _whole_blocks(first, last, tensor)
+    step = max(CHUNK_BYTES // num_bytes("F32", tensor.shape[1:]) // BLOCK, 1) * BLOCK
+    parts = []
+    for row in range(begin, end, step):
+        rows = tensor.read(row, min(row + step, end))
+        if of_values and (count := count_non_finite(rows)):
+            bad[name] += count
+        parts.append(np.asarray(getattr(quantize_rows(rows, scale_format), kind)))
+    made = np.concatenate(parts)
+    return made[first - begin : last - begin] if of_values else made
 
 
 def _whole_blocks(first: int, last: int, tensor: Tensor) -> tuple[int, int]:

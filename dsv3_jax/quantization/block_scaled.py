@@ -37,7 +37,7 @@ class BlockScaled:
     """FP8 numbers and their scales: each number is its value times the scale of its tile.
 
     Fields:
-        values: float8_e4m3fn [..., M, K].
+        values: float8_e4m3fn [..., M, K]; or its bytes, see `as_bytes`.
         scales: float32 [..., ceil(M / tile[0]), ceil(K / tile[1])], multipliers like a
             checkpoint's `weight_scale_inv`. The last tile of a row or column may be partial.
             Float32 in either scale format, because that is what Hopper's kernels read; in
@@ -63,7 +63,7 @@ class BlockScaled:
 
     @property
     def dtype(self) -> Any:
-        """The dtype of the values, float8_e4m3fn."""
+        """The dtype of the values, float8_e4m3fn or, of bytes, uint8."""
         return self.values.dtype
 
     @property
@@ -204,6 +204,14 @@ def round_to_e4m3(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[A
     return jax.lax.optimization_barrier(values)
 
 
+def as_bytes(x: BlockScaled) -> BlockScaled:
+    """The same numbers with values of uint8, which only `dequantize` reads.
+
+    XLA:CPU knows no float8: to cut a layer from a stack it would widen the whole stack to float16.
+    """
+    return replace(x, values=jax.lax.bitcast_convert_type(x.values, jnp.uint8))
+
+
 def dequantize(x: BlockScaled, dtype: Any = jnp.bfloat16) -> Float[Array, "*batch M K"]:
     """The numbers of `x` in `dtype`: the product with the scale in f32, rounded once.
 
@@ -213,7 +221,10 @@ def dequantize(x: BlockScaled, dtype: Any = jnp.bfloat16) -> Float[Array, "*batc
     >>> ds.dequantize(ds.quantize(jnp.full((1, 128), 0.1), ds.PER_TOKEN))[0, 0]
     Array(0.100098, dtype=bfloat16)
     """
-    tiles = _cut(x.values.astype(jnp.float32), x.tile)
+    values = x.values
+    if values.dtype == jnp.uint8:
+        values = jax.lax.bitcast_convert_type(values, jnp.float8_e4m3fn)
+    tiles = _cut(values.astype(jnp.float32), x.tile)
     return _join(tiles * x.scales[..., :, None, :, None], x.shape).astype(dtype)
 
 
