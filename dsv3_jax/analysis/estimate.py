@@ -370,7 +370,7 @@ def weights_on_the_wire(config: Config, device: Accelerator, schedule: str = "1f
     """Seconds that weights and their gradients travel between replicas in a step.
 
     ZeRO-1 gathers weights and reduces gradients once a step, without a pipeline the latter in every
-    micro-batch; FSDP gathers each layer twice a micro-batch, in FP8 or the model's dtype.
+    micro-batch; FSDP gathers each layer twice a micro-batch. Both in FP8 or the model's dtype.
     Gradients are f32. Hierarchical: replicas of one scale-up domain first, then, on a share of the
     bytes as small as there are of those, the domains among each other.
     """
@@ -380,7 +380,7 @@ def weights_on_the_wire(config: Config, device: Accelerator, schedule: str = "1f
     times = 1 if mesh.pipe > 1 else train_micro_batches(config)
     # Bytes a parameter; an all-reduce is a reduction and a gather.
     copy = gathered_width(config, fp8=True)
-    width = 4 * times + {"replicated": 4 * times, "zero1": 4, "fsdp": 2 * copy * times}[state]
+    width = 4 * times + {"replicated": 4 * times, "zero1": copy, "fsdp": 2 * copy * times}[state]
 
     def between(parameters: float, inner: int, outer: int) -> float:
         if not out:

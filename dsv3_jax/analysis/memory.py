@@ -20,6 +20,7 @@ from dsv3_jax.config import Config, ModelConfig, ParallelConfig
 from dsv3_jax.config.weights import CUT_OVER, weights
 
 BYTES = {"bfloat16": 2, "float32": 4}
+MASTER = 4  # bytes of a weight as it is trained, and of its gradient
 
 
 def uses_fp8(config: Config) -> bool:
@@ -229,11 +230,23 @@ LOGITS_AT_ONCE, LOGIT_BYTES = 1 << 30, 4
 HEAD_BYTES = 4 + 2 + 4
 
 
-def gathered_width(config: Config, fp8: bool) -> int:
-    """Bytes of a number that FSDP gathers, of a weight that is multiplied in FP8 or is not.
+def of_slices(config: Config) -> bool:
+    """Whether what products read is made of a device's slices of the weights, and then gathered.
 
-    Where ranks of a pipeline or parts of matrices gather, it is a copy in the model's dtype.
+    Else ZeRO-1 gathers f32: in pipelines, and in FP8 where `tensor` cuts tiles.
     """
+    mesh, state = config.mesh, config.sharding.state
+    whole_tiles = mesh.tensor == 1 or not uses_fp8(config)
+    return state == "fsdp" or (state == "zero1" and mesh.pipe == 1 and whole_tiles)
+
+
+def gathered_width(config: Config, fp8: bool) -> int:
+    """Bytes of a number that is gathered, of a weight that is multiplied in FP8 or is not.
+
+    Where FSDP's ranks of a pipeline or parts of matrices gather, it is a copy in the model's dtype.
+    """
+    if not of_slices(config):
+        return MASTER
     in_fp8 = fp8 and uses_fp8(config) and config.mesh.pipe == config.mesh.tensor == 1
     return 1 if in_fp8 else BYTES[config.model.dtype]
 
@@ -242,10 +255,10 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
     """Bytes of a training step; `in_flight[rank]` micro-batches are held at once (simulated).
 
     Master weights (f32) and both moments are whole where the state is replicated, else sliced over
-    the replicas. ZeRO-1 gathers all weights in f32 for the step, and has slices of the gradients;
-    FSDP has those of one layer at a time, or the head's, and slices of what it gathers. A
-    replicated state needs no copy but that in the dtype it is multiplied in. The head and a layer
-    are not worked on at the same time: what takes more counts.
+    the replicas. ZeRO-1 gathers what all products read for the step, and has slices of the
+    gradients; FSDP has weights of one layer at a time, or the head's, and slices of what it
+    gathers. A replicated state needs no copy but that in the dtype it is multiplied in. The head
+    and a layer are not worked on at the same time: what takes more counts.
     """
     model, mesh, fp8 = config.model, config.mesh, uses_fp8(config)
     width = BYTES[model.dtype]  # activation_bytes_per_token counts in BF16
@@ -269,7 +282,10 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
             weights, gradients = sliced * gathered_width(config, fp8), 4 * sliced
             of_head, of_layer = HEAD_BYTES * table, 4 * table + 2 * 4 * layer
         elif config.sharding.state == "zero1" and sliced < shard.total:
-            weights, gradients = 4 * shard.total, 4 * sliced
+            tables = table * sum(s.embedding + s.head for s in held)
+            weights = gathered_width(config, True) * (shard.total - tables)
+            weights += gathered_width(config, False) * tables
+            gradients = 4 * sliced
             of_head = of_layer = 0.0
         else:
             weights, gradients = shard.total * (2 if fp8 else width), 4 * shard.total

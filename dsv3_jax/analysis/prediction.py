@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from dsv3_jax.analysis.memory import (
     BYTES,
+    MASTER,
     gathered_width,
+    of_slices,
     tokens_per_micro_batch,
     train_micro_batches,
     training_memory,
@@ -21,7 +23,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.config.weights import Weight, weights
 
 TILE = 128  # rows of an expert's group are filled up to a multiple of it
-MASTER = 4  # bytes of a weight as it is trained, and of its gradient
+TPU_ATTENTION_TILE = 512  # rows of queries and of keys
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,11 @@ class Prediction:
     reductions: float
 
 
-def predict(config: Config) -> Prediction | None:
-    """The prediction for a training step; None for a pipeline, whose ranks differ, and for LoRA."""
+def predict(config: Config, platform: str | None = None) -> Prediction | None:
+    """The prediction for a training step; None for a pipeline, whose ranks differ, and for LoRA.
+
+    platform: whose kernels run, "tpu" or "gpu"; None, as for others: those for GPUs.
+    """
     if config.mesh.pipe > 1 or config.lora.rank:
         return None
     memory = training_memory(config, "1f1b", (1,))
@@ -54,18 +59,19 @@ def predict(config: Config) -> Prediction | None:
     return Prediction(
         arguments=memory.optimizer,
         peak=memory.total,
-        flops=step_flops(config),
+        flops=step_flops(config, platform),
         exchange=exchange_traffic(config),
         gathers=gathers,
         reductions=reductions,
     )
 
 
-def step_flops(config: Config) -> float:
+def step_flops(config: Config, platform: str | None = None) -> float:
     """FLOPs of a device's matrix products in a step, as they run.
 
     What rematerialisation computes again counts again, and so do rows that fill experts' groups.
-    Attention is causal: of the square of scores the kernels compute the lower tiles.
+    Attention is causal: of the square of scores the kernels compute the lower tiles. On TPUs those
+    are larger, and each of two backward kernels makes the scores and their gradient.
     """
     model, mesh, train = config.model, config.mesh, config.train
     tokens = tokens_per_micro_batch(config)
@@ -94,9 +100,12 @@ def step_flops(config: Config) -> float:
             wide += count * tokens * size / cut
     layers = model.num_hidden_layers + model.num_nextn_predict_layers
     qk, v = model.qk_head_dim, model.v_head_dim
-    scores = tokens * train.seq_len / 2 * (1 + TILE / train.seq_len)
+    tile, backward = TILE, 3 * qk + 2 * v
+    if platform == "tpu":
+        tile, backward = min(TPU_ATTENTION_TILE, train.seq_len), 4 * qk + 3 * v
+    scores = tokens * train.seq_len / 2 * (1 + tile / train.seq_len)
     scores *= layers * model.num_attention_heads / mesh.tensor
-    core = scores * ((1 + again) * (qk + v) + 3 * qk + 2 * v)
+    core = scores * ((1 + again) * (qk + v) + backward)
     products = (
         (3 + again) * every - again * last + 3 * head + (wide if train.remat == "v3" else 0.0)
     )
@@ -156,13 +165,15 @@ def exchange_traffic(config: Config) -> dict[str, float]:
 def weight_traffic(config: Config) -> tuple[float, float]:
     """(bytes sent to gather weights, bytes sent to add up gradients) by a device in a step.
 
-    FSDP gathers a layer's weights, in FP8 or cast to the model's dtype, in the forward and in the
-    backward pass of every micro-batch, the embedding and the head once, and reduces gradients in
-    f32 where they are made. ZeRO-1 gathers all once a step; its gradients are reduced in every
-    micro-batch.
+    What is gathered was made of slices, in FP8 or the model's dtype: by FSDP in the forward and in
+    the backward pass of every micro-batch, the embedding and the head once; by ZeRO-1 once a step.
+    Gradients are reduced in f32 where they are made. See `of_slices` for where ZeRO-1 gathers f32;
+    it then adds gradients up whole, as replicas do.
     """
     times = train_micro_batches(config)
     state = config.sharding.state
+    # An all-reduce sends twice what a reduce-scatter does.
+    whole = 1 if of_slices(config) else 2
     gathered = reduced = 0.0
     for row in weights(config.model):
         copies = replicas(config, row)
@@ -173,12 +184,9 @@ def weight_traffic(config: Config) -> tuple[float, float]:
         size /= config.mesh.tensor if row.cut and not row.of_expert else 1
         share = (copies - 1) / copies
         once = row.part in ("embedding", "head")
-        if state == "fsdp":
-            width = MASTER if row.part == "router" else gathered_width(config, row.fp8)
-            gathered += size * width * share * (1 if once else 2) * times
-        elif state == "zero1":
-            gathered += size * MASTER * share
-        whole = 2 if state != "fsdp" else 1  # an all-reduce sends twice what a reduce-scatter does
+        often = {"replicated": 0, "zero1": 1, "fsdp": (1 if once else 2) * times}[state]
+        width = MASTER if row.part == "router" else gathered_width(config, row.fp8)
+        gathered += size * width * share * often
         reduced += size * MASTER * share * whole * times
     return gathered, reduced
 

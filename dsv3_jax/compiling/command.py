@@ -106,7 +106,7 @@ def run(options: CompileOptions, config: Config, weights: Weights | None = None)
         if what is None:
             built = programs.training(config, layout, weights)
             report = compile_program(built, target, hlo)
-            return dataclasses.replace(report, predicted=predict(config))
+            return dataclasses.replace(report, predicted=predict(config, target.platform))
         built = programs.serving(config, layout, what, options.program == "decode")
         return compile_program(built, target, hlo)
 

@@ -18,6 +18,7 @@ from dsv3_jax.model.linear import linear
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.model.parameters import parameters
+from dsv3_jax.model.projection import ProductLayout
 
 
 class MTPModule(nn.Module):
@@ -41,7 +42,8 @@ class MTPModule(nn.Module):
         w, eps = parameters(self, self.how.config, "mtp"), self.how.config.rms_norm_eps
         embedding, hidden = rms_norm(embedding, w.enorm, eps), rms_norm(hidden, w.hnorm, eps)
         x = jnp.concatenate([embedding, hidden], axis=-1)
-        x = linear(x, w.eh_proj, self.how.recipe.eh_proj)
+        where = ProductLayout(self.how.layout, ("batch", "residual"), (None, None))
+        x = linear(x, w.eh_proj, self.how.recipe.eh_proj, where=where)
         x, cache, stats = Block(self.how, False, name="block")(x, tokens, cache)
         assert stats is not None
         return rms_norm(x, w.norm, eps), cache, stats

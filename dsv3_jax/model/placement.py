@@ -17,6 +17,7 @@ from dsv3_jax.config.weights import Weight, find_weight
 from dsv3_jax.model.adapters import A, Adapted, B
 from dsv3_jax.model.fp8_weights import cut_dims, matrix_dims
 from dsv3_jax.model.quantized_slices import as_matrices, matrix_dims_of
+from dsv3_jax.model.step_weights import StepWeights, as_they_are, with_made
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import BlockScaled, StepWeight, is_step_weight
 
@@ -104,6 +105,20 @@ def gathered(tree: Any, layout: Layout) -> Any:
     return jax.tree.map(
         layout.gather, tree, shardings(tree, layout), shardings(tree, layout, stored=True)
     )
+
+
+def gathered_for_step(weights: StepWeights, layout: Layout, dtype: Any) -> StepWeights:
+    """The weights with what was made of slices gathered for all of a step; masters stay slices.
+
+    What nothing was made of, such as norms, is gathered as it is.
+    """
+    held = sliced(with_made(weights.params, weights.made), layout, dtype)
+
+    def made(weight):
+        return (weight.numbers, weight.transposed) if is_step_weight(weight) else None
+
+    masters = jax.tree.map(_master_of, held, is_leaf=is_step_weight)
+    return as_they_are(masters)._replace(made=jax.tree.map(made, held, is_leaf=is_step_weight))
 
 
 def _stacked(dims: tuple[str | None, ...], ndim: int) -> tuple[str | None, ...]:

@@ -102,18 +102,19 @@ class Plain:
         return self.array.shape
 
     def multiply(self, x, recipe, activation, where):
-        """As `Projection.multiply`; without a recipe XLA cuts the product."""
-        weight = self.array
+        """As `Projection.multiply`; without a recipe XLA cuts the product of an array."""
+        weight, of_weight = self.array, where.layout.spec(*where.weight)
         if recipe is not None:
 
             def of_device(x, weight):
                 return fp8_linear(x, weight, recipe, activation)
 
-            return multiply_on_mesh(of_device, x, weight, where.layout.spec(*where.weight), where)
+            return multiply_on_mesh(of_device, x, weight, of_weight, where)
         assert not isinstance(x, StraightThrough)
         x = x if activation is None else activation(x)
-        few = where.layout.one_device and math.prod(x.shape[:-1]) <= FEW_ROWS
-        if isinstance(weight, StepWeight) or not few:
+        if isinstance(weight, StepWeight):  # on a mesh its gradient is scattered by ourselves
+            return multiply_on_mesh(product, x, weight, of_weight, where)
+        if not where.layout.one_device or math.prod(x.shape[:-1]) > FEW_ROWS:
             return product(x, weight)
         return product(x, weight.reshape(-1, weight.shape[-1])).reshape(
             *x.shape[:-1], *weight.shape[:-1]

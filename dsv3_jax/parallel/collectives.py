@@ -44,12 +44,26 @@ def total(x: Array, axes: Sequence[str]) -> Array:
     return lax.psum(x, tuple(axes)) if axes else x
 
 
+# The dims along which devices hold slices of an array, and over which axes.
+Cuts = tuple[tuple[int, Axes], ...]
+
+
+def gather_slices(piece: Array, cuts: Cuts) -> Array:
+    """The whole of an array of which each device holds a slice: a dim at a time, the same on all.
+
+    XLA's own resharding gathers what is cut along several dims by all-reduces on TPUs.
+    """
+    for dim, axes in cuts:
+        piece = lax.all_gather(piece, axes, axis=dim, tiled=True, to="invarying")
+    return piece
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def carrier_of_slices(piece: Array, cuts: tuple[tuple[int, Axes], ...]) -> Array:
+def carrier_of_slices(piece: Array, cuts: Cuts) -> Array:
     """What carries the gradient of a weight of which a device holds a slice: zeros, of its size.
 
-    cuts are the dims along which devices hold slices, and over which axes. The gradient, of which
-    each device has a part, is added up and scattered to the slices, a dim at a time.
+    The gradient, of which each device has a part, is added up and scattered to the slices, a dim at
+    a time.
     """
     shape = list(piece.shape)
     for dim, axes in cuts:

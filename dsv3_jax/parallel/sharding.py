@@ -24,7 +24,7 @@ from jaxtyping import Int
 from dsv3_jax.config import ExpertParallelConfig, ShardingConfig
 from dsv3_jax.kernels import backend
 from dsv3_jax.parallel import transports
-from dsv3_jax.parallel.collectives import carrier_of_slices
+from dsv3_jax.parallel.collectives import Cuts, carrier_of_slices, gather_slices
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.quantization.block_scaled import BlockScaled, StepWeight, is_step_weight
 
@@ -187,9 +187,7 @@ class Layout:
         """
         if self.one_device:
             return function
-        if self.gathers_each_layer:
-            return partial(self._of_slices, function, in_specs, (out_specs, check_vma))
-        return self._mapped(function, in_specs, out_specs, check_vma)
+        return partial(self._of_slices, function, in_specs, (out_specs, check_vma))
 
     def _mapped(self, function: Callable, in_specs: Any, out_specs: Any, check_vma: bool):
         specs = {"in_specs": in_specs, "out_specs": out_specs, "check_vma": check_vma}
@@ -199,11 +197,13 @@ class Layout:
         return jax.shard_map(function, mesh=self.mesh, **specs)
 
     def _of_slices(self, function: Callable, in_specs: Any, how: tuple[Any, bool], *operands: Any):
-        """A `shard_map` whose weights, StepWeights, have a master in slices (FSDP).
+        """A `shard_map` whose weights, where they are StepWeights, have a master in slices.
 
         What a device sees in the master's place is as large as what it multiplies with, and the
         gradient of that is scattered to the slices while it is added up.
         """
+        if not any(map(is_step_weight, jax.tree.leaves(operands, is_leaf=is_step_weight))):
+            return self._mapped(function, in_specs, *how)(*operands)
 
         def specs_of(spec, operand):
             def of_node(node):
@@ -222,13 +222,8 @@ class Layout:
                 return piece
             numbers = spec.numbers
             used = numbers.values if isinstance(numbers, BlockScaled) else numbers
-            used = [*used, *[None] * piece.master.ndim]
-            cuts = tuple(
-                (dim, axes_of(entry)[len(axes_of(used[dim])) :])
-                for dim, entry in enumerate(spec.master)
-            )
-            cuts = tuple((dim, axes) for dim, axes in cuts if axes)
-            return StepWeight(carrier_of_slices(piece.master, cuts), piece.numbers)
+            carrier = carrier_of_slices(piece.master, cuts_between(used, spec.master))
+            return StepWeight(carrier, piece.numbers)
 
         specs = jax.tree.map(specs_of, in_specs, operands, is_leaf=_is_spec)
 
@@ -269,9 +264,7 @@ class Layout:
         """
         if self.one_device:
             return x
-        return checkpoint_name(
-            _gather(x, self._bound(used.spec), self._bound(stored.spec)), GATHERED
-        )
+        return checkpoint_name(_gather(x, self, used.spec, stored.spec), GATHERED)
 
     def constrain_tree(self, tree: Any, shardings: Any) -> Any:
         """The tree's arrays laid out as a tree of NamedShardings says, when inside jit."""
@@ -292,17 +285,20 @@ class Layout:
         return tuple(axis for axis in self.axes("residual") if axis not in self.axes("seq"))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, used: NamedSharding, stored: NamedSharding) -> jax.Array:
-    return jax.lax.with_sharding_constraint(x, used)
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gather(x: jax.Array, layout: Layout, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
+    cuts = cuts_between(used, stored)
+    if not cuts:
+        return layout.place(x, used)
+    return layout.shard_map(partial(gather_slices, cuts=cuts), (stored,), used)(x)
 
 
-def _gather_fwd(x, used, stored):
-    return _gather(x, used, stored), None
+def _gather_fwd(x, layout, used, stored):
+    return _gather(x, layout, used, stored), None
 
 
-def _gather_bwd(used, stored, _, d_x):
-    return (jax.lax.with_sharding_constraint(d_x, stored),)
+def _gather_bwd(layout, used, stored, _, d_x):
+    return (layout.place(d_x, stored),)
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
@@ -310,6 +306,13 @@ _gather.defvjp(_gather_fwd, _gather_bwd)
 
 def _is_spec(node: Any) -> bool:
     return isinstance(node, PartitionSpec | StepWeight)
+
+
+def cuts_between(used: PartitionSpec, stored: PartitionSpec) -> Cuts:
+    """What `Layout.stored_spec` cuts further of an array that is used as a spec says."""
+    whole = [*used, *[None] * len(stored)]
+    cuts = ((d, axes_of(entry)[len(axes_of(whole[d])) :]) for d, entry in enumerate(stored))
+    return tuple((dim, axes) for dim, axes in cuts if axes)
 
 
 def axes_of(entry: Any) -> Axes:

@@ -1,10 +1,14 @@
 """The embedding on a mesh whose devices each hold a part of the vocabulary."""
 
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import StepWeight
 
@@ -23,9 +27,8 @@ def embed(
     vocab, scattered = layout.axes("vocab"), layout.residual_axes()
 
     def look_up(table_VD, tokens):
-        if isinstance(table_VD, StepWeight):  # its carrier's rows are zeros
-            carried = look_up(table_VD.master, tokens)
-            return look_up(table_VD.numbers, tokens) + carried
+        if isinstance(table_VD, StepWeight):
+            return _read(look_up, table_VD.master, table_VD.numbers, tokens)
         if not vocab:
             return jnp.take(table_VD, tokens, axis=0).astype(dtype)
         local = tokens - jax.lax.axis_index(vocab) * len(table_VD)
@@ -39,3 +42,29 @@ def embed(
     return layout.shard_map(look_up, inputs, layout.spec("batch", "residual", None))(
         table_VD, tokens
     )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _read(look_up: Any, master: Array, numbers: Array, tokens: Array) -> Array:
+    """`look_up` of numbers, with the gradient for the master, whose values nobody reads.
+
+    Were its zeros looked up too, they would be an array of the table's size, f32, for all of a
+    micro-batch.
+    """
+    del master
+    return look_up(numbers, tokens)
+
+
+def _read_forward(look_up, master, numbers, tokens):
+    return _read(look_up, master, numbers, tokens), (master[:, :0], tokens)
+
+
+def _read_backward(look_up, residuals, d_rows):
+    like, tokens = residuals  # of no columns, but with the dtype and type of the master
+    zeros = jnp.zeros((len(like), d_rows.shape[-1]), like.dtype)
+    zeros = vary(zeros, tuple(jax.typeof(like).manual_axis_type.varying))
+    _, pull = jax.vjp(lambda table: look_up(table, tokens), zeros)
+    return (*pull(d_rows), None, None)
+
+
+_read.defvjp(_read_forward, _read_backward)

@@ -64,7 +64,7 @@ def dry_run_report(config: Config, layout: Layout, base: Any = None) -> str:
     }
     if base is not None:
         rows = {"frozen base": _bytes(base) / gib, **rows}
-    if (predicted := predict(config)) is not None:
+    if (predicted := predict(config, layout.platform)) is not None:
         rows["the same, predicted for accelerators"] = predicted.peak / gib
     lines.append(f"memory per device, GiB (XLA's analysis of the step for {layout.platform})")
     lines += [f"  {name:<40} {value:10.3f}" for name, value in rows.items()]

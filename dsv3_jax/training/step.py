@@ -11,11 +11,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import Config, UserError
 from dsv3_jax.kernels import backend
-from dsv3_jax.model.placement import gathered, shardings
+from dsv3_jax.model.placement import gathered, gathered_for_step, shardings
 from dsv3_jax.model.router import update_router_bias
 from dsv3_jax.model.step_weights import StepWeights, as_they_are, made_for_step, made_of_slices
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
-from dsv3_jax.quantization.recipe import recipe_named
+from dsv3_jax.quantization.recipe import BF16, recipe_named
 from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.loss import (
     LossTerms,
@@ -180,10 +180,9 @@ def eval_step(
     segments = documents(rows, config)
     if layout.mesh.shape["pipe"] > 1:  # all ranks run all layers: slices are cut over other axes
         layout = dataclasses.replace(layout, outer=("pipe",))
-    params = _gathered_once(params, layout)
-    if base is not None:
-        base = _gathered_once(base, layout)
-    elif layout.gathers_each_layer and not layout.outer:  # the numbers that training multiplies by
+    if base is not None or layout.outer:
+        params, base = _gathered_once(params, layout), _gathered_once(base, layout)
+    elif not layout.one_device:  # the numbers that training multiplies by
         weights = for_products(params, config, layout)
         params = weights.held(weights.trained)
     variables = variables_of(params, router, base, config)
@@ -207,20 +206,23 @@ def _as_stored(grads: Any, layout: Layout) -> Any:
 
 
 def for_products(params: Any, config: Config, layout: Layout = ONE_DEVICE) -> StepWeights:
-    """The weights, and what was made of them for all of a step's products.
+    """The weights of a step, and what was made of them for all of its products.
 
-    On a mesh something is made where layers gather it (FSDP). Where nothing is, they cast and
-    quantise themselves.
+    Where a mesh holds slices, each device makes it of its own: FSDP's layers gather that when they
+    run, ZeRO-1 all of it once. Where nothing is made, products cast and quantise themselves: of
+    whole weights on several devices, and under ZeRO-1 in FP8 where `tensor` cuts tiles.
     """
     recipe, dtype = recipe_named(config.quant.preset), config.model.dtype
     if layout.one_device:
-        made = made_for_step(params, recipe, dtype)
-    elif layout.gathers_each_layer:
-        stored = shardings(params, layout, stored=True)
-        made = made_of_slices(params, stored, recipe, dtype, layout)
-    else:
-        return as_they_are(params)
-    return as_they_are(params)._replace(made=made)
+        return as_they_are(params)._replace(made=made_for_step(params, recipe, dtype))
+    in_parts = recipe != BF16 and layout.mesh.shape["tensor"] > 1
+    once = not layout.gathers_each_layer
+    if once and (layout.config.state == "replicated" or in_parts):
+        return as_they_are(gathered(params, layout))
+    stored = shardings(params, layout, stored=True)
+    made = made_of_slices(params, stored, recipe, dtype, layout)
+    weights = as_they_are(params)._replace(made=made)
+    return gathered_for_step(weights, layout, dtype) if once else weights
 
 
 def gradients(
@@ -248,11 +250,10 @@ def gradients(
         return *means, optax.tree.norm(means[2])
 
     # What every micro-batch multiplies by is made before the first of them, and only once.
-    params = _gathered_once(state.params, layout)
     if base is None:
-        weights = for_products(params, config, layout)
+        weights = for_products(state.params, config, layout)
     else:  # adapters alone, of a base that is frozen
-        weights = as_they_are(params)
+        weights = as_they_are(_gathered_once(state.params, layout))
     # Products leave the gradients of what was made in their places, added up over micro-batches.
     # A loss of one's own may run a layer twice, or leave one out.
     once = num_micro_batches == 1 and extensions.loss is None

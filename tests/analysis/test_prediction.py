@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dsv3_jax.analysis.prediction import exchange_traffic, predict, step_flops
-from dsv3_jax.config import ParallelConfig, load_config
+from dsv3_jax.config import ParallelConfig, ShardingConfig, load_config
 
 PRESETS = Path(__file__).parents[2] / "configs/scale"
 
@@ -29,6 +29,30 @@ def test_v3_on_2048_h200s_is_predicted_as_it_compiles():
     # Metadata aside, rows are all that is sent.
     assert found.exchange["node"] == pytest.approx(343.17e9, rel=0.02)
     assert found.exchange["local"] == pytest.approx(686.34e9, rel=0.02)
+
+
+def test_attention_on_tpus_is_predicted_as_it_compiles():
+    """12,011 TFLOP of the compiled program for v5p:8x16x16; docs/scale.md."""
+    found = predict(preset("deepseek_v3_2048_v5p"), "tpu")
+    assert found.flops == pytest.approx(12_011e12, rel=0.001)
+    gpus = predict(preset("deepseek_v3_2048_v5p"), "gpu")
+    assert gpus.flops == pytest.approx(0.956 * 12_011e12, rel=0.001)
+
+
+def test_zero1_gathers_once_what_products_read_and_f32_where_it_has_no_tiles():
+    def found(**mesh):
+        config = preset("deepseek_v3_2048_h200", micro_batch_size=2048)
+        mesh = dataclasses.replace(config.mesh, **mesh)
+        return predict(
+            dataclasses.replace(config, mesh=mesh, sharding=ShardingConfig(state="zero1"))
+        )
+
+    fsdp = predict(preset("deepseek_v3_2048_h200", micro_batch_size=2048))
+    one_byte, four_bytes = found(), found(tensor=2, data=16)
+    # FSDP gathers layers twice in each of 8 micro-batches.
+    assert fsdp.gathers / 16 < one_byte.gathers < fsdp.gathers / 14
+    assert one_byte.reductions == fsdp.reductions
+    assert four_bytes.gathers > 2 * one_byte.gathers  # of parts half as large
 
 
 def test_a_pipeline_is_not_predicted():
