@@ -20,6 +20,7 @@ from dsv3_jax.model.forward_pass import Pass, Tokens
 from dsv3_jax.model.linear import linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS
 from dsv3_jax.model.parameters import parameters
+from dsv3_jax.model.plain_products import row_by_row
 from dsv3_jax.model.projection import ProductLayout
 from dsv3_jax.model.quantized_inputs import norm_for
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
@@ -121,10 +122,10 @@ def mla_absorb(
 
     def attend(queries, cache, lengths, weight):
         q_nope, q_rope = queries
-        nope_dim, dtype = q_nope.shape[-1], q_nope.dtype
+        nope_dim = q_nope.shape[-1]
         w_uk_NHC, w_uv_NUC = weight[:, :nope_dim], weight[:, nope_dim:]
         new: dict[str, Any] = {
-            "q_latent": jnp.einsum("BTNH,NHC->BTNC", q_nope, w_uk_NHC.astype(dtype)),
+            "q_latent": _by_head("BTNH,NHC->BTNC", q_nope, w_uk_NHC),
             "q_rope": q_rope,
             "latent": cache.latent,
             "k_rope": cache.k_rope,
@@ -139,13 +140,18 @@ def mla_absorb(
                 Rows(**new), scale=scale, schedule=schedule, bias=bias
             )
         # W^UV here: of pieces of a cache U numbers a head travel, not C.
-        dtype = context_BTNC.dtype
-        return jnp.einsum("BTNC,NUC->BTNU", context_BTNC, w_uv_NUC.astype(dtype)), lse_BTN
+        return _by_head("BTNC,NUC->BTNU", context_BTNC, w_uv_NUC), lse_BTN
 
     queries = (q_nope_BTNH, q_rope_BTNR)
     return attention_to_cache(
         attend, queries, cache, lengths, kv_b_proj, layout, in_pieces=in_pieces
     )
+
+
+def _by_head(spec: str, x_BTNI: Array, weight: Array) -> Array:
+    """Each head's product with its own matrix, in x's dtype."""
+    weight = weight.astype(x_BTNI.dtype)
+    return row_by_row(lambda x: jnp.einsum(spec, x, weight), x_BTNI, 2)
 
 
 class MLA(nn.Module):

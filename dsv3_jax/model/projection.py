@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
-from dsv3_jax.model.plain_products import grouped_product, product
+from dsv3_jax.model.plain_products import grouped_product, product, row_by_row
 from dsv3_jax.model.remat import named_product
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.block_scaled import StepWeight, StraightThrough
@@ -116,9 +116,9 @@ class Plain:
             return multiply_on_mesh(product, x, weight, of_weight, where)
         if not where.layout.one_device or math.prod(x.shape[:-1]) > FEW_ROWS:
             return product(x, weight)
-        return product(x, weight.reshape(-1, weight.shape[-1])).reshape(
-            *x.shape[:-1], *weight.shape[:-1]
-        )
+        rows, matrix = x.reshape(-1, x.shape[-1]), weight.reshape(-1, weight.shape[-1])
+        y = row_by_row(lambda rows: product(rows, matrix), rows, 1)
+        return y.reshape(*x.shape[:-1], *weight.shape[:-1])
 
     def multiply_groups(self, rows, group_sizes, alignment, recipe, activation):
         """As `Projection.multiply_groups`."""

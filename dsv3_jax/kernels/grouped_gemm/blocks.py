@@ -18,6 +18,9 @@ from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 # From this many rows a block, a copy of all weights as [K, N] costs less than it saves: XLA:CPU
 # multiplies 64 rows by that at 96 GFLOP/s a core, and by [N, K] at 57.
 TRANSPOSED_FROM = 64
+# Up to so many blocks, as decoding has them, are told one by one: a loop would be handed all of a
+# layer's weights, which XLA:CPU first copies out of the stack of layers.
+TOLD_BLOCKS = 16
 
 
 def grouped_matmul(
@@ -102,10 +105,17 @@ def _looped(x, weights, group_sizes, alignment):
     transposed = alignment >= TRANSPOSED_FROM
     by_group = weights.mT if transposed else weights
 
-    def body(i, out):
+    def product_of(i):
         of_block = by_group[block_group[i]]
-        product = _rows(x, i, alignment) @ (of_block if transposed else of_block.T)
-        return jax.lax.dynamic_update_slice(out, product, (i * alignment, 0))
+        return _rows(x, i, alignment) @ (of_block if transposed else of_block.T)
+
+    if len(block_group) <= TOLD_BLOCKS:
+        return jnp.concatenate(
+            [jnp.where(i < used, product_of(i), 0) for i in range(len(block_group))]
+        )
+
+    def body(i, out):
+        return jax.lax.dynamic_update_slice(out, product_of(i), (i * alignment, 0))
 
     # zeros_like, also below: inside shard_map zeros must vary over the same axes as their rows.
     start = jnp.zeros_like(x, shape=(x.shape[0], weights.shape[1]))
