@@ -294,6 +294,12 @@ WRONG = {
         "sum up to zero",
     ),
     "no answer": ("prepare", "{chat} --out {run} --tokenizer {hf}", "chat.jsonl:2: no assistant"),
+    "an unknown role": ("prepare", "{wizard} --out {run} --tokenizer {hf}", "wizard.jsonl:1: "),
+    "a hostile template": (
+        "prepare",
+        "{chat} --out {run} --tokenizer {hf} --chat-template {hostile}",
+        "chat.jsonl:1: ",
+    ),
     "an empty file": ("prepare", "{empty} --out {run} --tokenizer {hf}", "empty"),
     "nothing is a target": (
         "prepare",
@@ -321,6 +327,10 @@ def test_a_mistake_is_one_message_and_nothing_is_lost(
         "config": config_file,
     }
     given["empty"].touch()
+    wizard = {"messages": [{"role": "wizard", "content": "one"}]}
+    given["wizard"] = write_lines(tmp_path / "wizard.jsonl", [wizard])
+    given["hostile"] = tmp_path / "hostile.jinja"
+    given["hostile"].write_text(REFUSED["template is hostile"])
     given["masked"].write_text("{% generation %}{% endgeneration %}{{ messages[0].content }}")
     values = json.loads((hf / "config.json").read_text()) | {"model_type": "llama"}
     (given["llama"] / "config.json").write_text(json.dumps(values))
