@@ -18,6 +18,7 @@ from benchmarks.multi_gpu_timing import (
     Options,
     compile_all,
     failure,
+    kernel_by_kernel,
     mesh_of,
     seconds_of,
 )
@@ -150,7 +151,8 @@ def profile(options: Options) -> None:
     tokens = (options.tokens or [32 if quick else 4096])[0]
     given = inputs_of(mesh_of(), tokens, model)
     cases = [Case(way, form) for way in options.ways or ["pallas"] for form in ("none", "fp8")]
-    built = compile_all({c: partial(_programs, c, model, tokens, given) for c in cases})
+    programs = partial(_programs, how=kernel_by_kernel())
+    built = compile_all({c: partial(programs, c, model, tokens, given) for c in cases})
     for case in cases:
         if isinstance(built[case], Exception):
             print(f"{case!s:38} {failure(built[case])}", flush=True)
@@ -170,7 +172,10 @@ def profile(options: Options) -> None:
             sys.stdout.flush()
 
 
-def _programs(case: Case, model: ModelConfig, tokens: int, given: Inputs) -> dict[str, Any]:
+def _programs(
+    case: Case, model: ModelConfig, tokens: int, given: Inputs, how: Any = None
+) -> dict[str, Any]:
+    """The parts of a case, compiled with the compiler options `how`, and their mesh."""
     mesh = mesh_of(case.nodes)
     config = ExpertParallelConfig(
         transport=case.transport,  # pyright: ignore[reportArgumentType]
@@ -223,7 +228,7 @@ def _programs(case: Case, model: ModelConfig, tokens: int, given: Inputs) -> dic
         "fwd+bwd": (and_back, (*operands, given_rows, operands[0])),
     }
     return {
-        name: jax.jit(spread(f, in_specs=(SPLIT,) * len(o))).lower(*o).compile()
+        name: jax.jit(spread(f, in_specs=(SPLIT,) * len(o))).lower(*o).compile(how)
         for name, (f, o) in parts.items()
     } | {"mesh": mesh}
 

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import kernel_classes
-from benchmarks.multi_gpu_timing import Options, compile_all, failure, seconds_of
+from benchmarks.multi_gpu_timing import (
+    Options,
+    compile_all,
+    failure,
+    kernel_by_kernel,
+    seconds_of,
+)
 from dsv3_jax import cli
 from dsv3_jax.config import (
     Config,
@@ -57,18 +63,18 @@ def moe_layer(options: Options) -> None:
             print(f"{name} {failure(programs)}", flush=True)
             continue
         flops = 6 * tokens * choices * model.hidden_size * width  # a GPU
-        said, spent, operands = "", [], programs[2]()
-        for program, times in zip(programs[:2], (1, 3)):
+        said, spent, operands = "", [], programs[1]()
+        for (program, apart), times in zip(programs[0], (1, 3)):
             seconds = seconds_of(program, *operands, quick=quick)
             said += f"  {1e3 * seconds:8.3f} ms ({times * flops / seconds / 1e12:6.1f})"
-            found = kernel_classes.kernels(partial(program, *operands), program.as_text(), calls=4)
+            found = kernel_classes.kernels(partial(apart, *operands), apart.as_text(), calls=4)
             classes = kernel_classes.classed(found).items()
             spent.append(", ".join(f"{k} {row.ms / devices:.2f}" for k, row in classes))
         print(f"{name}{said}", *("   ms of a GPU: " + each for each in spent), sep="\n", flush=True)
 
 
 def _layer_programs(transport: str, tokens: int, model: ModelConfig, devices: int):
-    """The compiled forward and forward + backward, and a function that makes their operands."""
+    """Forward, and forward + backward, compiled to time and to profile, and what makes operands."""
     expert: Any = ExpertParallelConfig(
         transport=transport,  # pyright: ignore[reportArgumentType]
         dispatch_format="fp8",
@@ -117,8 +123,8 @@ def _layer_programs(transport: str, tokens: int, model: ModelConfig, devices: in
         variables, tokens = jax.jit(draw, out_shardings=places)(jax.random.key(1))
         return variables, make(variables["params"]["experts"]), tokens
 
-    compiled = [jax.jit(f).lower(shapes, made, x).compile() for f in (forward, and_back)]
-    return *compiled, operands
+    lowered = [jax.jit(f).lower(shapes, made, x) for f in (forward, and_back)]
+    return [(one.compile(), one.compile(kernel_by_kernel())) for one in lowered], operands
 
 
 def _made(experts: Any) -> Any:

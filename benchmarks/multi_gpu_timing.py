@@ -45,6 +45,11 @@ def begin(virtual: int = 0, cache: str = "") -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def kernel_by_kernel() -> dict[str, Any]:
+    """Compiler options with which a profile knows each kernel's operation: no command buffers."""
+    return {"xla_gpu_enable_command_buffer": ""} if jax.default_backend() == "gpu" else {}
+
+
 def mesh_of(nodes: int = 1) -> Mesh:
     """All devices as `nodes` x the rest."""
     devices = np.array(jax.devices()).reshape(nodes, -1)

@@ -15,7 +15,8 @@ from dsv3_jax.kernels.hopper import plgpu
 
 LANES = 128  # threads of a warpgroup
 VECTOR = 4  # numbers that a thread reads at once
-WIDEST = 4096  # channels of a row that are added up at once
+WIDEST = 4096  # channels of a row that a warpgroup handles at once
+WHOLE = 8192  # and where it has nothing else in registers: V3's rows are one piece
 
 
 def sum_slots(
@@ -29,7 +30,7 @@ def sum_slots(
     hopper.require()
     num_rows, dim = rows.shape
     tokens, per_token = slots.shape
-    piece = piece_of(dim)
+    piece = piece_of(dim, WHOLE)
     layout = strided(piece)
     if weights is None:
         weights = jnp.ones(slots.shape, jnp.float32)
@@ -39,12 +40,12 @@ def sum_slots(
         token = lax.axis_index("token")
         columns = pl.ds(lax.axis_index("piece") * piece, piece)
         total = plgpu.layout_cast(jnp.zeros((piece,), jnp.float32), layout)
-        for k in range(per_token):
-            slot = slots_ref[token, k]
+        found = [(slots_ref[token, k], weights_ref[token, k]) for k in range(per_token)]
+        for slot, weight in found:
 
-            def add(total, slot=slot, k=k):
+            def add(total, slot=slot, weight=weight):
                 row = plgpu.load(rows_ref.at[slot, columns], layout=layout, optimized=False)
-                return total + row.astype(jnp.float32) * weights_ref[token, k]
+                return total + row.astype(jnp.float32) * weight
 
             total = lax.cond(slot < num_rows, add, lambda total: total, total)
         out[token, columns] = total.astype(out.dtype)
@@ -94,11 +95,11 @@ def sum_slots_backward(
         @pl.when(block >= experts)
         def _():
             token = block - experts
-            for k in range(per_token):
-                slot = slots_ref[token, k]
+            found = [(slots_ref[token, k], weights_ref[token, k]) for k in range(per_token)]
+            for k, (slot, weight) in enumerate(found):
 
-                def of_slot(slot=slot, k=k):
-                    weight, total = weights_ref[token, k], zeros()
+                def of_slot(slot=slot, weight=weight):
+                    total = zeros()
                     for columns in pieces:
                         d_sum = plgpu.load(
                             d_sums_ref.at[token, columns], layout=layout, optimized=False
@@ -109,8 +110,7 @@ def sum_slots_backward(
                         d_rows[slot, columns] = (d_sum * weight).astype(d_rows.dtype)
                     return jnp.sum(total)
 
-                found = lax.cond(slot < num_rows, of_slot, lambda: jnp.float32(0))
-                d_weights[token, k] = found
+                d_weights[token, k] = lax.cond(slot < num_rows, of_slot, lambda: jnp.float32(0))
 
     out: Any = plgpu.kernel(
         kernel,
@@ -124,12 +124,12 @@ def sum_slots_backward(
     return manual.vary(tuple(out), rows)
 
 
-def piece_of(dim: int) -> int:
+def piece_of(dim: int, widest: int = WIDEST) -> int:
     """Channels of a row that a warpgroup handles at once; NotImplementedError where none fit."""
     unit = LANES * VECTOR
     if dim % unit:
         raise NotImplementedError(f"{dim=} must be a multiple of {unit}")
-    return max(c for c in range(unit, min(dim, WIDEST) + 1, unit) if dim % c == 0)
+    return max(c for c in range(unit, min(dim, widest) + 1, unit) if dim % c == 0)
 
 
 def strided(piece: int) -> Any:
