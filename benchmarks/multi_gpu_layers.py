@@ -131,7 +131,9 @@ def _made(experts: Any) -> Any:
     """What a step makes of the experts' weights for its products."""
     layer = {"mtp_0": {"block": {"mlp": {"experts": experts}}}}  # without a dim of layers
     made = made_for_step(layer, RECIPES["fp8_paper"], jnp.bfloat16)
-    return made["mtp_0"]["block"]["mlp"]["experts"]
+    # On a mesh, Dgrad turns the numbers itself.
+    of_experts = made["mtp_0"]["block"]["mlp"]["experts"]
+    return {name: (numbers, None) for name, (numbers, _) in of_experts.items()}
 
 
 class Run(NamedTuple):
