@@ -226,8 +226,9 @@ AT_ONCE = 2.9
 # Logits that the head has at a time (training/cross_entropy.py), and bytes of each: BF16, and the
 # gradient in BF16.
 LOGITS_AT_ONCE, LOGIT_BYTES = 1 << 30, 4
-# The head gathered in f32, its copy in BF16, and its gradient in f32.
-HEAD_BYTES = 4 + 2 + 4
+# Bytes of an FP8 number that is gathered for a whole step: of some weights, XLA for GPUs makes the
+# other orientation once a step as well, which the backward pass reads (V3's compiled program).
+FP8_FOR_STEP = 1.46
 
 
 def of_slices(config: Config) -> bool:
@@ -277,35 +278,41 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
         mtp = model.num_nextn_predict_layers if head else 0
         per_token += mtp * _layer(config, moe=True)
         sliced = sliced_parameters(config, shard)
-        layer = _largest_layer(config)
-        if config.sharding.state == "fsdp":  # slices of what products read, made once a step
-            weights, gradients = sliced * gathered_width(config, fp8), 4 * sliced
-            of_head, of_layer = HEAD_BYTES * table, 4 * table + 2 * 4 * layer
-        elif config.sharding.state == "zero1" and sliced < shard.total:
-            tables = table * sum(s.embedding + s.head for s in held)
-            weights = gathered_width(config, True) * (shard.total - tables)
-            weights += gathered_width(config, False) * tables
-            gradients = 4 * sliced
-            of_head = of_layer = 0.0
-        else:
+        in_layer, in_head = 0.0, logits_bytes(config, tokens)
+        if config.sharding.state == "replicated" or sliced == shard.total:
             weights, gradients = shard.total * (2 if fp8 else width), 4 * shard.total
-            of_head = of_layer = 0.0
-        # Of the main head and each MTP depth, a piece at a time.
-        logits = tokens * (1 + model.num_nextn_predict_layers) * model.vocab_size / mesh.tensor
-        logits = LOGIT_BYTES * min(logits, LOGITS_AT_ONCE)
-        in_head = (of_head + logits) * head
-        in_layer = of_layer + AT_ONCE * tokens * width / 2 * _working_bytes(config)
+        else:
+            tables = table * sum(s.embedding + s.head for s in held)
+            layer, plain = _largest_layer(config), gathered_width(config, False)
+            copy = gathered_width(config, True)
+            if config.sharding.state == "zero1" and copy == 1:
+                copy = FP8_FOR_STEP
+            once = copy * (shard.total - tables) + plain * tables
+            # Sums over micro-batches, and what one of them adds.
+            gradients = 4 * sliced * (1 if mesh.pipe > 1 or train_micro_batches(config) == 1 else 2)
+            in_head, in_layer = in_head + MASTER * table, 2 * MASTER * layer
+            weights = once
+            if config.sharding.state == "fsdp":  # slices of what is gathered, and both tables
+                weights = once * sliced / shard.total + plain * tables
+        in_layer += AT_ONCE * tokens * width / 2 * _working_bytes(config)
         made = Memory(
             weights=weights,
             gradients=gradients,
             optimizer=state * sliced,
             activations=in_flight[rank] * tokens * per_token * width / 2,
-            working=max(in_head, in_layer),
+            working=max(in_head * head, in_layer),
         )
         if worst is None or made.total > worst.total:
             worst = made
     assert worst is not None
     return worst
+
+
+def logits_bytes(config: Config, tokens: float) -> float:
+    """Of the main head and each MTP depth, a piece at a time, with their gradient."""
+    model = config.model
+    logits = tokens * (1 + model.num_nextn_predict_layers) * model.vocab_size / config.mesh.tensor
+    return LOGIT_BYTES * min(logits, LOGITS_AT_ONCE)
 
 
 def train_micro_batches(config: Config) -> int:

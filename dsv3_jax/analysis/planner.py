@@ -27,6 +27,10 @@ USABLE_MEMORY = 0.92
 MIN_SHARD_WIDTH = 512
 
 
+# Schedules that training runs; the others are only estimated.
+EXECUTED = get_args(get_type_hints(PipelineConfig)["schedule"])
+
+
 @dataclass(frozen=True)
 class Plan:
     """One way to use the cluster, and what it gives."""
@@ -45,6 +49,11 @@ class Plan:
         if isinstance(self.estimate, DecodeEstimate):
             return self.estimate.tokens_per_second_per_request
         return self.estimate.tokens_per_second
+
+    @property
+    def executed(self) -> bool:
+        """Whether training runs its schedule, so that `configured` says all of it."""
+        return self.mesh.pipe == 1 or self.schedule in EXECUTED
 
     def configured(self, config: Config) -> Config:
         """A run's config with this plan for training in it."""
@@ -108,7 +117,7 @@ def _configured(
     train: Any = {"micro_batch_size": micro, "remat": remat}
     sharding: Any = {"state": state}
     pipeline: Any = {}
-    if schedule in get_args(get_type_hints(PipelineConfig)["schedule"]):  # else: of no executor
+    if schedule in EXECUTED:
         pipeline = {"schedule": schedule}
     return dataclasses.replace(
         config,

@@ -150,10 +150,17 @@ def run(options: CompileOptions, config: Config, weights: Weights | None = None)
 
 
 def _planned(options: CompileOptions, config: Config, target: Any, compiled: Any) -> int:
-    """The best plans for the topology, compiled; 1 when none of them fits."""
+    """The best plans for the topology that can run, compiled; 1 when none of them fits."""
     search = plan_training(config, target.accelerator, target.num_devices, best=4 * options.plan)
     candidates = [(plan, plan.configured(config)) for plan in search.plans]
-    runnable = [(plan, run) for plan, run in candidates if not run.problems()][: options.plan]
+    runnable = [(plan, run) for plan, run in candidates if plan.executed and not run.problems()]
+    others = sorted({plan.schedule for plan in search.plans if not plan.executed})
+    if others:
+        print(f"left out: plans under {', '.join(others)}, which training does not run")
+    if not runnable:
+        found = next((run.problems() for _, run in candidates if run.problems()), [])
+        raise UserError(f"none of the best {len(candidates)} plans can run: {'; '.join(found)}")
+    runnable = runnable[: options.plan]
     rows, results = [], []
     for plan, planned in runnable:
         report = compiled(planned)

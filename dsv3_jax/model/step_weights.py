@@ -46,7 +46,7 @@ def made_for_step(params: Any, recipe: Recipe, dtype: Any) -> Any:
 
 
 def made_of_slices(params: Any, stored: Any, recipe: Recipe, dtype: Any, layout: Layout) -> Any:
-    """`made_for_step` of weights in slices (FSDP), made and left in slices: what layers gather.
+    """`made_for_step` of weights in slices, made and left in slices: what is gathered.
 
     stored: the NamedSharding of each. FP8 values are shaped as the weight, with the scales of whole
     matrices. Where `tensor` cuts matrices, so that each device has tiles of its own, a weight is
@@ -58,10 +58,8 @@ def made_of_slices(params: Any, stored: Any, recipe: Recipe, dtype: Any, layout:
         if weight is None or not weight.is_matrix or weight.part == "router":
             return None
         of_weight = recipe_of(weight, recipe)
-        whole = layout.mesh.shape["tensor"] == 1
-        # A head in FP8 is quantised where it is multiplied, from the copy that is gathered.
-        of_layers = whole and weight.where != "model"
-        if of_weight is None or of_weight.weight.tile != PER_BLOCK or not of_layers:
+        in_parts = layout.mesh.shape["tensor"] > 1
+        if of_weight is None or of_weight.weight.tile != PER_BLOCK or in_parts:
             return layout.place(leaf.astype(dtype), stored.spec), None
         dims = matrix_dims_of(weight, leaf.ndim)
         scale_format = of_weight.weight.scale_format

@@ -12,7 +12,8 @@ import pytest
 from dsv3_jax import cli
 from dsv3_jax.analysis.compiled import Buffer
 from dsv3_jax.analysis.hardware import ACCELERATORS
-from dsv3_jax.compiling import programs, remedies, targets
+from dsv3_jax.analysis.planner import plan_training
+from dsv3_jax.compiling import command, programs, remedies, targets
 from dsv3_jax.compiling.naming import WeightNames, describe, pass_of
 from dsv3_jax.compiling.picture import draw
 from dsv3_jax.compiling.report import Report, _refused, compile_program
@@ -219,6 +220,33 @@ def test_an_option_that_the_program_would_not_read_is_refused(program, options, 
     argv = ["compile", "--config", str(CONFIGS / "tiny.py"), "--topology", "h200:1x8"]
     with pytest.raises(UserError, match=said):
         cli.main([*argv, "--program", program, *options])
+
+
+def test_the_best_plans_that_training_runs_are_compiled(report, capsys, monkeypatch):
+    config = tiny_config(TINY, batch_size=16, micro_batch_size=8)
+    options = command.CompileOptions(CONFIGS / "tiny.py", "h200:1x8", plan=2)
+    target, asked = targets.parse_topology("h200:1x8"), []
+
+    def compiled(planned):
+        asked.append(planned)
+        return report
+
+    assert command._planned(options, config, target, compiled) == 0
+    assert [planned.mesh.num_devices for planned in asked] == [8, 8]
+    assert asked[0] != asked[1] and not any(planned.problems() for planned in asked)
+    assert "plans, compiled" in capsys.readouterr().out
+
+    search = plan_training(config, target.accelerator, 8)
+    mesh = ParallelConfig(pipe=2, data=4)
+    estimated = dataclasses.replace(search.plans[0], mesh=mesh, schedule="dualpipe")
+    found = dataclasses.replace(search, plans=[estimated, *search.plans])
+    monkeypatch.setattr(command, "plan_training", lambda *_, **__: found)
+    command._planned(options, config, target, compiled)
+    assert "left out: plans under dualpipe, which training does not run" in capsys.readouterr().out
+    assert asked[2] == search.plans[0].configured(config)
+    found = dataclasses.replace(search, plans=[estimated])
+    with pytest.raises(UserError, match="none of the best 1 plans can run"):
+        command._planned(options, config, target, compiled)
 
 
 AOT = {
