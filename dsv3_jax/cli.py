@@ -112,15 +112,17 @@ def parse_options(
     return tyro.cli(kind, args=list(argv), config=(tyro.conf.AvoidSubcommands,), **given, **about)
 
 
-def parse_config(
-    argv: Sequence[str], *, default_config: str | Path = "tiny", description: str
-) -> Config:
+def parse_config(argv: Sequence[str], **how: Any) -> Config:
     """The Config of `parse_run`."""
-    return parse_run(argv, default_config=default_config, description=description)[0]
+    return parse_run(argv, **how)[0]
 
 
 def parse_run(
-    argv: Sequence[str], *, default_config: str | Path = "tiny", description: str
+    argv: Sequence[str],
+    *,
+    default_config: str | Path = "tiny",
+    description: str,
+    validate: Callable[[Config], Config] = Config.validate,
 ) -> tuple[Config, "Weights | None"]:
     """The run's Config: that of --config FILE (or of default_config), overridden by the options.
 
@@ -130,13 +132,12 @@ def parse_run(
     argv = list(argv)
     path: Path | None = None
     for i, word in enumerate(argv):
-        if word == "--config":
-            if i + 1 == len(argv):
+        option, joined, value = word.partition("=")
+        if option == "--config":
+            if not joined and i + 1 == len(argv):
                 raise UserError("--config needs the path of a Python file")
-            path, argv[i : i + 2] = Path(argv[i + 1]), []
-            break
-        if word.startswith("--config="):
-            path, argv[i : i + 1] = Path(word.removeprefix("--config=")), []
+            path = Path(value if joined else argv[i + 1])
+            del argv[i : i + 1 + (not joined)]
             break
     config, weights = load_config(path or default_config), None
     if folder := _init_from(argv) or config.init_from:
@@ -153,7 +154,7 @@ def parse_run(
         from dsv3_jax import starting
 
         starting.check_model(config, weights)
-    return config.validate(), weights
+    return validate(config), weights
 
 
 def _init_from(argv: Sequence[str]) -> str | None:
@@ -363,10 +364,8 @@ def logits(options: LogitsOptions) -> None:
 
 def compile_for(options: CompileOptions, of_run: Sequence[str]) -> int:
     """python -m dsv3_jax compile --config FILE --topology NAME [options of train.py]"""
-    config, weights = parse_run(
-        of_run, default_config=options.config, description="Options of the run that is compiled."
-    )
-    return run_compile(options, config, weights)
+    how = {"description": "Options of the run that is compiled.", "validate": options.validate}
+    return run_compile(options, *parse_run(of_run, default_config=options.config, **how))
 
 
 def serve(options: ServeOptions) -> None:

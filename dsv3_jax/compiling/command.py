@@ -41,6 +41,12 @@ class CompileOptions:
     plot: Path | None = None
     hlo: Path | None = None  # keep the compiled program's text
 
+    def validate(self, config: Config) -> Config:
+        """The config of the run, or UserError where it does not fit the program."""
+        if self.program == "train":
+            return config.validate()
+        return config.validate_to_serve(self.redundant_experts)
+
 
 # The programs, or the search, that an option is for; where it is given elsewhere, it is refused.
 _FOR = {

@@ -41,7 +41,7 @@ class ParallelConfig:
         if found := [f"mesh.{p}" for p in self.problems()] or self.indivisible(model):
             raise UserError("the mesh does not fit the model:\n  - " + "\n  - ".join(found))
 
-    def indivisible(self, model: ModelConfig) -> list[str]:
+    def indivisible(self, model: ModelConfig, redundant_experts: int = 0) -> list[str]:
         """Dims of the model that their mesh axes do not divide."""
         found: list[str] = []
         sizes = {"num_attention_heads": model.num_attention_heads, "vocab_size": model.vocab_size}
@@ -57,11 +57,13 @@ class ParallelConfig:
                     f"mesh.tensor={math.gcd(size, self.tensor)} or {round_up(size, self.tensor)}"
                 )
         expert_shards = self.node * self.local
-        if model.n_routed_experts % expert_shards:
+        places = model.n_routed_experts + redundant_experts
+        if places % expert_shards:
+            more = f" and {redundant_experts} redundant ones" if redundant_experts else ""
             found.append(
-                f"model.n_routed_experts={model.n_routed_experts} must be a multiple of "
+                f"model.n_routed_experts={model.n_routed_experts}{more} must be a multiple of "
                 f"mesh.node x mesh.local = {expert_shards}: use mesh.node x mesh.local = "
-                f"{math.gcd(model.n_routed_experts, expert_shards)}"
+                f"{math.gcd(places, expert_shards)}"
             )
         return found
 

@@ -86,6 +86,11 @@ class Config:
 
     def problems(self) -> list[str]:
         """Every inconsistency of the run, each prefixed with its group, with the rule and a fix."""
+        # The rules of training divide by fields.
+        return self._wrong_fields() or [*self._not_to_train(), *self._not_on_the_mesh()]
+
+    def _wrong_fields(self) -> list[str]:
+        """What is wrong with values by themselves, or within their group."""
         found = _unknown_choices(self)
         for group in dataclasses.fields(self):
             value = getattr(self, group.name)
@@ -99,8 +104,11 @@ class Config:
             found.append(f"seed={self.seed} must lie in 0 to {(1 << 32) - 1}")
         if self.devices is not None and self.devices <= 0:
             found.append(f"devices={self.devices} must be positive")
-        if found:
-            return found  # the rules below divide by these
+        return found
+
+    def _not_to_train(self) -> list[str]:
+        """What the rows, the model and the mesh do not have of what training wants."""
+        found = []
         if self.train.seq_len > self.model.max_position_embeddings:
             found.append(
                 f"train.seq_len={self.train.seq_len} exceeds "
@@ -113,13 +121,6 @@ class Config:
             )
         if self.lora.rank and not self.init_from:
             found.append("lora.rank needs init_from: adapters change weights that are there")
-        expert_shards = self.mesh.node * self.mesh.local
-        if self.expert_parallel.transport == "local" and expert_shards > 1:
-            found.append(
-                "expert_parallel.transport='local' moves nothing, but the experts are spread over "
-                f"mesh.node x mesh.local = {expert_shards} devices: use 'allgather'"
-            )
-        found += self.mesh.indivisible(self.model)
         pieces = self.mesh.context * self.mesh.tensor
         if self.sharding.context == "ring":  # two pieces of a sequence on each device
             pieces = math.lcm(pieces, 2 * self.mesh.context)
@@ -130,12 +131,6 @@ class Config:
                 f"sharding.context={self.sharding.context} cut it into so many pieces: use "
                 f"{round_up(self.train.seq_len, pieces)}"
             )
-        packed = self.expert_parallel.combine_format == "logfmt10"
-        if packed and self.model.hidden_size % 16:
-            found.append(
-                f"model.hidden_size={self.model.hidden_size} must be a multiple of 16 for "
-                "expert_parallel.combine_format='logfmt10', which packs 16 channels together"
-            )
         token_shards = max(self.mesh.data, 1) * self.mesh.node * self.mesh.local
         micro = self.micro_batch_size
         if micro % token_shards:
@@ -144,13 +139,38 @@ class Config:
                 f"mesh.local = {token_shards}: use {round_up(micro, token_shards)}"
             )
         count, layers = self.train.batch_size // micro, self.model.num_hidden_layers
-        found += self.pipeline.misfits(self.mesh.pipe, count, layers)
+        return found + self.pipeline.misfits(self.mesh.pipe, count, layers)
+
+    def _not_on_the_mesh(self, redundant_experts: int = 0) -> list[str]:
+        """What of the model the mesh cannot hold or send."""
+        found = []
+        expert_shards = self.mesh.node * self.mesh.local
+        if self.expert_parallel.transport == "local" and expert_shards > 1:
+            found.append(
+                "expert_parallel.transport='local' moves nothing, but the experts are spread over "
+                f"mesh.node x mesh.local = {expert_shards} devices: use 'allgather'"
+            )
+        found += self.mesh.indivisible(self.model, redundant_experts)
+        packed = self.expert_parallel.combine_format == "logfmt10"
+        if packed and self.model.hidden_size % 16:
+            found.append(
+                f"model.hidden_size={self.model.hidden_size} must be a multiple of 16 for "
+                "expert_parallel.combine_format='logfmt10', which packs 16 channels together"
+            )
         return found
 
     def validate(self) -> Config:
         """This config, or a UserError that lists every problem."""
-        if found := self.problems():
-            raise UserError("the configuration does not fit together:\n  - " + "\n  - ".join(found))
+        return self._without(self.problems())
+
+    def validate_to_serve(self, redundant_experts: int = 0) -> Config:
+        """This config, or a UserError that lists what prefill and decoding could not have."""
+        return self._without(self._wrong_fields() or self._not_on_the_mesh(redundant_experts))
+
+    def _without(self, problems: list[str]) -> Config:
+        if problems:
+            text = "\n  - ".join(problems)
+            raise UserError(f"the configuration does not fit together:\n  - {text}")
         return self
 
 

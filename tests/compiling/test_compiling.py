@@ -14,6 +14,7 @@ from dsv3_jax.analysis.compiled import Buffer
 from dsv3_jax.analysis.hardware import ACCELERATORS
 from dsv3_jax.analysis.planner import plan_training
 from dsv3_jax.compiling import command, programs, remedies, targets
+from dsv3_jax.compiling.command import CompileOptions
 from dsv3_jax.compiling.naming import WeightNames, describe, pass_of
 from dsv3_jax.compiling.picture import draw
 from dsv3_jax.compiling.report import Report, _refused, compile_program
@@ -194,6 +195,18 @@ def test_serving_programs_check_their_sizes():
     alone = programs.layout_on(tiny_config(TINY), jax.devices()[:1])
     with pytest.raises(UserError, match="experts on several devices"):
         programs.serving(tiny_config(TINY), alone, halves, decode=True)
+
+
+def test_what_serves_need_not_train():
+    """Experts with redundant ones are spread, and no rows of training divide over the devices."""
+    config = load_config("deepseek_v3")
+    config = dataclasses.replace(config, mesh=ParallelConfig(node=40, local=8))
+    options = CompileOptions(CONFIGS, "h200:40x8", "decode", redundant_experts=64)
+    assert options.validate(config) == config
+    with pytest.raises(UserError, match="n_routed_experts=256 and 32 redundant ones must be"):
+        dataclasses.replace(options, redundant_experts=32).validate(config)
+    with pytest.raises(UserError, match="a micro-batch of 128 sequences"):
+        CompileOptions(CONFIGS, "h200:40x8").validate(config)
 
 
 def test_an_option_that_nobody_has_is_refused(capsys):
