@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -24,8 +25,9 @@ class GradientSum:
     """The place of one layer's gradient.
 
     Fields:
-        total: a Ref of float32 [L, E, N, K]: layers or 1, experts or 1, and the matrix.
-        number: int32 [], which layer.
+        total: a Ref of float32 [L, E, N, K]: layers, experts or 1, and the matrix. Several stacks
+            whose matrices have one shape may lie in it, so that one kernel writes to all.
+        number: int32 [], which of the layers; of a stack, its first one, which is known at once.
         adds: whether a gradient is added to what is there, or takes its place. Then `total` may
             begin with anything, and each layer's weight may be multiplied by only once.
         squares: a Ref of float32 [L], where the sum of squares of each layer's gradient is left;
@@ -56,8 +58,8 @@ class GradientSum:
         self.squares[self.number] = of_layer
 
     def of_layer(self, number: Any) -> "GradientSum":
-        """The place in one layer, whose number may be traced."""
-        return replace(self, number=jnp.asarray(number, jnp.int32))
+        """The place in one layer of the stack that this is of, whose number may be traced."""
+        return replace(self, number=jnp.asarray(self.number + number, jnp.int32))
 
 
 def new_sum(shape: tuple[int, ...], adds: bool, squares: bool = False) -> GradientSum:
@@ -68,4 +70,4 @@ def new_sum(shape: tuple[int, ...], adds: bool, squares: bool = False) -> Gradie
     """
     start = jnp.zeros(shape, jnp.float32) if adds else jax.lax.empty(shape, jnp.float32)
     of_squares = jax.new_ref(jax.lax.empty(shape[:1], jnp.float32)) if squares else None
-    return GradientSum(jax.new_ref(start), jnp.zeros((), jnp.int32), adds, of_squares)
+    return GradientSum(jax.new_ref(start), np.int32(0), adds, of_squares)

@@ -7,16 +7,18 @@ that long: FP8 weights in both orientations (2 bytes a number), and copies in th
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from dsv3_jax.config.weights import Weight, find_weight
 from dsv3_jax.kernels.fused.api import quantize_blocks
 from dsv3_jax.kernels.sums import GradientSum, new_sum
 from dsv3_jax.model.quantized_slices import as_matrices, matrix_dims_of, quantize_slices
 from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.quantization.block_scaled import PER_BLOCK, StepWeight
+from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, StepWeight
 from dsv3_jax.quantization.recipe import LinearRecipe, Recipe
 
 # Looked up in; multiplied in f32.
@@ -73,16 +75,30 @@ def new_sums(params: Any, made: Any, adds: bool, squares: bool = False) -> Any:
 
     They belong to the program that is being traced. Without `adds` a gradient takes the place of
     what is there: a loss then may run each layer only once. `squares` as in `new_sum`.
-    """
 
-    def new(path, master, numbers):
+    Where kernels leave gradients, all matrices of one shape, of whatever layers, lie in one array:
+    each array of another length would be a kernel of its own, which takes a second to compile.
+    """
+    shapes: dict[Any, list[Any]] = {}
+
+    def collect(path, master, numbers):
         weight = _weight(path)
         if numbers is None or weight is None or weight.where == "model":
-            return None
-        lead, experts, *matrix = _matrices(weight, master.shape)
-        return new_sum((lead, experts, *matrix), adds, squares)
+            return
+        layers, *matrices = _matrices(weight, master.shape)
+        by_kernel = weight.of_expert or isinstance(numbers[0], BlockScaled)
+        key = (*matrices, None if by_kernel else path)
+        shapes.setdefault(key, []).append((path, layers))
 
-    return jax.tree_util.tree_map_with_path(new, params, made)
+    jax.tree_util.tree_map_with_path(collect, params, made)
+    places: dict[Any, GradientSum] = {}
+    for (*matrices, _), stacks in shapes.items():
+        together = new_sum((sum(n for _, n in stacks), *matrices), adds, squares)
+        first = 0
+        for path, layers in stacks:
+            places[path] = replace(together, number=np.int32(first))
+            first += layers
+    return jax.tree_util.tree_map_with_path(lambda path, _: places.get(path), params)
 
 
 def with_made(params: Any, made: Any, sums: Any = None) -> Any:
@@ -132,17 +148,24 @@ class StepWeights(NamedTuple):
     def gradients(self, of_trained: Any, scale: float = 1.0) -> Any:
         """All gradients: those of `trained`, and the sums times scale, which are read only once."""
 
+        arrays = _Frozen()
+
         def read(total, master):
-            return jax.freeze(total.total).reshape(master.shape) * scale
+            layers = master.size // math.prod(total.total.shape[1:])
+            return arrays.layers(total.total, total.number, layers).reshape(master.shape) * scale
 
         return self._filled(of_trained, read)
 
     def squares(self, scale: float = 1.0) -> Any:
         """The sums of squares that products left of what `gradients` returns for this scale; None
         for other gradients. They are read only once, too."""
+        arrays = _Frozen()
 
-        def read(total, _):
-            return None if total.squares is None else jax.freeze(total.squares).sum() * scale**2
+        def read(total, master):
+            if total.squares is None:
+                return None
+            layers = master.size // math.prod(total.total.shape[1:])
+            return arrays.layers(total.squares, total.number, layers).sum() * scale**2
 
         return self._filled(jax.tree.map(lambda _: None, self.params), read)
 
@@ -154,6 +177,18 @@ class StepWeights(NamedTuple):
             return x is None or isinstance(x, GradientSum)
 
         return jax.tree.map(fill, self.sums, self.params, of_trained, is_leaf=is_place)
+
+
+class _Frozen:
+    """Refs that are read, each of them once, whatever number of stacks lie in it."""
+
+    def __init__(self):
+        self._arrays: dict[int, Any] = {}
+
+    def layers(self, ref: Any, first: Any, number: int) -> Any:
+        if id(ref) not in self._arrays:
+            self._arrays[id(ref)] = jax.freeze(ref)
+        return self._arrays[id(ref)][int(first) : int(first) + number]
 
 
 def as_they_are(params: Any) -> StepWeights:

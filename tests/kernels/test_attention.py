@@ -277,6 +277,22 @@ def test_all_kernels_lower_for_other_widths(own, shared, value, kept_bytes):
     )
 
 
+@INTERPRETER_IS_NEWER
+def test_layers_share_the_kernels_of_their_backward_pass():
+    def loss(q, kv):
+        for _ in range(2):
+            place = dict(value_dim=32, scale=1.0, offset=0, documents=None)
+            q = pallas_gpu.attention(2 * q, (2 * kv,), None, **place)[0]
+        return (q * q).sum()
+
+    device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        shapes = [jax.ShapeDtypeStruct((1, 40, 2, width), jnp.bfloat16) for width in (32, 64)]
+        steps = jax.make_jaxpr(jax.grad(loss))(*shapes).eqns
+    first, second = (eqn.params["jaxpr"] for eqn in steps if eqn.params.get("name") == "_gradients")
+    assert first is second, "equal kernels would be lowered and compiled once for each layer"
+
+
 def test_documents_are_runs_of_equal_numbers():
     documents = api.documents_of(jnp.array([[7, 7, 2, 2, 2, 7]]), 4, 2)
     np.testing.assert_array_equal(documents.first_key, [[2, 2, 2, 5]])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import QuantConfig
+from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.training.loss import training_loss
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import TrainState
@@ -68,3 +69,25 @@ def test_every_gradient_of_a_step(preset, micro, remat):
         jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)
     ):
         assert relative_error(of_step, of_jax) < limit, jax.tree_util.keystr(path)
+
+
+def test_matrices_of_one_shape_lie_in_one_array():
+    """Dense layers, MoE layers and MTP: one kernel writes the gradients of all of them."""
+    found = {}
+
+    def look(params):
+        sums = for_products(params, config).summing(False, squares=True).sums
+        for path, place in jax.tree_util.tree_leaves_with_path(
+            sums, is_leaf=lambda x: isinstance(x, GradientSum)
+        ):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            found[name] = id(place.total), place.total.shape, int(place.number)
+        return 0.0
+
+    config = dataclasses.replace(tiny_config(MODEL), quant=QuantConfig(preset="fp8_paper"))
+    jax.eval_shape(look, random_variables(MODEL)["params"])
+    places = [found[f"{layers}/self_attn/o_proj"] for layers in ("dense_layers", "moe_layers")]
+    places.append(found["mtp_0/block/self_attn/o_proj"])
+    assert len({array for array, *_ in places}) == 1
+    dense, moe = MODEL.first_k_dense_replace, MODEL.num_hidden_layers
+    assert [first for *_, first in places] == [0, dense, moe] and places[0][1][0] == moe + 1

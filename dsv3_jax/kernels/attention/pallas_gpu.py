@@ -131,6 +131,12 @@ def _forward(call: _Call, q, kv, k_shared, offset, documents):
 
 
 def _backward(call: _Call, saved, gradients):
+    of_operands = _gradients if hopper.interpreted() else _gradients_lowered_once
+    return *of_operands(call, saved, gradients), None, None
+
+
+def _gradients(call: _Call, saved, gradients):
+    """The gradients of q, kv and k_shared."""
     q, kv, k_shared, offset, documents, out, lse = saved
     dout, dlse = gradients
     keys, values = _columns(call, kv, k_shared)
@@ -154,7 +160,11 @@ def _backward(call: _Call, saved, gradients):
     if k_shared is not None:
         place = 1  # after the heads' own keys, whose array may hold the values, too
         shared = jnp.sum(dkv.pop(place), axis=2, dtype=jnp.float32).astype(k_shared.dtype)
-    return dq, tuple(dkv), shared, None, None
+    return dq, tuple(dkv), shared
+
+
+# A backward rule is traced anew for every layer, and Mosaic would compile its kernels each time.
+_gradients_lowered_once = jax.jit(_gradients, static_argnums=0)
 
 
 _attention.defvjp(_forward, _backward)

@@ -75,12 +75,20 @@ def quantize_blocks(
     The first is what forward products read, the second what the input gradient's does: FP8 tensor
     cores find the contracted dim last in memory. Leading dims are free: layers, experts.
     """
+    *lead, rows, columns = x.shape
     cut = None
-    if x.ndim == 2:
-        numbers, scales = ("n", "k"), ("n/128", "k/128")
-        cut = Cut((numbers,), (numbers, scales, numbers[::-1], scales[::-1]), {"n": 128, "k": 128})
-    return _run(
-        "quantize_blocks", x, implementation=implementation, cut=cut, scale_format=scale_format
+    if not lead:
+        numbers, scales = ("e", "n", "k"), ("e", "n/128", "k/128")
+        turned = ("e", "k", "n"), ("e", "k/128", "n/128")
+        cut = Cut((numbers,), (numbers, scales, *turned), {"n": 128, "k": 128})
+    # A stack of one matrix has the kernel of a matrix: kernels take their time to compile.
+    stack = x.reshape(-1, rows, columns)
+    both = _run(
+        "quantize_blocks", stack, implementation=implementation, cut=cut, scale_format=scale_format
+    )
+    as_it_was = lambda array: array.reshape(*lead, *array.shape[1:])  # noqa: E731
+    return tuple(
+        BlockScaled(as_it_was(one.values), as_it_was(one.scales), one.tile) for one in both
     )
 
 
