@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.quantization.block_scaled import StraightThrough
@@ -69,6 +70,8 @@ def plan(
     )
     if not complete:
         slot = jnp.minimum(slot, rows)
+    # Made once: within a sum of rows XLA would count ranks anew for every number that it adds.
+    slot = lax.optimization_barrier(slot)
     groups = Groups(slot.reshape(num_tokens, per_token), token, complete)
     return groups, aligned.astype(jnp.int32), load.astype(jnp.int32)
 

@@ -83,13 +83,15 @@ def quantize_blocks(
         cut = Cut((numbers,), (numbers, scales, *turned), {"n": 128, "k": 128})
     # A stack of one matrix has the kernel of a matrix: kernels take their time to compile.
     stack = x.reshape(-1, rows, columns)
-    both = _run(
+    as_is, turned_over = _run(
         "quantize_blocks", stack, implementation=implementation, cut=cut, scale_format=scale_format
     )
-    as_it_was = lambda array: array.reshape(*lead, *array.shape[1:])  # noqa: E731
-    return tuple(
-        BlockScaled(as_it_was(one.values), as_it_was(one.scales), one.tile) for one in both
-    )
+
+    def of_lead(one: BlockScaled) -> BlockScaled:
+        values, scales = (x.reshape(*lead, *x.shape[1:]) for x in (one.values, one.scales))
+        return BlockScaled(values, scales, one.tile)
+
+    return of_lead(as_is), of_lead(turned_over)
 
 
 def quantize_transposed(
