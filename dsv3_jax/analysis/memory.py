@@ -221,14 +221,14 @@ class Memory:
 
 # What the backward pass of one layer holds at once, over what the layer would keep without
 # rematerialisation, in BF16: its inputs, rows on their way to experts and back, and gradients of
-# both, as XLA's buffer assignment has them for V3 (1.3 MB a token).
-AT_ONCE = 2.9
-# Logits that the head has at a time (training/cross_entropy.py), and bytes of each: BF16, and the
-# gradient in BF16.
-LOGITS_AT_ONCE, LOGIT_BYTES = 1 << 30, 4
+# both, as XLA's buffer assignment has them for V3 (1.1 MB a token).
+AT_ONCE = 2.47
+# Logits that the head has at a time (training/cross_entropy.py), and bytes of each: BF16, whose
+# place the gradient takes.
+LOGITS_AT_ONCE, LOGIT_BYTES = 1 << 30, 2
 # Bytes of an FP8 number that is gathered for a whole step: of some weights, XLA for GPUs makes the
 # other orientation once a step as well, which the backward pass reads (V3's compiled program).
-FP8_FOR_STEP = 1.46
+FP8_FOR_STEP = 1.59
 
 
 def of_slices(config: Config) -> bool:
@@ -283,14 +283,15 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
             weights, gradients = shard.total * (2 if fp8 else width), 4 * shard.total
         else:
             tables = table * sum(s.embedding + s.head for s in held)
-            layer, plain = _largest_layer(config), gathered_width(config, False)
+            plain = gathered_width(config, False)
             copy = gathered_width(config, True)
             if config.sharding.state == "zero1" and copy == 1:
                 copy = FP8_FOR_STEP
             once = copy * (shard.total - tables) + plain * tables
             # Sums over micro-batches, and what one of them adds.
             gradients = 4 * sliced * (1 if mesh.pipe > 1 or train_micro_batches(config) == 1 else 2)
-            in_head, in_layer = in_head + MASTER * table, 2 * MASTER * layer
+            # A weight's gradient, whole, and a copy of it in the order that is scattered.
+            in_head, in_layer = in_head + MASTER * table, 2 * MASTER * _largest_weight(config)
             weights = once
             if config.sharding.state == "fsdp":  # slices of what is gathered, and both tables
                 weights = once * sliced / shard.total + plain * tables
@@ -329,11 +330,13 @@ def sliced_parameters(config: Config, shard: Shard) -> float:
     return shard.replicated / (replicas * mesh.node * mesh.local) + shard.expert / replicas
 
 
-def _largest_layer(config: Config) -> float:
-    """Parameters on one device of the kind of layer that has more of them there."""
-    kinds = [Stage(1, 0, False, False)] if config.model.num_dense_layers else []
-    kinds += [Stage(0, 1, False, False)] if config.model.num_moe_layers else []
-    return max(stage_parameters(config.model, config.mesh, kind).total for kind in kinds)
+def _largest_weight(config: Config) -> float:
+    """Numbers on one device of the layers' weight that has most of them there."""
+    mesh, pieces = config.mesh, {"expert": config.mesh.node * config.mesh.local, "": 1}
+    rows = [row for row in weights(config.model) if row.where != "model" and row.is_matrix]
+    return max(
+        row.size(config.model) / pieces.get(CUT_OVER.get(row.cut, ""), mesh.tensor) for row in rows
+    )
 
 
 def _working_bytes(config: Config) -> float:

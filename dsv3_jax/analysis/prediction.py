@@ -55,10 +55,13 @@ def predict(config: Config, platform: str | None = None) -> Prediction | None:
     if config.mesh.pipe > 1 or config.lora.rank:
         return None
     memory = training_memory(config, "1f1b", (1,))
+    table = config.model.vocab_size * config.model.hidden_size / config.mesh.tensor
+    # XLA for TPUs holds the embedding's gradient, and its sum over look-ups, beside the head's.
+    tables = 2 * MASTER * table if platform == "tpu" and config.mesh.num_devices > 1 else 0.0
     gathers, reductions = weight_traffic(config)
     return Prediction(
         arguments=memory.optimizer,
-        peak=memory.total,
+        peak=memory.total + tables,
         flops=step_flops(config, platform),
         exchange=exchange_traffic(config),
         gathers=gathers,

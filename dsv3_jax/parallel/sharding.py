@@ -222,7 +222,12 @@ class Layout:
                 return piece
             numbers = spec.numbers
             used = numbers.values if isinstance(numbers, BlockScaled) else numbers
-            carrier = carrier_of_slices(piece.master, cuts_between(used, spec.master))
+            cuts = cuts_between(used, spec.master)
+            if self.platform == "tpu":
+                # Slices of 28 rows are not whole tiles of 8: XLA for TPUs adds up such an array
+                # whole. An axis at a time, it does so with what the first axis has left.
+                cuts = tuple((dim, (axis,)) for dim, axes in cuts for axis in axes)
+            carrier = carrier_of_slices(piece.master, cuts)
             return StepWeight(carrier, piece.numbers)
 
         specs = jax.tree.map(specs_of, in_specs, operands, is_leaf=_is_spec)

@@ -124,3 +124,34 @@ def test_a_weight_in_slices_is_gathered_in_bf16_and_its_gradient_scattered_in_f3
     dy = 2 * y.astype(jnp.bfloat16).astype(jnp.float32)
     want = np.einsum("btn,btk->nk", np.asarray(dy, np.float64), np.asarray(x, np.float64))
     assert relative_error(lowered.compile()(held, rows), want) < TOLERANCE["bf16_op"]
+
+
+def test_for_tpus_a_gradient_is_scattered_an_axis_at_a_time_to_the_same_slices(monkeypatch):
+    layout = make_layout(
+        make_mesh(ParallelConfig(data=2, node=4)),
+        ShardingConfig(state="fsdp"),
+        ExpertParallelConfig(),
+    )
+    stored = layout.stored_spec(P(), (16, 3))
+    assert stored == P(("data", "node"), None)
+    rows = jnp.asarray(np.random.default_rng(2).integers(-8, 8, (8, 16)), jnp.float32)
+
+    def gradient():
+        def loss(master):
+            def of_device(rows, weight):
+                return jax.lax.psum(rows @ weight.master, ("data", "node"))
+
+            specs = layout.spec("batch"), P()
+            weight = StepWeight(master, jnp.zeros((16, 3)))
+            return layout.shard_map(of_device, specs, P())(rows, weight)[0].sum()
+
+        place = NamedSharding(layout.mesh, stored)
+        master = jax.device_put(jnp.ones((16, 3)), place)
+        lowered = jax.jit(jax.grad(loss), out_shardings=place).lower(master)
+        return lowered.as_text().count("reduce_scatter"), lowered.compile()(master)
+
+    (once, want), _ = gradient(), monkeypatch.setattr(Layout, "platform", "tpu")
+    twice, got = gradient()
+    assert (once, twice) == (1, 2)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(want, np.tile(np.asarray(rows).sum(0)[:, None], 3))
