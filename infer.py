@@ -39,7 +39,13 @@ from dsv3_jax.inference.generate import engine_for
 from dsv3_jax.inference.options import EngineOptions
 from dsv3_jax.inference.requests import Request, describe_speculation
 from dsv3_jax.inference.streaming import IdStream, TextStream, listener_of
-from dsv3_jax.loading import Model, find_tokenizer, load, with_redundant_experts
+from dsv3_jax.loading import (
+    Model,
+    find_tokenizer,
+    load,
+    unread_settings,
+    with_redundant_experts,
+)
 from dsv3_jax.model.fp8_weights import describe_weights
 from dsv3_jax.parallel import hosts
 from dsv3_jax.verifying import verify
@@ -122,6 +128,9 @@ def write(options: InferOptions) -> int:
         step=options.step,
         fp8=options.fp8,
     )
+    if unread := unread_settings(options.checkpoint):
+        told = f"generation_config.json also has {', '.join(unread)}: not read, options say such"
+        print(told, file=sys.stderr)
     if options.fp8:
         print(describe_weights(model.variables), file=sys.stderr)
     template = None

@@ -33,9 +33,10 @@ from dsv3_jax.data.tokenizer import TOKENIZER_FILE, load_tokenizer, tokenizer_fi
 from dsv3_jax.data.tokens import Tokenizer
 from dsv3_jax.frozen import load_frozen, merged_variables, read_adapters
 from dsv3_jax.inference.redundant_experts import measure_load, plan_places, replicate_experts
-from dsv3_jax.interop.checkpoint import is_weights_folder, open_checkpoint
+from dsv3_jax.interop.checkpoint import GENERATION, is_weights_folder, open_checkpoint
 from dsv3_jax.interop.commands import Adapters, OpenedRun
 from dsv3_jax.interop.companions import RunFacts
+from dsv3_jax.interop.hf_keys import unread_generation_settings
 from dsv3_jax.interop.load import LoadDType, abstract_leaves
 from dsv3_jax.interop.load import load as load_checkpoint
 from dsv3_jax.interop.published_scales import SCALES_FILE
@@ -217,6 +218,13 @@ def _tell_another(folder: Path, asked_for: str, tokenizer: Tokenizer) -> None:
                 *(asked_for, tokenizer.vocab_size, tokenizer.fingerprint[:12]),
                 *(own.path or own.name, own.vocab_size, own.fingerprint[:12]),
             )
+
+
+def unread_settings(folder: Path) -> list[str]:
+    """What a folder's generation_config.json asks for that generation here is told by options."""
+    if not is_weights_folder(folder) or not (folder / GENERATION).is_file():
+        return []
+    return unread_generation_settings(read_config(folder, GENERATION))
 
 
 def _trained_on_bytes(run_dir: Path) -> bool:

@@ -79,7 +79,7 @@ _ROPE_FIELDS = (
 )
 _READ = frozenset(
     (*_COUNTS, *_COUNTS_FROM_ZERO, *_FIXED, *_COPIED, *_ALIASES)
-    + ("num_key_value_heads", "qk_head_dim", "mlp_layer_types", "layer_types")
+    + ("num_key_value_heads", "qk_head_dim", "head_dim", "mlp_layer_types", "layer_types")
     + ("rope_theta", "rope_scaling", "rope_parameters", "quantization_config")
 )
 
@@ -290,6 +290,13 @@ def _rope(values: dict[str, Any], read: _Reader) -> tuple[float, RopeScaling | N
     # As in the published code: mscale is 1 where it is not given, for cosines and sines alone;
     # without mscale_all_dim (or with 0 or null) the softmax scale is left alone.
     all_dim = 0.0 if not scaling.get("mscale_all_dim") else inner.number("mscale_all_dim")
+    both = [bool(scaling.get(name)) for name in ("mscale", "mscale_all_dim")]
+    if kind == "yarn" and any(both) and not all(both):
+        log.warning(
+            "%s has one of mscale and mscale_all_dim: as in the publisher's code the other is %s; "
+            "transformers computes other logits",
+            *(form, "0" if both[0] else "1"),
+        )
     made = RopeScaling(
         factor=inner.number("factor"),
         original_max_position_embeddings=inner.integer(
@@ -345,6 +352,13 @@ def _check_derived(values: dict[str, Any], fields: dict[str, Any], read: _Reader
                 "num_attention_heads" if name == "num_key_value_heads" else "the sum of its parts"
             )
             read.found.append(f"{name}={shown(values[name])} must equal {what}, {value}")
+    parts = [fields[f"{name}_head_dim"] for name in ("qk_nope", "qk_rope", "v")]
+    heads = [*parts, parts[0] + parts[1], fields["hidden_size"] // fields["num_attention_heads"]]
+    if values.get("head_dim") is not None and values["head_dim"] not in heads:
+        read.found.append(
+            f"head_dim={shown(values['head_dim'])} is none of this attention's: "
+            + ", ".join(map(str, sorted(set(heads))))
+        )
     layers, dense = fields["num_hidden_layers"], fields["first_k_dense_replace"]
     expected = {
         "mlp_layer_types": ["dense"] * min(dense, layers) + ["sparse"] * max(layers - dense, 0),

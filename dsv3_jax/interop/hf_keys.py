@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from dsv3_jax.config.files import shown
+
 # What the modelling code of a type takes where its file is silent: transformers 5.24, of each type
 # configuration_*.py, and for what it fixes in code (scoring_func, topk_method) the router there.
 # Kimi-K2's own configuration_deepseek.py has DeepSeek-V3's numbers.
@@ -101,10 +103,47 @@ HARMLESS = frozenset([
     "repetition_penalty", "length_penalty", "diversity_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens",
     "exponential_decay_length_penalty", "remove_invalid_values", "is_decoder",
-    "cross_attention_hidden_size", "tie_encoder_decoder", "head_dim", "max_window_layers",
+    "cross_attention_hidden_size", "tie_encoder_decoder", "max_window_layers",
     "model_max_length", "max_seq_len", "unsloth_fixed", "unsloth_version",
 ])
 # fmt: on
+
+
+# Of generation_config.json: what changes the text, with the values that change nothing. A caller
+# says these; only the ids that end a text are read.
+_OF_GENERATION: dict[str, tuple[Any, ...]] = {
+    "temperature": (1,),
+    "top_p": (1,),
+    "top_k": (0, 50),  # 50 is transformers' own default
+    "min_p": (0,),
+    "typical_p": (1,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "repetition_penalty": (1,),
+    "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "bad_words_ids": (),
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
+    "sequence_bias": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "stop_strings": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1,),
+}
+
+
+def unread_generation_settings(values: dict[str, Any]) -> list[str]:
+    """ "key=value" for every setting of a generation_config.json that would change the text."""
+    return [
+        f"{name}={shown(values[name])}"
+        for name, off in _OF_GENERATION.items()
+        if (value := values.get(name)) not in _ABSENT and value not in off
+    ]
 
 
 _ABSENT = (None, False, "", [], {})

@@ -106,7 +106,8 @@ def find_continuation(
     path, meta = folder / str(step), saved["meta"]
     old = _saved_config(meta)
     refuse_another_run(path, saved, config, identity(corpus), abstract_state)
-    tell_differences(path, saved, config, identity(corpus), old)
+    if step <= config.train.steps:  # past them nothing goes on
+        tell_differences(path, saved, config, identity(corpus), old)
     if old is None:
         log.warning("%s does not say its options: its plan is taken to be this run's", path)
     place = saved_place(path, step, meta, old or config)
@@ -177,7 +178,7 @@ def tell_differences(
         elif was != now:
             lines.append(f"{name}: {was} -> {now}")
     if lines:
-        log.warning("%s was made with other options, and goes on with these:", path)
+        log.warning("%s was made with other options than this run's, old -> new:", path)
     for line in lines:
         log.warning("  %s", line)
     if unknown:

@@ -25,6 +25,7 @@ from dsv3_jax.interop.hf_config import (
     model_config_to_hf,
     scale_format_of_hf,
 )
+from dsv3_jax.interop.hf_keys import unread_generation_settings
 from dsv3_jax.model.rope import rope_tables, softmax_scale
 
 ROOT = Path(__file__).parent.parent.parent
@@ -200,13 +201,28 @@ _LEFT_OUT_BY_TRANSFORMERS_5 = {
 }
 
 
+def test_a_head_dim_that_is_none_of_this_attention_s_is_refused():
+    """transformers takes it for the rotary part; published files have one of these."""
+    for fits in (None, V3["qk_rope_head_dim"], V3["qk_rope_head_dim"] + V3["qk_nope_head_dim"]):
+        assert model_config_from_hf(V3 | {"head_dim": fits}) == model_config_from_hf(V3)
+    with pytest.raises(UserError, match="head_dim=24 is none of this attention's: "):
+        model_config_from_hf(V3 | {"head_dim": 24})
+
+
+def test_settings_of_generation_are_told():
+    values = {"eos_token_id": 1, "do_sample": True, "top_k": 50, "top_p": 1.0, "temperature": 0.6}
+    assert unread_generation_settings(values) == ["temperature=0.6"]
+    found = unread_generation_settings({"suppress_tokens": list(range(9999)), "num_beams": {}})
+    assert len(found) == 1 and found[0].startswith("suppress_tokens=[0, 1") and len(found[0]) < 99
+
+
 def test_yarn_without_mscales_leaves_the_softmax_scale_alone():
     scaling = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 128}
     found = model_config_from_hf(V3 | {"rope_scaling": scaling}).rope_scaling
     assert found == RopeScaling("yarn", 8.0, 128, 32.0, 1.0, mscale=1.0, mscale_all_dim=0.0)
 
 
-def test_one_mscale_alone_is_what_the_published_code_makes_of_it():
+def test_one_mscale_alone_is_what_the_published_code_makes_of_it(caplog):
     """modeling_deepseek.py: mscale is 1 and mscale_all_dim 0 where they are not given."""
     base = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 128}
     for scales, expected in (
@@ -216,8 +232,11 @@ def test_one_mscale_alone_is_what_the_published_code_makes_of_it():
         ({"mscale": 0.7, "mscale_all_dim": 0}, (0.7, 0.0)),
         ({"truncate": True}, (1.0, 0.0)),
     ):
+        caplog.clear()
         config = model_config_from_hf(V3 | {"rope_scaling": base | scales})
         assert config.rope_scaling is not None
+        told = "transformers computes other logits" in caplog.text
+        assert told == (expected != (1.0, 0.0))
         assert (config.rope_scaling.mscale, config.rope_scaling.mscale_all_dim) == expected
         # What DeepseekV3YarnRotaryEmbedding and DeepseekV3Attention compute from them.
         long = 1 + 0.1 * math.log(8) * expected[0]
