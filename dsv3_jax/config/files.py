@@ -56,7 +56,8 @@ def file_inside(folder: Path, name: str) -> Path:
     if not any(real.is_relative_to(root) for root in roots):
         raise UserError(f"{path} is a link to {real}, outside its folder: it is not followed")
     if not is_file:
-        raise UserError(f"{path}: no such file")
+        what = "is not a file" if real.exists() else "no such file"
+        raise UserError(f"{path}: {'is a link to nowhere' if path.is_symlink() else what}")
     return path
 
 

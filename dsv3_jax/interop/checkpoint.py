@@ -20,7 +20,7 @@ import numpy as np
 
 from dsv3_jax.config import ModelConfig, UserError
 from dsv3_jax.config.files import file_inside, read_config, read_json, shown
-from dsv3_jax.interop.folder import describes_a_model, no_weights
+from dsv3_jax.interop.folder import describes_a_model, no_weights, refuse_adapter
 from dsv3_jax.interop.hf_config import (
     EosTokenId,
     eos_of_generation_config,
@@ -158,6 +158,7 @@ def is_weights_folder(folder: str | Path) -> bool:
 def open_hf(folder: str | Path) -> Checkpoint:
     """The checkpoint in a Hugging Face folder: config.json, and one or many safetensors files."""
     folder = Path(folder)
+    refuse_adapter(folder)
     values = read_config(folder)
     try:
         config = model_config_from_hf(values)

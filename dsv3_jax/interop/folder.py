@@ -19,6 +19,8 @@ _OTHER_FORMS = (
     ".npz",
     ".onnx",
 )
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+_ADAPTER = "adapter_config.json"
 _SHOWN = 4
 
 
@@ -35,7 +37,16 @@ def describes_a_model(folder: Path) -> bool:
         values = read_config(folder) if (folder / "config.json").is_file() else {}
     except (UserError, OSError):
         return True  # reading it as one says what is wrong with it
-    return "model_type" in values or bool(other_weights(folder))
+    return "model_type" in values or bool(other_weights(folder)) or (folder / _ADAPTER).exists()
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises UserError for a folder of PEFT's that holds an adapter alone."""
+    if (folder / _ADAPTER).exists() and not (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} holds an adapter ({_ADAPTER}), not a model: merge it into its base (with "
+            "peft: merge_and_unload) and give the folder of the merged weights"
+        )
 
 
 def check_apart(src: Path, dst: Path) -> None:
@@ -49,6 +60,12 @@ def no_weights(folder: Path, index: str, single: str) -> UserError:
     names = other_weights(folder)
     if not names:
         return UserError(f"{folder / single}: no such file, and no {index}: no weights are here")
+    for name in names:
+        if (folder / name).is_symlink() and not (folder / name).exists():
+            return UserError(
+                f"{folder / name} is a link to nowhere, as an interrupted download leaves it: "
+                "fetch it again"
+            )
     listed = ", ".join(names[:_SHOWN])
     listed += f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     if any(name.endswith(".safetensors") for name in names):
@@ -56,8 +73,10 @@ def no_weights(folder: Path, index: str, single: str) -> UserError:
             f"{folder}: found {listed}, but neither {index}, which says what is in which file, nor "
             f"{single}: fetch the index, or name a single file so"
         )
+    pickled = any(name.endswith(_PICKLED) for name in names)
     return UserError(
-        f"{folder}: only safetensors are read, found {listed}: pickled files (.bin, .pt) can run "
-        "code when read. Look for a safetensors form of this checkpoint, or convert it (with "
-        "transformers: from_pretrained(...).save_pretrained(...))"
+        f"{folder}: only safetensors are read, found {listed}"
+        + (": pickled files (.bin, .pt) can run code when read" if pickled else "")
+        + ". Look for a safetensors form of this checkpoint, or convert it (with transformers: "
+        "from_pretrained(...).save_pretrained(...))"
     )

@@ -12,7 +12,7 @@ import contextvars
 import functools
 import importlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,34 @@ def target() -> Any:
     """
     described = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     return described or _device.get() or jax.devices()[0]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _TracedFor:
+    device: Any
+
+
+def define_vjp(
+    function: jax.custom_vjp, forward: Callable[..., Any], backward: Callable[..., Any]
+) -> None:
+    """`function.defvjp`, whose backward pass is traced for the device of its forward pass.
+
+    JAX traces a backward rule after the forward pass, by then outside of `compiling_for`.
+    """
+
+    @functools.wraps(forward)
+    def traced_forward(*args):
+        y, residuals = forward(*args)
+        return y, (residuals, _TracedFor(target()))
+
+    @functools.wraps(backward)
+    def traced_backward(*args):
+        *static, (residuals, traced_for), dy = args
+        with compiling_for(traced_for.device):
+            return backward(*static, residuals, dy)
+
+    function.defvjp(traced_forward, traced_backward)
 
 
 def platform() -> str:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.fused.api import swiglu_backward_quantize
 from dsv3_jax.kernels.gemm.api import scaled_matmul, scaled_wgrad
 from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul, grouped_wgrad, grouped_wgrad_into
@@ -251,7 +252,7 @@ def _no_gradient(group_sizes: Any) -> Any:
     return None if group_sizes is None else np.zeros(group_sizes.shape, jax.dtypes.float0)
 
 
-_linear.defvjp(_forward, _backward)
+backend.define_vjp(_linear, _forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -282,7 +283,7 @@ def _feed_forward_bwd(recipes, residuals, dy):
     return dx[: dy.shape[0]], d_gate_up, d_down, _no_gradient(group_sizes), None, None
 
 
-_feed_forward.defvjp(_feed_forward_fwd, _feed_forward_bwd)
+backend.define_vjp(_feed_forward, _feed_forward_fwd, _feed_forward_bwd)
 
 
 def _multiply(a: BlockScaled, b: BlockScaled, group_sizes):

@@ -135,7 +135,7 @@ def _grouped_backward(alignment, residuals, dy):
     return d_rows, d_weights, None, None, np.zeros(group_sizes.shape, jax.dtypes.float0)
 
 
-_grouped_product.defvjp(_grouped_forward, _grouped_backward)
+backend.define_vjp(_grouped_product, _grouped_forward, _grouped_backward)
 
 
 def _left(gradient, total):

@@ -35,7 +35,7 @@ OTHER_FORMS = {
         "found pytorch_model-00001-of-00002.bin, pytorch_model.bin.index.json",
     ),
     "consolidated": (["consolidated.00.pth"], "found consolidated.00.pth"),
-    "gguf": (["model-q4.gguf"], "found model-q4.gguf"),
+    "gguf": (["model-q4.gguf"], r"found model-q4.gguf\. Look"),
     "shards without their index": ([FIRST], f"found {FIRST}, but neither {INDEX}"),
     "a single file of another name": (["consolidated.safetensors"], "fetch the index, or name"),
     "nothing": ([], "no weights are here"),
@@ -54,6 +54,28 @@ def test_weights_in_another_form_are_named(make_hf, case):
         open_checkpoint(folder)
     # The command says so too, not that a tokenizer or a run's checkpoint is missing.
     (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=message):
+        infer.main(["--checkpoint", str(folder), "--prompt", "hi"])
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("model.safetensors", "is a link to nowhere, as an interrupted download leaves it"),
+        ("config.json", "config.json: is a link to nowhere"),
+        ("generation_config.json", "generation_config.json: is not a file"),
+        ("adapter_config.json", "holds an adapter.*merge it into its base"),
+    ],
+)
+def test_what_is_no_file_of_a_model_is_named(make_hf, name, message):
+    folder, _, _ = make_hf("bf16", shards=1)
+    (folder / name).unlink(missing_ok=True)
+    if name == "generation_config.json":
+        (folder / name).mkdir()
+    elif name == "adapter_config.json":
+        (folder / "config.json").rename(folder / name)
+    else:
+        (folder / name).symlink_to("blob-that-was-never-fetched")
     with pytest.raises(UserError, match=message):
         infer.main(["--checkpoint", str(folder), "--prompt", "hi"])
 

@@ -1,5 +1,7 @@
 """The choice of an implementation: explicit, never silent."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.transformer import abstract_variables, forward
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
+from dsv3_jax.quantization.recipe import recipe_named
 from tests.helpers import tiny_model
 
 
@@ -87,3 +90,26 @@ def test_the_layout_says_what_a_program_is_compiled_for(recwarn):
     assert {choice.platform for choice in new} == {"gpu"}
     assert any("attention" in choice.op for choice in new)
     assert backend.platform() == jax.default_backend()  # outside again
+
+
+H200 = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
+
+
+@pytest.mark.filterwarnings("ignore::dsv3_jax.kernels.backend.KernelFallbackWarning")
+@pytest.mark.parametrize("name", ["bf16", "fp8_paper"])
+def test_a_backward_pass_is_traced_for_the_device_of_its_forward_pass(monkeypatch, name):
+    monkeypatch.setattr(backend, "_choices", {})
+    mesh = jax.sharding.AbstractMesh((1,) * len(AXES), AXES, abstract_device=H200)
+    model = dataclasses.replace(tiny_model(num_hidden_layers=2), dtype="bfloat16")
+    how = Pass(model, recipe_named(name), Layout(mesh))
+
+    def loss(params, router, ids):
+        variables = {"params": params, "router": router}
+        return forward(variables, ids, how).logits.astype(jnp.float32).mean()
+
+    variables = abstract_variables(model)
+    ids = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    jax.jit(jax.grad(loss)).trace(variables["params"], variables["router"], ids)
+    chosen = {choice.op: choice.platform for choice in backend.choices()}
+    assert "grouped_wgrad" in chosen or "grouped_dgrad" in chosen or "quantize_both_ways" in chosen
+    assert set(chosen.values()) == {"gpu"}

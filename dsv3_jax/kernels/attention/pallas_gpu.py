@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import hopper, manual
+from dsv3_jax.kernels import backend, hopper, manual
 from dsv3_jax.kernels.attention import hopper_backward, hopper_forward, hopper_kept, hopper_ring
 from dsv3_jax.kernels.attention.api import RESULTS, Documents
 from dsv3_jax.kernels.attention.hopper_backward import BackwardTiles
@@ -167,7 +167,7 @@ def _gradients(call: _Call, saved, gradients):
 _gradients_lowered_once = jax.jit(_gradients, static_argnums=0)
 
 
-_attention.defvjp(_forward, _backward)
+backend.define_vjp(_attention, _forward, _backward)
 
 
 def _columns(call: _Call, kv, k_shared) -> tuple[tuple[Columns, ...], Columns]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import manual, tpu
+from dsv3_jax.kernels import backend, manual, tpu
 from dsv3_jax.kernels.attention.api import Documents
 from dsv3_jax.kernels.tpu import LOWEST, pltpu
 
@@ -131,7 +131,7 @@ def _backward(call: _Call, saved, gradients):
     return dq, dkv, dshared, None, None
 
 
-_attention.defvjp(_forward, _backward)
+backend.define_vjp(_attention, _forward, _backward)
 
 _PARAMS = pltpu.CompilerParams(
     dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")

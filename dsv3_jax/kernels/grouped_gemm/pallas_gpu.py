@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels import backend, hopper
 from dsv3_jax.kernels.gemm import tiles
 from dsv3_jax.kernels.gemm.hopper_matmul import Tile, WorkTable, matmul
 from dsv3_jax.kernels.gemm.hopper_wgrad import wgrad
@@ -123,7 +123,7 @@ def _backward(tile, residuals, d_out):
     return d_rows, d_weights, np.zeros(group_sizes.shape, jax.dtypes.float0)
 
 
-_differentiable.defvjp(_forward, _backward)
+backend.define_vjp(_differentiable, _forward, _backward)
 
 
 def _require(dtype, alignment: int, *dims: int) -> None:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.gemm import tpu_matmul
 from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import BlockScaled
@@ -136,7 +137,7 @@ def _backward(residuals, d_out):
     return d_rows, d_weights, np.zeros(group_sizes.shape, jax.dtypes.float0)
 
 
-_differentiable.defvjp(_forward, _backward)
+backend.define_vjp(_differentiable, _forward, _backward)
 
 
 def _require(alignment: int, *operands: Array | BlockScaled) -> None:
