@@ -17,7 +17,7 @@ from dsv3_jax import cli
 from dsv3_jax.analysis.model_cost import training_flops_per_token
 from dsv3_jax.config import Config
 from dsv3_jax.data.batches import prefetch
-from dsv3_jax.data.checks import check_model
+from dsv3_jax.data.checks import check_run
 from dsv3_jax.data.corpus import Corpus, open_corpus
 from dsv3_jax.frozen import abstract_base, load_base
 from dsv3_jax.parallel import hosts
@@ -71,7 +71,7 @@ def main(argv: Sequence[str], extensions: Extensions = NONE) -> int:
                 log.info(line)
             with clock("data"):
                 corpus = open_corpus(config.data, config.seed)
-                check_model(config.model, corpus)
+                check_run(config, corpus)
             hosts.check_agreement(config, data_sha256=corpus.sha256("train"))
             # What was saved is compared with what is asked before anything there is touched.
             start, schedule, losses = find_continuation(run_dir, config, corpus, abstract)

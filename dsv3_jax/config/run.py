@@ -100,6 +100,8 @@ class Config:
                 found += [f"{group.name}.{problem}" for problem in value.problems()]
         if self.resume not in ("auto", "never") and not self.resume.isdecimal():
             found.append(f"resume={self.resume!r} must be auto, never or a step number")
+        if not self.run_dir.strip():
+            found.append("run_dir is empty: name a folder, '.' for this one")
         if not 0 <= self.seed < 1 << 32:  # JAX's keys take the lowest 32 bits
             found.append(f"seed={self.seed} must lie in 0 to {(1 << 32) - 1}")
         if self.devices is not None and self.devices <= 0:

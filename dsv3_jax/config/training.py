@@ -32,8 +32,12 @@ class DataConfig:
     """When opened, token files are hashed: up to 1 GiB a side, "all" of them, or none."""
 
     def problems(self) -> list[str]:
-        """Fractions outside their range."""
-        found = []
+        """Fractions outside their range, and names that are empty."""
+        found = [
+            f"{name} is empty: name one, or leave the option out"
+            for name in ("path", "tokenizer")
+            if not getattr(self, name).strip()
+        ]
         if not 0 < self.val_fraction < 1:
             found.append(f"val_fraction={self.val_fraction} must lie between 0 and 1, exclusive")
         if not 0 <= self.fim_rate <= 1:

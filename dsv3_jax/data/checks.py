@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from dsv3_jax.config import DataConfig, ModelConfig, UserError
+from dsv3_jax.config import Config, DataConfig, ModelConfig, UserError
+from dsv3_jax.data.batches import Rows
 from dsv3_jax.data.corpus import Corpus, bpe_size, is_prepared, open_corpus
 from dsv3_jax.data.documents import find_files
 from dsv3_jax.data.mixture_weights import split_path
@@ -22,24 +23,36 @@ def check_model(model: ModelConfig, corpus: Corpus) -> None:
     _check_ends(model, corpus.tokenizer)
 
 
-def problems(data: DataConfig, model: ModelConfig) -> list[str]:
-    """What a run would refuse of the data that is named, a text each, without tokenising any.
+def check_run(config: Config, corpus: Corpus) -> None:
+    """Raises UserError unless the run's model can read the corpus, and its text fills a row."""
+    check_model(config.model, corpus)
+    for part in corpus.parts:
+        if not part.train.is_supervised:  # conversations are packed, whatever their length
+            for split in (part.train, part.val):
+                Rows(split, config.train.seq_len + 1, config.seed)
+
+
+def problems(config: Config) -> list[str]:
+    """What the run would refuse of the data that it names, a text each; nothing is tokenised.
 
     A prepared folder is opened, its files by their sizes alone; other paths must hold files of
     texts. A vocabulary that is still to be trained counts as large as it may become.
     """
     found = []
-    for path, _ in split_path(data.path):
+    for path, _ in split_path(config.data.path):
+        data = dataclasses.replace(config.data, path=path)
         try:
-            _check_named(dataclasses.replace(data, path=path), model)
+            if is_prepared(path):
+                data = dataclasses.replace(data, verify="sizes")
+                check_run(config, open_corpus(data, config.seed))
+            else:
+                _check_texts(data, config.model)
         except (UserError, OSError) as error:
             found.append(str(error))
     return found
 
 
-def _check_named(data: DataConfig, model: ModelConfig) -> None:
-    if is_prepared(data.path):
-        return check_model(model, open_corpus(dataclasses.replace(data, verify="sizes"), seed=0))
+def _check_texts(data: DataConfig, model: ModelConfig) -> None:
     if data.path != "stdlib":
         find_files([Path(data.path)])
     if (size := bpe_size(data.tokenizer)) is not None:

@@ -62,7 +62,7 @@ def write_run_files(folder: Path, config: ModelConfig, tokenizer: Path | None) -
     bos = names.get(config.bos_token_id)
     eos = next((names[i] for i in config.eos_token_ids if i in names), None)
     if bos is None or eos is None:
-        log.warning("%s has no token for bos or eos: written as it is", tokenizer)
+        log.warning("%s has no token for bos or eos: it is exported unchanged", tokenizer)
         shutil.copyfile(tokenizer, folder / "tokenizer.json")
         return
     spec["post_processor"] = _with_bos(spec.get("post_processor"), bos, config.bos_token_id)

@@ -74,7 +74,7 @@ def compared(checkpoint: Checkpoint) -> Checkpoint:
     manifest = read_manifest(checkpoint.folder)
     if wrong := _damaged_files(checkpoint.folder, manifest):
         names = ", ".join(wrong)
-        raise RunError(f"{checkpoint.folder}: {names} not as imported: import it again")
+        raise RunError(f"{checkpoint.folder}: {names} changed since the import: import it again")
     expected = manifest.sha256
     tensors = dict(checkpoint.tensors)
     for name in _with_digest(checkpoint):

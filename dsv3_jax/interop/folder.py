@@ -71,7 +71,7 @@ def no_weights(folder: Path, index: str, single: str) -> UserError:
     if any(name.endswith(".safetensors") for name in names):
         return UserError(
             f"{folder}: found {listed}, but neither {index}, which says what is in which file, nor "
-            f"{single}: fetch the index, or name a single file so"
+            f"{single}: fetch the index, or rename a single file to that"
         )
     pickled = any(name.endswith(_PICKLED) for name in names)
     return UserError(

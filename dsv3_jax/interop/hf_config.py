@@ -142,7 +142,7 @@ def model_config_from_hf(values: dict[str, Any]) -> ModelConfig:
     if names := unknown(values, _READ):
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         log.warning(
-            "config.json: %s%s: not known here, the model is computed as if not there",
+            "config.json: %s%s: not known here and not read",
             ", ".join(name[:60] for name in names[:8]),
             more,
         )

@@ -286,7 +286,7 @@ def _tell_of_mixed(checkpoint: Checkpoint, dtype: LoadDType) -> None:
     for path, counts in _stored(checkpoint, dtype).items():
         if len(counts) > 1:
             kinds = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-            log.warning("%s: stored as %s: held as %s", ".".join(path), kinds, targets[path])
+            log.warning("%s: stored as %s, held as %s", ".".join(path), kinds, targets[path])
 
 
 def _tree(leaves: dict[tuple[str, ...], Any]) -> dict[str, Any]:

@@ -97,9 +97,7 @@ class _TracedFor:
     device: Any
 
 
-def define_vjp(
-    function: jax.custom_vjp, forward: Callable[..., Any], backward: Callable[..., Any]
-) -> None:
+def define_vjp(function: Any, forward: Callable[..., Any], backward: Callable[..., Any]) -> None:
     """`function.defvjp`, whose backward pass is traced for the device of its forward pass.
 
     JAX traces a backward rule after the forward pass, by then outside of `compiling_for`.

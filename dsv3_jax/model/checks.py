@@ -52,9 +52,9 @@ def check_nothing_is_replaced() -> None:
         for module in (home, user):
             if vars(sys.modules[module]).get(name) is not value:
                 raise ValueError(
-                    f"{module}.{name} was replaced, but what was traced before, and "
-                    f"{user if module == home else home}, have the old one. Give your own function "
-                    "to Pass, where it has a field for it; or replace the name in both modules "
+                    f"{module}.{name} was replaced, but programs traced before, and "
+                    f"{user if module == home else home}, still use the old one. Give your own "
+                    "function to Pass, where it has a field for it; or replace the name in both modules "
                     "before the first Pass is made"
                 )
 

@@ -44,8 +44,8 @@ def check_micro_batches(
         )
     if count == 2 and (not paged or layout.size("expert") == 1):
         raise UserError(
-            "two micro-batches need a cache in pages, and experts on several devices: there is "
-            "no exchange to compute beside"
+            "two micro-batches need a cache in pages, and experts on several devices: without an "
+            "exchange there is nothing to overlap"
         )
 
 

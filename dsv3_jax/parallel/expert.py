@@ -115,7 +115,7 @@ def make_exchange(
     if num_experts % devices:
         raise ValueError(f"{num_experts=} must be a multiple of the {devices} devices of {axes}")
     if num_experts >= 2**15:
-        raise ValueError(f"{num_experts=} does not fit the 16 bits that a choice has on the wire")
+        raise ValueError(f"{num_experts=} must be below {2**15}: experts are sent as int16")
     here = num_experts // devices
     if devices == 1:
         return Exchange((), here, None, token_axes)
@@ -123,7 +123,7 @@ def make_exchange(
         raise ValueError(f"transport 'local' moves nothing, but experts are spread over {axes}")
     if config.transport == "auto":
         raise ValueError(
-            "transport 'auto' stands for none yet: `transports.resolve` needs the mesh"
+            "transport 'auto' is still to be chosen: call `transports.resolve` with the mesh"
         )
     if config.transport == "pallas" and config.combine_format == "logfmt10":
         raise ValueError(

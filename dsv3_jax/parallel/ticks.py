@@ -101,7 +101,7 @@ def tick_tables(schedule: PipelineSchedule) -> TickTables:
     """The tables of a schedule whose ranks hold each stage once (not "bidirectional")."""
     if schedule.placement == "bidirectional":
         raise ValueError(
-            f"{schedule.name} holds every stage on two ranks, which the executor does not: use "
+            f"{schedule.name} holds every stage on two ranks, which the executor cannot do: use "
             "dualpipev, which has its bubbles with one copy of the weights"
         )
     ticks = unit_ticks(schedule)

@@ -114,8 +114,8 @@ def find_continuation(
     schedule = schedule_from(place, config, old or config)
     if schedule.tokens_per_row != place.tokens_per_row:
         log.warning(
-            "the text is cut into other rows, of %d tokens: the run goes on at row %d of them, "
-            "after as many tokens; text of this epoch may come again",
+            "rows now have %d tokens: the run goes on at row %d, after as many tokens as were "
+            "read; some text of this epoch may be read again",
             *(schedule.tokens_per_row, schedule.first_row(step)),
         )
     if step < config.train.steps and old is not None:
@@ -215,8 +215,8 @@ def saved_place(path: Path, step: int, meta: dict[str, Any], old: Config) -> Pla
         schedule = Schedule(dataclasses.replace(old, train=train))
         position, begun = schedule.position(step), START
         log.warning(
-            "%s, of an earlier version, does not hold its position in the data: by its options it "
-            "is row %d, after %s tokens",
+            "%s, of an earlier version, does not hold its position in the data: its options make "
+            "it row %d, after %s tokens",
             *(path, position.row, f"{position.tokens:,}"),
         )
     rate = meta.get("learning_rate")

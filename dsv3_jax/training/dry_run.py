@@ -77,7 +77,7 @@ def dry_run_report(config: Config, layout: Layout, base: Any = None) -> str:
         f"{schedule.max_micro_batches} micro-batches (full batch); "
         f"the run, {schedule.tokens(config.train.steps):,} tokens in {config.train.steps:,} steps",
     ]
-    wrong = problems(config.data, config.model)
+    wrong = problems(config)
     lines += [f"data: the run would stop: {problem}" for problem in wrong]
     if not wrong:
         lines.append(f"data: {config.data.path} is there, and the model has its tokenizer's ids")

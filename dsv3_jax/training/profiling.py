@@ -24,11 +24,11 @@ class ProfileWindow:
         self._last = min(self._first + steps, end)
         traced = self._last - self._first
         if steps and traced <= 0:
-            log.warning("nothing is traced: the run has one step left, which is compiled")
+            log.warning("nothing is traced: the run has one step left, and its time is compilation")
         elif steps:
             log.info("steps %d to %d are traced into %s", self._first + 1, self._last, folder)
             if traced < steps:
-                log.warning("%d steps were to be traced: no more are left", steps)
+                log.warning("%d steps were asked for: the run has no more left", steps)
 
     def before(self, step: int) -> None:
         """To be called before each step."""

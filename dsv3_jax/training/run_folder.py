@@ -39,6 +39,8 @@ OWN_FILES = (
     *KEPT_WITH_WEIGHTS,
     *CODE_FILES,
 )
+# One of these is in every run's folder, from its first moments on.
+_MARKS = ("log.txt", "metrics.jsonl", "checkpoints")
 
 
 class RunFolder:
@@ -47,7 +49,8 @@ class RunFolder:
     Of several processes of one run, the first holds the lock. It is flock's on RUN/.lock: it ends
     with the process that holds it, however that ends. On NFS it holds between hosts from Linux
     2.6.12 on; where a file system has no locks, a warning says so. Raises UserError when another
-    run has the folder, OSError, which names --run-dir, when it is none or cannot be written.
+    run has the folder, or when files that a run would set aside lie there without a run; OSError,
+    which names --run-dir, when it is none or cannot be written.
     """
 
     def __init__(self, path: str | Path):
@@ -116,11 +119,19 @@ class RunFolder:
         log.warning("a new run starts in %s: the older one's files are now %s", self.path, names)
 
     def _enter(self) -> None:
+        foreign = [name for name in OWN_FILES if (self.path / name).exists()]
+        if foreign and not any((self.path / mark).exists() for mark in _MARKS):
+            raise UserError(
+                f"--run-dir {self.path} holds no run, but {', '.join(foreign[:4])}, which a run "
+                "would set aside: choose another folder"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._locked()
         except OSError as error:
             reason = "it is a file" if self.path.is_file() else error.strerror
+            if self.path.is_symlink() and not self.path.exists():
+                reason = "it is a link to nowhere"
             raise OSError(f"--run-dir {self.path} cannot be used: {reason}") from error
 
     def _locked(self) -> int:

@@ -69,8 +69,8 @@ def _optimizer(config: Config, extensions: Extensions) -> optax.GradientTransfor
         return make_optimizer(config.optimizer)
     if config.optimizer.average_decay:
         raise UserError(
-            "optimizer.average_decay with an own optimizer: its state would hold no average of the "
-            "weights; leave it out"
+            "optimizer.average_decay needs the package's own optimizer, whose state holds the "
+            "average of the weights: leave it out"
         )
     return extensions.optimizer
 

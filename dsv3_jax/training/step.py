@@ -314,8 +314,8 @@ def _pipelined(
     """`gradients` by the ranks of `pipe`."""
     if extensions.loss is not None:
         raise UserError(
-            "an own loss reads all Outputs, which no stage has of "
-            f"mesh.pipe={layout.mesh.shape['pipe']}: use mesh.pipe=1"
+            "a loss of your own reads all Outputs, but no stage of a pipeline has all of them "
+            f"(mesh.pipe={layout.mesh.shape['pipe']}): use mesh.pipe=1"
         )
     held = {"params": state.params, "router": state.router}
     terms, grads = pipelined_gradients(

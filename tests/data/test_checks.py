@@ -5,13 +5,17 @@ from dataclasses import replace
 import pytest
 
 from dsv3_jax.config import DataConfig
-from dsv3_jax.data.checks import problems
+from dsv3_jax.data import checks
 from dsv3_jax.data.corpus import prepare
 from dsv3_jax.data.tokenizer import ByteTokenizer, train_tokenizer
-from tests.helpers import tiny_model
+from tests.helpers import tiny_config, tiny_model
 
 MODEL = tiny_model(vocab_size=272, bos_token_id=256, eos_token_id=257)
 BYTES = DataConfig(tokenizer="byte")
+
+
+def problems(data, model, **plan):
+    return checks.problems(replace(tiny_config(model, **plan), data=data))
 
 
 @pytest.fixture
@@ -54,3 +58,10 @@ def test_each_part_of_a_mixture_is_looked_at(prepared):
     told = problems(replace(BYTES, path=f"{prepared}:1,no/such/place:2"), MODEL)
     assert len(told) == 2
     assert "index.json" in told[0] and "no/such/place" in told[1]
+
+
+def test_a_text_shorter_than_a_row_is_named(prepared):
+    data = replace(BYTES, path=str(prepared))
+    assert problems(data, MODEL, seq_len=30) == []
+    (told,) = problems(replace(data, verify="all"), MODEL, seq_len=2000)
+    assert "tokens are too few for one row of 2,001" in told

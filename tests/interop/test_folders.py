@@ -37,7 +37,7 @@ OTHER_FORMS = {
     "consolidated": (["consolidated.00.pth"], "found consolidated.00.pth"),
     "gguf": (["model-q4.gguf"], r"found model-q4.gguf\. Look"),
     "shards without their index": ([FIRST], f"found {FIRST}, but neither {INDEX}"),
-    "a single file of another name": (["consolidated.safetensors"], "fetch the index, or name"),
+    "a single file of another name": (["consolidated.safetensors"], "fetch the index, or rename"),
     "nothing": ([], "no weights are here"),
 }
 

@@ -97,7 +97,7 @@ def test_a_stack_of_fp8_and_bf16_experts_keeps_its_bytes(make_hf, tmp_path, capl
     for source in (folder, tmp_path / "ours"):
         caplog.clear()
         experts = load_hf(source)[1]["params"]["moe_layers"]["mlp"]["experts"]
-        assert "experts.gate_up_proj: stored as 2 BF16, 22 F8_E4M3: held as BF16" in caplog.text
+        assert "experts.gate_up_proj: stored as 2 BF16, 22 F8_E4M3, held as BF16" in caplog.text
         for name, leaf in experts.items():
             expected = plain["params"]["moe_layers"]["mlp"]["experts"][name]
             assert leaf.dtype == ml_dtypes.bfloat16

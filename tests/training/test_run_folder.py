@@ -44,6 +44,17 @@ def test_a_folder_that_cannot_be_used_names_the_option(tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
+def test_a_folder_of_other_things_is_not_taken_for_a_run(tmp_path):
+    for name in ("LICENSE", "config.json", "train.py"):
+        (tmp_path / name).write_text("of a project")
+    with pytest.raises(UserError, match=r"--run-dir .* holds no run, but config.json, LICENSE"):
+        RunFolder(tmp_path).__enter__()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LICENSE", "config.json", "train.py"]
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone/away")
+    with pytest.raises(OSError, match="cannot be used: it is a link to nowhere"):
+        RunFolder(tmp_path / "nowhere").__enter__()
+
+
 def test_a_new_run_keeps_an_older_one_s_files(tmp_path):
     others = ("vocab.json", "LICENSE", "tokenization_kimi.py")  # of the weights it began with
     for name in ("config.json", "tokenizer.json", *others):

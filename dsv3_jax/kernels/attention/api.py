@@ -87,7 +87,7 @@ def _attention(q, kv, k_shared, value_dim, scale, offset, segments, implementati
         documents = documents_of(segments, q.shape[1], offset)
     if bias is not None:
         if implementation not in (None, "reference"):
-            raise NotImplementedError(f"{implementation}: no bias; reference has one")
+            raise NotImplementedError(f"{implementation} takes no attention bias: use reference")
         made = biased(bias, jnp.arange(q.shape[1]) + offset, kv[0].shape[1], q.shape[2])
         reference = importlib.import_module(f"{PACKAGE}.reference")
         sizes = {"value_dim": value_dim, "scale": scale, "offset": offset}

@@ -65,7 +65,7 @@ def attention(
     static = isinstance(offset, int)
     if keys % 128 and static and offset + length > keys:
         raise NotImplementedError(
-            f"queries that see all keys need a multiple of 128 of them, and there are {keys}"
+            f"queries that see all keys need a multiple of 128 keys, and there are {keys}"
         )
     # TMA reads rows by eights. No real query sees a row that is added, and nobody asks for its own.
     q, kv = _pad_rows(q), tuple(map(_pad_rows, kv))

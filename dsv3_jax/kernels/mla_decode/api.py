@@ -73,7 +73,7 @@ def mla_decode_contiguous(
     check(rows)
     if bias is not None:
         if implementation not in (None, "reference"):
-            raise NotImplementedError(f"{implementation}: no bias; reference has one")
+            raise NotImplementedError(f"{implementation} takes no attention bias: use reference")
         reference = importlib.import_module(f"{PACKAGE}.reference")
         return reference.mla_decode_contiguous(rows, scale=scale, bias=bias)
     return backend.run(

@@ -354,9 +354,9 @@ def _peers(axes: Axes, x: Any) -> Peers:
     """The devices along the axes; NotImplementedError where they cannot read such rows."""
     hopper.require()
     if hopper.interpreted():
-        raise NotImplementedError("Pallas's interpreter knows no other device's memory")
+        raise NotImplementedError("Pallas's interpreter cannot read another device's memory")
     if jax.process_count() > 1:
-        raise NotImplementedError("needs all devices in one process to know their addresses")
+        raise NotImplementedError("needs all devices in one process, which knows their addresses")
     if x.ndim != 2 or _row_bytes(x) % BULK:
         raise NotImplementedError(
             f"rows of {x.dtype}{list(x.shape[1:])} are no multiple of {BULK} bytes"
