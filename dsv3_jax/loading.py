@@ -49,7 +49,8 @@ from dsv3_jax.parallel.sharding import Layout, make_layout
 from dsv3_jax.starting import open_base
 from dsv3_jax.training.manifest import steps_in
 from dsv3_jax.training.metrics import newest_numbers
-from dsv3_jax.training.restore import read_meta, read_saved, read_state
+from dsv3_jax.training.restore import read_meta, read_state
+from dsv3_jax.training.saved import read_saved
 from dsv3_jax.training.state import averaged_variables, variables_of
 
 log = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ import os
 import random
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -212,13 +213,35 @@ def shards(folder: Path, rng: random.Random) -> Iterator[Callable[[], Any]]:
 
 
 def runs(folder: Path, rng: random.Random) -> Iterator[Callable[[], Any]]:
-    """Folders of runs: config.json, metrics.jsonl, manifests, and what lies beside the arrays."""
+    """Folders of runs, read without JAX: config.json, metrics.jsonl, manifests, metadata."""
     from dsv3_jax.analysis.report import read_metrics
-    from dsv3_jax.loading import find_tokenizer, load
-    from dsv3_jax.training.manifest import write_manifest
+    from dsv3_jax.config.run import config_of_run
+    from dsv3_jax.training.saved import pick_step, read_saved
     from dsv3_jax.verifying import verify
 
-    run = _a_run(folder / "run")
+    def last_step(path: Path) -> None:
+        steps = path / "checkpoints"
+        read_saved(steps / str(pick_step(steps, "auto")))
+
+    yield from _of_a_run(folder, rng, [verify, config_of_run, read_metrics, last_step])
+
+
+def states(folder: Path, rng: random.Random) -> Iterator[Callable[[], Any]]:
+    """The same folders, of which the arrays are restored."""
+    from dsv3_jax.loading import find_tokenizer, load
+
+    yield from _of_a_run(folder, rng, [find_tokenizer, load])
+
+
+def _of_a_run(
+    folder: Path, rng: random.Random, looks: list[Callable[[Path], Any]]
+) -> Iterator[Callable[[], Any]]:
+    from dsv3_jax.training.manifest import write_manifest
+
+    run = folder / "run"
+    # In a process of its own: what makes a run imports JAX.
+    made = [sys.executable, "-m", "tests.fuzzing", "--make-run", str(run)]
+    subprocess.run(made, check=True)
     step = run / "checkpoints/3"
     inside = ["meta/metadata", "state/_METADATA", "state/_sharding", "_CHECKPOINT_METADATA"]
     inside += ["state/array_metadatas/process_0"]
@@ -227,15 +250,9 @@ def runs(folder: Path, rng: random.Random) -> Iterator[Callable[[], Any]]:
 
     def read(path: Path) -> None:
         found = []
-        looks: list[Callable[[], Any]] = [
-            lambda: verify(path),
-            lambda: find_tokenizer(path),
-            lambda: read_metrics(path),
-            lambda: load(path),
-        ]
         for look in looks:
             try:
-                look()
+                look(path)
             except ALLOWED as error:
                 found.append(error)
         if found:
@@ -354,7 +371,7 @@ def _a_run(run: Path) -> Path:
 
 TARGETS = {
     f.__name__: f
-    for f in (headers, configs, published, imports, shards, runs, tokenizers, documents)
+    for f in (headers, configs, published, imports, shards, runs, states, tokenizers, documents)
 }
 
 
@@ -431,6 +448,9 @@ def _listing(base: Path) -> list[tuple[str, int, int]]:
 
 def main() -> int:
     """One target, so many cases; prints what became of them."""
+    if sys.argv[1:2] == ["--make-run"]:
+        _a_run(Path(sys.argv[2]))
+        return 0
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("count", type=int)

@@ -28,7 +28,7 @@ from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.starting import open_base, open_origin, open_weights
 from dsv3_jax.training.extensions import Extensions
-from dsv3_jax.training.restore import read_saved
+from dsv3_jax.training.saved import read_saved
 from dsv3_jax.training.state import abstract_state
 from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
 

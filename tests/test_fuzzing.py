@@ -14,10 +14,10 @@ from tests.fuzzing import MEGABYTES, TARGETS
 ROOT = Path(__file__).parent.parent
 # About a minute in all, alone on a core; a few seconds.
 MANY = {"headers": 20_000, "configs": 10_000, "published": 150, "imports": 700, "shards": 1500}
-MANY |= {"runs": 150, "tokenizers": 3000, "documents": 3000}
+MANY |= {"runs": 1000, "states": 150, "tokenizers": 3000, "documents": 3000}
 FEW = {"headers": 1500, "configs": 600, "shards": 60, "tokenizers": 150, "documents": 100}
 # JAX and orbax alone take more than the bound: of these the growth is bounded.
-WITH_JAX = ("published", "imports", "runs")
+WITH_JAX = ("published", "imports", "states")
 
 
 def fuzzed(target, count, seed):

@@ -14,7 +14,7 @@ from dsv3_jax import cli, loading, saving, starting
 from dsv3_jax.config import UserError, load_config
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.interop.safetensors import load_file
-from dsv3_jax.training import restore as restoring
+from dsv3_jax.training import saved
 from dsv3_jax.training.restore import read_meta, restore, state_sha256
 from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
 from tests.helpers import write_small_run
@@ -126,9 +126,9 @@ def straight_run(config_file, bf16_folder, tmp_path_factory):
 def test_weights_are_opened_and_hashed_once(config_file, straight_run, tmp_path, monkeypatch):
     """By the options, the record of where the run begins, and the load; the last of two counts."""
     opened, hashed = [], []
-    was_open, was_damage = starting.open_weights, restoring.damage
+    was_open, was_damage = starting.open_weights, saved.damage
     monkeypatch.setattr(starting, "open_weights", lambda f: [opened.append(f), was_open(f)][1])
-    monkeypatch.setattr(restoring, "damage", lambda f: [hashed.append(f), was_damage(f)][1])
+    monkeypatch.setattr(saved, "damage", lambda f: [hashed.append(f), was_damage(f)][1])
     more = ("--init-from", straight_run, "--train.steps", 0)
     assert begin(config_file, tmp_path / "run", tmp_path / "none", *more) == 0
     assert opened == [str(straight_run)]
@@ -171,8 +171,8 @@ def averaged_run(config_file, bf16_folder, tmp_path_factory):
 )
 def test_a_step_is_hashed_once_and_read_once(averaged_run, monkeypatch, read):
     hashed, restored = [], []
-    was_damage, was_restore = restoring.damage, orbax.Checkpointer.restore
-    monkeypatch.setattr(restoring, "damage", lambda f: [hashed.append(f), was_damage(f)][1])
+    was_damage, was_restore = saved.damage, orbax.Checkpointer.restore
+    monkeypatch.setattr(saved, "damage", lambda f: [hashed.append(f), was_damage(f)][1])
     monkeypatch.setattr(
         *(orbax.Checkpointer, "restore"),
         lambda *given, **more: [restored.append(given), was_restore(*given, **more)][1],

@@ -223,6 +223,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int, out_path: str | P
             f"a byte-level vocabulary has at least {256 + len(special)} ids (256 bytes and "
             f"{len(special)} special tokens), not {vocab_size}"
         )
+    if vocab_size > LIMITS["vocab_size"]:
+        raise UserError(f"a vocabulary has at most {LIMITS['vocab_size']} ids, not {vocab_size}")
     tokenizer = library.Tokenizer(library.models.BPE())
     tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = library.decoders.ByteLevel()

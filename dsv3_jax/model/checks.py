@@ -54,8 +54,8 @@ def check_nothing_is_replaced() -> None:
                 raise ValueError(
                     f"{module}.{name} was replaced, but programs traced before, and "
                     f"{user if module == home else home}, still use the old one. Give your own "
-                    "function to Pass, where it has a field for it; or replace the name in both modules "
-                    "before the first Pass is made"
+                    "function to Pass, where it has a field for it; or replace the name in both "
+                    "modules before the first Pass is made"
                 )
 
 

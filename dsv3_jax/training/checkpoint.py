@@ -36,17 +36,16 @@ from dsv3_jax.training.manifest import (
     write_manifest,
 )
 from dsv3_jax.training.restore import (
-    CheckpointError,
     PyTree,
     array_types,
     latest_valid,
-    listed,
     process_0_says,
     read_state,
     restore,
     state_bytes,
     valid_step,
 )
+from dsv3_jax.training.saved import CheckpointError, listed
 
 log = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from dsv3_jax.training.restore import (
     PyTree,
     architecture_differences,
     latest_valid,
-    read_saved,
     valid_step,
 )
+from dsv3_jax.training.saved import read_saved
 from dsv3_jax.training.schedule import START, Position, Schedule
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,39 +25,29 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from dsv3_jax.config import Config, RunError, UserError
-from dsv3_jax.config.files import build, file_inside, read_json, shown
+from dsv3_jax.config import Config, UserError
+from dsv3_jax.config.files import file_inside, read_json, shown
 from dsv3_jax.training.hushed_reads import hush_other_reads
-from dsv3_jax.training.manifest import cut_off, damage, steps_in
+from dsv3_jax.training.saved import (
+    MAX_BYTES,
+    CheckpointError,
+    newest_valid,
+    pick_step,
+    read_saved,
+)
 
 log = logging.getLogger(__name__)
 
 # A run may change these and go on: they say how to compute, or how far, not what the weights are.
 _MAY_CHANGE = ("dtype", "initializer_range", "max_position_embeddings", "rope_scaling")
 
-# Where the `meta` that `save` got lies, and what orbax writes beside each of its items.
-_META_FILE, _CHECKPOINT_FILE = "meta/metadata", "_CHECKPOINT_METADATA"
-_MAX_BYTES = 64 << 20
+# What orbax writes beside each of its items.
+_CHECKPOINT_FILE = "_CHECKPOINT_METADATA"
 # What orbax and TensorStore raise for files that they did not write.
 _UNREADABLE = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError)
 
 PyTree = Any
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """What a step holds besides its arrays."""
-
-    format: int
-    arrays: dict[str, str]  # "float32[3, 5]" by path
-    meta: dict[str, Any]
-    jax: str | None = None
-    orbax: str | None = None
-
-
-class CheckpointError(RunError):
-    """Checkpoints cannot be written, or none of those there can be trusted (exit code 1)."""
 
 
 def latest_valid(folder: str | Path) -> int | None:
@@ -67,7 +56,7 @@ def latest_valid(folder: str | Path) -> int | None:
     Damaged newer steps are named on the log. Raises CheckpointError when steps exist and none is
     valid: starting over is the user's decision (`--resume never`).
     """
-    return process_0_says(lambda: _latest_valid(Path(folder)))
+    return process_0_says(lambda: newest_valid(Path(folder)))
 
 
 def read_meta(folder: str | Path, step: int | str = "auto") -> tuple[int, dict[str, Any]]:
@@ -157,42 +146,10 @@ def process_0_says(compute: Callable[[], T]) -> T:
     return said["value"]
 
 
-def _latest_valid(folder: Path) -> int | None:
-    steps = [step for step in steps_in(folder) if not cut_off(folder / str(step))]
-    wrong = []
-    for step in reversed(steps):
-        problem = damage(folder / str(step))
-        if problem is None:
-            return step
-        wrong.append(f"step {step}: {problem}")
-        log.warning("checkpoint %s is damaged: %s", folder / str(step), problem)
-    if not steps:
-        return None
-    raise CheckpointError(
-        f"none of the {len(steps)} checkpoints in {folder} is valid, and nothing was changed:\n  "
-        + "\n  ".join(wrong)
-        + "\nStart again with --resume never (it keeps them, as checkpoints.old-N)."
-    )
-
-
 def valid_step(folder: Path, step: int | str) -> int:
     """The valid step that "auto" (the newest) or a number stands for; errors as in `restore`."""
 
-    def pick() -> int:
-        if step == "auto":
-            if (newest := _latest_valid(folder)) is None:
-                raise UserError(f"no checkpoint in {folder}")
-            return newest
-        if isinstance(step, str) and not (step.isascii() and step.isdecimal()):
-            raise UserError(f"step {step} must be auto or a step number")
-        if int(step) not in (there := steps_in(folder)):
-            has = f"it has {listed(there)}" if there else "it has none"
-            raise UserError(f"no checkpoint of step {step} in {folder}: {has}")
-        if problem := damage(folder / str(step)):
-            raise CheckpointError(f"checkpoint {folder / str(step)} is damaged: {problem}")
-        return int(step)
-
-    return process_0_says(pick)
+    return process_0_says(lambda: pick_step(folder, step))
 
 
 def read_state(
@@ -234,29 +191,6 @@ def read_state(
     return state, saved["meta"]
 
 
-def read_saved(step_folder: Path) -> dict[str, Any]:
-    """What a step holds besides its arrays: `meta`, the arrays' types, and the versions that saved.
-
-    Raises UserError when there is no such step, CheckpointError when it cannot be read.
-    """
-    if not step_folder.is_dir():
-        raise UserError(f"no checkpoint {step_folder}")
-    try:
-        path = file_inside(step_folder, _META_FILE)
-        saved = build(_Saved, read_json(path, _MAX_BYTES), path)
-        if saved.format != 1:
-            raise ValueError(f"its format is {saved.format}, this program reads 1")
-        config = saved.meta.get("config")
-        model = config.get("model") if isinstance(config, dict) else None
-        for name, value in (("config", config), ("config.model", model)):
-            if not isinstance(value, dict | None):
-                raise ValueError(f"meta.{name}={shown(value)} is not an object")
-    except (ValueError, OSError) as error:
-        reason = str(error).removeprefix(f"{step_folder}/")
-        raise CheckpointError(f"checkpoint {step_folder} cannot be read: {reason}") from error
-    return vars(saved)
-
-
 def _check_orbax_s_files(step_folder: Path) -> None:
     """Raises UserError for a file that orbax parses whole and would not have written."""
     state = step_folder / "state"
@@ -264,7 +198,7 @@ def _check_orbax_s_files(step_folder: Path) -> None:
     names += sorted(f"state/array_metadatas/{p.name}" for p in state.glob("array_metadatas/*"))
     for name in names:
         if (step_folder / name).exists():
-            read_json(file_inside(step_folder, name), _MAX_BYTES)
+            read_json(file_inside(step_folder, name), MAX_BYTES)
 
 
 def architecture_differences(
@@ -298,9 +232,3 @@ def architecture_differences(
             different.append(f"{name[:200]}: {was[:80]} in the checkpoint, {now} in this run")
     more = len(different) - 12
     return different[:12] + ([f"and {more} more"] if more > 0 else [])
-
-
-def listed(steps: list[int]) -> str:
-    """Step numbers for a message, the middle of a long list left out."""
-    names = [str(step) for step in steps]
-    return ", ".join(names if len(names) <= 8 else names[:3] + ["..."] + names[-3:])

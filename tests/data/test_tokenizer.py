@@ -208,6 +208,8 @@ def test_a_missing_file_and_too_small_a_vocabulary_are_refused(tmp_path):
         load_tokenizer(tmp_path / "nowhere.json")
     with pytest.raises(UserError, match="at least 261"):
         train_tokenizer(SAMPLE, 260, tmp_path / "t.json")
+    with pytest.raises(UserError, match="at most 4194304 ids, not 1000000000"):
+        train_tokenizer(SAMPLE, 10**9, tmp_path / "t.json")
     with pytest.raises(UserError, match="cannot write"):
         train_tokenizer(SAMPLE, 261, tmp_path / "missing" / "t.json")
 

@@ -22,12 +22,12 @@ from dsv3_jax.config import UserError
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.manifest import MANIFEST, begin_save, damage, steps_in, write_manifest
 from dsv3_jax.training.restore import (
-    CheckpointError,
     latest_valid,
     read_meta,
     restore,
     state_sha256,
 )
+from dsv3_jax.training.saved import CheckpointError
 from tests.training.saved_states import (
     ABSTRACT,
     CONFIG,

@@ -15,11 +15,11 @@ import pytest
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.manifest import damage, steps_in
 from dsv3_jax.training.restore import (
-    CheckpointError,
     latest_valid,
     state_bytes,
     state_sha256,
 )
+from dsv3_jax.training.saved import CheckpointError
 from tests.training.saved_states import ABSTRACT, make_state, run_file, run_named
 
 
