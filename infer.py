@@ -9,6 +9,7 @@
 Text is streamed as it comes; several prompts are decoded together and printed one after the other.
 """
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -270,18 +271,20 @@ def check(options: InferOptions) -> None:
     for name in ("out", "save_expert_load"):
         if (path := getattr(options, name)) is not None:
             check_folder_of(path, f"--{name.replace('_', '-')}")
-    for name in ("max_new_tokens", "slots"):
-        if getattr(options, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)} must be positive")
+    for name in ("max_new_tokens", "slots", "cache_length", "devices"):
+        if (value := getattr(options, name)) is not None and value <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {value} must be positive")
     for name in ("redundant_experts", "speculative"):
         if getattr(options, name) < 0:
             raise UserError(
                 f"--{name.replace('_', '-')} {getattr(options, name)} must not be negative"
             )
-    if options.temperature < 0 or not 0 < options.top_p <= 1:
+    if "" in options.stop:
+        raise UserError("--stop is empty: every text would end before its first letter")
+    if not 0 <= options.temperature < math.inf or not 0 < options.top_p <= 1:
         raise UserError(
-            f"--temperature {options.temperature} must not be negative and --top-p {options.top_p} "
-            "must lie in (0, 1]"
+            f"--temperature {options.temperature} must be finite and not negative, and --top-p "
+            f"{options.top_p} must lie in (0, 1]"
         )
 
 

@@ -93,6 +93,9 @@ def load(
     published = is_weights_folder(folder)
     if published and step != "auto":
         raise UserError(f"--step {step}: {folder} is no run")
+    if not published and not (folder / "checkpoints").is_dir():
+        why = ": give the folder of the run, above it" if steps_in(folder) else ""
+        raise UserError(f"{folder} is neither a run nor published weights{why}")
     make = _published if published else _of_run
     model = make(folder, how, step, fp8)
     if not fp8:
@@ -186,7 +189,7 @@ def find_tokenizer(folder: Path, asked_for: str | None = None) -> Tokenizer:
     trained on bytes, as its config.json says. One that is asked for and is not the folder's own is
     told in a line on the log.
     """
-    if asked_for:
+    if asked_for is not None:
         tokenizer = load_tokenizer(asked_for)
         _tell_another(folder, asked_for, tokenizer)
         return tokenizer

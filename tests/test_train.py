@@ -379,6 +379,13 @@ BAD_INFERENCE = {
     "ids": (["--token-ids", "1,two"], 2, "1,two"),
     "vocabulary": (["--token-ids", "1,9999"], 2, "9999"),
     "temperature": (["--prompt", "x", "--temperature", "-1"], 2, "temperature"),
+    "no devices": (["--prompt", "x", "--devices", "0"], 2, "--devices 0 must be positive"),
+    "many places": (["--prompt", "x", "--redundant-experts", "1000000"], 2, "at most"),
+    "loads to a folder": (["--prompt", "x", "--save-expert-load", "."], 2, "is a folder"),
+    "no run": (["--checkpoint", "docs", "--prompt", "x"], 2, "docs is neither a run nor published"),
+    "no tokenizer": (["--prompt", "x", "--tokenizer", ""], 2, "found no tokenizer's file"),
+    "no stop": (["--prompt", "x", "--stop", ""], 2, "--stop is empty"),
+    "no temperature": (["--prompt", "x", "--temperature", "nan"], 2, "must be finite"),
     "unknown option": (["--promt", "x"], 2, "--prompt"),
     "no loads": (
         ["--prompt", "x", "--redundant-experts", "2", "--expert-load", "nowhere"],

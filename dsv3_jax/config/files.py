@@ -62,7 +62,10 @@ def file_inside(folder: Path, name: str) -> Path:
 
 
 def check_folder_of(file: Path, what: str) -> None:
-    """Raises UserError, naming `what` is to be written, where a file's folder is not there."""
+    """Raises UserError, naming `what` is to be written, where a file cannot be: its folder is not
+    there, or it is a folder itself."""
+    if file.is_dir():
+        raise UserError(f"{what} {file} is a folder: name a file")
     if not file.parent.is_dir():
         raise UserError(f"{what} {file}: no folder {file.parent} to write it in")
 

@@ -31,9 +31,15 @@ def plan_places(
 ) -> Placement:
     """The plan with `num_redundant` more places than experts, for the devices of the layout.
 
-    Raises UserError for a number that does not divide over them.
+    Raises UserError for a number that does not divide over them, or is past any use.
     """
     sizes = [layout.mesh.shape[axis] for axis in layout.rules.expert]
+    most = config.n_routed_experts * math.prod(sizes)
+    if num_redundant > most:
+        raise UserError(
+            f"{num_redundant} redundant experts: at most {most}, a place more for each of the "
+            f"{config.n_routed_experts} experts on each of {math.prod(sizes)} devices"
+        )
     return balance(
         load_LE,
         config.n_routed_experts + num_redundant,

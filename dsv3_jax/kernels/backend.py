@@ -133,6 +133,14 @@ def candidates(
     return (asked,) if isinstance(asked, str) else tuple(asked)
 
 
+def only_reference(implementation: str | None, what: str) -> str:
+    """ "reference", for `what` no kernel does; NotImplementedError where another was asked for."""
+    asked = implementation or _forced.get() or "reference"
+    if asked != "reference":
+        raise NotImplementedError(f"{asked} does not take {what}: use reference")
+    return asked
+
+
 def run(
     package: str,
     op: str,

@@ -59,6 +59,8 @@ class ServeOptions:
                 raise UserError(
                     f"--{name.replace('_', '-')} {getattr(self, name)} must not be negative"
                 )
+        if self.devices is not None and self.devices <= 0:
+            raise UserError(f"--devices {self.devices} must be positive")
         if not 0 <= self.port < 2**16:
             raise UserError(f"--port {self.port} must lie in 0 to 65535")
         if self.api_key == "":

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.kernels import backend
+from dsv3_jax.kernels.attention.api import mla_attention
 from dsv3_jax.kernels.grouped_gemm import api, reference
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.transformer import abstract_variables, forward
@@ -113,3 +114,21 @@ def test_a_backward_pass_is_traced_for_the_device_of_its_forward_pass(monkeypatc
     chosen = {choice.op: choice.platform for choice in backend.choices()}
     assert "grouped_wgrad" in chosen or "grouped_dgrad" in chosen or "quantize_both_ways" in chosen
     assert set(chosen.values()) == {"gpu"}
+
+
+def test_an_attention_bias_is_computed_by_reference_or_refused(monkeypatch):
+    monkeypatch.setattr(backend, "_choices", {})
+    q, kv, rope = jnp.ones((1, 3, 2, 6)), jnp.ones((1, 3, 2, 9)), jnp.ones((1, 3, 2))
+
+    def no_bias(queries, keys):
+        return jnp.zeros(jnp.broadcast_shapes(queries.shape, keys.shape))
+
+    def attend(**how):
+        return mla_attention(q, kv, rope, scale=1.0, bias=no_bias, **how)
+
+    np.testing.assert_allclose(attend()[0], mla_attention(q, kv, rope, scale=1.0)[0], rtol=1e-6)
+    assert [c.implementation for c in backend.choices()] == ["reference"]
+    with pytest.raises(NotImplementedError, match="pallas_gpu does not take an attention bias"):
+        attend(implementation="pallas_gpu")
+    with backend.use("pallas_tpu"), pytest.raises(NotImplementedError, match="pallas_tpu does"):
+        attend()

@@ -6,7 +6,6 @@ head's keys are H dims of its own and the R that carry positions.
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -86,12 +85,11 @@ def _attention(q, kv, k_shared, value_dim, scale, offset, segments, implementati
         check(q, kv, k_shared, value_dim, segments)
         documents = documents_of(segments, q.shape[1], offset)
     if bias is not None:
-        if implementation not in (None, "reference"):
-            raise NotImplementedError(f"{implementation} takes no attention bias: use reference")
+        implementation = backend.only_reference(implementation, "an attention bias")
         made = biased(bias, jnp.arange(q.shape[1]) + offset, kv[0].shape[1], q.shape[2])
-        reference = importlib.import_module(f"{PACKAGE}.reference")
-        sizes = {"value_dim": value_dim, "scale": scale, "offset": offset}
-        return reference.attention(q, kv, k_shared, **sizes, documents=documents, bias=made[None])
+        how = {"value_dim": value_dim, "scale": scale, "offset": offset, "documents": documents}
+        how |= {"bias": made[None], "implementation": implementation}
+        return backend.run(PACKAGE, "attention", q, kv, k_shared, **how)
     return backend.run(
         PACKAGE,
         "attention",

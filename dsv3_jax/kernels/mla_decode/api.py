@@ -5,7 +5,6 @@ latent: one page serves all heads. Letters: B sequences, T new tokens of each, N
 R rope width, P pages in the pool, S pages in a sequence's table.
 """
 
-import importlib
 from typing import Any
 
 from jaxtyping import Array, Int
@@ -72,10 +71,9 @@ def mla_decode_contiguous(
     """
     check(rows)
     if bias is not None:
-        if implementation not in (None, "reference"):
-            raise NotImplementedError(f"{implementation} takes no attention bias: use reference")
-        reference = importlib.import_module(f"{PACKAGE}.reference")
-        return reference.mla_decode_contiguous(rows, scale=scale, bias=bias)
+        how = {"scale": scale, "bias": bias}
+        how |= {"implementation": backend.only_reference(implementation, "an attention bias")}
+        return backend.run(PACKAGE, "mla_decode_contiguous", rows, **how)
     return backend.run(
         PACKAGE,
         "mla_decode_contiguous",
