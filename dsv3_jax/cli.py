@@ -29,6 +29,7 @@ from dsv3_jax.analysis.commands import COMMANDS as ANALYSES
 from dsv3_jax.compiling.command import CompileOptions
 from dsv3_jax.compiling.command import run as run_compile
 from dsv3_jax.config import Config, RunError, UserError, load_config
+from dsv3_jax.config.files import check_folder_of
 from dsv3_jax.interop.commands import (
     ExportOptions,
     ImportOptions,
@@ -251,10 +252,7 @@ def _prepare_conversations(options: PrepareOptions, tokenizer: Any) -> Any:
 
     template = find_template(options.chat_template, Path(options.tokenizer), tokenizer)
     return prepare_supervised(
-        options.inputs,
-        options.out,
-        tokenizer,
-        template,
+        *(options.inputs, options.out, tokenizer, template),
         val_fraction=options.val_fraction,
         seed=options.seed,
         on_error=options.on_error,
@@ -309,7 +307,8 @@ def evaluate(options: EvaluateOptions) -> None:
     from dsv3_jax.evaluating import evaluate as evaluate_checkpoint
 
     asked = dataclasses.asdict(options)
-    target = asked.pop("json")
+    if (target := asked.pop("json")) is not None:
+        check_folder_of(target, "--json")
     found = evaluate_checkpoint(**asked)
     for name, value in found.items():
         if name not in ("expert_load", "dead_experts"):

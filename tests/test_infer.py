@@ -139,6 +139,7 @@ def test_a_file_of_requests_is_completed_and_goes_on_where_it_stopped(run, tmp_p
         ('{"prompt": "a", "seed": -1}', "line 2: seed=-1"),
         ('{"prompt": "a", "temperature": -1}', "line 2: temperature=-1"),
         ('{"prompt": "a", "top_p": 1.5}', "line 2: top_p=1.5"),
+        ('{"prompt": "a", "prompt": "b"}', "line 2: 'prompt' appears twice"),
         ("[" * 100000, "line 2:"),
     ],
 )

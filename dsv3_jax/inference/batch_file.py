@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dsv3_jax.config import ModelConfig, UserError
-from dsv3_jax.config.files import check_folder_of
+from dsv3_jax.config.files import check_folder_of, no_duplicates
 from dsv3_jax.data.chat import ChatTemplate, check_messages
 from dsv3_jax.data.tokens import Tokenizer
 from dsv3_jax.inference.conversation import chat_prompt
@@ -120,7 +120,8 @@ def read_requests(
         if not line.strip():
             continue
         with _naming(file, number):
-            each = _request_of(json.loads(line), number, tokenizer, template, request, stops)
+            record = json.loads(line, object_pairs_hook=no_duplicates)
+            each = _request_of(record, number, tokenizer, template, request, stops)
             each.request.check(config, config.max_position_embeddings)
             if _key(each.id) in seen:
                 raise ValueError(f"id {each.id!r} was there before")

@@ -94,6 +94,8 @@ def run_import(options: ImportOptions) -> None:
 
     start = time.monotonic()
     check_apart(options.src, options.dst)
+    if (options.src / "checkpoints").is_dir():
+        raise UserError(f"{options.src} is a run: export-hf writes it in the published form")
     import_hf(
         options.src,
         options.dst,

@@ -229,13 +229,16 @@ def finished_folder(dst: Path, size: int, *, overwrite: bool, resume: bool) -> I
     """A hidden folder beside `dst` that becomes `dst` when the block ends without an exception.
 
     With an exception it is removed. One that a killed process left is used again if `resume`, and
-    removed otherwise. Raises UserError when `dst` exists and `overwrite` is not asked for, or when
-    another process is at work; OSError when fewer than `size` bytes are free.
+    removed otherwise. Raises UserError when `dst` exists and `overwrite` is not asked for, when it
+    holds a run's checkpoints, or when another process is at work; OSError when fewer than `size`
+    bytes are free.
     """
     dst = dst.absolute()
     exists = dst.exists() and not (dst.is_dir() and not any(dst.iterdir()))
     if exists and not overwrite:
         raise UserError(f"{dst} exists: choose another folder, or --overwrite")
+    if _holds_checkpoints(dst):
+        raise UserError(f"{dst} holds a run's checkpoints, also with --overwrite: choose another")
     folder = dst.with_name(f".{dst.name}.partial")
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
@@ -255,6 +258,12 @@ def finished_folder(dst: Path, size: int, *, overwrite: bool, resume: bool) -> I
             raise
     finally:
         os.close(lock)
+
+
+def _holds_checkpoints(folder: Path) -> bool:
+    """Whether it is a run's folder, its checkpoints, or one of these."""
+    marks = ("MANIFEST.json", "*/MANIFEST.json", "checkpoints/*")
+    return any(any(folder.glob(mark)) for mark in marks)
 
 
 def _empty(folder: Path) -> None:

@@ -76,8 +76,9 @@ def test_what_is_no_file_of_a_model_is_named(make_hf, name, message):
         (folder / "config.json").rename(folder / name)
     else:
         (folder / name).symlink_to("blob-that-was-never-fetched")
+    assert is_weights_folder(folder)
     with pytest.raises(UserError, match=message):
-        infer.main(["--checkpoint", str(folder), "--prompt", "hi"])
+        open_checkpoint(folder)
 
 
 def test_a_run_and_an_empty_folder_are_no_weights_folder(tmp_path):

@@ -93,6 +93,20 @@ def test_what_is_read_is_not_written_over(make_hf, dst):
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+@pytest.mark.parametrize("dst", ["run", "run/checkpoints", "run/checkpoints/12"])
+def test_checkpoints_are_not_written_over(make_hf, tmp_path, dst):
+    folder, _, _ = make_hf("f32")
+    step = tmp_path / "run/checkpoints/12"
+    step.mkdir(parents=True)
+    (step / "MANIFEST.json").write_text("{}")
+    for command in ("import-hf", "export-hf"):
+        with pytest.raises(UserError, match="holds a run's checkpoints"):
+            cli.main([command, str(folder), str(tmp_path / dst), "--overwrite"])
+    assert (step / "MANIFEST.json").exists()
+    with pytest.raises(UserError, match="is a run: export-hf"):
+        cli.main(["import-hf", str(tmp_path / "run"), str(tmp_path / "out")])
+
+
 BAD_TOKENS = {
     "floats": (np.zeros(3), "integers"),
     "three dims": (np.zeros((1, 2, 3), np.int32), r"\[T\] or \[B, T\]"),
