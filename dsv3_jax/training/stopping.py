@@ -5,6 +5,7 @@ is minutes later. So a thread of our own is told of every signal by the interpre
 and says at once that it was heard and what happens next.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -124,15 +125,23 @@ class StopRequest:
         if self._saving:
             return
         self._told.wait(2)
-        # Raised inside an event loop, as orbax' reading is one, it would come with pages of others.
-        if _in_event_loop(frame):
+        if _would_not_arrive(frame):
             os._exit(128 + number)
         raise Stopped(128 + number)
 
 
-def _in_event_loop(frame: FrameType | None) -> bool:
+def _would_not_arrive(frame: FrameType | None) -> bool:
+    """Whether an exception raised here would not reach `main` as it is.
+
+    Out of an event loop, as orbax' reading is one, it comes with pages of others; Python prints and
+    forgets what a callback of the garbage collector, a finalizer or a weak reference raises.
+    """
+    of_collector = {getattr(callback, "__code__", None) for callback in gc.callbacks}
     while frame is not None:
-        if "asyncio" in frame.f_code.co_filename:
+        code = frame.f_code
+        if "asyncio" in code.co_filename or code.co_filename.endswith("weakref.py"):
+            return True
+        if code.co_name == "__del__" or code in of_collector:
             return True
         frame = frame.f_back
     return False

@@ -114,3 +114,36 @@ def test_a_signal_after_the_end_leaves_the_exit_code(number):
         process.send_signal(number)
         assert process.stdout.read() == ""
         assert process.wait(timeout=20) == 0
+
+
+COLLECTING = """
+import gc
+from dsv3_jax.training.metrics import Clock
+from dsv3_jax.training.run_log import set_up_logging
+from dsv3_jax.training.stopping import StopRequest
+set_up_logging()
+
+def forever(*_):
+    print("collecting", flush=True)
+    while True:
+        pass
+
+class Finalized:
+    def __del__(self):
+        forever()
+
+with StopRequest(Clock()):
+    {begin}
+"""
+
+
+@pytest.mark.parametrize(
+    "begin", ["gc.callbacks.append(forever); gc.collect()", "Finalized()"], ids=["gc", "del"]
+)
+def test_a_signal_that_python_would_forget_ends_the_run_too(begin):
+    with start(COLLECTING.format(begin=begin)) as process:
+        assert process.stdout.readline() == "collecting\n"
+        process.send_signal(signal.SIGTERM)
+        said = process.stdout.read()
+        assert said == "warning: SIGTERM heard: nothing is left to save, the run ends\n"
+        assert process.wait(timeout=20) == 143
