@@ -181,7 +181,7 @@ def test_a_pipeline_refuses_an_own_loss():
     state = abstract_state(config, layout, own)
     rows = jax.ShapeDtypeStruct((2, 4, 10), jnp.int32)
     step = partial(ds.train_step, settings=SETTINGS, config=config, layout=layout, extensions=own)
-    with pytest.raises(ds.UserError, match=r"mesh.pipe=2: use mesh.pipe=1"):
+    with pytest.raises(ds.UserError, match=r"mesh.pipe=2.: use mesh.pipe=1"):
         jax.eval_shape(step, state, rows)
 
 

@@ -191,9 +191,7 @@ def strings_of(name: str, value: Any) -> tuple[str, ...]:
     """A string or several; ValueError for what is none, or is empty."""
     strings = [value] if isinstance(value, str) else value
     if not isinstance(strings, list) or not all(isinstance(s, str) and s for s in strings):
-        raise ValueError(
-            f"{name}={value!r} is neither a text nor a list of texts, or is empty"
-        )
+        raise ValueError(f"{name}={value!r} is neither a text nor a list of texts, or is empty")
     return tuple(strings)
 
 
