@@ -35,6 +35,12 @@ def test_auto_takes_what_was_measured_to_be_fastest(monkeypatch):
     assert chosen(mesh_of(monkeypatch, 2, 4, "tpu"), transport="auto") == "allgather"
     assert chosen(mesh_of(monkeypatch, 4, 4, "tpu"), transport="auto") == "padded"
     assert chosen(mesh_of(monkeypatch, 1, 1), transport="auto") == "local"
+    assert chosen(mesh_of(monkeypatch, 1, 2), transport="auto") == "pallas"
+    back = {"transport": "auto", "combine_format": "logfmt10"}
+    assert chosen(mesh_of(monkeypatch, 1, 2), **back) == "allgather"
+    assert chosen(mesh_of(monkeypatch, 2, 1), transport="auto", hierarchical=True) == "allgather"
+    ampere = mesh_of(monkeypatch, 1, 2, compute_capability="8.0")
+    assert chosen(ampere, transport="auto") == "allgather"
 
 
 def test_a_transport_named_is_kept_or_refused(monkeypatch):
