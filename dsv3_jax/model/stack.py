@@ -1,7 +1,8 @@
 """Any run of layers: all of a model, those of a pipeline stage, or one.
 
 Layers of one kind are stacked on a leading dim and scanned, so that a deeper model compiles to the
-same program. How many there are is what the variables hold.
+same program. How many there are is what the variables hold. A few layers on one GPU, with weights
+that were made for a step, are run in turn instead.
 """
 
 from dataclasses import replace
@@ -75,21 +76,29 @@ def _scan(layers, x, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches
     """((x, paged), (layer_caches, stats)) after the layers of one kind."""
     block = Block(how, dense)
     layers, sums = _without_sums(layers)
+    unroll, made = _layers_a_step(layers, how), {}
+    if _one_gpu(how) and unroll == _num_layers(layers):
+        layers, made = _without_numbers(layers)
 
-    def body(carry, scanned):
+    def body(carry, scanned, place=None):
         x, paged = carry
         layer, layer_cache, number, experts = scanned
         told = tokens._replace(experts=experts)
         if sums:
-            layer = _with_sums(layer, sums, number - first_layer)
+            layer = _with_sums(layer, sums, number - first_layer if place is None else place)
         if paged is not None:
             layer_cache = of_layer(paged, number, how.layout)
         if how.micro_batches == 2 and paged is not None and divides(len(x), how.layout):
+            layer = _with_numbers(layer, made, place)
             of_half = partial(block.apply, how.gathered(layer))
             x, layer_cache, stats = in_halves(of_half, x, told, layer_cache, how.layout)
         else:
-            apply = how.saving(lambda v, x, c: block.apply(how.gathered(v), x, told, c))
-            x, layer_cache, stats = apply(layer, x, layer_cache)
+
+            def apply(layer, x, layer_cache):
+                layer = _with_numbers(layer, made, place)
+                return block.apply(how.gathered(layer), x, told, layer_cache)
+
+            x, layer_cache, stats = how.saving(apply)(layer, x, layer_cache)
         x = how.layout.constrain(x, "batch", "residual")
         if paged is not None:
             paged, layer_cache = layer_cache.with_table(paged.block_table), None
@@ -97,7 +106,26 @@ def _scan(layers, x, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches
 
     numbers = first_layer + jnp.arange(_num_layers(layers), dtype=jnp.int32)
     scanned = (layers, layer_caches, numbers, tokens.experts)
-    return jax.lax.scan(body, (x, paged), scanned, unroll=_layers_a_step(layers, how))
+    if made:
+        return _in_turn(body, (x, paged), scanned)
+    return jax.lax.scan(body, (x, paged), scanned, unroll=unroll)
+
+
+def _in_turn(body, carry, scanned):
+    """`jax.lax.scan` without a loop; `body` is told the number of its turn, which is a constant.
+
+    From a stack at a constant place a kernel reads its part where it lies.
+    """
+    results = []
+    for place in range(_num_layers(scanned)):
+        of_turn = jax.tree.map(partial(_at, place), scanned)
+        carry, result = body(carry, of_turn, place)
+        results.append(result)
+    return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
+
+
+def _at(place: int, stack):
+    return jax.lax.index_in_dim(stack, place, keepdims=False)
 
 
 def _layers_a_step(layers, how: Pass) -> int:
@@ -111,8 +139,11 @@ def _layers_a_step(layers, how: Pass) -> int:
     # On a GPU a loop fills stacks with zeros, for what layers keep for their backward pass, and
     # writes that into them: 3 % of a step. Without a loop there are none. Not measured on several.
     number = _num_layers(layers)
-    one_gpu = backend.platform() == "gpu" and how.layout.mesh.size == 1
-    return number if one_gpu and number <= WITHOUT_LOOP else 1
+    return number if _one_gpu(how) and number <= WITHOUT_LOOP else 1
+
+
+def _one_gpu(how: Pass) -> bool:
+    return backend.platform() == "gpu" and how.layout.mesh.size == 1
 
 
 def _without_sums(layers):
@@ -128,6 +159,37 @@ def _without_sums(layers):
 def _with_sums(layer, sums, place):
     """One layer's weights with the place of its gradients."""
     return _with_gradients(layer, {path: of.of_layer(place) for path, of in sums.items()})
+
+
+def _without_numbers(layers):
+    """The layers' stack without what a step made of its weights; and that, by path.
+
+    A layer takes its own of it inside of what is run again for the backward pass. What crosses
+    that boundary XLA has as arrays of their own: it would copy each layer's numbers out of the
+    stack, for every pass.
+    """
+    made = {
+        path: (weight.numbers, weight.transposed)
+        for path, weight in jax.tree_util.tree_leaves_with_path(layers, is_leaf=is_step_weight)
+        if is_step_weight(weight)
+    }
+    return _with_made(layers, dict.fromkeys(made, (None, None))), made
+
+
+def _with_numbers(layer, made, place):
+    """One layer's weights with what the step made of them."""
+    of_layer = {path: jax.tree.map(partial(_at, place), stacks) for path, stacks in made.items()}
+    return _with_made(layer, of_layer)
+
+
+def _with_made(tree, made):
+    def put(path, weight):
+        if path not in made:
+            return weight
+        numbers, transposed = made[path]
+        return replace(weight, numbers=numbers, transposed=transposed)
+
+    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_step_weight)
 
 
 def _with_gradients(tree, gradients):
