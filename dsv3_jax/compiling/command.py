@@ -169,8 +169,10 @@ def _planned(options: CompileOptions, config: Config, target: Any, compiled: Any
     runnable = runnable[: options.plan]
     rows, results = [], []
     for plan, planned in runnable:
-        report = compiled(planned)
         name = describe_mesh(plan.mesh, plan.schedule if plan.mesh.pipe > 1 else plan.state)
+        # Said before: what XLA aborts at, it aborts with the process.
+        print(f"compiling {name}, micro-batch {plan.micro_batch_size}", flush=True)
+        report = compiled(planned)
         assert isinstance(plan.estimate, StepEstimate)
         expected, peak = plan.estimate.memory.total / GIB, report.peak / GIB
         seconds = plan.estimate.seconds

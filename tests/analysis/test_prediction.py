@@ -22,7 +22,7 @@ def test_v3_on_2048_h200s_is_predicted_as_it_compiles():
     assert found.arguments == pytest.approx(2.6668e9, rel=0.001)
     assert found.peak == pytest.approx(17.35 * 2**30, rel=0.15)
     four_rows = predict(preset("deepseek_v3_2048_h200", micro_batch_size=8192))
-    assert four_rows.peak == pytest.approx(44.98 * 2**30, rel=0.15)
+    assert four_rows.peak == pytest.approx(44.62 * 2**30, rel=0.15)
     assert found.flops == pytest.approx(1.15305e16, rel=0.02)
     assert found.gathers == pytest.approx(447.1e9, rel=0.02)
     assert found.reductions == pytest.approx(916.8e9, rel=0.05)
