@@ -281,6 +281,18 @@ def test_a_foreign_environment_is_left_alone(checkout):
     assert checkout.run("train", DSV3_VENV=".cache/other").returncode == 0
 
 
+def test_the_environment_of_another_checkout_is_left_alone(checkout, tmp_path):
+    assert checkout.run("train").returncode == 0
+    other = Checkout(tmp_path / "second")
+    checkout.made()
+    refused = other.run("train", DSV3_VENV=str(checkout.root / ".venv"))
+    assert refused.returncode == 2
+    assert f"belongs to the checkout {checkout.root}" in refused.stderr
+    assert checkout.made() == other.made() == []
+    (checkout.root / "run").unlink()  # moved or removed: its environment may be taken over
+    assert other.run("train", DSV3_VENV=str(checkout.root / ".venv")).returncode == 0
+
+
 def test_a_python_without_ensurepip_names_the_package(checkout):
     done = checkout.run("train", FAKE_VERSION="3.11.2 bare")
     assert done.returncode == 1
