@@ -236,6 +236,7 @@ def test_a_gpus_step_is_made_of_these_kernels(monkeypatch):
         "grouped_matmul",
         "grouped_wgrad",
         "permute_quantize",
+        "quantize_blocks",
         "quantize_both_ways",
         "quantize_rows",
         "quantize_transposed",
