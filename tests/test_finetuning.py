@@ -123,7 +123,7 @@ def test_a_lora_run_begins_with_an_own_optimizer(lora_run):
     abstract = abstract_state(config, layout, own)
     state = open_origin(config, weights, None).create_state(abstract, own)
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
-    with pytest.raises(UserError, match="average_decay with an own optimizer"):
+    with pytest.raises(UserError, match="average_decay needs the package's own"):
         abstract_state(averaging, layout, own)
 
 
