@@ -74,6 +74,8 @@ def test_the_command_reads_a_folder_and_a_text(tmp_path, capsys):
         cli.main(["evaluate", "--checkpoint", str(folder)])
     with pytest.raises(UserError, match="exceeds the model's 512"):
         cli.main([*map(str, argv[:5]), "--seq-len", "1024"])
+    with pytest.raises(UserError, match="--json"):  # before anything is computed
+        cli.main([*map(str, argv[:-1]), str(tmp_path / "nowhere" / "out.json")])
     (tmp_path / "text.txt").write_text("")
     with pytest.raises(UserError, match="is empty"):
         cli.main([*map(str, argv)])

@@ -12,6 +12,7 @@ import openai
 import pytest
 import uvicorn
 
+from dsv3_jax.config import UserError
 from dsv3_jax.data.chat import ChatTemplate
 from dsv3_jax.data.tokenizer import load_tokenizer
 from dsv3_jax.inference.engine import Engine
@@ -20,6 +21,7 @@ from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.streaming import TextStream
 from dsv3_jax.serving.answer import Limits
 from dsv3_jax.serving.app import make_app
+from dsv3_jax.serving.options import ServeOptions
 from dsv3_jax.serving.protocol import Served
 from dsv3_jax.serving.worker import Worker
 from tests.helpers import random_variables, tiny_model
@@ -365,3 +367,10 @@ def test_an_engine_that_fails_is_said_to_those_who_wait_and_to_those_who_come(en
     monkeypatch.undo()
     while engine.busy:
         engine.step()
+
+
+@pytest.mark.parametrize("value", [{"devices": 0}, {"port": 70000}, {"slots": 0}, {"api_key": ""}])
+def test_options_that_cannot_be_served_with_are_refused_by_name(value, tmp_path):
+    (name,) = value
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}"):
+        ServeOptions(checkpoint=tmp_path, **value).check()
