@@ -6,6 +6,7 @@ import socket
 import subprocess
 import threading
 import time
+from typing import Any
 
 import httpx2 as httpx
 import openai
@@ -370,7 +371,7 @@ def test_an_engine_that_fails_is_said_to_those_who_wait_and_to_those_who_come(en
 
 
 @pytest.mark.parametrize("value", [{"devices": 0}, {"port": 70000}, {"slots": 0}, {"api_key": ""}])
-def test_options_that_cannot_be_served_with_are_refused_by_name(value, tmp_path):
+def test_options_that_cannot_be_served_with_are_refused_by_name(value: Any, tmp_path):
     (name,) = value
     with pytest.raises(UserError, match=f"--{name.replace('_', '-')}"):
         ServeOptions(checkpoint=tmp_path, **value).check()
