@@ -130,9 +130,8 @@ def write(options: InferOptions) -> int:
         fp8=options.fp8,
     )
     if unread := unread_settings(options.checkpoint):
-        told = (
-            f"generation_config.json also has {', '.join(unread)}: not read, use infer.py's options"
-        )
+        names = ", ".join(unread)
+        told = f"generation_config.json also has {names}: not read, use infer.py's options"
         print(told, file=sys.stderr)
     if options.fp8:
         print(describe_weights(model.variables), file=sys.stderr)

@@ -23,7 +23,7 @@ from benchmarks.timing import machine, microseconds
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.fused.api import quantize_blocks, quantize_rows
 from dsv3_jax.kernels.grouped_gemm.api import KERNEL_ALIGNMENT
-from dsv3_jax.kernels.hopper import MULTIPROCESSORS, plgpu
+from dsv3_jax.kernels.hopper import plgpu
 from dsv3_jax.kernels.peers import api, pallas_gpu
 from dsv3_jax.model.linear import grouped_feed_forward
 from dsv3_jax.model.router import route
@@ -151,7 +151,7 @@ def _feed_forward(model: ModelConfig, rows, sizes, experts: int) -> dict[str, An
 
 
 def _gather(x, slots, free, *, num_rows: int, multiprocessors: int):
-    rest = max(MULTIPROCESSORS - multiprocessors, 1)
+    rest = pallas_gpu.beside(multiprocessors)
     x = x.reshape(PEERS, -1, x.shape[-1])
     return pallas_gpu.gather_from(Here(PEERS), x, slots, free, num_rows, multiprocessors, rest)
 

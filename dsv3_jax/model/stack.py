@@ -86,19 +86,15 @@ def _scan(layers, x, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches
         told = tokens._replace(experts=experts)
         if sums:
             layer = _with_sums(layer, sums, number - first_layer if place is None else place)
+        held = lambda layer: how.gathered(_with_numbers(layer, made, place))  # noqa: E731
         if paged is not None:
             layer_cache = of_layer(paged, number, how.layout)
         if how.micro_batches == 2 and paged is not None and divides(len(x), how.layout):
-            layer = _with_numbers(layer, made, place)
-            of_half = partial(block.apply, how.gathered(layer))
+            of_half = partial(block.apply, held(layer))
             x, layer_cache, stats = in_halves(of_half, x, told, layer_cache, how.layout)
         else:
-
-            def apply(layer, x, layer_cache):
-                layer = _with_numbers(layer, made, place)
-                return block.apply(how.gathered(layer), x, told, layer_cache)
-
-            x, layer_cache, stats = how.saving(apply)(layer, x, layer_cache)
+            apply = how.saving(lambda v, x, c: block.apply(held(v), x, told, c))
+            x, layer_cache, stats = apply(layer, x, layer_cache)
         x = how.layout.constrain(x, "batch", "residual")
         if paged is not None:
             paged, layer_cache = layer_cache.with_table(paged.block_table), None
@@ -148,17 +144,13 @@ def _one_gpu(how: Pass) -> bool:
 
 def _without_sums(layers):
     """The layers' stack without the places of their gradients, which no scan cuts; and those."""
-    sums = {
-        path: weight.gradient
-        for path, weight in jax.tree_util.tree_leaves_with_path(layers, is_leaf=is_step_weight)
-        if is_step_weight(weight) and weight.gradient is not None
-    }
-    return _with_gradients(layers, dict.fromkeys(sums)), sums
+    places = {path: w.gradient for path, w in _step_weights(layers) if w.gradient is not None}
+    return _replaced(layers, {path: {"gradient": None} for path in places}), places
 
 
 def _with_sums(layer, sums, place):
     """One layer's weights with the place of its gradients."""
-    return _with_gradients(layer, {path: of.of_layer(place) for path, of in sums.items()})
+    return _replaced(layer, {path: {"gradient": of.of_layer(place)} for path, of in sums.items()})
 
 
 def _without_numbers(layers):
@@ -169,32 +161,30 @@ def _without_numbers(layers):
     stack, for every pass.
     """
     made = {
-        path: (weight.numbers, weight.transposed)
-        for path, weight in jax.tree_util.tree_leaves_with_path(layers, is_leaf=is_step_weight)
-        if is_step_weight(weight)
+        path: {"numbers": weight.numbers, "transposed": weight.transposed}
+        for path, weight in _step_weights(layers)
     }
-    return _with_made(layers, dict.fromkeys(made, (None, None))), made
+    nothing = {"numbers": None, "transposed": None}
+    return _replaced(layers, {path: nothing for path in made}), made
 
 
 def _with_numbers(layer, made, place):
     """One layer's weights with what the step made of them."""
-    of_layer = {path: jax.tree.map(partial(_at, place), stacks) for path, stacks in made.items()}
-    return _with_made(layer, of_layer)
+    return _replaced(
+        layer, {path: jax.tree.map(partial(_at, place), stacks) for path, stacks in made.items()}
+    )
 
 
-def _with_made(tree, made):
+def _step_weights(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_step_weight)
+    return [(path, leaf) for path, leaf in leaves if is_step_weight(leaf)]
+
+
+def _replaced(tree, fields):
+    """The tree with these fields, by path, of its StepWeights."""
+
     def put(path, weight):
-        if path not in made:
-            return weight
-        numbers, transposed = made[path]
-        return replace(weight, numbers=numbers, transposed=transposed)
-
-    return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_step_weight)
-
-
-def _with_gradients(tree, gradients):
-    def put(path, weight):
-        return replace(weight, gradient=gradients[path]) if path in gradients else weight
+        return replace(weight, **fields[path]) if path in fields else weight
 
     return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_step_weight)
 

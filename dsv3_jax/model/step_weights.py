@@ -151,8 +151,7 @@ class StepWeights(NamedTuple):
         arrays = _Frozen()
 
         def read(total, master):
-            layers = master.size // math.prod(total.total.shape[1:])
-            return arrays.layers(total.total, total.number, layers).reshape(master.shape) * scale
+            return arrays.of(total, total.total, master).reshape(master.shape) * scale
 
         return self._filled(of_trained, read)
 
@@ -164,8 +163,7 @@ class StepWeights(NamedTuple):
         def read(total, master):
             if total.squares is None:
                 return None
-            layers = master.size // math.prod(total.total.shape[1:])
-            return arrays.layers(total.squares, total.number, layers).sum() * scale**2
+            return arrays.of(total, total.squares, master).sum() * scale**2
 
         return self._filled(jax.tree.map(lambda _: None, self.params), read)
 
@@ -185,10 +183,12 @@ class _Frozen:
     def __init__(self):
         self._arrays: dict[int, Any] = {}
 
-    def layers(self, ref: Any, first: Any, number: int) -> Any:
+    def of(self, place: GradientSum, ref: Any, master: Any) -> Any:
+        """What a Ref of the place has for the layers of its master's stack."""
         if id(ref) not in self._arrays:
             self._arrays[id(ref)] = jax.freeze(ref)
-        return self._arrays[id(ref)][int(first) : int(first) + number]
+        first, layers = int(place.number), master.size // math.prod(place.total.shape[1:])
+        return self._arrays[id(ref)][first : first + layers]
 
 
 def as_they_are(params: Any) -> StepWeights:

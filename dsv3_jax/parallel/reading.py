@@ -68,13 +68,14 @@ class Reading:
         everyone = places.slots.shape[0]
         asked = (places.slots < places.source.shape[0]).any(axis=1, keepdims=True)
         once = jnp.where(asked, jnp.arange(everyone, dtype=jnp.int32)[:, None], everyone)
+        none = jnp.zeros((1, 2), jnp.int32)
         take = functools.partial(
-            gather_rows, slots=once, free=jnp.zeros((1, 2), jnp.int32), num_rows=everyone
+            gather_rows, slots=once, free=none, num_rows=everyone, **self._options
         )
         if not self.quantize:
-            return take(x, **self._options)
+            return take(x)
         numbers = quantize_rows(x, "ue8m0")
-        values, scales = take(numbers.values, **self._options), self.of_all(numbers.scales)
+        values, scales = take(numbers.values), self.of_all(numbers.scales)
         return dequantize(BlockScaled(values, scales, numbers.tile), x.dtype)
 
     def sum_back(self, rows, weights, places: "Places"):

@@ -5,6 +5,7 @@ to one group, so that it is one dense product with that group's weights. Blocks 
 multiplied one after the other, and others cost nothing.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -18,9 +19,9 @@ from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 # From this many rows a block, a copy of all weights as [K, N] costs less than it saves: XLA:CPU
 # multiplies 64 rows by that at 96 GFLOP/s a core, and by [N, K] at 57.
 TRANSPOSED_FROM = 64
-# Up to so many blocks, as decoding has them, are told one by one: a loop would be handed all of a
-# layer's weights, which XLA:CPU first copies out of the stack of layers.
-TOLD_BLOCKS = 16
+# Up to so many blocks, as decoding has them, are multiplied without a loop: it would be handed all
+# of a layer's weights, which XLA:CPU first copies out of the stack of layers.
+UNROLLED_BLOCKS = 16
 
 
 def grouped_matmul(
@@ -52,12 +53,10 @@ def grouped_dgrad(
         raise NotImplementedError(f"{d_out.shape[0]} rows are no multiple of {alignment=}")
     block_group, used = _blocks(d_out.shape[0], group_sizes, alignment)
 
-    def body(i, d_x):
-        product = _rows(d_out, i, alignment) @ weights[block_group[i]]
-        return jax.lax.dynamic_update_slice(d_x, product, (i * alignment, 0))
+    def product(i):
+        return _rows(d_out, i, alignment) @ weights[block_group[i]]
 
-    start = jnp.zeros_like(d_out, shape=(d_out.shape[0], weights.shape[2]))
-    return jax.lax.fori_loop(0, used, body, start)
+    return _by_block(product, d_out, weights.shape[2], used, alignment)
 
 
 def grouped_wgrad(
@@ -105,21 +104,11 @@ def _looped(x, weights, group_sizes, alignment):
     transposed = alignment >= TRANSPOSED_FROM
     by_group = weights.mT if transposed else weights
 
-    def product_of(i):
+    def product(i):
         of_block = by_group[block_group[i]]
         return _rows(x, i, alignment) @ (of_block if transposed else of_block.T)
 
-    if len(block_group) <= TOLD_BLOCKS:
-        return jnp.concatenate(
-            [jnp.where(i < used, product_of(i), 0) for i in range(len(block_group))]
-        )
-
-    def body(i, out):
-        return jax.lax.dynamic_update_slice(out, product_of(i), (i * alignment, 0))
-
-    # zeros_like, also below: inside shard_map zeros must vary over the same axes as their rows.
-    start = jnp.zeros_like(x, shape=(x.shape[0], weights.shape[1]))
-    return jax.lax.fori_loop(0, used, body, start)
+    return _by_block(product, x, weights.shape[1], used, alignment)
 
 
 def _looped_forward(x, weights, group_sizes, alignment):
@@ -151,12 +140,24 @@ def _looped_scaled(x, weights: BlockScaled, group_sizes, alignment):
     """`_looped` that dequantises the weights of the groups in use, one at a time."""
     block_group, used = _blocks(x.shape[0], group_sizes, alignment)
 
-    def body(i, out):
+    def product(i):
         of_group = jax.tree.map(lambda leaf: leaf[block_group[i]], weights)
-        product = _rows(x, i, alignment) @ dequantize(of_group, jnp.float32).T
-        return jax.lax.dynamic_update_slice(out, product, (i * alignment, 0))
+        return _rows(x, i, alignment) @ dequantize(of_group, jnp.float32).T
 
-    start = jnp.zeros_like(x, shape=(x.shape[0], weights.shape[1]))
+    return _by_block(product, x, weights.shape[1], used, alignment)
+
+
+def _by_block(product: Callable, x, columns: int, used, alignment: int):
+    """product(i) in the rows of each block i of x that is in use, and zeros in the others."""
+    number = x.shape[0] // alignment
+    if number <= UNROLLED_BLOCKS:
+        return jnp.concatenate([jnp.where(i < used, product(i), 0) for i in range(number)])
+
+    def body(i, out):
+        return jax.lax.dynamic_update_slice(out, product(i), (i * alignment, 0))
+
+    # zeros_like, also elsewhere: inside shard_map zeros must vary over the same axes as their rows.
+    start = jnp.zeros_like(x, shape=(x.shape[0], columns))
     return jax.lax.fori_loop(0, used, body, start)
 
 

@@ -103,8 +103,13 @@ def gather_rows(
     multiprocessors: int,
 ) -> Array:
     """The rows of all peers at their slots; see `api.gather_rows`."""
-    at_home = max(hopper.multiprocessors() - multiprocessors, 1)
-    return gather_from(_peers(axes, x), x, slots, free, num_rows, multiprocessors, at_home)
+    peers = _peers(axes, x)
+    return gather_from(peers, x, slots, free, num_rows, multiprocessors, beside(multiprocessors))
+
+
+def beside(multiprocessors: int) -> int:
+    """The blocks that copy at home while so many multiprocessors read from others."""
+    return max(hopper.multiprocessors() - multiprocessors, 1)
 
 
 sum_slots_backward = hopper_slots.sum_slots_backward
