@@ -15,18 +15,20 @@ from dsv3_jax.config import ExpertParallelConfig, UserError
 log = logging.getLogger(__name__)
 
 _HOPPER = "9.0"
+_MEASURED = 4  # GPUs, at most, on which `pallas` was timed beside the others
 _NATIVE_ATOMICS = 3  # CU_DEVICE_P2P_ATTRIBUTE_NATIVE_ATOMIC_SUPPORTED: over NVLink, not over PCIe
 
 
 def resolve(mesh: Mesh | AbstractMesh, expert: ExpertParallelConfig) -> ExpertParallelConfig:
     """The config with a transport that this mesh can run in place of "auto".
 
-    On GPUs that is what was faster on H200s of one host. On two, a training step of V3's layers,
-    4,096 tokens a GPU, takes 286.6 ms with `pallas` and 292.8 with `padded`; it is `pallas` where
-    they can read each other. On four, dispatch and combine of as many tokens took `allgather` 2.23
-    ms in BF16 and `padded` 2.50, `padded` 2.02 with FP8 rows, `ragged` 28 to 55; `pallas` has not
-    been timed there. Elsewhere it is `allgather` up to 8 devices and `padded` for more, which sends
-    less. The choice is logged. Raises UserError where "pallas" was asked for and GPUs cannot do it.
+    On GPUs that is what was faster on two and four H200s of one host, 4,096 tokens a GPU: `pallas`,
+    where they can read each other. Dispatch and combine on four took it 1.20 ms in BF16 (`allgather`
+    2.18, `padded` 2.41) and 1.04 with FP8 rows (1.71, 1.85; 2 x 2: 1.63, `padded` 2.41), `ragged` 28
+    to 55; a training step of V3's layers 289 ms (`padded` 298), on two 287 (293). Without `pallas`
+    it is `allgather` in BF16 up to four GPUs, else `padded`. Where it was not measured (other
+    platforms, more GPUs) it is `allgather` up to 8 devices and `padded` for more, which sends less.
+    The choice is logged. Raises UserError where "pallas" was asked for and GPUs cannot do it.
     """
     if isinstance(mesh, AbstractMesh):
         return expert
@@ -46,8 +48,8 @@ def resolve(mesh: Mesh | AbstractMesh, expert: ExpertParallelConfig) -> ExpertPa
         return dataclasses.replace(expert, transport="local")
     small = spread <= (4 if on_gpus and expert.dispatch_format == "none" else 0 if on_gpus else 8)
     transport: Any = "allgather" if small else "padded"
-    two = on_gpus and peers == spread == 2 and expert.combine_format != "logfmt10"
-    if two and why_not_reading(mesh) is None:
+    measured = on_gpus and peers > 1 and spread <= _MEASURED and expert.combine_format != "logfmt10"
+    if measured and why_not_reading(mesh) is None:
         transport = "pallas"
     log.info("experts travel by %s", transport)
     return dataclasses.replace(expert, transport=transport)

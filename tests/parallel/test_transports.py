@@ -29,18 +29,20 @@ def chosen(mesh, **options):
 
 
 def test_auto_takes_what_was_measured_to_be_fastest(monkeypatch):
-    mesh = mesh_of(monkeypatch)
-    assert chosen(mesh, transport="auto") == "allgather"
-    assert chosen(mesh, transport="auto", dispatch_format="fp8") == "padded"
+    for nodes, local in ((1, 2), (1, 4), (2, 2)):
+        for form in ("none", "fp8"):
+            mesh = mesh_of(monkeypatch, nodes, local)
+            assert chosen(mesh, transport="auto", dispatch_format=form) == "pallas"
     assert chosen(mesh_of(monkeypatch, 2, 4, "tpu"), transport="auto") == "allgather"
     assert chosen(mesh_of(monkeypatch, 4, 4, "tpu"), transport="auto") == "padded"
     assert chosen(mesh_of(monkeypatch, 1, 1), transport="auto") == "local"
-    assert chosen(mesh_of(monkeypatch, 1, 2), transport="auto") == "pallas"
     back = {"transport": "auto", "combine_format": "logfmt10"}
-    assert chosen(mesh_of(monkeypatch, 1, 2), **back) == "allgather"
-    assert chosen(mesh_of(monkeypatch, 2, 1), transport="auto", hierarchical=True) == "allgather"
-    ampere = mesh_of(monkeypatch, 1, 2, compute_capability="8.0")
+    assert chosen(mesh_of(monkeypatch), **back) == "allgather"
+    assert chosen(mesh_of(monkeypatch, 4, 1), transport="auto") == "allgather"
+    assert chosen(mesh_of(monkeypatch, 1, 8), transport="auto") == "padded"
+    ampere = mesh_of(monkeypatch, compute_capability="8.0")
     assert chosen(ampere, transport="auto") == "allgather"
+    assert chosen(ampere, transport="auto", dispatch_format="fp8") == "padded"
 
 
 def test_a_transport_named_is_kept_or_refused(monkeypatch):
