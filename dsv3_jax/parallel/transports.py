@@ -23,12 +23,13 @@ def resolve(mesh: Mesh | AbstractMesh, expert: ExpertParallelConfig) -> ExpertPa
     """The config with a transport that this mesh can run in place of "auto".
 
     On GPUs that is what was faster on two and four H200s of one host, 4,096 tokens a GPU: `pallas`,
-    where they can read each other. Dispatch and combine on four took it 1.20 ms in BF16 (`allgather`
-    2.18, `padded` 2.41) and 1.04 with FP8 rows (1.71, 1.85; 2 x 2: 1.63, `padded` 2.41), `ragged` 28
-    to 55; a training step of V3's layers 289 ms (`padded` 298), on two 287 (293). Without `pallas`
-    it is `allgather` in BF16 up to four GPUs, else `padded`. Where it was not measured (other
-    platforms, more GPUs) it is `allgather` up to 8 devices and `padded` for more, which sends less.
-    The choice is logged. Raises UserError where "pallas" was asked for and GPUs cannot do it.
+    where they can read each other. Dispatch and combine on four took it 1.20 ms in BF16
+    (`allgather` 2.18, `padded` 2.41) and 1.04 with FP8 rows (1.71, 1.85; 2 x 2: 1.63, `padded`
+    2.41), `ragged` 28 to 55; a training step of V3's layers 289 ms (`padded` 298), on two 287
+    (293). Without `pallas` it is `allgather` in BF16 up to four GPUs, else `padded`. Where it was
+    not measured (other platforms, more GPUs) it is `allgather` up to 8 devices and `padded` for
+    more, which sends less. The choice is logged. Raises UserError where "pallas" was asked for and
+    GPUs cannot do it.
     """
     if isinstance(mesh, AbstractMesh):
         return expert
