@@ -154,10 +154,8 @@ def adapted_rows(model: ModelConfig, lora: LoraConfig) -> Iterator[tuple[tuple[s
         for row in weights(model):
             if row.where not in ("layer", kind) or not _is_projection(row):
                 continue
-            parts = (*row.module, row.name)
-            names = {"/".join(parts[i:]) for i in range(len(parts))} | _published(row)
             valid |= {row.name, *_published(row)}
-            wanted = names & set(lora.targets)
+            wanted = _names(row) & set(lora.targets)
             if wanted or (not lora.targets and row.part == "attention"):
                 used |= wanted
                 found[(block, *row.module, row.name)] = row
@@ -169,8 +167,8 @@ def adapted_rows(model: ModelConfig, lora: LoraConfig) -> Iterator[tuple[tuple[s
         )
     for row in found.values():
         pair = _published(row)
-        named = pair & set(lora.targets)
-        if len(pair) == 2 and named and named != pair:
+        named = {name.rpartition("/")[2] for name in _names(row) & set(lora.targets)}
+        if len(pair) == 2 and named and row.name not in named and named != pair:
             raise UserError(
                 f"lora.targets: {' and '.join(sorted(pair))} are held as one weight: name both"
             )
@@ -233,6 +231,12 @@ def merged(params: Any, model: ModelConfig) -> Any:
 
 def _is_projection(row: Weight) -> bool:
     return row.is_matrix and row.part not in ("embedding", "head", "router", "mtp")
+
+
+def _names(row: Weight) -> set[str]:
+    """What a target may call it: our name and the published ones, alone or after its modules."""
+    starts = [row.module[i:] for i in range(len(row.module) + 1)]
+    return {"/".join((*start, name)) for start in starts for name in (row.name, *_published(row))}
 
 
 def _published(row: Weight) -> set[str]:

@@ -154,6 +154,8 @@ def test_meshes(axes):
     [
         (("qq_proj", "o_proj"), "qq_proj matches no projection; there are .*q_a_proj"),
         (("gate_proj",), "held as one weight: name both"),
+        (("mlp/experts/up_proj",), "held as one weight: name both"),
+        (("mlp/attention/o_proj",), "mlp/attention/o_proj matches no projection"),
         (("lm_head",), "lm_head matches no projection"),
     ],
 )
@@ -167,6 +169,9 @@ def test_targets_by_module():
         p for p, _ in adapted_rows(MODEL, dataclasses.replace(LORA, targets=("mlp/down_proj",)))
     ]
     assert paths == [("dense_layers", "mlp", "down_proj")]
+    experts = ("mlp/experts/gate_proj", "experts/up_proj")  # published names, of one weight of ours
+    paths = [p for p, _ in adapted_rows(MODEL, dataclasses.replace(LORA, targets=experts))]
+    assert paths == [("moe_layers", "mlp", "experts", "gate_up_proj")]
     paths = [p for p, _ in adapted_rows(MODEL, dataclasses.replace(LORA, targets=()))]
     assert {p[1] for p in paths} == {"self_attn"} and len(paths) == 10
 
