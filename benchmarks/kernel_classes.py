@@ -34,6 +34,9 @@ class Row(NamedTuple):
 
 PRODUCTS = ("grouped_matmul", "grouped_dgrad", "grouped_wgrad", "scaled_matmul", "scaled_wgrad")
 _CUBLAS = re.compile(r"^(nvjet|gemm_fusion|sm90_xmma)|cublas|cutlass|splitK")
+# NCCL's kernels, and the barrier before a kernel that reads peers' memory: each waits for the last
+# of the GPUs, so this is also what they lose by doing more work than another.
+_TOGETHER = re.compile(r"nccl|barrier", re.IGNORECASE)
 
 
 def kernels(run: Callable[[], Any], hlo: str, calls: int = 2) -> list[Kernel]:
@@ -78,6 +81,8 @@ def class_of(kernel: Kernel) -> str:
     name, path = kernel.name, kernel.path
     if "Memcpy" in name or "Memset" in name:
         return "copies"
+    if _TOGETHER.search(name):
+        return "collectives, and waiting for peers"
     if "attention_" in name or "mla_attention" in path:
         return "attention"
     if "mosaic" in name:
@@ -86,7 +91,11 @@ def class_of(kernel: Kernel) -> str:
         return f"products in BF16: {_part(path)}"
     if not path:
         return "XLA: unnamed"
+    if "jit(" not in path:
+        return "operands, turned or converted"
     if "jvp" not in path and "transpose" not in path and "while" not in path:
+        if _part(path) != "head":  # a forward pass alone
+            return f"elementwise: {_part(path)}"
         return "gradient norm" if "reduce" in path or "norm" in path else "optimizer"
     if re.search(r"dynamic_update_slice|dynamic_slice$|broadcast_in_dim$", path) and (
         _part(path) == "head"
@@ -115,6 +124,7 @@ def _part(path: str) -> str:
         ("/mlp", "dense and router"),
         ("MTPModule", "MTP's own"),
         ("Block", "block"),
+        ("MoE", "a layer's sum"),
     ):
         if key in path:
             return part

@@ -28,7 +28,7 @@ from dsv3_jax.model.router import route
 from dsv3_jax.parallel.collectives import exchange as all_to_all
 from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.parallel.expert import combine, dispatch, make_exchange
-from dsv3_jax.quantization.block_scaled import StraightThrough, dequantize
+from dsv3_jax.quantization.block_scaled import BlockScaled, StraightThrough, dequantize
 
 SPLIT = PartitionSpec(AXES)
 
@@ -201,6 +201,11 @@ def _programs(
         x, w, e = vary((x, w, e), AXES)
         return dispatch(x, w, e, way, alignment)
 
+    def alone(x, w, e):
+        rows, sizes, handle = there(x, w, e)
+        # What carries a gradient back is no array in a program that does not return it.
+        return rows.numbers if isinstance(rows, StraightThrough) else rows, sizes, handle
+
     def both(x, w, e, given):
         rows, _, handle = there(x, w, e)
         if isinstance(rows, StraightThrough):  # what the experts make of FP8 numbers is BF16
@@ -222,7 +227,7 @@ def _programs(
     rows = shapes(jax.ShapeDtypeStruct(rows.shape, given.x.dtype))
     given_rows = rows if case.dispatch_format == "fp8" else operands[1]
     parts = {
-        "dispatch": (there, operands),
+        "dispatch": (alone, operands),
         "combine": (lambda r, h: combine(r, h, way), (rows, shapes(handle))),
         "both": (both, (*operands, given_rows)),
         "fwd+bwd": (and_back, (*operands, given_rows, operands[0])),
@@ -247,8 +252,8 @@ def _operands(case: Case, programs: dict[str, Any], given: Inputs):
     place = NamedSharding(programs["mesh"], SPLIT)
     operands = [jax.device_put(a, place) for a in given[:3]]
     rows, _, handle = programs["dispatch"](*operands)
-    if isinstance(rows, StraightThrough):
-        rows = jax.jit(lambda numbers: dequantize(numbers, jnp.bfloat16))(rows.numbers)
+    if isinstance(rows, BlockScaled):
+        rows = jax.jit(lambda numbers: dequantize(numbers, jnp.bfloat16))(rows)
     return operands, rows, handle
 
 

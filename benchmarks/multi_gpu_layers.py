@@ -30,6 +30,7 @@ from dsv3_jax.config import (
 )
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.moe import MoE
+from dsv3_jax.model.router import route
 from dsv3_jax.model.step_weights import made_for_step, with_made
 from dsv3_jax.parallel.mesh import batch_sharding, make_mesh
 from dsv3_jax.parallel.sharding import make_layout
@@ -45,7 +46,9 @@ SLICE = Path(__file__).parent.parent / "configs" / "h200_slice.py"
 def moe_layer(options: Options) -> None:
     """Router, dispatch, experts in FP8, combine and the shared expert, forward and with backward.
 
-    The experts' FP8 numbers are made beforehand, as a step makes them once for all its products.
+    FP8 numbers of weights, in both orientations, are made beforehand, as a step of several
+    micro-batches makes them once for all its products. Tokens and router are drawn so that experts
+    are chosen evenly, as V3's bias makes them; how many rows each GPU has is told.
     """
     quick, devices = bool(options.virtual), len(jax.devices())
     model = ModelConfig(dtype="bfloat16")
@@ -56,7 +59,10 @@ def moe_layer(options: Options) -> None:
     cases = [(way, tokens) for way in ways for tokens in sizes]
     built = compile_all({c: partial(_layer_programs, *c, model, devices) for c in cases})
     width, choices = model.moe_intermediate_size, model.num_experts_per_tok + model.n_shared_experts
-    print(f"{'MoE layer, FP8, experts over all':38} tokens a GPU  forward (TFLOP/s)  fwd+bwd")
+    print(
+        f"{'MoE layer, FP8, experts over all':38} tokens a GPU  forward (TFLOP/s)  fwd+bwd, "
+        "and each over its FP8 products"
+    )
     for (way, tokens), programs in built.items():
         name = f"{way:38} {tokens:12}"
         if isinstance(programs, Exception):
@@ -64,13 +70,21 @@ def moe_layer(options: Options) -> None:
             continue
         flops = 6 * tokens * choices * model.hidden_size * width  # a GPU
         said, spent, operands = "", [], programs[1]()
+        rows = rows_of_each(operands, model, devices)
         for (program, apart), times in zip(programs[0], (1, 3)):
             seconds = seconds_of(program, *operands, quick=quick)
-            said += f"  {1e3 * seconds:8.3f} ms ({times * flops / seconds / 1e12:6.1f})"
+            said += f"  {1e3 * seconds:8.3f} ms ({times * flops / seconds / 1e12:6.1f}"
             found = kernel_classes.kernels(partial(apart, *operands), apart.as_text(), calls=4)
-            classes = kernel_classes.classed(found).items()
-            spent.append(", ".join(f"{k} {row.ms / devices:.2f}" for k, row in classes))
-        print(f"{name}{said}", *("   ms of a GPU: " + each for each in spent), sep="\n", flush=True)
+            classes = kernel_classes.classed(found)
+            products = sum(r.ms for k, r in classes.items() if "by our kernels" in k) / devices
+            said += f", {1e3 * seconds / products:.2f}x)" if products else ")"
+            spent.append(", ".join(f"{k} {r.ms / devices:.2f}" for k, r in classes.items()))
+        print(
+            f"{name}{said}  {rows} rows a GPU",
+            *("   ms of a GPU: " + each for each in spent),
+            sep="\n",
+            flush=True,
+        )
 
 
 def _layer_programs(transport: str, tokens: int, model: ModelConfig, devices: int):
@@ -93,16 +107,15 @@ def _layer_programs(transport: str, tokens: int, model: ModelConfig, devices: in
     shapes = jax.tree_util.tree_map_with_path(placed, shapes)
     x = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.sharding("batch"))
 
-    # Each device makes the numbers of its experts; the shared one's are made where it multiplies.
-    spec = layout.spec("expert")
-    make = jax.jit(layout.shard_map(_made, (spec,), spec))
-    made = jax.tree_util.tree_map_with_path(
-        placed, {"experts": make.eval_shape(shapes["params"]["experts"])}
-    )["experts"]
+    # Each device makes the numbers of its experts, and all of them those of the shared one.
+    specs = {"experts": layout.spec("expert"), "shared_experts": layout.spec()}
+    weights = {name: shapes["params"][name] for name in specs}
+    make = jax.jit(layout.shard_map(_made, (specs,), specs))
+    made = jax.tree_util.tree_map_with_path(placed, make.eval_shape(weights))
 
     def forward(variables, made, x):
         params = variables["params"]
-        params = params | {"experts": with_made(params["experts"], made)}
+        params = params | {name: with_made(params[name], made[name]) for name in made}
         return module.apply({**variables, "params": params}, x)[0]
 
     def and_back(variables, made, x):
@@ -117,23 +130,38 @@ def _layer_programs(transport: str, tokens: int, model: ModelConfig, devices: in
             leaves, tree = jax.tree.flatten((shapes, x))
             keys = jax.random.split(key, len(leaves))
             drawn = [0.02 * jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves)]
-            return tree.unflatten(drawn)
+            variables, x = tree.unflatten(drawn)
+            # As large as a norm leaves it; and no bias, which would choose the experts by itself.
+            return variables | {"router": jax.tree.map(jnp.zeros_like, variables["router"])}, 50 * x
 
         places = jax.tree.map(lambda a: a.sharding, (shapes, x))
         variables, tokens = jax.jit(draw, out_shardings=places)(jax.random.key(1))
-        return variables, make(variables["params"]["experts"]), tokens
+        return variables, make({name: variables["params"][name] for name in specs}), tokens
 
     lowered = [jax.jit(f).lower(shapes, made, x) for f in (forward, and_back)]
     return [(one.compile(), one.compile(kernel_by_kernel())) for one in lowered], operands
 
 
-def _made(experts: Any) -> Any:
-    """What a step makes of the experts' weights for its products."""
-    layer = {"mtp_0": {"block": {"mlp": {"experts": experts}}}}  # without a dim of layers
+def _made(weights: Any) -> Any:
+    """What a step makes of a MoE layer's weights for its products."""
+    layer = {"mtp_0": {"block": {"mlp": weights}}}  # without a dim of layers
     made = made_for_step(layer, RECIPES["fp8_paper"], jnp.bfloat16)
-    # On a mesh, Dgrad turns the numbers itself.
-    of_experts = made["mtp_0"]["block"]["mlp"]["experts"]
-    return {name: (numbers, None) for name, (numbers, _) in of_experts.items()}
+    return made["mtp_0"]["block"]["mlp"]
+
+
+def rows_of_each(operands: Any, model: ModelConfig, devices: int) -> str:
+    """The rows that each GPU's experts have, "least-most", without those that fill tiles."""
+    variables, _, x = operands
+    gate, (bias,) = variables["params"]["gate"], jax.tree.leaves(variables["router"])
+
+    @jax.jit
+    def count():
+        chosen = route(x.reshape(-1, x.shape[-1]), gate, bias, model).experts_TK
+        place = chosen // (model.n_routed_experts // devices)
+        return jnp.bincount(place.reshape(-1), length=devices)
+
+    rows = np.asarray(count())
+    return f"{rows.min()}-{rows.max()}"
 
 
 class Run(NamedTuple):

@@ -226,9 +226,10 @@ AT_ONCE = 2.47
 # Logits that the head has at a time (training/cross_entropy.py), and bytes of each: BF16, whose
 # place the gradient takes.
 LOGITS_AT_ONCE, LOGIT_BYTES = 1 << 30, 2
-# Bytes of an FP8 number that is gathered for a whole step: of some weights, XLA for GPUs makes the
-# other orientation once a step as well, which the backward pass reads (V3's compiled program).
-FP8_FOR_STEP = 1.59
+# Bytes of an FP8 number that is gathered for a whole step. Of one micro-batch: of some weights, XLA
+# for GPUs makes the other orientation once a step as well, which the backward pass reads (V3's
+# compiled program). Of several all are turned, once for all their backward passes.
+FP8_FOR_STEP, FP8_TURNED = 1.59, 2.0
 
 
 def of_slices(config: Config) -> bool:
@@ -286,7 +287,7 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
             plain = gathered_width(config, False)
             copy = gathered_width(config, True)
             if config.sharding.state == "zero1" and copy == 1:
-                copy = FP8_FOR_STEP
+                copy = FP8_FOR_STEP if train_micro_batches(config) == 1 else FP8_TURNED
             once = copy * (shard.total - tables) + plain * tables
             # Sums over micro-batches, and what one of them adds.
             gradients = 4 * sliced * (1 if mesh.pipe > 1 or train_micro_batches(config) == 1 else 2)

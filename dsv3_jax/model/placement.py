@@ -107,15 +107,24 @@ def gathered(tree: Any, layout: Layout) -> Any:
     )
 
 
-def gathered_for_step(weights: StepWeights, layout: Layout, dtype: Any) -> StepWeights:
+def gathered_for_step(
+    weights: StepWeights, layout: Layout, dtype: Any, *, turned: bool = False
+) -> StepWeights:
     """The weights with what was made of slices gathered for all of a step; masters stay slices.
 
-    What nothing was made of, such as norms, is gathered as it is.
+    What nothing was made of, such as norms, is gathered as it is. turned: FP8 numbers are also made
+    transposed, as Dgrad reads them; else each backward pass turns them.
     """
     held = sliced(with_made(weights.params, weights.made), layout, dtype)
 
     def made(weight):
-        return (weight.numbers, weight.transposed) if is_step_weight(weight) else None
+        if not is_step_weight(weight):
+            return None
+        numbers = weight.numbers
+        if not (turned and isinstance(numbers, BlockScaled)):
+            return numbers, None
+        # Turned here, and not again where a loop over micro-batches reads it.
+        return numbers, jax.lax.optimization_barrier(numbers.mT)
 
     masters = jax.tree.map(_master_of, held, is_leaf=is_step_weight)
     return as_they_are(masters)._replace(made=jax.tree.map(made, held, is_leaf=is_step_weight))

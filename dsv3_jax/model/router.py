@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.fused.api import route_top_k
+from dsv3_jax.model.split_product import f32_product
 from dsv3_jax.parallel.collectives import total
 
 # A group is ranked by the sum of its best K_r / M = 8 / 4 experts (section 2.1.2); the published
@@ -62,12 +63,7 @@ def route(
     Array(0, dtype=int32)
     """
     # f32 operands: with bf16 scores, 15 % of the tokens choose other experts at E=256.
-    logits_TE = jax.lax.dot_general(
-        x_TD.astype(jnp.float32),
-        gate_ED.astype(jnp.float32),
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-    )
+    logits_TE = f32_product(x_TD, gate_ED)
     if score is None and select is None and config.scoring_func == "sigmoid":
         bias = jnp.zeros(logits_TE.shape[1]) if bias_E is None else bias_E
         groups = _groups(bias_E is not None, config)

@@ -209,11 +209,12 @@ class Layout:
             def of_node(node):
                 if not is_step_weight(node):
                     return spec
-                numbers = spec
+                numbers, turned = spec, None
                 if isinstance(node.numbers, BlockScaled):  # matrices, whole but for their stack
                     stack = PartitionSpec(*spec[: node.numbers.ndim - 2])
                     numbers = BlockScaled(stack, stack, node.numbers.tile)
-                return StepWeight(self.stored_spec(spec, node.shape), numbers)
+                    turned = None if node.transposed is None else numbers
+                return StepWeight(self.stored_spec(spec, node.shape), numbers, turned)
 
             return jax.tree.map(of_node, operand, is_leaf=is_step_weight)
 
@@ -228,7 +229,7 @@ class Layout:
                 # whole. An axis at a time, it does so with what the first axis has left.
                 cuts = tuple((dim, (axis,)) for dim, axes in cuts for axis in axes)
             carrier = carrier_of_slices(piece.master, cuts)
-            return StepWeight(carrier, piece.numbers)
+            return StepWeight(carrier, piece.numbers, piece.transposed)
 
         specs = jax.tree.map(specs_of, in_specs, operands, is_leaf=_is_spec)
 

@@ -205,9 +205,13 @@ def _as_stored(grads: Any, layout: Layout) -> Any:
     return layout.constrain_tree(grads, shardings(grads, layout, stored=True))
 
 
-def for_products(params: Any, config: Config, layout: Layout = ONE_DEVICE) -> StepWeights:
+def for_products(
+    params: Any, config: Config, layout: Layout = ONE_DEVICE, *, passes: int = 1
+) -> StepWeights:
     """The weights of a step, and what was made of them for all of its products.
 
+    passes: backward passes of the step; FP8 numbers are turned for Dgrad once, not in each. One
+    device always has both orientations: one kernel makes them.
     Where a mesh holds slices, each device makes it of its own: FSDP's layers gather that when they
     run, ZeRO-1 all of it once. Where nothing is made, products cast and quantise themselves: of
     whole weights on several devices, and under ZeRO-1 in FP8 where `tensor` cuts tiles.
@@ -222,7 +226,7 @@ def for_products(params: Any, config: Config, layout: Layout = ONE_DEVICE) -> St
     stored = shardings(params, layout, stored=True)
     made = made_of_slices(params, stored, recipe, dtype, layout)
     weights = as_they_are(params)._replace(made=made)
-    return gathered_for_step(weights, layout, dtype) if once else weights
+    return gathered_for_step(weights, layout, dtype, turned=passes > 1) if once else weights
 
 
 def gradients(
@@ -251,7 +255,7 @@ def gradients(
 
     # What every micro-batch multiplies by is made before the first of them, and only once.
     if base is None:
-        weights = for_products(state.params, config, layout)
+        weights = for_products(state.params, config, layout, passes=num_micro_batches)
     else:  # adapters alone, of a base that is frozen
         weights = as_they_are(_gathered_once(state.params, layout))
     # Products leave the gradients of what was made in their places, added up over micro-batches.
