@@ -130,9 +130,10 @@ def _layer_programs(transport: str, tokens: int, model: ModelConfig, devices: in
             leaves, tree = jax.tree.flatten((shapes, x))
             keys = jax.random.split(key, len(leaves))
             drawn = [0.02 * jax.random.normal(k, a.shape, a.dtype) for k, a in zip(keys, leaves)]
-            variables, x = tree.unflatten(drawn)
-            # As large as a norm leaves it; and no bias, which would choose the experts by itself.
-            return variables | {"router": jax.tree.map(jnp.zeros_like, variables["router"])}, 50 * x
+            variables, rows = tree.unflatten(drawn)
+            # As large as a norm leaves them; and no bias, which would choose experts by itself.
+            no_bias = jax.tree.map(jnp.zeros_like, variables["router"])
+            return variables | {"router": no_bias}, 50 * rows
 
         places = jax.tree.map(lambda a: a.sharding, (shapes, x))
         variables, tokens = jax.jit(draw, out_shardings=places)(jax.random.key(1))

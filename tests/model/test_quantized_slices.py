@@ -17,7 +17,7 @@ from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.quantization.block_scaled import quantize
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import abstract_state, create_state
-from dsv3_jax.training.step import gradients
+from dsv3_jax.training.step import for_products, gradients
 from tests.helpers import TOLERANCE, random_tokens, relative_error, tiny_config, tiny_model
 
 # Shape, its dims as matrices, and what a mesh cuts anyway.
@@ -54,8 +54,8 @@ def test_slices_have_the_numbers_of_the_whole_weight(case, scale_format):
     )
 
 
-def run(state: str, preset: str = "fp8_paper", **sizes: int):
-    """(loss, gradients) of one step in FP8 on a mesh, and the compiled program's text."""
+def prepared(state: str, preset: str, micro: int, **sizes: int):
+    """(config, layout) of a tiny model on a mesh, four rows a step."""
     model = tiny_model(
         hidden_size=256,
         num_hidden_layers=2,
@@ -65,16 +65,21 @@ def run(state: str, preset: str = "fp8_paper", **sizes: int):
         dtype="bfloat16",
     )
     config = dataclasses.replace(
-        tiny_config(model, batch_size=4, micro_batch_size=4, seq_len=32),
+        tiny_config(model, batch_size=4, micro_batch_size=micro, seq_len=32),
         mesh=ParallelConfig(**sizes),
         sharding=ShardingConfig(state=state),
         expert_parallel=ExpertParallelConfig(transport="padded"),
         quant=QuantConfig(preset=preset),
     )
     mesh = make_mesh(config.mesh)
-    layout = make_layout(mesh, config.sharding, config.expert_parallel)
+    return config, make_layout(mesh, config.sharding, config.expert_parallel)
+
+
+def run(state: str, preset: str = "fp8_paper", micro: int = 4, **sizes: int):
+    """(loss, gradients) of one step in FP8 on a mesh, and the compiled program's text."""
+    config, layout = prepared(state, preset, micro, **sizes)
     begun = create_state(config, abstract_state(config, layout))
-    rows = random_tokens(model, 1, 4, 33)
+    rows = random_tokens(config.model, 4 // micro, micro, 33)
     settings = Schedule(config).settings(0)
     step = jax.jit(partial(gradients, config=config, layout=layout))
     compiled = step.lower(begun, rows, settings).compile()
@@ -101,3 +106,21 @@ def test_slices_multiply_by_the_numbers_of_the_master_and_are_gathered_in_fp8(st
     # Gradients leave for the slices; what is added up whole are norms and the router's.
     reduced = re.findall(r"= f32\[([\d,]+)\]\S* all-reduce\(", text)
     assert all(math.prod(map(int, shape.split(","))) < 5_000 for shape in reduced)
+
+
+def test_weights_are_turned_once_for_all_backward_passes():
+    loss, grads, _ = run("zero1", micro=2, data=2)
+    want, want_grads, _ = run("replicated", micro=2, data=2)
+    assert loss == want
+    assert relative_error(grads, want_grads) < TOLERANCE["f32_reordered"]
+
+    config, layout = prepared("zero1", "fp8_paper", 2, data=2)
+    params = abstract_state(config, layout).params
+    for passes in (1, 2):
+        products = partial(for_products, config=config, layout=layout, passes=passes)
+        made = jax.eval_shape(products, params).made["moe_layers"]["mlp"]["experts"]["down_proj"]
+        numbers, turned = made
+        assert (turned is not None) == (passes > 1)
+    assert turned.shape[:-2] == numbers.shape[:-2]
+    assert turned.shape[-2:] == numbers.shape[:-3:-1] and turned.tile == (128, 128)
+    assert turned.scales.shape[-2:] == numbers.scales.shape[:-3:-1]
