@@ -16,7 +16,8 @@ from dsv3_jax.config.run import config_of_run
 from dsv3_jax.data.corpus import damage_of_prepared, is_prepared
 from dsv3_jax.data.shards import INDEX_FILE, TokenShards
 from dsv3_jax.interop.import_manifest import MANIFEST
-from dsv3_jax.training.manifest import damage, steps_in
+from dsv3_jax.training.manifest import MANIFEST as STEP_MANIFEST
+from dsv3_jax.training.manifest import damage, steps_in, strangers
 
 
 class Verified(NamedTuple):
@@ -29,9 +30,10 @@ class Verified(NamedTuple):
 def verify(folder: str | Path) -> Verified:
     """Reads all of a run, an import, a Hugging Face folder or prepared data.
 
-    Runs are compared with the manifests of their steps, imports and prepared data with their
-    sha256; of published weights, which bring none, the headers must fit config.json and every
-    number must be finite. Raises UserError for a folder that is none of these.
+    Runs are compared with the manifests of their steps, which must list all that lies there;
+    imports and prepared data with their sha256; of published weights, which bring none, the headers
+    must fit config.json and every number must be finite. Raises UserError for a folder that is none
+    of these.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -56,8 +58,14 @@ def _run(folder: Path) -> list[str]:
     steps = steps_in(checkpoints)
     found = [] if steps else [f"{checkpoints}: holds no step"]
     for step in steps:
-        if problem := damage(checkpoints / str(step)):
-            found.append(f"{checkpoints / str(step)}: {problem}")
+        here = checkpoints / str(step)
+        if problem := damage(here):
+            found.append(f"{here}: {problem}")
+            continue
+        more = strangers(here)
+        found += [f"{here}: {name} is not in its {STEP_MANIFEST}" for name in more[:12]]
+        if more[12:]:
+            found.append(f"{here}: and {len(more) - 12} more files")
     if (folder / "config.json").exists():
         try:
             config_of_run(folder)

@@ -106,7 +106,8 @@ def abstract_variables(config: ModelConfig, layout: Layout = ONE_DEVICE) -> Vari
     >>> ds.abstract_variables(ds.ModelConfig())["params"]["lm_head"].shape
     (129280, 7168)
     """
-    shapes = jax.eval_shape(lambda key: init_variables(key, config), jax.random.key(0))
+    # The key is made within: outside it would be compiled, for 45 MB of LLVM.
+    shapes = jax.eval_shape(lambda: init_variables(jax.random.key(0), config))
     return placed(shapes, layout)
 
 

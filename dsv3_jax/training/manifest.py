@@ -72,15 +72,14 @@ def damage(step_folder: str | Path) -> str | None:
     step_folder = Path(step_folder)
     if not step_folder.is_dir():
         return "no such folder"
-    manifest = step_folder / MANIFEST
-    if not manifest.exists():
+    if not (step_folder / MANIFEST).exists():
         empty = not any(step_folder.iterdir())
         return "the folder is empty" if empty else f"no {MANIFEST}: the save did not finish"
     try:
-        values = read_json(file_inside(step_folder, MANIFEST), _MAX_BYTES)
-        expected = build(_Manifest, values, manifest).files
+        expected = _listed(step_folder)
     except (UserError, OSError) as error:
-        return f"{MANIFEST} cannot be read ({str(error).removeprefix(f'{manifest}: ')})"
+        told = str(error).removeprefix(f"{step_folder / MANIFEST}: ")
+        return f"{MANIFEST} cannot be read ({told})"
     if not expected:
         return f"{MANIFEST} lists no files"
 
@@ -103,9 +102,32 @@ def damage(step_folder: str | Path) -> str | None:
     return wrong[0] + more if wrong else None
 
 
+def strangers(step_folder: str | Path) -> list[str]:
+    """The files of a step's folder that its manifest does not list, by name.
+
+    A step with such files is good: one may be a note, or a file browser's. But orbax reads some by
+    what lies there, as `array_metadatas/process_1`, so `verify` names them. Raises UserError or
+    OSError for a manifest that cannot be read.
+    """
+    step_folder = Path(step_folder)
+    there = {path.relative_to(step_folder).as_posix() for path in _files(step_folder)}
+    return sorted(there - _listed(step_folder).keys())
+
+
+def _files(step_folder: Path) -> list[Path]:
+    """All but the manifest itself."""
+    manifest = step_folder / MANIFEST
+    return sorted(p for p in step_folder.rglob("*") if not p.is_dir() and p != manifest)
+
+
+def _listed(step_folder: Path) -> dict[str, _File]:
+    values = read_json(file_inside(step_folder, MANIFEST), _MAX_BYTES)
+    return build(_Manifest, values, step_folder / MANIFEST).files
+
+
 def write_manifest(step_folder: Path) -> None:
     """Writes size and sha256 of each file of a committed step: under another name, then renamed."""
-    paths = sorted(p for p in step_folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    paths = _files(step_folder)
     with ThreadPoolExecutor() as pool:
         digests = list(pool.map(_sha256, paths))
     files = {

@@ -122,7 +122,7 @@ def _made(make: Callable[[Any], Any], abstract: Any, seed: int) -> Any:
 def averaged_variables(folder: Path, step: int, config: Config) -> dict[str, Any]:
     """The variables of a run's valid checkpoint with the moving average of the weights in their
     place, on the first device."""
-    shapes = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_state(jax.random.key(0), config))
     wanted = {"opt_state": shapes.opt_state, "router": shapes.router}
     found, _ = read_state(folder, step, wanted, partial=True)
     return {"params": found["opt_state"][-1].average, "router": found["router"]}
@@ -131,13 +131,13 @@ def averaged_variables(folder: Path, step: int, config: Config) -> dict[str, Any
 def abstract_adapters(config: Config, layout: Layout) -> Any:
     """A LoRA run's adapters as shapes and dtypes, with shardings where the layout has devices."""
     make = partial(init_adapters, model=config.model, lora=config.lora)
-    return placed(jax.eval_shape(make, jax.random.key(0)), layout)
+    return placed(jax.eval_shape(lambda: make(jax.random.key(0))), layout)
 
 
 def abstract_state(config: Config, layout: Layout, extensions: Extensions = NONE) -> TrainState:
     """The TrainState as shapes, dtypes and shardings; allocates nothing."""
     init = partial(init_state, config=config, extensions=extensions)
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0)))
     places = shardings(shapes, layout, stored=True)
     return jax.tree.map(
         lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes, places

@@ -18,7 +18,8 @@ from dsv3_jax.interop.exporting import export_hf
 from dsv3_jax.interop.import_manifest import MANIFEST
 from dsv3_jax.interop.importing import import_hf
 from dsv3_jax.interop.safetensors import load_file, save_file
-from dsv3_jax.training.manifest import write_manifest
+from dsv3_jax.training.manifest import damage, write_manifest
+from dsv3_jax.training.saved import newest_valid
 from dsv3_jax.verifying import verify
 
 
@@ -145,6 +146,24 @@ def test_every_damaged_step_of_a_run_is_named(run_dir):
     shutil.rmtree(run_dir / "checkpoints/4")
     shutil.rmtree(run_dir / "checkpoints/8")
     assert "holds no step" in verify(run_dir).damaged[0]
+
+
+def test_a_file_that_no_manifest_lists_is_named_and_does_not_stop_a_resume(run_dir, capsys):
+    """Orbax reads each process_N of array_metadatas that lies there."""
+    step = run_dir / "checkpoints/4"
+    (step / "state/array_metadatas").mkdir()
+    (step / "state/array_metadatas/process_1").write_text("{}")
+    (step / "link").symlink_to("/nowhere")
+    assert [line.split("/checkpoints/")[1] for line in verify(run_dir).damaged] == [
+        "4: link is not in its MANIFEST.json",
+        "4: state/array_metadatas/process_1 is not in its MANIFEST.json",
+    ]
+    assert cli.main(["verify", str(run_dir)]) == 1
+    assert capsys.readouterr().out.count("damaged: ") == 2
+    assert newest_valid(run_dir / "checkpoints") == 8 and damage(step) is None
+    for i in range(20):
+        (step / f"{i}").touch()
+    assert verify(run_dir).damaged[-1].endswith("/4: and 10 more files")
 
 
 @pytest.mark.parametrize(
