@@ -3,17 +3,20 @@
     python -m benchmarks.bench_pipeline                                  # all devices and schedules
     python -m benchmarks.bench_pipeline --virtual 2 --plot pipeline.png   # virtual CPU devices
 
-Time stamps are taken by callbacks at the start and the end of every act of a rank, in the gradients
-of a training step (`training.pipelined`), one after the other after a first run that compiles. The
-prediction takes the median time of F, I and W and lets each tick last as long as its slowest rank,
-because all ranks meet at the hand-over. Without accelerators, devices are virtual CPU devices: with
-more of them than cores, acts take each other's time.
+Each schedule's gradients of a training step (`training.pipelined`) are timed without stamps, beside
+those of the same devices by `data`; then once more with stamps, which callbacks take at the start
+and the end of every act of a rank. F, I and W are medians between them, and so is the hand-over:
+from the end of a tick's last act to the start of the next tick's first, stamps included. The
+prediction lets each tick last as long as its slowest rank, and the hand-over between two; what is
+counted beyond it is `rest`: acts that take other than the median. Without accelerators, devices are
+virtual CPU devices: with more of them than cores, acts take each other's time.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,17 +26,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import io_callback
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from dsv3_jax.config import Config, ModelConfig, ParallelConfig, PipelineConfig, TrainConfig
-from dsv3_jax.parallel.mesh import make_mesh
-from dsv3_jax.parallel.pipeline import RankActs
+from dsv3_jax.parallel.mesh import batch_sharding, make_mesh
+from dsv3_jax.parallel.pipeline import Place
 from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.parallel.ticks import IDLE, TickTables
 from dsv3_jax.training.pipelined import pipelined_gradients
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.stages import plan_stages
 from dsv3_jax.training.state import init_state
+from dsv3_jax.training.step import gradients
 
 SCHEDULES = ("1f1b", "interleaved", "zb1p", "dualpipev")
 ACTS = "-FIW"  # by the numbers of a table's ops
@@ -69,29 +73,58 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--sequence", type=int, default=256)
+    parser.add_argument("--jobs", type=int, default=4, help="programs compiled side by side")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     if options.virtual:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", options.virtual)
     ranks = jax.device_count()
+    tokens = 2 * options.microbatches * options.sequence
     print(f"{ranks} x {jax.devices()[0].device_kind}, {options.microbatches} micro-batches, ms")
-    print(f"{'schedule':12} {'step':>8} {'F':>7} {'I':>7} {'W':>7}  idle: counted, predicted")
+    configs = {name: run_config(name, options, pipe=ranks) for name in options.schedules}
+    by_data = run_config(SCHEDULES[0], options, data=ranks)
+    stamps: list[Stamp] = []
+    programs = [
+        partial(lowered, by_data, None),
+        *(partial(lowered, c, stamps) for c in configs.values()),
+    ]
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(options.jobs) as pool:
+        # Lowered one after the other, compiled side by side.
+        compiled = [pool.submit(program().compile) for program in programs]
+        compiled = [job.result() for job in compiled]
+    print(f"lowered and compiled {len(programs)} programs in {time.perf_counter() - begun:.0f} s")
+    plain = median_step(compiled[0], inputs(by_data), False)
+    print(f"by data: step {1e3 * plain:.1f}, {tokens / plain:,.0f} tokens/s")
+    print(
+        f"{'schedule':12} {'step':>7} {'tokens/s':>9} {'of data':>7} {'stamped':>8} "
+        f"{'F':>6} {'I':>6} {'W':>6} {'hand-over':>9}  idle: counted, predicted, rest"
+    )
     runs = {}
-    for name in options.schedules:
-        tables, rows = run(run_config(name, ranks, options))
-        runs[name] = rows
-        times = median_times(rows)
-        length = max(span.end for row in rows for span in row)
-        counted, predicted = idle_share(rows), predicted_idle_share(tables, times)
-        each = " ".join(f"{1e3 * times[act]:7.2f}" for act in "FIW")
-        print(f"{name:12} {1e3 * length:8.1f} {each}  {counted:6.1%} {predicted:6.1%}", flush=True)
+    for (name, config), step in zip(configs.items(), compiled[1:]):
+        arguments, tables = inputs(config), plan_stages(config).tables
+        own = median_step(step, arguments, False)
+        for _ in range(2):  # the first callbacks take longer
+            stamps.clear()
+            median_step(step, arguments, True, times=0)
+        runs[name] = rows = spans(stamps, ranks)
+        times, length = median_times(rows), max(span.end for row in rows for span in row)
+        over = median_hand_over(tables, rows)
+        counted, predicted = idle_share(rows), predicted_idle_share(tables, times, over)
+        each = " ".join(f"{1e3 * times[act]:6.2f}" for act in "FIW")
+        print(
+            f"{name:12} {1e3 * own:7.1f} {tokens / own:9,.0f} {plain / own:7.1%} "
+            f"{1e3 * length:8.1f} {each} {1e3 * over:9.2f}  "
+            f"{counted:6.1%} {predicted:6.1%} {counted - predicted:+6.1%}",
+            flush=True,
+        )
     if options.plot:
         draw(runs, options.plot)
 
 
-def run_config(schedule: str, ranks: int, options: argparse.Namespace) -> Config:
-    """A model whose layers are alike, so that stages are."""
+def run_config(schedule: str, options: argparse.Namespace, **mesh: int) -> Config:
+    """A model whose layers are alike, so that stages are; two rows a micro-batch and device."""
     width = options.hidden_size
     model = ModelConfig(
         vocab_size=256,
@@ -115,80 +148,75 @@ def run_config(schedule: str, ranks: int, options: argparse.Namespace) -> Config
     )
     return Config(
         model=model,
-        mesh=ParallelConfig(pipe=ranks),
+        mesh=ParallelConfig(**mesh),
         pipeline=PipelineConfig(schedule=schedule),
         train=TrainConfig(
-            batch_size=2 * options.microbatches, micro_batch_size=2, seq_len=options.sequence
+            batch_size=2 * options.microbatches,
+            micro_batch_size=2 * mesh.get("data", 1),
+            seq_len=options.sequence,
         ),
     ).validate()
 
 
-def run(config: Config) -> tuple[TickTables, list[list[Span]]]:
-    """The tables, and each rank's spans in the second of two steps, from its first start on."""
+def lowered(config: Config, stamps: list[Stamp] | None) -> Any:
+    """The gradients of a step, a program of `inputs` and of whether to take stamps."""
     layout = make_layout(make_mesh(config.mesh), config.sharding, config.expert_parallel)
+
+    def of_pipeline(state, rows, settings, wanted):
+        edge = partial(stamped, wanted=wanted, record=stamps.append)
+        variables = {"params": state.params, "router": state.router}
+        return pipelined_gradients(variables, rows, settings, config, layout, 1.0, edge)
+
+    def of_data(state, rows, settings, wanted):
+        return gradients(state, rows, settings, config, layout)
+
+    return jax.jit(of_data if stamps is None else of_pipeline).lower(*inputs(config), False)
+
+
+def inputs(config: Config) -> tuple[Any, Any, StepSettings]:
+    """State, rows of random tokens, and settings, for all devices."""
+    mesh = make_mesh(config.mesh)
     state = jax.jit(partial(init_state, config=config))(jax.random.key(0))
     count = config.train.batch_size // config.micro_batch_size
     shape = (count, config.micro_batch_size, config.train.seq_len + 1)
     rows = jax.random.randint(jax.random.key(1), shape, 0, config.model.vocab_size, jnp.int32)
     settings = StepSettings(np.float32(0), np.float32(0), np.float32(0), np.int32(count))
-    stamps: list[Stamp] = []
-    gradients = jax.jit(
-        partial(
-            pipelined_gradients,
-            config=config,
-            layout=layout,
-            per_token=1.0,
-            around=partial(stamped, record=stamps.append),
-        )
-    )
-    for _ in range(2):
-        stamps.clear()
-        variables = {"params": state.params, "router": state.router}
-        jax.block_until_ready(gradients(variables, rows, settings))
+    state, settings = jax.device_put((state, settings), NamedSharding(mesh, PartitionSpec()))
+    return state, jax.device_put(rows, batch_sharding(mesh, 1)), settings
+
+
+def median_step(step: Any, arguments: tuple, wanted: bool, times: int = 3) -> float:
+    """Seconds of a step after one that warms up; of that one, if it is the only one."""
+    seconds = []
+    for _ in range(1 + times):
+        begun = time.perf_counter()
+        jax.block_until_ready(step(*arguments, wanted))
         jax.effects_barrier()
-    return plan_stages(config).tables, spans(stamps, config.mesh.pipe)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[min(times, 1) :])
 
 
-def stamped(acts: RankActs, record: Callable[[Stamp], None]) -> RankActs:
-    """The acts, with a stamp before what each reads and after what it makes."""
+def stamped(op: Any, place: Place, x: Any, wanted: Any, record: Callable[[Stamp], None]) -> Any:
+    """What a tick begins or ends with, and a stamp of when, if wanted and not idle."""
 
-    def note(act: str, x: Any, *place: Any) -> Any:
-        def on_host(rank, chunk, microbatch, _):
-            numbers = int(rank), act, int(chunk), int(microbatch)
-            record(Stamp(time.perf_counter(), *numbers))
-            return np.float32(0)
+    def on_host(rank, op, chunk, microbatch, _):
+        now = time.perf_counter()
+        record(Stamp(now, int(rank), ACTS[int(op)], int(chunk), int(microbatch)))
+        return np.float32(0)
 
-        # What is added holds the program to the order; the array's corner waits for its making.
-        values = lax.axis_index("pipe"), *place, x[(0,) * x.ndim]
-        shape = jax.ShapeDtypeStruct((), jnp.float32)
-        mesh = jax.sharding.get_abstract_mesh()
-        call = jax.shard_map(  # callbacks want every axis manual
-            lambda *values: io_callback(on_host, shape, *values),
-            in_specs=PartitionSpec(),
-            out_specs=PartitionSpec(),
-            axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
-            check_vma=False,
-        )
-        return x + call(*values).astype(x.dtype)
-
-    def forward(totals, chunk, m, x):
-        x = note("F", x, chunk, m)
-        totals, y, saved = acts.forward(totals, chunk, m, x)
-        return totals, note("F", y, chunk, m), saved
-
-    def input_backward(totals, chunk, m, saved, dy):
-        dy = note("I", dy, chunk, m)
-        totals, dx, for_weights = acts.input_backward(totals, chunk, m, saved, dy)
-        return totals, note("I", dx, chunk, m), for_weights
-
-    def weight_backward(totals, chunk, m, saved, for_weights):
-        totals = totals._replace(ce=note("W", totals.ce, chunk, m))
-        totals = acts.weight_backward(totals, chunk, m, saved, for_weights)
-        made = jax.tree.leaves(totals.layers)[-1]
-        done = note("W", made[(0,) * made.ndim], chunk, m)
-        return totals._replace(ce=totals.ce + 0 * done)
-
-    return RankActs(forward, input_backward, weight_backward)
+    # What is added holds the program to the order; the array's corner waits for its making.
+    values = lax.axis_index("pipe"), op, place.chunk, place.microbatch, x[(0,) * x.ndim]
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+    mesh = jax.sharding.get_abstract_mesh()
+    call = jax.shard_map(  # callbacks want every axis manual
+        lambda *values: io_callback(on_host, shape, *values),
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        check_vma=False,
+    )
+    zero = lax.cond(wanted & (op != IDLE), call, lambda *values: jnp.zeros(()), *values)
+    return x + zero.astype(x.dtype)
 
 
 def spans(stamps: list[Stamp], ranks: int) -> list[list[Span]]:
@@ -207,7 +235,7 @@ def spans(stamps: list[Stamp], ranks: int) -> list[list[Span]]:
 
 
 def median_times(rows: list[list[Span]]) -> dict[str, float]:
-    """Seconds of F, I and W: what is left of a rank's acts are hand-overs."""
+    """Seconds of F, I and W."""
     of = {act: [s.end - s.start for row in rows for s in row if s.act == act] for act in "FIW"}
     return {act: statistics.median(times) if times else 0.0 for act, times in of.items()}
 
@@ -219,11 +247,26 @@ def idle_share(rows: list[list[Span]]) -> float:
     return 1 - busy / (len(rows) * length)
 
 
-def predicted_idle_share(tables: TickTables, times: dict[str, float]) -> float:
-    """The same of the tables, a tick as long as the slowest of its ranks."""
+def median_hand_over(tables: TickTables, rows: list[list[Span]]) -> float:
+    """Seconds from the end of a tick's last act to the start of the next tick's first."""
+    ticks = {}
+    for tick, rank in np.argwhere(tables.op != IDLE).tolist():
+        op, chunk, m = (int(t[tick, rank]) for t in (tables.op, tables.chunk, tables.microbatch))
+        ticks[rank, ACTS[op], chunk, m] = tick
+    starts, ends = np.full(len(tables.op), np.inf), np.full(len(tables.op), -np.inf)
+    for rank, row in enumerate(rows):
+        for span in row:
+            tick = ticks[(rank, *span[2:])]
+            starts[tick], ends[tick] = min(starts[tick], span.start), max(ends[tick], span.end)
+    return float(np.median(starts[1:] - ends[:-1]))
+
+
+def predicted_idle_share(tables: TickTables, times: dict[str, float], hand_over: float) -> float:
+    """The same of the tables: a tick as long as the slowest of its ranks, a hand-over after it."""
     each = np.array([0.0, *(times[act] for act in ACTS[1:])])[tables.op]
     assert (each[tables.op == IDLE] == 0).all()
-    return 1 - each.sum() / (each.max(1).sum() * each.shape[1])
+    length = each.max(1).sum() + (len(each) - 1) * hand_over
+    return 1 - each.sum() / (length * each.shape[1])
 
 
 def draw(runs: dict[str, list[list[Span]]], path: Path) -> None:

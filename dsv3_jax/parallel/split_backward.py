@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jcore
+from jax.interpreters import partial_eval
 from jax.ref import AbstractRef
 
 # Calls whose body is taken apart, too.
@@ -30,12 +31,13 @@ class SplitBackward(NamedTuple):
 
 
 def split_backward(
-    pullback: Callable[..., tuple[list[Any], list[Any]]], *inputs: Any
+    pullback: Callable[..., tuple[list[Any], list[Any]]], *inputs: Any, num_weights: int = 0
 ) -> SplitBackward:
     """The parts of pullback(*inputs) -> (gradients of the input, gradients of the weights).
 
     Both are lists of arrays; `inputs` are arrays or their shapes. A call that cannot be taken
     apart, such as a shard_map, is in the first part as a whole if the input's gradient needs it.
+    What the first num_weights inputs alone make is made in both parts, and not handed on.
     """
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
     flat, structure = jax.tree.flatten(shapes)
@@ -50,10 +52,12 @@ def split_backward(
     jaxpr, makers = closed.jaxpr, _makers(closed.jaxpr)
     of_input, of_weights = jaxpr.outvars[: counts[0]], jaxpr.outvars[counts[0] :]
     first = _reached(jaxpr, makers, of_input)
+    num_leaves = len(jax.tree.leaves(inputs[:num_weights]))
+    in_both = first - _led_to(jaxpr, set(jaxpr.invars[num_leaves:])) if num_weights else set()
     early = [i for i, v in enumerate(of_weights) if not _reached(jaxpr, makers, [v]) - first]
     late = [v for i, v in enumerate(of_weights) if i not in early]
-    second = _reached(jaxpr, makers, late) - first
-    made_first = {v for number in first for v in jaxpr.eqns[number].outvars}
+    second = _reached(jaxpr, makers, late) - (first - in_both)
+    made_first = {v for number in first - in_both for v in jaxpr.eqns[number].outvars}
     used = [v for number in sorted(second) for v in jaxpr.eqns[number].invars]
     frontier = [v for v in dict.fromkeys(filter(_is_variable, [*used, *late])) if v in made_first]
 
@@ -69,6 +73,34 @@ def split_backward(
         return [None if i in early else next(values) for i in range(len(of_weights))]
 
     return SplitBackward(run_first, run_second)
+
+
+def made_of_first(
+    closed: Any, count: int, outputs: Iterable[int]
+) -> tuple[list[int], Callable[..., list[Any]]]:
+    """Which of these outputs the first `count` inputs alone make, and a function that makes them.
+
+    closed: a closed jaxpr. The function takes those inputs, and gives its outputs in their order.
+    """
+    jaxpr, makers = closed.jaxpr, _makers(closed.jaxpr)
+
+    def part_for(wanted: list[Any]) -> tuple[Any, bool]:
+        numbers = sorted(_reached(jaxpr, makers, wanted))
+        part = jaxpr.replace(eqns=[jaxpr.eqns[n] for n in numbers], outvars=wanted)
+        # Calls, too, lose what does not lead there. What is left of the inputs keeps its order.
+        part, used = partial_eval.dce_jaxpr(part, [True] * len(wanted))
+        return part, not any(used[count:])
+
+    places = [i for i in outputs if part_for([jaxpr.outvars[i]])[1]]
+    wanted = [jaxpr.outvars[i] for i in places]
+    part = jcore.ClosedJaxpr(
+        part_for(wanted)[0].replace(invars=jaxpr.invars[:count]), closed.consts
+    )
+
+    def make(*inputs):
+        return _run(part, range(len(part.jaxpr.eqns)), inputs, {}, part.jaxpr.outvars)
+
+    return places, make
 
 
 def _is_variable(atom: Any) -> bool:
@@ -105,6 +137,18 @@ def _reached(jaxpr: Any, makers: dict[Any, list[int]], outputs: Iterable[Any]) -
                 eqn = jaxpr.eqns[number]
                 left += filter(_is_variable, eqn.invars)
                 left += filter(_is_reference, eqn.outvars)
+    return found
+
+
+def _led_to(jaxpr: Any, inputs: set[Any]) -> set[int]:
+    """The equations, by number, that any of these inputs leads to."""
+    known, found, before = set(inputs), set(), -1
+    while len(known) > before:  # again, as an earlier equation may read a reference written later
+        before = len(known)
+        for number, eqn in enumerate(jaxpr.eqns):
+            if any(v in known for v in filter(_is_variable, eqn.invars)):
+                found.add(number)
+                known |= {*eqn.outvars, *filter(_is_reference, eqn.invars)}
     return found
 
 

@@ -30,23 +30,27 @@ class TickTables:
         chunk: which of the stages that the rank holds.
         microbatch: whose turn it is.
         saved: slot of what the forward keeps for both backward passes.
+        pending: slot of what the gradient of the input leaves for that of the weights.
         received: slot of the mail that is read: a forward's input, or the gradient of its output
             (of the last stage, its own output, from which the loss is taken). A stage without a
             sender reads the slot that nobody writes.
         from_above, from_below, from_self: slot that what comes from rank - 1, from rank + 1 and
             from the rank itself is put into after the tick; the last slot, if nothing comes.
-        num_saved, num_mail: slots of the two buffers; mail has one more, for what nobody reads.
+        num_saved, num_pending, num_mail: slots of the three buffers; mail has one more, for what
+            nobody reads.
     """
 
     op: Int32[np.ndarray, "ticks ranks"]
     chunk: Int32[np.ndarray, "ticks ranks"]
     microbatch: Int32[np.ndarray, "ticks ranks"]
     saved: Int32[np.ndarray, "ticks ranks"]
+    pending: Int32[np.ndarray, "ticks ranks"]
     received: Int32[np.ndarray, "ticks ranks"]
     from_above: Int32[np.ndarray, "ticks ranks"]
     from_below: Int32[np.ndarray, "ticks ranks"]
     from_self: Int32[np.ndarray, "ticks ranks"]
     num_saved: int
+    num_pending: int
     num_mail: int
 
     @property
@@ -106,7 +110,7 @@ def tick_tables(schedule: PipelineSchedule) -> TickTables:
         )
     ticks = unit_ticks(schedule)
     shape = (len(ticks), schedule.num_ranks)
-    names = ("op", "chunk", "microbatch", "saved", "received")
+    names = ("op", "chunk", "microbatch", "saved", "pending", "received")
     tables = {name: np.zeros(shape, np.int32) for name in names}
     for t, row in enumerate(ticks):
         for rank, action in enumerate(row):
@@ -115,7 +119,8 @@ def tick_tables(schedule: PipelineSchedule) -> TickTables:
                 tables["chunk"][t, rank] = chunk_of(schedule, action.stage)
                 tables["microbatch"][t, rank] = action.microbatch
     when = {(a.op, a.stage, a.microbatch): t for t, row in enumerate(ticks) for a in row if a}
-    num_saved = _place_saved(schedule, when, tables["saved"])
+    num_saved = _place_between("FIW", schedule, when, tables["saved"])
+    num_pending = _place_between("IW", schedule, when, tables["pending"])
     arrivals = {name: np.full(shape, -1, np.int32) for name in ("above", "below", "self")}
     num_mail = _place_mail(schedule, when, tables["received"], arrivals)
     for table in arrivals.values():
@@ -124,6 +129,7 @@ def tick_tables(schedule: PipelineSchedule) -> TickTables:
         **tables,
         **{f"from_{name}": table for name, table in arrivals.items()},
         num_saved=num_saved,
+        num_pending=num_pending,
         num_mail=num_mail,
     )
 
@@ -140,14 +146,14 @@ def _needs(schedule: PipelineSchedule, action: Action) -> Iterator[tuple[str, in
         yield "I", stage, m
 
 
-def _place_saved(schedule: PipelineSchedule, when, saved) -> int:
-    """Slots from a forward to the end of its weight gradient, of each rank."""
+def _place_between(ops: str, schedule: PipelineSchedule, when, column) -> int:
+    """Slots from the first to the last of these acts on a stage and micro-batch, of each rank."""
     lives: list[list] = [[] for _ in range(schedule.num_ranks)]
     for stage in range(schedule.num_stages):
         for m in range(schedule.num_microbatches):
-            made, used, freed = (when[op, stage, m] for op in "FIW")
-            lives[schedule.rank_of(stage, m)].append((made, freed, (made, used, freed)))
-    return max(_allot(life, saved[:, rank]) for rank, life in enumerate(lives))
+            ticks = tuple(when[op, stage, m] for op in ops)
+            lives[schedule.rank_of(stage, m)].append((ticks[0], ticks[-1], ticks))
+    return max(_allot(life, column[:, rank]) for rank, life in enumerate(lives))
 
 
 def _place_mail(schedule: PipelineSchedule, when, received, arrivals) -> int:

@@ -18,16 +18,23 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import Config
-from dsv3_jax.model.block import Block
 from dsv3_jax.model.ends import embed_tokens, gathered_ends
 from dsv3_jax.model.forward_pass import Pass, Tokens
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.stack import DENSE, MOE
 from dsv3_jax.model.transformer import finish, tokens_of
-from dsv3_jax.parallel.pipeline import RankActs, run_ticks
+from dsv3_jax.parallel.pipeline import (
+    Place,
+    Work,
+    empty_slots,
+    read_slot,
+    run_ticks,
+    write_slot,
+)
 from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.parallel.split_backward import SplitBackward, split_backward
+from dsv3_jax.parallel.ticks import FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD
 from dsv3_jax.training.extensions import NONE, Extensions
+from dsv3_jax.training.layer_backward import LayerBackward, joined
 from dsv3_jax.training.loss import (
     LossTerms,
     Rows,
@@ -38,10 +45,16 @@ from dsv3_jax.training.loss import (
     training_pass,
 )
 from dsv3_jax.training.schedule import StepSettings
-from dsv3_jax.training.stages import NO_LAYER, StagePlan, from_stages, plan_stages, to_stages
-from dsv3_jax.training.state import variables_of
+from dsv3_jax.training.stages import EMBEDDING, LOSS, StagePlan, from_stages, plan_stages, to_stages
 
 PIPE = PartitionSpec("pipe")
+
+
+class Kept(NamedTuple):
+    """What acts keep for later ones, by kind of layer: [slots, layers of a stage, ...]."""
+
+    saved: dict[str, Any]  # by forwards, for both backward passes
+    pending: dict[str, Any]  # by gradients of inputs, for those of weights
 
 
 class Totals(NamedTuple):
@@ -64,15 +77,15 @@ def pipelined_gradients(
     config: Config,
     layout: Layout,
     per_token: float,
-    around: Callable[[RankActs], RankActs] = lambda acts: acts,
+    edge: Callable[..., Any] = lambda op, place, x: x,
     base: dict[str, Any] | None = None,
     extensions: Extensions = NONE,
 ) -> tuple[LossTerms, Any]:
     """Sums over the step's micro-batches: the terms of the loss, and the gradients of the weights.
 
     Those are of the losses times per_token. Weights come as `step` holds them, adapters with the
-    frozen `base` that they belong to. `around` puts something around the acts of a rank, such as
-    time stamps (benchmarks/bench_pipeline.py).
+    frozen `base` that they belong to. `edge` is called at the start and the end of each tick of a
+    rank, as run_ticks has it, such as for time stamps (benchmarks/bench_pipeline.py).
     """
     plan = plan_stages(config)
     inside = dataclasses.replace(layout, outer=("pipe",))
@@ -98,7 +111,7 @@ def pipelined_gradients(
 
     ends = at_ends(trained), {name: at_ends(tree) for name, tree in fixed.items()}
     how = training_pass(config, inside, extensions)
-    rank = partial(_rank, plan=plan, config=config, how=how, per_token=per_token, around=around)
+    rank = partial(_rank, plan=plan, config=config, how=how, per_token=per_token, edge=edge)
     totals = jax.shard_map(
         rank,
         mesh=layout.mesh,
@@ -132,7 +145,7 @@ def _rank(
     config: Config,
     how: Pass,
     per_token,
-    around,
+    edge,
 ):
     """The totals of one rank of `pipe`, and of all ranks where they are sums over them."""
     stacks = jax.tree.map(lambda leaf: leaf[0], stacks)
@@ -140,8 +153,15 @@ def _rank(
     _, batch, row_len = tokens_of_rows(rows).shape
     micro = (batch, row_len - 1, config.model.hidden_size)
     message = jax.ShapeDtypeStruct(micro, config.model.dtype)
-    acts = around(RankActs(rank.forward, rank.input_backward, rank.weight_backward))
-    totals = run_ticks(plan.tables, acts, rank.zeros(), message, settings.num_micro_batches)
+    totals = run_ticks(
+        plan.tables,
+        [rank.work(*work) for work in plan.works],
+        rank.zeros(),
+        rank.buffers(message),
+        message,
+        settings.num_micro_batches,
+        edge,
+    )
     summed = totals._replace(layers=None, load=None, rounds=None)
     summed = jax.tree.map(lambda x: lax.psum(x, "pipe"), summed)
     return summed._replace(
@@ -166,15 +186,12 @@ class _Rank:
         self.per_token = per_token
         self.alpha = config.schedule.balance_loss_weight
         self.d_balance = jnp.float32(self.alpha * per_token)
-        rank = lax.axis_index("pipe")
-        self.stage = jnp.asarray(plan.stages)[rank]
-        self.exists = {k: jnp.asarray(n != NO_LAYER)[rank] for k, n in plan.layers.items()}
         self.kinds = [kind for kind in (DENSE, MOE) if kind in plan.layers]
-        self.backward: dict[str, _LayerBackward] = {}
+        self.layers = {kind: LayerBackward(kind, how, config) for kind in self.kinds}
 
     def zeros(self) -> Totals:
         """Totals before the first tick."""
-        model, (chunks, slots) = self.config.model, self.exists[self.kinds[-1]].shape
+        model, (_, chunks, slots) = self.config.model, self.plan.layers[self.kinds[-1]].shape
         depths = model.num_nextn_predict_layers
         zero = jnp.zeros(())
         return Totals(
@@ -186,50 +203,68 @@ class _Rank:
             jnp.zeros(len(tokens_of_rows(self.rows))),
         )
 
-    def forward(self, totals: Totals, chunk, m, x):
-        """A stage's output, and what its layers saved."""
-        ids, of_tokens = self._tokens(m)
-        first = self.stage[chunk] == 0
-        x = lax.cond(first, lambda: self._embed(self._ends(), ids).astype(x.dtype), lambda: x)
-        saved = {}
+    def buffers(self, message: jax.ShapeDtypeStruct) -> Kept:
+        """Room for what the acts keep of each layer, zeros."""
+        tables, kept = self.plan.tables, Kept({}, {})
+        _, of_tokens = self._tokens(0)
         for kind in self.kinds:
-            x, (saved[kind], stats) = self._scan_forward(kind, chunk, x, of_tokens)
-            if kind == MOE:
-                balance, load, rounds = stats
-                totals = totals._replace(
-                    balance=totals.balance + balance.sum(),
-                    load=totals.load.at[chunk].add(load),
-                    rounds=totals.rounds.at[m].max(rounds.max()),
-                )
-        return totals, x, saved
+            layer, slots = self.layers[kind], self.plan.layers[kind].shape[-1]
+            weights = self._weights(kind, 0, 0)
+            _, saved, stats = jax.eval_shape(layer.forward, weights, message, of_tokens)
+            _, _, pending = jax.eval_shape(layer.first, weights, saved, message, stats.balance)
+            kept.saved[kind] = empty_slots(saved, tables.num_saved, slots)
+            kept.pending[kind] = empty_slots(pending, tables.num_pending, slots)
+        return kept
 
-    def input_backward(self, totals: Totals, chunk, m, saved, received):
-        """The gradient of a stage's input; in the last stage from its own output, by the loss."""
-        ids, _ = self._tokens(m)
-        last = self.stage[chunk] == self.plan.schedule.num_stages - 1
-        outside = (totals.ends, totals.ce, totals.mtp, totals.balance, totals.mtp_load)
-        outside += (totals.rounds,)
-        outside, dy = lax.cond(
-            last, self._loss, lambda outside, m, dy: (outside, dy), outside, m, received
-        )
-        names = ("ends", "ce", "mtp", "balance", "mtp_load", "rounds")
-        totals = totals._replace(**dict(zip(names, outside)))
-        frontiers, layers = {}, dict(totals.layers)
-        for kind in reversed(self.kinds):
-            dy, (early, frontiers[kind]) = self._scan_input_backward(kind, chunk, saved[kind], dy)
-            layers[kind] = _add_leaves(layers[kind], chunk, early)
-        ends, first = totals.ends, self.stage[chunk] == 0
-        if ends:  # those of adapters are frozen
-            ends = lax.cond(first, self._embedding_backward, lambda ends, *_: ends, ends, ids, dy)
-        return totals._replace(ends=ends, layers=layers), dy, frontiers
+    def work(self, op: int, what: str, counts) -> Work:
+        """The work of an act on one of the ends, or on the layers of this kind."""
+        of_layers = {
+            FORWARD: self._forward,
+            INPUT_BACKWARD: self._input_backward,
+            WEIGHT_BACKWARD: self._weight_backward,
+        }
+        of_ends = {
+            (FORWARD, EMBEDDING): self._embedding,
+            (INPUT_BACKWARD, LOSS): self._loss,
+            (INPUT_BACKWARD, EMBEDDING): self._embedding_backward,
+        }
+        run = partial(of_layers[op], what) if what in self.kinds else of_ends[op, what]
+        return Work(op, counts, op == INPUT_BACKWARD, run)
 
-    def weight_backward(self, totals: Totals, chunk, m, saved, frontiers) -> Totals:
-        """Adds the gradients of the layers' weights that are not there yet."""
-        layers = dict(totals.layers)
-        for kind in self.kinds:
-            late = self._scan_weight_backward(kind, chunk, saved[kind], frontiers[kind])
-            layers[kind] = _add_leaves(layers[kind], chunk, late)
-        return totals._replace(layers=layers)
+    def _forward(self, kind: str, totals: Totals, kept: Kept, place: Place, i, x):
+        """A layer's output; what the layer saved is kept."""
+        chunk, m = place.chunk, place.microbatch
+        _, of_tokens = self._tokens(m)
+        weights = self._weights(kind, chunk, i)
+        x, saved, stats = self.layers[kind].forward(weights, x, of_tokens)
+        saved = write_slot(kept.saved[kind], saved, place.saved, i)
+        if kind == MOE:
+            totals = totals._replace(
+                balance=totals.balance + stats.balance,
+                load=totals.load.at[chunk, i].add(stats.load),
+                rounds=totals.rounds.at[m].max(stats.rounds),
+            )
+        return totals, kept._replace(saved=kept.saved | {kind: saved}), x
+
+    def _input_backward(self, kind: str, totals: Totals, kept: Kept, place: Place, i, dy):
+        """The gradient of a layer's input; those of its weights that are made on the way."""
+        weights = self._weights(kind, place.chunk, i)
+        saved = read_slot(kept.saved[kind], place.saved, i)
+        dx, early, pending = self.layers[kind].first(weights, saved, dy, self.d_balance)
+        pending = write_slot(kept.pending[kind], pending, place.pending, i)
+        totals = _add_at(totals, kind, early, place.chunk, i)
+        return totals, kept._replace(pending=kept.pending | {kind: pending}), dx
+
+    def _weight_backward(self, kind: str, totals: Totals, kept: Kept, place: Place, i, x):
+        """Adds the gradients of a layer's weights that are not there yet."""
+        weights = self._weights(kind, place.chunk, i)
+        saved = read_slot(kept.saved[kind], place.saved, i)
+        pending = read_slot(kept.pending[kind], place.pending, i)
+        late = self.layers[kind].second(weights, saved, pending, self.d_balance)
+        return _add_at(totals, kind, late, place.chunk, i), kept, x
+
+    def _weights(self, kind: str, chunk, i) -> Any:
+        return read_slot(self.stacks[kind], chunk, i)
 
     def _micro_batch(self, m) -> Rows:
         return jax.tree.map(lambda x: x[m], self.rows)
@@ -243,23 +278,32 @@ class _Rank:
     def _ends(self, trained: Any = None) -> Any:
         """The parameters that no layer of a stack has."""
         trained = self.ends if trained is None else trained
-        return _joined(trained, self.fixed_ends, self.config)["params"]
+        return joined(trained, self.fixed_ends, self.config)["params"]
 
     def _embed(self, ends, ids):
         gathered = gathered_ends(ends, self.how)
         x = embed_tokens(gathered, self.how.layout.in_order(ids), self.how)
         return self.how.layout.constrain(x, "batch", "residual")
 
-    def _embedding_backward(self, ends, ids, dx):
+    def _embedding(self, totals: Totals, kept: Kept, place: Place, i, x):
+        ids, _ = self._tokens(place.microbatch)
+        return totals, kept, self._embed(self._ends(), ids).astype(x.dtype)
+
+    def _embedding_backward(self, totals: Totals, kept: Kept, place: Place, i, dx):
+        if not totals.ends:  # those of adapters are frozen
+            return totals, kept, dx
+        ids, _ = self._tokens(place.microbatch)
         name = "embed_tokens"
         _, pull = jax.vjp(
             lambda table: self._embed(self.ends | {name: table}, ids), self.ends[name]
         )
         (d_table,) = pull(dx)
-        return ends | {name: ends[name] + d_table}
+        ends = totals.ends | {name: totals.ends[name] + d_table}
+        return totals._replace(ends=ends), kept, dx
 
-    def _loss(self, outside, m, y):
+    def _loss(self, totals: Totals, kept: Kept, place: Place, i, y):
         """The loss of a micro-batch from the last layer's output, and the gradients of both."""
+        m = place.microbatch
         rows, (ids, of_tokens) = self._micro_batch(m), self._tokens(m)
 
         def of_output(ends, y):
@@ -271,146 +315,32 @@ class _Rank:
             stats = states.mtp_stats
             balance = sum((s.balance_loss.sum() for s in stats), jnp.zeros(()))
             loss = nats + self.alpha * balance
-            load = jnp.stack([s.load_E for s in stats]) if stats else outside[4]
+            load = jnp.stack([s.load_E for s in stats]) if stats else totals.mtp_load
             rounds = jnp.stack([s.rounds for s in stats]).max() if stats else jnp.zeros(())
             return loss * self.per_token, (ce, mtp, balance, load, rounds.astype(jnp.float32))
 
         gradient = jax.value_and_grad(of_output, argnums=(0, 1), has_aux=True)
-        (_, (*terms, load, rounds)), (d_ends, dy) = gradient(self.ends, y)
-        ends, *sums, loads, most = outside
-        sums = [total + term for total, term in zip(sums, terms)]
-        ends = jax.tree.map(lambda total, g: total + g.astype(jnp.float32), ends, d_ends)
-        return (ends, *sums, loads + load if terms else loads, most.at[m].max(rounds)), dy
-
-    def _slots(self, kind: str, chunk) -> tuple[Any, Any, Array]:
-        trained, fixed = jax.tree.map(lambda leaf: leaf[chunk], self.stacks[kind])
-        return trained, fixed, self.exists[kind][chunk]
-
-    def _where(self, kind: str, exists, layer, skip, *operands):
-        """layer(*operands) in a slot with a layer, else skip(*operands)."""
-        if not self.plan.has_gaps(kind):
-            return layer(*operands)
-        return lax.cond(exists, layer, skip, *operands)
-
-    def _scan_forward(self, kind: str, chunk, x, of_tokens: Tokens):
-        backward = self.backward[kind] = _LayerBackward(kind, self.how, self.config)
-
-        def body(x, slot):
-            params, fixed, exists = slot
-
-            def skip(params, fixed, x):
-                shapes = jax.eval_shape(layer, params, fixed, x)[1]
-                return x, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-            layer = partial(backward.forward, of_tokens=of_tokens)
-            return self._where(kind, exists, layer, skip, params, fixed, x)
-
-        return lax.scan(body, x, self._slots(kind, chunk))
-
-    def _scan_input_backward(self, kind: str, chunk, saved, dy):
-        backward = self.backward[kind]
-
-        def body(dy, slot):
-            (*weights, exists), kept = slot
-
-            def layer(weights, kept, dy):
-                return backward.first(weights, kept, dy, self.d_balance)
-
-            def skip(weights, kept, dy):
-                shapes = jax.eval_shape(layer, weights, kept, dy)[1]
-                return dy, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-            return self._where(kind, exists, layer, skip, weights, kept, dy)
-
-        return lax.scan(body, dy, (self._slots(kind, chunk), saved), reverse=True)
-
-    def _scan_weight_backward(self, kind: str, chunk, saved, frontier):
-        backward = self.backward[kind]
-
-        def body(_, slot):
-            (*weights, exists), kept, at_frontier = slot
-
-            def layer(weights, kept, at_frontier):
-                return backward.second(weights, kept, at_frontier, self.d_balance)
-
-            def skip(weights, kept, at_frontier):
-                shapes = jax.eval_shape(layer, weights, kept, at_frontier)
-                return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-
-            return None, self._where(kind, exists, layer, skip, weights, kept, at_frontier)
-
-        slots = (self._slots(kind, chunk), saved, frontier)
-        return lax.scan(body, None, slots)[1]
-
-
-class _LayerBackward:
-    """A layer of one kind, forward with what is saved of it, and backward in two parts.
-
-    What the pullback holds is the same for all layers of a kind, so that it is taken down when the
-    forward is traced, and read when the backward is.
-    """
-
-    def __init__(self, kind: str, how: Pass, config: Config):
-        self.kind, self.how, self.config = kind, how, config
-        self.block = Block(how, kind == DENSE)
-        self.structure: Any = None
-        self.of_weights: list[int | None] = []
-        self.parts: SplitBackward | None = None
-
-    def forward(self, params, fixed, x, of_tokens: Tokens):
-        """(y, (saved, (balance, load, rounds))). Weights are not among what is saved."""
-        how = self.how
-
-        def apply(params, x):
-            variables = how.gathered(_joined(params, fixed, self.config))
-            outputs: Any = self.block.apply(variables, x, of_tokens, None)
-            y, _, stats = outputs
-            y = how.layout.constrain(y, "batch", "residual")
-            if stats is None:
-                return (y, jnp.zeros(())), (jnp.zeros(0, jnp.int32), jnp.zeros(()))
-            return (y, stats.balance_loss), (stats.load_E, stats.rounds.astype(jnp.float32))
-
-        (y, balance), pull, (load, rounds) = jax.vjp(how.saving(apply), params, x, has_aux=True)
-        leaves, self.structure = jax.tree.flatten(pull)
-        known = {id(leaf): i for i, leaf in enumerate(jax.tree.leaves((params, fixed)))}
-        self.of_weights = [known.get(id(leaf)) for leaf in leaves]
-        saved = [leaf for leaf, i in zip(leaves, self.of_weights) if i is None]
-        return y, (saved, (balance, load, rounds))
-
-    def first(self, weights, saved, dy, d_balance):
-        """(dx, (gradients of weights made on the way, by their place, and the frontier))."""
-        inputs = (jax.tree.leaves(weights), saved, dy, d_balance)
-        self.parts = split_backward(self._pullback, *inputs)
-        (dx,), early, frontier = self.parts.first(*inputs)
-        return dx, (early, (frontier, dy))
-
-    def second(self, weights, saved, frontier, d_balance):
-        """The other gradients of weights, by their place."""
-        assert self.parts is not None
-        values, dy = frontier
-        late = self.parts.second(values, jax.tree.leaves(weights), saved, dy, d_balance)
-        return {i: gradient for i, gradient in enumerate(late) if gradient is not None}
-
-    def _pullback(self, weights, saved, dy, d_balance):
-        rest = iter(saved)
-        leaves = [next(rest) if i is None else weights[i] for i in self.of_weights]
-        d_params, dx = jax.tree.unflatten(self.structure, leaves)((dy, d_balance))
-        return [dx], jax.tree.leaves(d_params)
-
-
-def _joined(trained: Any, fixed: Any, config: Config) -> Any:
-    """The variables of layers or ends, of what is trained and what is not."""
-    base = fixed if "params" in fixed else None
-    return variables_of(trained, fixed.get("router", {}), base, config)
+        (_, (ce, mtp, balance, load, rounds)), (d_ends, dy) = gradient(self.ends, y)
+        totals = totals._replace(
+            ends=jax.tree.map(lambda sum, g: sum + g.astype(jnp.float32), totals.ends, d_ends),
+            ce=totals.ce + ce,
+            mtp=totals.mtp + mtp,
+            balance=totals.balance + balance,
+            mtp_load=totals.mtp_load + load,
+            rounds=totals.rounds.at[m].max(rounds),
+        )
+        return totals, kept, dy
 
 
 def _zeros_in_f32(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)
 
 
-def _add_leaves(tree: Any, chunk, gradients: dict[int, Any]) -> Any:
-    """The tree with gradients [slots, ...] added at a chunk, by the places of its leaves."""
-    leaves, structure = jax.tree.flatten(tree)
+def _add_at(totals: Totals, kind: str, gradients: dict[int, Any], *where: Any) -> Totals:
+    """Totals with gradients of a layer, by the places of its leaves, added at a chunk and slot."""
+    leaves, structure = jax.tree.flatten(totals.layers[kind])
     for i, gradient in gradients.items():
-        leaves[i] = leaves[i].at[chunk].add(gradient.astype(jnp.float32))
-    return jax.tree.unflatten(structure, leaves)
+        total = read_slot(leaves[i], *where) + gradient.astype(jnp.float32)
+        leaves[i] = write_slot(leaves[i], total, *where)
+    layers = totals.layers | {kind: jax.tree.unflatten(structure, leaves)}
+    return totals._replace(layers=layers)

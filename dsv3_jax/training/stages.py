@@ -20,9 +20,17 @@ from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.stack import DENSE, MOE
 from dsv3_jax.parallel.schedules import PipelineSchedule, make_schedule
 from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.parallel.ticks import TickTables, stages_of_rank, tick_tables
+from dsv3_jax.parallel.ticks import (
+    FORWARD,
+    INPUT_BACKWARD,
+    WEIGHT_BACKWARD,
+    TickTables,
+    stages_of_rank,
+    tick_tables,
+)
 
 NO_LAYER = -1
+EMBEDDING, LOSS = "embedding", "loss"
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +41,7 @@ class StagePlan:
         schedule, tables: what runs when.
         stages: [ranks, chunks], the stage of each.
         layers: for each kind of layer its numbers in the stack, [ranks, chunks, slots], NO_LAYER
-            in a slot without one; kinds that the model has not are left out.
+            in a slot without one, which are the last; kinds that the model has not are left out.
     """
 
     schedule: PipelineSchedule
@@ -41,9 +49,18 @@ class StagePlan:
     stages: Int[np.ndarray, "R V"]
     layers: dict[str, Int[np.ndarray, "R V slots"]]
 
-    def has_gaps(self, kind: str) -> bool:
-        """Whether some stage has fewer layers of this kind than there are slots."""
-        return bool((self.layers[kind] == NO_LAYER).any())
+    @property
+    def works(self) -> list[tuple[int, str, Int[np.ndarray, "R V"]]]:
+        """What acts consist of, in order: (op, what it is on, how often each stage has that)."""
+        kinds = [(kind, (numbers != NO_LAYER).sum(-1)) for kind, numbers in self.layers.items()]
+        first = (EMBEDDING, (self.stages == 0).astype(np.int64))
+        last = (LOSS, (self.stages == self.stages.max()).astype(np.int64))
+        acts = {
+            FORWARD: [first, *kinds],
+            INPUT_BACKWARD: [last, *reversed(kinds), first],
+            WEIGHT_BACKWARD: kinds,
+        }
+        return [(op, *work) for op, of_act in acts.items() for work in of_act]
 
 
 @functools.lru_cache(maxsize=8)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.parallel.split_backward import split_backward
+from dsv3_jax.parallel.split_backward import made_of_first, split_backward
 
 
 def layer(params, x):
@@ -92,4 +92,42 @@ def test_what_is_written_through_references_is_in_the_part_that_reads_it():
     d_w, d_scale = jax.jit(parts.second)(frontier, x, w, dy)
     assert not early
     for got, want in ((dx, dy @ w.T), (d_w, x.T @ dy), (d_scale, dy * 2 + 1)):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_what_weights_alone_make_is_made_in_both_parts():
+    """A weight as the products want it is not handed from one part to the other."""
+    w, x, dy = (jax.random.normal(jax.random.key(i), (3, 3)) for i in range(3))
+
+    def pullback(w, x, dy):
+        wide = jnp.tanh(w)
+        return [dy @ wide], [(x.T @ dy) * wide]
+
+    kept, plain = (
+        split_backward(pullback, w, x, dy),
+        split_backward(pullback, w, x, dy, num_weights=1),
+    )
+    for parts, handed in ((kept, 1), (plain, 0)):
+        (dx,), early, frontier = parts.first(w, x, dy)
+        assert len(frontier) == handed and not early
+        (d_w,) = parts.second(frontier, w, x, dy)
+        for got, want in zip((dx, d_w), (dy @ jnp.tanh(w), (x.T @ dy) * jnp.tanh(w))):
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_outputs_that_the_first_inputs_make_are_found_inside_of_calls():
+    """A call that also reads x makes one of its results of weights alone."""
+
+    @jax.jit
+    def call(w, x):
+        return jnp.tanh(w), x @ w
+
+    def forward(w, x):
+        wide, y = call(w, x)
+        return y, wide.T, x + 1, w, jnp.ones(2)
+
+    w, x = (jax.random.normal(jax.random.key(i), (3, 3)) for i in range(2))
+    places, make = made_of_first(jax.make_jaxpr(forward)(w, x), 1, range(5))
+    assert places == [1, 3, 4]
+    for got, want in zip(make(w), (jnp.tanh(w).T, w, jnp.ones(2)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6)

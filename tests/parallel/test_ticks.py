@@ -48,6 +48,15 @@ def test_slots_are_as_many_as_the_schedule_holds_at_its_peak(name, ranks, microb
         assert more.num_mail == tick_tables(schedule).num_mail
 
 
+@pytest.mark.parametrize(
+    "name, slots", [("1f1b", 1), ("interleaved", 1), ("zb1p", 4), ("dualpipev", 4)]
+)
+def test_what_a_gradient_leaves_for_the_weights_is_held_until_they_have_theirs(name, slots):
+    """One micro-batch's where the weights' gradient follows at once, else as many as it waits."""
+    tables = tick_tables(make_schedule(name, 4, 16))
+    assert tables.num_pending == slots < tables.num_saved or name == "zb1p"
+
+
 @pytest.mark.parametrize("name, ranks, microbatches", CASES)
 def test_every_message_is_read_by_the_stage_it_is_for(name, ranks, microbatches):
     """The tables run with names in place of numbers: each act finds what it needs, and no more."""
@@ -56,6 +65,7 @@ def test_every_message_is_read_by_the_stage_it_is_for(name, ranks, microbatches)
     last = schedule.num_stages - 1
     mail = [["?"] * (tables.num_mail + 1) for _ in range(ranks)]
     saved = [["?"] * tables.num_saved for _ in range(ranks)]
+    pending = [["?"] * tables.num_pending for _ in range(ranks)]
     seen = set()
     for t in range(len(tables.op)):
         results = ["?"] * ranks
@@ -76,6 +86,9 @@ def test_every_message_is_read_by_the_stage_it_is_for(name, ranks, microbatches)
             if op == INPUT_BACKWARD:
                 assert received == (("F", stage, m) if stage == last else ("I", stage + 1, m))
                 results[rank] = ("I", stage, m)
+                pending[rank][tables.pending[t, rank]] = (stage, m)
+            if op == WEIGHT_BACKWARD:
+                assert pending[rank][tables.pending[t, rank]] == (stage, m)
         for rank in range(ranks):
             mail[rank][tables.from_above[t, rank]] = results[rank - 1]
             mail[rank][tables.from_below[t, rank]] = results[(rank + 1) % ranks]
