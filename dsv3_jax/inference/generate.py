@@ -14,7 +14,7 @@ from jaxtyping import Int
 from dsv3_jax.config import ModelConfig, UserError
 from dsv3_jax.inference.engine import Engine, EngineOptions
 from dsv3_jax.inference.expert_load import ExpertLoad
-from dsv3_jax.inference.requests import Completion, Request, seed_of
+from dsv3_jax.inference.requests import Completion, Request, check_prompt, seed_of
 from dsv3_jax.kernels.mla_decode.api import wants_pages
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 from dsv3_jax.model.transformer import Variables
@@ -173,13 +173,9 @@ def engine_for(
 
 def _checked_cache_length(prompts: Prompts, config: ModelConfig, max_new_tokens, cache_length):
     for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise UserError(f"prompt {number} is empty")
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise UserError(
-                f"prompt {number} has token ids from {min(prompt)} to {max(prompt)}; the model's "
-                f"vocabulary is 0 to {config.vocab_size - 1}"
-            )
+        check_prompt(prompt, config, f"prompt {number}")
+    if not len(prompts):
+        raise UserError("there is no prompt: one is [[1, 2, 3]]")
     longest = max(map(len, prompts))
     needed = longest + max_new_tokens - 1  # the last token is not fed back
     limit = config.max_position_embeddings

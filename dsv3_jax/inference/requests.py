@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
 from dsv3_jax.config import ModelConfig, UserError
+from dsv3_jax.config.files import shown
 
 MAX_STOP_IDS = 8  # of a request, the model's own included
 MAX_SEED = 2**32 - 1
@@ -63,15 +64,7 @@ class Request:
 
     def check(self, config: ModelConfig, max_length: int) -> None:
         """Raises UserError, with the numbers, for what cannot be generated with this model."""
-        vocabulary = config.vocab_size
-        if not self.prompt:
-            raise UserError("the prompt is empty")
-        low, high = min(self.prompt), max(self.prompt)
-        if not 0 <= low <= high < vocabulary:
-            raise UserError(
-                f"the prompt has token ids from {low} to {high}; the model's vocabulary is 0 to "
-                f"{vocabulary - 1}"
-            )
+        check_prompt(self.prompt, config)
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens} must be positive")
         # The last token is not fed back.
@@ -91,6 +84,25 @@ class Request:
                 f"{len(self.ends(config))} ids end the text, the model's own included; at most "
                 f"{MAX_STOP_IDS} can"
             )
+
+
+def check_prompt(prompt: Any, config: ModelConfig, name: str = "the prompt") -> None:
+    """Raises UserError unless a prompt is token ids of the vocabulary, at least one."""
+    try:
+        ids = np.asarray(prompt)
+    except ValueError:  # lists of several lengths
+        ids = np.empty((0, 0))
+    if ids.shape == (0,):
+        raise UserError(f"{name} is empty")
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        what = shown(prompt) if isinstance(prompt, str | float | int) else type(prompt).__name__
+        what = f"{what} of {ids.dtype}{list(ids.shape)}" if ids.size > 1 else what
+        raise UserError(f"{name} must be a sequence of token ids, as [1, 2, 3], not {what}")
+    if not 0 <= ids.min() <= ids.max() < config.vocab_size:
+        raise UserError(
+            f"{name} has token ids from {ids.min()} to {ids.max()}; the model's vocabulary is 0 to "
+            f"{config.vocab_size - 1}"
+        )
 
 
 @dataclass(eq=False)

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dsv3_jax.config import Config
+from dsv3_jax.training.hushed_arrays import hush_other_arrays
 from dsv3_jax.training.manifest import (
     MANIFEST,
     SAVING,
@@ -181,8 +182,8 @@ class Checkpoints:
         saved_meta = {"format": 1, "arrays": array_types(state), "meta": meta}
         saved_meta |= {"jax": jax.__version__, "orbax": ocp.__version__}
         self._saving = step
+        hush_other_arrays()
         try:
-            # Found out by orbax, a full disk prints a traceback for every array from C++ threads.
             self._wanted = state_bytes(state)
             process_0_says(lambda: self._begin(step))
             manager = self._manager

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 
 from dsv3_jax.config import Config, UserError
 from dsv3_jax.config.files import file_inside, read_json, shown
-from dsv3_jax.training.hushed_reads import hush_other_reads
+from dsv3_jax.training.hushed_arrays import hush_other_arrays
 from dsv3_jax.training.saved import (
     MAX_BYTES,
     CheckpointError,
@@ -180,7 +180,7 @@ def read_state(
         )
     else:
         args = ocp.args.StandardRestore(target)
-    hush_other_reads()
+    hush_other_arrays()
     try:
         _check_orbax_s_files(path)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:

@@ -225,6 +225,7 @@ def test_what_was_written_before_is_found_again():
     "change, message",
     [
         ({"prompt": ()}, "the prompt is empty"),
+        ({"prompt": (1.5, 2.0)}, "the prompt must be a sequence of token ids"),
         ({"prompt": (1, 37)}, "token ids from 1 to 37; the model's vocabulary is 0 to 36"),
         ({"prompt": (1,) * 39, "max_new_tokens": 3}, "39 tokens and 3 more .* room for 40"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be positive"),

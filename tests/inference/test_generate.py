@@ -133,3 +133,21 @@ def test_the_cache_may_be_exactly_full():
 def test_what_cannot_be_generated_is_refused_with_the_numbers(prompts, options, message):
     with pytest.raises(UserError, match=message):
         tokens_of(prompts, **options)
+
+
+@pytest.mark.misuse
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        ([], "there is no prompt"),
+        ([1, 2], r"prompt 0 must be a sequence of token ids, as \[1, 2, 3\], not 1"),
+        ([[1], [[1, 2]]], r"prompt 1 must be .* not list of int64\[1, 2\]"),
+        ([[1.5, 2.0]], "prompt 0 must be .* not list of float64"),
+        (["hi"], "prompt 0 must be .* not 'hi'"),
+        ([[1, [2, 3]]], "prompt 0 must be .* not list"),
+    ],
+)
+def test_what_is_no_prompt_is_refused_with_the_rule(prompts, message):
+    """Of fractions the whole parts were taken, without a word."""
+    with pytest.raises(UserError, match=message):
+        tokens_of(prompts)

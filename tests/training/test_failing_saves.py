@@ -76,6 +76,27 @@ def test_a_failed_save_is_told_at_the_next_call(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "3"]
 
 
+def test_a_save_that_fails_half_way_prints_nothing_else(tmp_path):
+    """TensorStore's other writes told a closed event loop of their ends, a traceback for each."""
+    result = run_file(__file__, "save_beyond_the_limit", tmp_path)
+    assert "step 1, about 0.0671 GB" in result.stdout and "File too large" in result.stdout
+    assert "Event loop is closed" not in result.stderr, result.stderr[-1000:]
+
+
+def save_beyond_the_limit(folder: Path) -> None:
+    with Checkpoints(folder, every_steps=1, keep=2) as checkpoints:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, resource.RLIM_INFINITY))
+        state = {
+            f"w{i}": jnp.asarray(np.random.default_rng(i).random(1 << 19, np.float32))
+            for i in range(32)
+        }
+        try:
+            checkpoints.save(1, state, {})
+            checkpoints.wait()
+        except CheckpointError as error:
+            print(error)
+
+
 def test_a_full_or_unwritable_disk_is_told_before_training(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="cannot write checkpoints"):
@@ -107,4 +128,4 @@ def test_state_bytes_counts_every_leaf():
 
 
 if __name__ == "__main__":
-    run_named({"save_and_die": save_and_die})
+    run_named({"save_and_die": save_and_die, "save_beyond_the_limit": save_beyond_the_limit})

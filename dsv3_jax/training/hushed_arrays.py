@@ -1,4 +1,4 @@
-"""What orbax's array reads print when they outlast one that failed: nothing."""
+"""What orbax's reads and writes of arrays print when they outlast one that failed: nothing."""
 
 import functools
 import sys
@@ -7,8 +7,8 @@ from typing import Any
 
 
 @functools.cache
-def hush_other_reads() -> None:
-    """From now on, shows no traceback of array reads that outlast one that failed.
+def hush_other_arrays() -> None:
+    """From now on, shows no traceback of arrays' reads and writes that outlast one that failed.
 
     TensorStore's threads tell their ends to orbax's event loop, which is closed by then: a
     RuntimeError, or the cause of another error.
