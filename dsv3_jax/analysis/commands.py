@@ -21,7 +21,12 @@ from dsv3_jax.analysis.estimate import (
     leaves_domain,
 )
 from dsv3_jax.analysis.hardware import Accelerator, accelerator, nearest
-from dsv3_jax.analysis.model_cost import activated_parameters, kv_bytes_per_token, parameters
+from dsv3_jax.analysis.model_cost import (
+    activated_parameters,
+    kv_bytes_per_token,
+    parameters,
+    training_flops_per_token,
+)
 from dsv3_jax.analysis.output import table, write_json
 from dsv3_jax.analysis.planner import Goal, plan_decoding, plan_training
 from dsv3_jax.analysis.scenarios import SimulateOptions, simulate
@@ -166,12 +171,30 @@ def _configured(options: EstimateOptions) -> Config:
             )
         quant = dataclasses.replace(config.quant, preset=options.quant_preset)  # pyright: ignore
         config = dataclasses.replace(config, quant=quant)
+    _tell_adapters(config)
     return config.validate()
+
+
+def _tell_adapters(config: Config) -> None:
+    if rank := config.lora.rank:
+        print(f"lora.rank={rank} is not modelled: the figures are of training all weights")
 
 
 def _priced(name: str, price: float | None) -> Accelerator:
     device = accelerator(name)
     return device if price is None else dataclasses.replace(device, price_per_hour=price)
+
+
+def _mfu_with_mtp(config: Config, step: StepEstimate) -> tuple[str, list[list[Any]]]:
+    """The paper leaves MTP's FLOPs out of its MFU, a run's metrics count them: a remark on the
+    first, and a row with the second."""
+    if not config.model.num_nextn_predict_layers:
+        return "", []
+    flops = training_flops_per_token(config.model, config.train.seq_len, mtp=True)
+    counted = 100 * step.mfu * flops / step.flops_per_token
+    return "; MTP left out, as in the paper", [
+        ["MFU, MTP counted", counted, "% of BF16 peak, causal; as train.py logs it"]
+    ]
 
 
 def _print_estimate(
@@ -191,15 +214,17 @@ def _print_estimate(
         fabric = topology.fitted_fat_tree_2(step.devices, planes=PLANES)
         millions = topology.cost(fabric) / 1e6
         network = [[f"network, {PLANES} planes", millions, "M$, 64-port switches, fitted prices"]]
+    alone, with_mtp = _mfu_with_mtp(config, step)
     rows: list[list[Any]] = [
         ["parameters, main model", count.main, ""],
         ["parameters, MTP", count.mtp, ""],
         ["parameters activated", activated_parameters(config.model), ""],
         ["KV cache a token", kv_bytes_per_token(config.model), "bytes, BF16"],
-        ["training FLOPs a token", step.flops_per_token / 1e9, "GFLOP, causal"],
+        ["training FLOPs a token", step.flops_per_token / 1e9, f"GFLOP, causal{alone}"],
         ["training step", step.seconds, "s"],
         ["training rate", step.tokens_per_second, "tokens/s"],
-        ["MFU", 100 * step.mfu, "% of BF16 peak, causal"],
+        ["MFU", 100 * step.mfu, f"% of BF16 peak, causal{alone}"],
+        *with_mtp,
         ["training cost", step.dollars_per_million_tokens or dollars, "$ a million tokens"],
         ["training bottleneck", step.bottleneck, ""],
         ["TPOT", decode.tpot * 1e3, "ms"],
@@ -233,6 +258,7 @@ def _print_estimate(
 def plan(options: PlanOptions) -> int:
     """Prints the best plans for the goal, each with its bottleneck; 0."""
     config = load_config(options.config)
+    _tell_adapters(config)
     device = _priced(options.hardware, options.price_per_hour)
     if options.goal == "training":
         search = plan_training(config, device, options.devices, options.best)
@@ -284,6 +310,8 @@ def plan(options: PlanOptions) -> int:
         ]
     print(f"{options.devices:,} x {device.name}, goal {options.goal}: best of {search.tried:,}\n")
     print(table(headers, rows))
+    if options.goal == "training" and config.model.num_nextn_predict_layers:
+        print("MFU: MTP's FLOPs left out, as in the paper; its time counts")
     for reason, count in search.dropped.items():
         print(f"dropped {count:,}: {reason}")
     if options.json:

@@ -92,7 +92,7 @@ class StepEstimate:
     parts: dict[str, float]
     tokens_per_second: float
     flops_per_token: float
-    mfu: float  # causal, against the BF16 peak, as the paper counts
+    mfu: float  # causal, against the BF16 peak, MTP's FLOPs left out: as the paper counts
     memory: Memory
     devices: int
     dollars_per_million_tokens: float | None
