@@ -96,6 +96,9 @@ class StepEstimate:
     memory: Memory
     devices: int
     dollars_per_million_tokens: float | None
+    # Seconds where ranks meet after each F, I and W, as in this project's executor; None without a
+    # pipeline, for dualpipe, which it does not run, and by the formulas.
+    in_ticks: float | None = None
 
     @property
     def bottleneck(self) -> str:
@@ -301,14 +304,20 @@ def estimate_step(
     parts["pipeline bubble"] = pipeline.bubble
     memory = training_memory(config, schedule, pipeline.peak_activations)
     parts |= _optimizer_parts(config, device, efficiency, schedule, memory, busy_compute)
-    seconds = sum(parts.values())
+    seconds, in_ticks = sum(parts.values()), None
+    if simulated and mesh.pipe > 1 and schedule != "dualpipe":
+        durations = times.durations(False, transfer)
+        in_ticks = seconds - busy_compute - exposed - pipeline.bubble
+        in_ticks += pipeline_cost.seconds_in_ticks(schedule, mesh.pipe, count, durations)
 
     rate = train.batch_size * train.seq_len / seconds
     flops = training_flops_per_token(model, train.seq_len)
     price = device.price_per_hour
     dollars = None if price is None else price * mesh.num_devices / 3600 / rate * 1e6
     used = latency.mfu(rate, flops, mesh.num_devices, device.bf16_flops)
-    return StepEstimate(seconds, parts, rate, flops, used, memory, mesh.num_devices, dollars)
+    return StepEstimate(
+        seconds, parts, rate, flops, used, memory, mesh.num_devices, dollars, in_ticks
+    )
 
 
 def _mean(times: list[StageTimes]) -> StageTimes:

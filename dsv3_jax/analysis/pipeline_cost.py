@@ -9,6 +9,7 @@ import numpy as np
 
 from dsv3_jax.analysis import latency
 from dsv3_jax.parallel.schedules import make_schedule
+from dsv3_jax.parallel.ticks import made_for_ticks, unit_ticks
 from dsv3_jax.parallel.timeline import Durations, simulate
 
 
@@ -20,6 +21,17 @@ class Pipeline:
     alone: dict[str, int]
     bubble: float
     peak_activations: tuple[int, ...]
+
+
+def seconds_in_ticks(schedule: str, ranks: int, count: int, durations: Durations) -> float:
+    """How long the micro-batches take where ranks meet after each F, I and W (parallel/ticks.py).
+
+    A tick is as long as the slowest of its ranks, and a transfer follows it. ValueError for
+    "dualpipe", which holds every stage on two ranks.
+    """
+    ticks = unit_ticks(made_for_ticks(make_schedule(schedule, ranks, count)))
+    longest = sum(max(durations.of(action.op) for action in row if action) for row in ticks)
+    return longest + (len(ticks) - 1) * durations.transfer
 
 
 def run(schedule: str, ranks: int, count: int, durations: Durations) -> Pipeline:

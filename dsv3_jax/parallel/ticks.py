@@ -101,14 +101,19 @@ def unit_ticks(schedule: PipelineSchedule) -> list[list[Action | None]]:
     return ticks
 
 
-def tick_tables(schedule: PipelineSchedule) -> TickTables:
-    """The tables of a schedule whose ranks hold each stage once (not "bidirectional")."""
+def made_for_ticks(schedule: PipelineSchedule) -> PipelineSchedule:
+    """The schedule itself; ValueError for one that the executor cannot run."""
     if schedule.placement == "bidirectional":
         raise ValueError(
             f"{schedule.name} holds every stage on two ranks, which the executor cannot do: use "
             "dualpipev, which has its bubbles with one copy of the weights"
         )
-    ticks = unit_ticks(schedule)
+    return schedule
+
+
+def tick_tables(schedule: PipelineSchedule) -> TickTables:
+    """The tables of a schedule whose ranks hold each stage once (not "bidirectional")."""
+    ticks = unit_ticks(made_for_ticks(schedule))
     shape = (len(ticks), schedule.num_ranks)
     names = ("op", "chunk", "microbatch", "saved", "pending", "received")
     tables = {name: np.zeros(shape, np.int32) for name in names}

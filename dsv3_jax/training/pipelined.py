@@ -45,7 +45,15 @@ from dsv3_jax.training.loss import (
     training_pass,
 )
 from dsv3_jax.training.schedule import StepSettings
-from dsv3_jax.training.stages import EMBEDDING, LOSS, StagePlan, from_stages, plan_stages, to_stages
+from dsv3_jax.training.stages import (
+    EMBEDDING,
+    LOSS,
+    StagePlan,
+    from_stages,
+    plan_stages,
+    specs_of_layer,
+    to_stages,
+)
 
 PIPE = PartitionSpec("pipe")
 
@@ -188,6 +196,10 @@ class _Rank:
         self.d_balance = jnp.float32(self.alpha * per_token)
         self.kinds = [kind for kind in (DENSE, MOE) if kind in plan.layers]
         self.layers = {kind: LayerBackward(kind, how, config) for kind in self.kinds}
+        self.sums = {  # each device adds up the slice of a gradient that it will apply
+            kind: specs_of_layer(_without_chunks(stacks[kind][0]), kind, how.layout, stored=True)
+            for kind in self.kinds
+        }
 
     def zeros(self) -> Totals:
         """Totals before the first tick."""
@@ -195,8 +207,8 @@ class _Rank:
         depths = model.num_nextn_predict_layers
         zero = jnp.zeros(())
         return Totals(
-            {k: _zeros_in_f32(self.stacks[k][0]) for k in self.kinds},
-            _zeros_in_f32(self.ends),
+            {k: self._zero_sums(k) for k in self.kinds},
+            self._in_slices(_zeros_in_f32(self.ends)),
             *(zero, zero, zero),
             jnp.zeros((chunks, slots, model.n_routed_experts), jnp.int32),
             jnp.zeros((depths, model.n_routed_experts), jnp.int32),
@@ -252,7 +264,7 @@ class _Rank:
         saved = read_slot(kept.saved[kind], place.saved, i)
         dx, early, pending = self.layers[kind].first(weights, saved, dy, self.d_balance)
         pending = write_slot(kept.pending[kind], pending, place.pending, i)
-        totals = _add_at(totals, kind, early, place.chunk, i)
+        totals = self._add_at(totals, kind, early, place.chunk, i)
         return totals, kept._replace(pending=kept.pending | {kind: pending}), dx
 
     def _weight_backward(self, kind: str, totals: Totals, kept: Kept, place: Place, i, x):
@@ -261,7 +273,29 @@ class _Rank:
         saved = read_slot(kept.saved[kind], place.saved, i)
         pending = read_slot(kept.pending[kind], place.pending, i)
         late = self.layers[kind].second(weights, saved, pending, self.d_balance)
-        return _add_at(totals, kind, late, place.chunk, i), kept, x
+        return self._add_at(totals, kind, late, place.chunk, i), kept, x
+
+    def _zero_sums(self, kind: str) -> Any:
+        def place(zeros, spec):
+            return self.how.layout.place(zeros, PartitionSpec(None, None, *spec))
+
+        return jax.tree.map(place, _zeros_in_f32(self.stacks[kind][0]), self.sums[kind])
+
+    def _add_at(self, totals: Totals, kind: str, gradients: dict[int, Any], chunk, slot) -> Totals:
+        """Totals with gradients of a layer's weights, by the places of its leaves, added."""
+        leaves, structure = jax.tree.flatten(totals.layers[kind])
+        specs = jax.tree.leaves(self.sums[kind], is_leaf=lambda x: isinstance(x, PartitionSpec))
+        for i, gradient in gradients.items():
+            part = self.how.layout.place(gradient.astype(jnp.float32), specs[i])
+            total = self.how.layout.place(read_slot(leaves[i], chunk, slot) + part, specs[i])
+            leaves[i] = write_slot(leaves[i], total, chunk, slot)
+        layers = totals.layers | {kind: jax.tree.unflatten(structure, leaves)}
+        return totals._replace(layers=layers)
+
+    def _in_slices(self, of_ends: Any) -> Any:
+        """Gradients of the ends where each device has the slice of them that it will apply."""
+        where = shardings(of_ends, self.how.layout, stored=True)
+        return self.how.layout.constrain_tree(of_ends, where)
 
     def _weights(self, kind: str, chunk, i) -> Any:
         return read_slot(self.stacks[kind], chunk, i)
@@ -298,7 +332,7 @@ class _Rank:
             lambda table: self._embed(self.ends | {name: table}, ids), self.ends[name]
         )
         (d_table,) = pull(dx)
-        ends = totals.ends | {name: totals.ends[name] + d_table}
+        ends = totals.ends | {name: totals.ends[name] + self._in_slices({name: d_table})[name]}
         return totals._replace(ends=ends), kept, dx
 
     def _loss(self, totals: Totals, kept: Kept, place: Place, i, y):
@@ -322,7 +356,7 @@ class _Rank:
         gradient = jax.value_and_grad(of_output, argnums=(0, 1), has_aux=True)
         (_, (ce, mtp, balance, load, rounds)), (d_ends, dy) = gradient(self.ends, y)
         totals = totals._replace(
-            ends=jax.tree.map(lambda sum, g: sum + g.astype(jnp.float32), totals.ends, d_ends),
+            ends=jax.tree.map(jnp.add, totals.ends, self._in_slices(_in_f32(d_ends))),
             ce=totals.ce + ce,
             mtp=totals.mtp + mtp,
             balance=totals.balance + balance,
@@ -336,11 +370,9 @@ def _zeros_in_f32(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), tree)
 
 
-def _add_at(totals: Totals, kind: str, gradients: dict[int, Any], *where: Any) -> Totals:
-    """Totals with gradients of a layer, by the places of its leaves, added at a chunk and slot."""
-    leaves, structure = jax.tree.flatten(totals.layers[kind])
-    for i, gradient in gradients.items():
-        total = read_slot(leaves[i], *where) + gradient.astype(jnp.float32)
-        leaves[i] = write_slot(leaves[i], total, *where)
-    layers = totals.layers | {kind: jax.tree.unflatten(structure, leaves)}
-    return totals._replace(layers=layers)
+def _in_f32(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def _without_chunks(stack: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), stack)

@@ -93,7 +93,7 @@ def plan_stages(config: Config) -> StagePlan:
 def to_stages(tree: Any, kind: str, plan: StagePlan, layout: Layout) -> Any:
     """A stack's leaves [L, ...] as [ranks, chunks, slots, ...], each rank's on its devices."""
     numbers = np.maximum(plan.layers[kind], 0)
-    where = _of_layers(tree, kind, layout)
+    where = specs_of_layer(tree, kind, layout, stored=layout.gathers_each_layer)
     return jax.tree.map(
         lambda leaf, spec: layout.place(leaf[numbers], PartitionSpec("pipe", None, None, *spec)),
         tree,
@@ -109,8 +109,7 @@ def from_stages(tree: Any, kind: str, plan: StagePlan) -> Any:
     return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:])[order], tree)
 
 
-def _of_layers(tree: Any, kind: str, layout: Layout) -> Any:
-    """How a layer lies on the devices of its rank, as a PartitionSpec of each leaf."""
-    stored = layout.gathers_each_layer
+def specs_of_layer(tree: Any, kind: str, layout: Layout, stored: bool) -> Any:
+    """How a layer of a stack [L, ...] lies on its rank's devices, each leaf's PartitionSpec."""
     of_stack = shardings({kind: tree}, layout, stored=stored)[kind]
     return jax.tree.map(lambda sharding: PartitionSpec(*sharding.spec[1:]), of_stack)

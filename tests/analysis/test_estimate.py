@@ -31,8 +31,9 @@ from dsv3_jax.config import (
 )
 from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.parallel.mesh import make_mesh
+from dsv3_jax.parallel.schedules import make_schedule
 from dsv3_jax.parallel.sharding import make_layout
-from dsv3_jax.parallel.timeline import Durations
+from dsv3_jax.parallel.timeline import Durations, simulate
 from tests.helpers import tiny_model
 
 H800 = accelerator("h800")
@@ -141,6 +142,24 @@ def test_long_pipelines_are_extrapolated_exactly(schedule):
         whole.peak_activations,
     )
     assert made.bubble == pytest.approx(whole.bubble)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb1p", "dualpipev"])
+def test_ticks_of_equal_acts_idle_as_the_simulator_does(schedule):
+    """Ranks that meet after every act lose nothing where acts are equal, and more where not."""
+    equal, other = Durations(2.0, 2.0, 2.0), Durations(2.0, 3.0, 1.0)
+    passes = 16 * (2 if schedule in ("interleaved", "dualpipev") else 1)
+    simulated = simulate(make_schedule(schedule, 4, 16).in_units(), equal).makespan
+    assert pipeline_cost.seconds_in_ticks(schedule, 4, 16, equal) == simulated
+    in_ticks = pipeline_cost.seconds_in_ticks(schedule, 4, 16, other)
+    assert in_ticks > simulate(make_schedule(schedule, 4, 16).in_units(), other).makespan
+    assert in_ticks > passes * 6.0
+
+
+def test_a_pipeline_in_ticks_takes_longer_than_one_whose_ranks_run_ahead():
+    made = estimate_step(V3_RUN, H800, "zb1p")
+    assert made.in_ticks is not None and made.seconds < made.in_ticks < 1.6 * made.seconds
+    assert estimate_step(V3_RUN, H800, "dualpipe").in_ticks is None
 
 
 def test_dualpipe_hides_the_exchange_and_doubles_the_parameters():
