@@ -106,11 +106,14 @@ def _leave(code: Any) -> NoReturn:
 
 
 def parse_options(
-    kind: type[Options], argv: Sequence[str], *, default: Options | None = None, **about: Any
+    kind: type[Options], argv: Sequence[str], *, repeated: bool = False, **about: Any
 ) -> Options:
-    """The dataclass `kind` filled from `argv`; wrong options exit with 2 and name the nearest."""
-    given = {} if default is None else {"default": default}
-    return tyro.cli(kind, args=list(argv), config=(tyro.conf.AvoidSubcommands,), **given, **about)
+    """The dataclass `kind` filled from `argv`; wrong options exit with 2 and name the nearest.
+
+    repeated: a list's option is given once for each of its members; about: for tyro.
+    """
+    markers = (tyro.conf.AvoidSubcommands, *[tyro.conf.UseAppendAction] * repeated)
+    return tyro.cli(kind, args=list(argv), config=markers, **about)
 
 
 def parse_config(argv: Sequence[str], **how: Any) -> Config:

@@ -14,9 +14,9 @@ from typing import Annotated
 import pytest
 import tyro
 
-import infer
 from dsv3_jax import cli
 from dsv3_jax.config import Config, UserError, load_config
+from dsv3_jax.inference.infer_options import InferOptions
 
 ROOT = Path(__file__).parent.parent
 FIGURES = ROOT / "docs/figures.md"
@@ -53,7 +53,7 @@ def check(command: str) -> None:
         case ["train.py", *options]:
             check_run(options)
         case ["infer.py", *options]:
-            infer.check(cli.parse_options(infer.InferOptions, options))
+            cli.parse_options(InferOptions, options, repeated=True).check()
         case ["-m", "dsv3_jax", name, *options]:
             check_sub_command(name, options)
         case ["-m", module, *options]:

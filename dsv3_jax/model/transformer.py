@@ -5,16 +5,18 @@ it does not. `forward` composes the acts of ends.py, stack.py and mtp.py, which 
 and traces call by themselves; decode.py composes them with a cache.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.config.weights import weights
+from dsv3_jax.config.weights import Weight, weights
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.checks import check_tokens
 from dsv3_jax.model.ends import embed_tokens, final_norm, gathered_ends, head
@@ -62,8 +64,17 @@ def init_variables(key: PRNGKeyArray, config: ModelConfig) -> Variables:
     >>> shapes["params"]["embed_tokens"].shape
     (1024, 128)
     """
+    # The table of weights is an argument, so that another table is another program.
+    rows = tuple(weights(config))
+    on_cpu = not isinstance(key, Tracer) and next(iter(key.devices())).platform == "cpu"
+    return (_init_on_cpu if on_cpu else _init)(key, config, rows)
+
+
+@partial(jax.jit, static_argnames=("config", "rows"), inline=True)
+def _init(key: PRNGKeyArray, config: ModelConfig, rows: tuple[Weight, ...]) -> Variables:
+    """`init_variables` as one program: its 500 operations, called one by one, compile each."""
     keys = jax.random.split(key, 5)
-    params, router = _init_ends(keys[:2], config), {}
+    params, router = _init_ends(keys[:2], config, rows), {}
     x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
     tokens, how = Tokens(jnp.zeros((1, 1), jnp.int32)), Pass(config)
 
@@ -85,9 +96,17 @@ def init_variables(key: PRNGKeyArray, config: ModelConfig) -> Variables:
     return {"params": params, "router": router}
 
 
-def _init_ends(keys: Any, config: ModelConfig) -> Variables:
+# XLA:CPU spends 1 s on optimising each leaf's random numbers, which are drawn once.
+_init_on_cpu = jax.jit(
+    _init,
+    static_argnames=("config", "rows"),
+    compiler_options={"xla_backend_optimization_level": 0},
+)
+
+
+def _init_ends(keys: Any, config: ModelConfig, rows: Sequence[Weight]) -> Variables:
     """The parameters that the model has once; embedding and head have a key each."""
-    rows = [row for row in weights(config) if row.where == "model"]
+    rows = [row for row in rows if row.where == "model"]
     drawn = [row for row in rows if row.init == "normal"]
     made = {}
     for row in rows:
