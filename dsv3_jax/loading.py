@@ -57,7 +57,10 @@ log = logging.getLogger(__name__)
 
 
 class Model(NamedTuple):
-    """What `generate` and `forward` need."""
+    """What `generate` and `forward` need.
+
+    Source: this project (docs/checkpoints.md).
+    """
 
     config: Config
     layout: Layout

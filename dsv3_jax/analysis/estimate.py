@@ -86,7 +86,7 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class StepEstimate:
-    """A training step; `parts` are seconds of the busiest rank and add up to `seconds`."""
+    """A training step: seconds, `parts` of the busiest rank; bytes; dollars (docs/codesign.md)."""
 
     seconds: float
     parts: dict[str, float]

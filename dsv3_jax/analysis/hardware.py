@@ -27,7 +27,11 @@ TERA = 1e12
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One device and the two networks it sits on: scale-up (a node, a rack) and scale-out."""
+    """One device and the two networks it sits on: scale-up (a node, a rack) and scale-out.
+
+    FLOPs a second, dense; bytes, and bytes a second; efficiencies are fractions; US dollars. Raises
+    UserError, with all reasons, for values that are not positive. Source: each says its own.
+    """
 
     name: str
     bf16_flops: float  # dense peak, a second

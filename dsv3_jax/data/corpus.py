@@ -96,7 +96,8 @@ class Part(NamedTuple):
 class Corpus:
     """Training and validation tokens, and the tokenizer that made them.
 
-    Of a mixture, `train` and `val` are those of the first part.
+    Of a mixture, `train` and `val` are those of the first part. Source: this project
+    (docs/architecture.md).
     """
 
     parts: tuple[Part, ...]

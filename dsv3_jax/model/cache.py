@@ -39,7 +39,10 @@ def init_cache(config: ModelConfig, batch: int, length: int, layers: int) -> Lat
 
 
 class ModelCache(NamedTuple):
-    """The latent caches of all layers, stacked per kind; None where there are no such layers."""
+    """The latent caches of all layers, stacked per kind; None where there are no such layers.
+
+    In the model's dtype. Source: V3 report, section 2.1.1.
+    """
 
     dense: LatentCache | None
     moe: LatentCache | None

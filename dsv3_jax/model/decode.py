@@ -21,7 +21,10 @@ from dsv3_jax.model.stack import run_layers
 
 
 class Decoded(NamedTuple):
-    """What a prompt or a step gives."""
+    """What a prompt or a step gives.
+
+    Hidden states are in the model's dtype. Source: V3 report, section 2.1.1.
+    """
 
     hidden: Float[Array, "B T D"]  # after the final norm, in the order of the tokens
     cache: AnyCache  # with these tokens

@@ -38,7 +38,9 @@ class Pass:
         attention_bias: see `mla_attention`; called with positions, None: causal attention alone.
             Positions are rows of the sequence: query positions [T, 1], key positions [1, S].
 
-    The three functions are compared by identity: make each once, not at every call.
+    The three functions are compared by identity: make each once, not at every call. Raises
+    ValueError for an unknown remat and for a config, recipe or layout of another type. Source: this
+    project (docs/architecture.md).
     """
 
     config: ModelConfig
@@ -82,7 +84,8 @@ class Pass:
 class Tokens(NamedTuple):
     """What is traced: what the layers know of each token besides its hidden state.
 
-    Tokens come in the layout's order (`Layout.in_order`).
+    Tokens come in the layout's order (`Layout.in_order`). Source: this project
+    (docs/architecture.md).
     """
 
     positions: Int[Array, "#B T"]

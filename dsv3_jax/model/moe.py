@@ -37,7 +37,7 @@ class MoEStats(NamedTuple):
     """What a MoE layer reports besides its output; a leading layer dim when scanned.
 
     All of it is of the whole batch, whatever the devices: load, loss and rounds are the same on
-    each of them.
+    each of them. Gate weights are f32. Source: V3 report, section 2.1.2.
     """
 
     load_E: Int[Array, "*L E"]  # entries that each expert received

@@ -31,7 +31,10 @@ SCORES: dict[str, Callable[[Array], Array]] = {
 
 
 class Routing(NamedTuple):
-    """Which experts each token goes to, with what weight."""
+    """Which experts each token goes to, with what weight.
+
+    Source: V3 report, eqs. 12-16.
+    """
 
     experts_TK: Int[Array, "T K"]
     weights_TK: Float[Array, "T K"]  # f32

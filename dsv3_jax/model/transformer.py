@@ -41,7 +41,10 @@ class States(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """What `forward` returns. At MTP depth k, the last k positions mean nothing."""
+    """What `forward` returns. At MTP depth k, the last k positions mean nothing.
+
+    Source: V3 report, section 2.
+    """
 
     # On a mesh whose context axis is a ring, tokens come in the order of `Layout.order`.
     logits: Float[Array, "B T V"]  # f32

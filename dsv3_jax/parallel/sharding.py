@@ -61,7 +61,10 @@ ANY_EXCHANGE, ANY_STATE = ExpertParallelConfig(), ShardingConfig()
 
 @dataclass(frozen=True)
 class Layout:
-    """How one program is spread over the devices of a mesh."""
+    """How one program is spread over the devices of a mesh.
+
+    Source: this project (docs/parallelism.md).
+    """
 
     mesh: Mesh | AbstractMesh = ONE
     rules: Rules = RULES["train"]

@@ -37,7 +37,10 @@ class LinearRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A LinearRecipe for each linear operation; None: in the model's dtype."""
+    """A LinearRecipe for each linear operation; None: in the model's dtype.
+
+    Source: V3 report, section 3.3.
+    """
 
     attention: LinearRecipe | None = None  # q_proj or q_a_proj, q_b_proj; kv_a_proj, kv_b_proj
     o_proj: LinearRecipe | None = None

@@ -39,6 +39,8 @@ class Extensions:
             argument `learning_rate`.
         on_metrics: called with (step, values) for each line of metrics.jsonl, on every process.
         data: rows to train on instead of the corpus', which is still what validation reads.
+
+    Source: this project (docs/extending.md).
     """
 
     score: Callable[..., Any] | None = None

@@ -20,7 +20,10 @@ from dsv3_jax.training.extensions import NONE, Extensions
 
 
 class LossTerms(NamedTuple):
-    """The parts of the loss, f32, and every router's load, named as in `variables["router"]`."""
+    """The parts of the loss, f32, and every router's load, named as in `variables["router"]`.
+
+    Source: V3 report, sections 2.1.2 and 2.2.
+    """
 
     ce: Float[Array, ""]  # main model, nats a token
     mtp: Float[Array, ""]  # mean over depths, before lambda

@@ -18,7 +18,10 @@ from dsv3_jax.config import Config, OptimizerConfig, ScheduleConfig
 
 
 class StepSettings(NamedTuple):
-    """The numbers that a step takes from the schedules."""
+    """The numbers that a step takes from the schedules.
+
+    Source: V3 report, section 4.2.
+    """
 
     learning_rate: Any  # f32 scalars, on the host or traced
     bias_update_speed: Any  # gamma
@@ -40,7 +43,8 @@ START = Position()
 class Schedule:
     """The plan of a run from `begun` on; steps count from the run's own start.
 
-    It is `schedule.steps` long, or `train.steps`; past its end the last phase goes on.
+    It is `schedule.steps` long, or `train.steps`; past its end the last phase goes on. Source: V3
+    report, section 4.2.
     """
 
     def __init__(self, config: Config, begun: Position = START):

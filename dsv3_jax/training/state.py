@@ -24,7 +24,8 @@ from dsv3_jax.training.restore import read_state
 class TrainState(NamedTuple):
     """All that a checkpoint holds: f32 master weights, router biases, moments and counters.
 
-    Of a LoRA run the weights are its adapters, and the router biases are the frozen base's.
+    Of a LoRA run the weights are its adapters, and the router biases are the frozen base's. Source:
+    V3 report, section 3.3.3.
     """
 
     step: Int[Array, ""]

@@ -48,7 +48,10 @@ BIAS = "e_score_correction_bias"
 
 
 class StepMetrics(NamedTuple):
-    """What one step reports; f32 scalars unless said."""
+    """What one step reports; f32 scalars unless said.
+
+    The loss is in nats a token. Source: this project (docs/architecture.md).
+    """
 
     loss: Float[Array, ""]
     terms: LossTerms  # means over the micro-batches; loads are their sums
