@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.bars import plot
+from benchmarks.errors import relative_error
 from benchmarks.side_by_side import answer
 from benchmarks.side_by_side import rows as rows_of
 from benchmarks.timing import machine, microseconds, microseconds_in_torch
@@ -120,8 +121,7 @@ def errors(inputs: Sequence[jax.Array], out: jax.Array, plain: Plain) -> list[fl
     for head in (0, heads - 1):
         exact = exactly(*inputs[:3], jnp.int32(head))
         for i, got in enumerate((out[0, -rows:, head], roughly(*inputs[:3], jnp.int32(head)))):
-            error = jnp.linalg.norm(got.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
-            worst[i] = max(worst[i], float(error))
+            worst[i] = max(worst[i], float(relative_error(got, exact)))
     return worst
 
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.bars import plot
+from benchmarks.errors import relative_error
 from benchmarks.side_by_side import answer
 from benchmarks.side_by_side import rows as rows_of
 from benchmarks.timing import copy_rate, machine, microseconds, microseconds_in_torch
@@ -213,10 +214,7 @@ def _errors(out, work: Pages, plain: Callable[..., Any]) -> list[float]:
         logits = SCALE * (q[0, t] @ keys[:seen].T + q_r[0, t] @ ropes[:seen].T)
         weights = np.exp(logits - logits.max(-1, keepdims=True))
         exact[t] = weights / weights.sum(-1, keepdims=True) @ keys[:seen]
-    return [
-        float(np.linalg.norm(np.asarray(x[0].astype(jnp.float32)) - exact) / np.linalg.norm(exact))
-        for x in (out[:1], approximate)
-    ]
+    return [float(relative_error(x[0], exact)) for x in (out[:1], approximate)]
 
 
 def torch_microseconds(shape: Shape) -> float | None:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.errors import relative_error
 from benchmarks.multi_gpu_timing import compile_all, failure
 from benchmarks.timing import machine, microseconds
 from dsv3_jax.config import ModelConfig
@@ -105,14 +106,16 @@ def check(built: dict[str, Any], jobs: dict[str, Any], num_rows: int) -> None:
             got = built[name](*operands)[slots[token, choice]]
             apart = float((got != of_all[token]).sum())
         elif name == "sums":
-            apart = _apart(
-                built[name](*operands), api.sum_slots(*operands, implementation="reference")
-            )
+            want = api.sum_slots(*operands, implementation="reference")
+            apart = float(relative_error(built[name](*operands), want))
         elif name == "their gradients":
             reference = jax.jit(partial(api.sum_slots_backward, implementation="reference"))
             slots = operands[3][operands[3] < num_rows]
             (d_rows, d_weights), (rows, weights) = built[name](*operands), reference(*operands)
-            apart = max(_apart(d_rows[slots], rows[slots]), _apart(d_weights, weights))
+            apart = max(
+                float(relative_error(d_rows[slots], rows[slots])),
+                float(relative_error(d_weights, weights)),
+            )
         else:
             continue
         if not apart <= 1e-3:
@@ -158,11 +161,6 @@ def _gather(x, slots, free, *, num_rows: int, multiprocessors: int):
 
 def _compiled(function: Any, operands: tuple[Any, ...]) -> Any:
     return jax.jit(function).lower(*operands).compile()
-
-
-def _apart(got: Any, want: Any) -> float:
-    got, want = (jnp.asarray(a, jnp.float32) for a in (got, want))
-    return float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want))
 
 
 if __name__ == "__main__":

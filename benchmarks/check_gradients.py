@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.errors import relative_error
 from benchmarks.multi_gpu_timing import begin, compile_all, failure
 from dsv3_jax.config import Config, ModelConfig, ParallelConfig, PipelineConfig, TrainConfig
 from dsv3_jax.model.placement import shardings
@@ -129,12 +130,6 @@ def run(config: Config, compiled: Any, places: Any) -> tuple[float, Any]:
     loss, grads = compiled(state, jax.device_put(rows, places[1]), _settings(count))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return float(loss), jax.tree.map(lambda leaf: jax.device_put(leaf, here), grads)
-
-
-def relative_error(got: jax.Array, want: jax.Array) -> jax.Array:
-    """The distance of two arrays over the size of the second; inf where one is not finite."""
-    error = jnp.linalg.norm((got - want).ravel()) / jnp.linalg.norm(want.ravel())
-    return jnp.where(jnp.isfinite(error), error, jnp.inf)
 
 
 def _settings(count: int) -> StepSettings:

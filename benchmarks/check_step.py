@@ -28,6 +28,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 import jax.numpy as jnp
 
+from benchmarks.errors import relative_error
 from dsv3_jax.config import Config, QuantConfig, load_config
 from dsv3_jax.kernels import backend
 from dsv3_jax.model.transformer import init_variables
@@ -87,7 +88,7 @@ def moved(params: Any, by: float, seed: int) -> Any:
 @jax.jit
 def distances(grads: Any, exact: Any) -> Any:
     """Relative distance of each leaf."""
-    return jax.tree.map(lambda a, b: jnp.linalg.norm(a - b) / jnp.linalg.norm(b), grads, exact)
+    return jax.tree.map(relative_error, grads, exact)
 
 
 @jax.jit

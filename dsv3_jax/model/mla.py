@@ -7,7 +7,6 @@ so that it reads only the 576 cached values a token: right for decoding. They ar
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -21,7 +20,7 @@ from dsv3_jax.model.linear import linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS
 from dsv3_jax.model.parameters import parameters
 from dsv3_jax.model.plain_products import row_by_row
-from dsv3_jax.model.projection import ProductLayout
+from dsv3_jax.model.projection import ProductLayout, as_projection
 from dsv3_jax.model.quantized_inputs import norm_for
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
 from dsv3_jax.parallel.context import attention_to_cache, self_attention
@@ -203,7 +202,8 @@ class MLA(nn.Module):
 
         kv_b_proj, scale = w.kv_b_proj, softmax_scale(config)
         # In FP8 the master itself is quantised; else an array is read in x's dtype.
-        if cache is not None or recipe.attention is None or not isinstance(kv_b_proj, jax.Array):
+        other = as_projection(kv_b_proj).array is None  # FP8, or with an adapter
+        if cache is not None or recipe.attention is None or other:
             kv_b_proj = kv_b_proj.astype(x.dtype)
         if cache is not None:
             # A prompt may lie in another order over devices; the cache's rows are in order.
