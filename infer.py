@@ -18,6 +18,7 @@ import jax
 
 from dsv3_jax import cli
 from dsv3_jax.config import RunError, UserError
+from dsv3_jax.data.chat import ChatTemplate
 from dsv3_jax.data.supervised import find_template
 from dsv3_jax.data.tokens import Tokenizer
 from dsv3_jax.inference.batch_file import run_batch
@@ -77,15 +78,7 @@ def write(options: InferOptions) -> int:
         print(told, file=sys.stderr)
     if options.fp8:
         print(describe_weights(model.variables), file=sys.stderr)
-    template = None
-    if tokenizer is None:
-        prompts = [parse_ids(text) for text in options.token_ids]
-    elif options.chat or options.batch is not None:
-        template = find_template(options.chat_template, options.checkpoint, tokenizer)
-        system = options.system
-        prompts = [Conversation(template, tokenizer, system).ask(p) for p in options.prompt]
-    else:
-        prompts = [[*tokenizer.prompt_prefix, *tokenizer.encode(p)] for p in options.prompt]
+    prompts, template = read_prompts(options, tokenizer)
     if options.redundant_experts:
         logged = options.checkpoint / "metrics.jsonl"
         load_from = logged if options.expert_load == "logged" else options.expert_load
@@ -109,6 +102,19 @@ def write(options: InferOptions) -> int:
     if expert_load is not None and options.save_expert_load and jax.process_index() == 0:
         expert_load.write(options.save_expert_load)
     return 0
+
+
+def read_prompts(
+    options: InferOptions, tokenizer: Tokenizer | None
+) -> tuple[Sequence[Sequence[int]], ChatTemplate | None]:
+    """The prompts' token ids, and the template of a chat or of a file of requests."""
+    if tokenizer is None:
+        return [parse_ids(text) for text in options.token_ids], None
+    if not options.chat and options.batch is None:
+        return [[*tokenizer.prompt_prefix, *tokenizer.encode(p)] for p in options.prompt], None
+    template = find_template(options.chat_template, options.checkpoint, tokenizer)
+    asked = [Conversation(template, tokenizer, options.system).ask(p) for p in options.prompt]
+    return asked, template
 
 
 def make_engine(

@@ -52,7 +52,9 @@ def tensor_core_matmul(
         raise ValueError(f"a {a.shape} and b {b.shape} must be [M, K] and [N, K] with the same K")
     for operand in (a, b):
         if operand.tile[1] < length and operand.tile[1] % interval:
-            raise ValueError(f"scales of tile {operand.tile} change inside {interval} products")
+            raise ValueError(
+                f"scales of tile {operand.tile} change inside an interval of {interval} products"
+            )
 
     def promote(total, operands):
         (a_values, a_scale), (b_values, b_scale) = operands

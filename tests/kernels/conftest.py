@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from dsv3_jax.kernels import hopper, tpu
+from dsv3_jax.quantization import block_scaled
 
 OLD_JAX = tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11)
 INTERPRETER_IS_NEWER = pytest.mark.skipif(
@@ -21,6 +22,10 @@ GEMM_IMPLEMENTATIONS = [*IMPLEMENTATIONS, "pallas_tpu"]
 # are sums in float32, but a Hopper's tensor core keeps about 14 bits of FP8 products (1.3e-4).
 BF16_LIMIT = 2e-3
 F32_LIMIT = 1e-3 if jax.default_backend() == "gpu" else 1e-6
+
+# One program for each shape: called as they are, their operations compile one by one.
+quantize = jax.jit(block_scaled.quantize, static_argnames=("tile", "scale_format"))
+dequantize = jax.jit(block_scaled.dequantize, static_argnames="dtype")
 
 
 @pytest.fixture

@@ -8,18 +8,14 @@ import numpy as np
 import pytest
 
 from dsv3_jax.kernels.fused import api, pallas_gpu, reference
-from dsv3_jax.quantization.block_scaled import (
-    PER_BLOCK,
-    PER_TOKEN,
-    BlockScaled,
-    dequantize,
-    quantize,
-)
+from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled
 from tests.kernels.conftest import (
     IMPLEMENTATIONS,
     INTERPRETER_IS_NEWER,
+    dequantize,
     lower_for_an_h200,
     normal,
+    quantize,
     relative_error,
 )
 

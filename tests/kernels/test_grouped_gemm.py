@@ -11,14 +11,16 @@ from dsv3_jax.kernels.gemm import tiles
 from dsv3_jax.kernels.gemm.hopper_wgrad import wgrad
 from dsv3_jax.kernels.grouped_gemm import api
 from dsv3_jax.kernels.sums import GradientSum
-from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, dequantize, quantize
+from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN
 from tests.kernels.conftest import (
     BF16_LIMIT,
     F32_LIMIT,
     GEMM_IMPLEMENTATIONS,
     INTERPRETER_IS_NEWER,
+    dequantize,
     lower_for_an_h200,
     normal,
+    quantize,
     relative_error,
 )
 

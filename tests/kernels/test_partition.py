@@ -11,8 +11,8 @@ from dsv3_jax.kernels.fused import reference as fused_reference
 from dsv3_jax.kernels.gemm import api as gemm
 from dsv3_jax.kernels.gemm import reference as gemm_reference
 from dsv3_jax.kernels.partition import cut_by
-from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled, quantize
-from tests.kernels.conftest import normal, relative_error
+from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled
+from tests.kernels.conftest import normal, quantize, relative_error
 
 
 @pytest.fixture(scope="module")

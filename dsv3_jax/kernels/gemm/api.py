@@ -57,8 +57,8 @@ def scaled_wgrad(
     check(a, b, None)
     if b.tile != PER_TOKEN or total.total.shape[1:] != (1, a.shape[0], b.shape[0]):
         raise ValueError(
-            f"b in tiles {b.tile} must be in {PER_TOKEN}, and a layer of {total.total.shape} "
-            f"(1, {a.shape[0]}, {b.shape[0]})"
+            f"b has tiles {b.tile}, which must be {PER_TOKEN}; total {total.total.shape} must be "
+            f"[layers, 1, {a.shape[0]}, {b.shape[0]}]"
         )
     backend.run(PACKAGE, "scaled_wgrad", a, b, total, implementation=implementation)
 

@@ -173,7 +173,8 @@ def grouped_wgrad_into(
     _check_wgrad(a, b, alignment)
     expected = (group_sizes.shape[0], a.shape[0], b.shape[0])
     if into.total.shape[1:] != expected:
-        raise ValueError(f"a layer of {into.total.shape} must be {expected}")
+        dims = ", ".join(map(str, expected))
+        raise ValueError(f"total {into.total.shape} must be [layers, {dims}]")
     backend.run(
         PACKAGE,
         "grouped_wgrad_into",

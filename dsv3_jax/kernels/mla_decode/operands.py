@@ -52,7 +52,9 @@ def check(work: Pages | Rows) -> None:
     q_latent, q_rope, latent, k_rope = work.q_latent, work.q_rope, work.latent, work.k_rope
     batch, new, heads, width = q_latent.shape
     if q_rope.shape[:3] != (batch, new, heads):
-        raise ValueError(f"q_rope {q_rope.shape} must begin as q_latent {q_latent.shape} does")
+        raise ValueError(
+            f"q_rope {q_rope.shape} and q_latent {q_latent.shape} must share [B, T, N]"
+        )
     if latent.shape[2] != width or k_rope.shape != (*latent.shape[:2], q_rope.shape[3]):
         raise ValueError(
             f"pages of latents {latent.shape} and of rope {k_rope.shape} must be [P, page, {width}]"
