@@ -25,7 +25,7 @@ from dsv3_jax.training.restore import (
     latest_valid,
     valid_step,
 )
-from dsv3_jax.training.saved import read_saved
+from dsv3_jax.training.saved import CheckpointError, read_saved
 from dsv3_jax.training.schedule import START, Position, Schedule
 
 log = logging.getLogger(__name__)
@@ -125,8 +125,32 @@ def find_continuation(
     return Continuation(step, schedule, losses if ordinary else [])
 
 
+def refusal(path: Path, config: Config, abstract_state: PyTree) -> str | None:
+    """Why `config` would not go on from a step's folder, or None; no data are compared.
+
+    Of the state, what `abstract_state` names: an experiment may have an optimizer of its own.
+    """
+    try:
+        saved = read_saved(path)
+        meta, old = saved["meta"], _saved_config(saved["meta"])
+        same = {name: meta.get(name) for name in ("data_sha256", "tokenizer_sha256")}
+        refuse_another_run(path, saved, config, same, abstract_state, partial=True)
+        step = int(path.name)
+        if step < config.train.steps and old is not None:
+            check_rate(path, saved_place(path, step, meta, old), config, old)
+    except (UserError, CheckpointError) as error:
+        return str(error)
+    return None
+
+
 def refuse_another_run(
-    path: Path, saved: dict[str, Any], config: Config, ours: dict[str, str], abstract_state: PyTree
+    path: Path,
+    saved: dict[str, Any],
+    config: Config,
+    ours: dict[str, Any],
+    abstract_state: PyTree,
+    *,
+    partial: bool = False,
 ) -> None:
     """Raises UserError, with every difference and the ways out, unless this is the same run's."""
     meta, different = saved["meta"], []
@@ -148,7 +172,7 @@ def refuse_another_run(
         log.warning("%s does not say its seed: not compared", path)
     elif theirs["seed"] != config.seed:
         different.append(f"seed: {theirs['seed']} in the checkpoint, {config.seed} in this run")
-    different += architecture_differences(path, saved, abstract_state, config)
+    different += architecture_differences(path, saved, abstract_state, config, partial)
     if different:
         raise UserError(f"{path} is of another run:\n  " + "\n  ".join(different) + f"\n{WAYS_OUT}")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ from dsv3_jax.model.placement import shardings
 from dsv3_jax.parallel.mesh import batch_sharding
 from dsv3_jax.parallel.picture import draw
 from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.training.continuation import refusal
+from dsv3_jax.training.manifest import steps_in
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import TrainState, abstract_state
 from dsv3_jax.training.step import jit_train_step
@@ -81,9 +84,25 @@ def dry_run_report(config: Config, layout: Layout, base: Any = None) -> str:
     lines += [f"data: the run would stop: {problem}" for problem in wrong]
     if not wrong:
         lines.append(f"data: {config.data.path} is there, and the model has its tokenizer's ids")
+    lines.append(f"run: {_of_its_folder(config, state)}")
     if not layout.one_device:
         lines += ["", "which devices hold which part", *_pictures(config, layout, state)]
     return "\n".join(lines)
+
+
+def _of_its_folder(config: Config, state: TrainState) -> str:
+    """Whether the run would begin in its folder, go on there, or stop. Nothing there is hashed."""
+    checkpoints = Path(config.run_dir).absolute() / "checkpoints"
+    steps = steps_in(checkpoints)
+    if config.resume == "never" or not steps:
+        return f"a new one, in {config.run_dir}"
+    step = steps[-1] if config.resume == "auto" else int(config.resume)
+    weights = {"params": state.params, "router": state.router}
+    if why := refusal(checkpoints / str(step), config, weights):
+        return f"it would stop: {why}"
+    if step >= config.train.steps and config.resume == "auto":
+        return f"nothing to do: {config.run_dir} is at step {step} of {config.train.steps}"
+    return f"it would go on from {checkpoints / str(step)}; its data are not compared here"
 
 
 def fit_line(wanted: int, there: int | None) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import pytest
@@ -12,8 +13,10 @@ from dsv3_jax.config import ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.picture import draw, ranges
 from dsv3_jax.parallel.sharding import Layout, make_layout
+from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.dry_run import device_bytes, dry_run_report, fit_line, parameter_counts
-from dsv3_jax.training.state import abstract_state
+from dsv3_jax.training.schedule import START, Schedule
+from dsv3_jax.training.state import abstract_state, init_state
 from tests.helpers import random_variables, tiny_config, tiny_model
 
 MODEL = tiny_model(num_hidden_layers=2)
@@ -109,3 +112,32 @@ def test_the_report_says_whether_a_step_fits(one_device):
     assert "not known" in fit_line(1, None)
     all_devices = device_bytes(one_device) * len(jax.local_devices())
     assert 2**30 < all_devices < 2**50, "the host's memory"
+
+
+def test_the_report_says_what_the_run_s_folder_makes_of_it(one_device, tmp_path):
+    """A dry run of another seed said that all was well, and the run was then refused."""
+
+    def told(**changes):
+        changed = dataclasses.replace(config, **changes)
+        (line,) = re.findall(r"^run: (.*)$", dry_run_report(changed, one_device), re.MULTILINE)
+        return line
+
+    config = tiny_config(MODEL, steps=4)
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
+    assert told() == f"a new one, in {tmp_path}/run"
+    state = init_state(jax.random.key(0), config)
+    with Checkpoints(tmp_path / "run/checkpoints", every_steps=1, keep=2) as checkpoints:
+        meta = {"config": dataclasses.asdict(config), "data_sha256": "d", "tokenizer_sha256": "t"}
+        meta |= {"position": Schedule(config).position(2)._asdict(), "plan": START._asdict()}
+        meta["learning_rate"] = float(Schedule(config).settings(1).learning_rate)
+        checkpoints.save(2, state._asdict(), meta)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert told().startswith(f"it would go on from {tmp_path}/run/checkpoints/2")
+    assert told(seed=config.seed + 1).endswith("checkpoints/2 is of another run:")
+    assert "is of another run" in told(model=dataclasses.replace(MODEL, num_hidden_layers=3))
+    longer = dataclasses.replace(config.optimizer, learning_rate=1.0)
+    assert "the learning rate would jump" in told(optimizer=longer)
+    assert told(train=dataclasses.replace(config.train, steps=2)).startswith("nothing to do: ")
+    assert told(resume="never").startswith("a new one")
+    assert "no checkpoint" in told(resume="7")
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
