@@ -40,8 +40,9 @@ from dsv3_jax.training.state import init_state
 from dsv3_jax.training.step import gradients
 
 SCHEDULES = ("1f1b", "interleaved", "zb1p", "dualpipev")
-ACTS = "-FIW"  # by the numbers of a table's ops
-COLORS = {"F": "tab:blue", "I": "tab:orange", "W": "tab:green"}
+WHOLE = ("1f1b, whole", "interleaved, whole")  # --pipeline.backward whole
+ACTS = "-FIWB"  # by the numbers of a table's ops
+COLORS = {"F": "tab:blue", "I": "tab:orange", "W": "tab:green", "B": "tab:red"}
 
 
 class Stamp(NamedTuple):
@@ -68,7 +69,7 @@ def main() -> None:
     """Runs the schedules, prints the table, and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--virtual", type=int, default=0, metavar="N", help="CPU devices")
-    parser.add_argument("--schedules", nargs="+", default=SCHEDULES, choices=SCHEDULES)
+    parser.add_argument("--schedules", nargs="+", default=(*SCHEDULES, *WHOLE))
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=256)
@@ -98,8 +99,8 @@ def main() -> None:
     plain = median_step(compiled[0], inputs(by_data), False)
     print(f"by data: step {1e3 * plain:.1f}, {tokens / plain:,.0f} tokens/s")
     print(
-        f"{'schedule':12} {'step':>7} {'tokens/s':>9} {'of data':>7} {'stamped':>8} "
-        f"{'F':>6} {'I':>6} {'W':>6} {'hand-over':>9}  idle: counted, predicted, rest"
+        f"{'schedule':18} {'step':>7} {'tokens/s':>9} {'of data':>7} {'stamped':>8} "
+        f"{'F':>6} {'I':>6} {'W':>6} {'B':>6} {'hand-over':>9}  idle: counted, predicted, rest"
     )
     runs = {}
     for (name, config), step in zip(configs.items(), compiled[1:]):
@@ -112,9 +113,9 @@ def main() -> None:
         times, length = median_times(rows), max(span.end for row in rows for span in row)
         over = median_hand_over(tables, rows)
         counted, predicted = idle_share(rows), predicted_idle_share(tables, times, over)
-        each = " ".join(f"{1e3 * times[act]:6.2f}" for act in "FIW")
+        each = " ".join(f"{1e3 * times[act]:6.2f}" for act in ACTS[1:])
         print(
-            f"{name:12} {1e3 * own:7.1f} {tokens / own:9,.0f} {plain / own:7.1%} "
+            f"{name:18} {1e3 * own:7.1f} {tokens / own:9,.0f} {plain / own:7.1%} "
             f"{1e3 * length:8.1f} {each} {1e3 * over:9.2f}  "
             f"{counted:6.1%} {predicted:6.1%} {counted - predicted:+6.1%}",
             flush=True,
@@ -123,8 +124,11 @@ def main() -> None:
         draw(runs, options.plot)
 
 
-def run_config(schedule: str, options: argparse.Namespace, **mesh: int) -> Config:
-    """A model whose layers are alike, so that stages are; two rows a micro-batch and device."""
+def run_config(name: str, options: argparse.Namespace, **mesh: int) -> Config:
+    """A model whose layers are alike, so that stages are; two rows a micro-batch and device.
+
+    name: one of SCHEDULES or WHOLE.
+    """
     width = options.hidden_size
     model = ModelConfig(
         vocab_size=256,
@@ -149,7 +153,7 @@ def run_config(schedule: str, options: argparse.Namespace, **mesh: int) -> Confi
     return Config(
         model=model,
         mesh=ParallelConfig(**mesh),
-        pipeline=PipelineConfig(schedule=schedule),
+        pipeline=PipelineConfig(name.split(",")[0], "whole" if name in WHOLE else "apart"),  # pyright: ignore[reportArgumentType]
         train=TrainConfig(
             batch_size=2 * options.microbatches,
             micro_batch_size=2 * mesh.get("data", 1),
@@ -235,8 +239,8 @@ def spans(stamps: list[Stamp], ranks: int) -> list[list[Span]]:
 
 
 def median_times(rows: list[list[Span]]) -> dict[str, float]:
-    """Seconds of F, I and W."""
-    of = {act: [s.end - s.start for row in rows for s in row if s.act == act] for act in "FIW"}
+    """Seconds of F, I, W and B; 0 for an act that there is none of."""
+    of = {act: [s.end - s.start for row in rows for s in row if s.act == act] for act in ACTS[1:]}
     return {act: statistics.median(times) if times else 0.0 for act, times in of.items()}
 
 
@@ -301,9 +305,15 @@ def draw(runs: dict[str, list[list[Span]]], path: Path) -> None:
         axes.invert_yaxis()
         axes.set_title(f"{name}: {idle_share(rows):.0%} idle", loc="left", fontsize=10)
     panels[-1, 0].set_xlabel("ms; the second stage of a rank is paler")
-    labels = {"F": "forward", "I": "gradient of the input", "W": "gradient of the weights"}
-    handles = [Patch(color=COLORS[act], label=label) for act, label in labels.items()]
-    figure.legend(handles=handles, loc="outside upper right", ncols=3, fontsize=8)
+    labels = {
+        "F": "forward",
+        "I": "gradient of the input",
+        "W": "gradient of the weights",
+        "B": "both gradients",
+    }
+    seen = {span.act for rows in runs.values() for row in rows for span in row}
+    handles = [Patch(color=COLORS[act], label=labels[act]) for act in labels if act in seen]
+    figure.legend(handles=handles, loc="outside upper right", ncols=4, fontsize=8)
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 

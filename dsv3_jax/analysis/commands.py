@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from dsv3_jax.analysis import charts, reproduce, topology, what_if
+from dsv3_jax.analysis.calibration import calibrate
 from dsv3_jax.analysis.estimate import (
     DEFAULT_EFFICIENCY,
     StepEstimate,
-    calibrate,
     estimate_step,
     leaves_domain,
 )

@@ -308,7 +308,8 @@ def estimate_step(
     if simulated and mesh.pipe > 1 and schedule != "dualpipe":
         durations = times.durations(False, transfer)
         in_ticks = seconds - busy_compute - exposed - pipeline.bubble
-        in_ticks += pipeline_cost.seconds_in_ticks(schedule, mesh.pipe, count, durations)
+        whole = config.pipeline.backward == "whole" and schedule == config.pipeline.schedule
+        in_ticks += pipeline_cost.seconds_in_ticks(schedule, mesh.pipe, count, durations, whole)
 
     rate = train.batch_size * train.seq_len / seconds
     flops = training_flops_per_token(model, train.seq_len)
@@ -405,34 +406,3 @@ def weights_on_the_wire(config: Config, device: Accelerator, schedule: str = "1f
         + between(shard.expert, mesh.context, mesh.data)
         for shard in rank_shards(config.model, mesh, schedule)
     )
-
-
-def calibrate(
-    config: Config,
-    device: Accelerator,
-    measured_tokens_per_second: float,
-    schedule: str = "1f1b",
-    source: str = "calibrated",
-) -> Efficiency:
-    """The default Efficiency times the one factor that makes `estimate_step` give the measurement.
-
-    Found by bisection, as exchange and bubble do not scale with it. UserError when even full
-    efficiency is slower than what was measured, or the measurement is not positive.
-    """
-    if not measured_tokens_per_second > 0:
-        raise UserError(f"{measured_tokens_per_second=} must be positive")
-
-    def rate(factor: float) -> float:
-        scaled = DEFAULT_EFFICIENCY.scaled(factor, source)
-        return estimate_step(config, device, schedule, scaled).tokens_per_second
-
-    low, high = 1e-6, 1 / min(DEFAULT_EFFICIENCY.matmul, DEFAULT_EFFICIENCY.attention)
-    if rate(high) < measured_tokens_per_second:
-        raise UserError(
-            f"measured {measured_tokens_per_second:,.0f} tokens/s exceed the "
-            f"{rate(high):,.0f} that {device.name} reaches at full efficiency: check its peaks"
-        )
-    for _ in range(26):  # to 1e-6 of the factor
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if rate(middle) < measured_tokens_per_second else (low, middle)
-    return DEFAULT_EFFICIENCY.scaled(high, source)

@@ -23,13 +23,15 @@ class Pipeline:
     peak_activations: tuple[int, ...]
 
 
-def seconds_in_ticks(schedule: str, ranks: int, count: int, durations: Durations) -> float:
+def seconds_in_ticks(
+    schedule: str, ranks: int, count: int, durations: Durations, whole: bool = False
+) -> float:
     """How long the micro-batches take where ranks meet after each F, I and W (parallel/ticks.py).
 
-    A tick is as long as the slowest of its ranks, and a transfer follows it. ValueError for
-    "dualpipe", which holds every stage on two ranks.
+    A tick is as long as the slowest of its ranks, and a transfer follows it. whole: I and W of a
+    schedule's B are one tick. ValueError for "dualpipe", which holds every stage on two ranks.
     """
-    ticks = unit_ticks(made_for_ticks(make_schedule(schedule, ranks, count)))
+    ticks = unit_ticks(made_for_ticks(make_schedule(schedule, ranks, count)), whole)
     longest = sum(max(durations.of(action.op) for action in row if action) for row in ticks)
     return longest + (len(ticks) - 1) * durations.transfer
 

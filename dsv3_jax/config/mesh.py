@@ -116,6 +116,10 @@ class PipelineConfig:
     # stages a rank, folded into a V, the smallest bubble; the paper's DualPipe with one copy of the
     # weights.
     schedule: Literal["1f1b", "interleaved", "zb1p", "dualpipev"] = "1f1b"
+    # Ranks meet after each act. apart: the gradient of the input and that of the weights are two
+    # acts; whole: one act, of 1f1b and interleaved, with a third fewer meetings. Faster where the
+    # weights' takes less than about half of a forward, as on GPUs, whose kernels make both.
+    backward: Literal["apart", "whole"] = "apart"
 
     @property
     def stages_per_rank(self) -> int:
@@ -134,6 +138,11 @@ class PipelineConfig:
                 f"mesh.pipe={ranks} under {self.schedule} needs {stages} stages, but "
                 f"model.num_hidden_layers={layers} fill {layers}, and the last may have the head "
                 f"alone: use mesh.pipe={nearest} or less"
+            )
+        if self.backward == "whole" and self.schedule not in ("1f1b", "interleaved"):
+            found.append(
+                f"pipeline.backward='whole', but {self.schedule} takes backward passes apart: use "
+                "--pipeline.backward apart, or --pipeline.schedule 1f1b"
             )
         of_batch = f"train.batch_size / micro_batch_size = {microbatches} micro-batches"
         if self.schedule == "dualpipev" and microbatches < 2 * ranks:

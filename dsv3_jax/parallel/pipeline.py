@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.parallel.ticks import IDLE, TickTables
+from dsv3_jax.parallel.ticks import BACKWARD, IDLE, INPUT_BACKWARD, WEIGHT_BACKWARD, TickTables
 
 Message = Float[Array, "B T D"]
 Totals = Any  # gradients and statistics that acts add to
@@ -46,7 +46,7 @@ class Work(NamedTuple):
     """One kind of work of an act, such as the forward of a layer.
 
     Fields:
-        op: the act, one of the tables' numbers.
+        op: the act, FORWARD, INPUT_BACKWARD or WEIGHT_BACKWARD.
         counts: how often each stage wants it, by rank and chunk.
         backward: whether a stage's layers are taken from the last to the first.
         run: (totals, buffers, place, layer, x) to (totals, buffers, x), functions of arrays, alike
@@ -74,7 +74,8 @@ def run_ticks(
     `message` is what ranks hand over, hidden states and their gradients alike. Micro-batches from
     num_microbatches on are left out: their ticks pass idle. An act's works are done in their order.
     Buffers and messages have as many slots as the tables say. `edge` is called with what a tick
-    begins with and what it ends with.
+    begins with and what it ends with. The works of INPUT_BACKWARD come before those of
+    WEIGHT_BACKWARD, whose x is handed over as it is.
     """
     rank = lax.axis_index(axis)
     rows = {name: jnp.asarray(table)[:, rank] for name, table in tables.columns().items()}
@@ -90,7 +91,7 @@ def run_ticks(
         x = edge(op, place, read_slot(mail, row["received"]))
         carry = totals, buffers, x
         for work, of_rank in zip(works, counts):
-            count = jnp.where(op == work.op, of_rank[place.chunk], 0)
+            count = jnp.where(_is_part(work.op, op), of_rank[place.chunk], 0)
 
             def turn(number, carry, work=work, count=count):
                 totals, buffers, x = carry
@@ -108,6 +109,12 @@ def run_ticks(
     mail = empty_slots(message, tables.num_mail + 1)
     (totals, _, _), _ = lax.scan(tick, (totals, buffers, mail), rows)
     return totals
+
+
+def _is_part(work: int, op: Int[Array, ""]) -> Array:
+    """Whether an act is of this kind, or has it as a part."""
+    is_whole = op == BACKWARD if work in (INPUT_BACKWARD, WEIGHT_BACKWARD) else False
+    return (op == work) | is_whole
 
 
 def empty_slots(shapes: Any, *counts: int) -> Any:

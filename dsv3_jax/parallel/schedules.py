@@ -84,13 +84,16 @@ class PipelineSchedule:
             return self.num_ranks - 1 - stage
         return stage % self.num_ranks
 
-    def in_units(self) -> PipelineSchedule:
-        """The same schedule with every B and FB taken apart into F, I and W.
+    def in_units(self, whole: bool = False) -> PipelineSchedule:
+        """The same schedule with every B and FB taken apart into F, I and W; B stay if `whole`.
 
         For an executor whose ticks are all one unit long: there a fused FB tick makes every other
         rank wait for the longest branch.
         """
-        rows = tuple(tuple(part for a in row for part in a.parts) for row in self.actions)
+        rows = tuple(
+            tuple(p for a in row for p in ((a,) if whole and a.op == "B" else a.parts))
+            for row in self.actions
+        )
         return PipelineSchedule(
             self.name, self.placement, self.num_ranks, self.num_stages, self.num_microbatches, rows
         )

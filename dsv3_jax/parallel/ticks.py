@@ -1,6 +1,7 @@
 """A pipeline schedule as tables of ticks: what the one SPMD program does, rank by rank.
 
-In one program all ranks meet at every hand-over, so time is cut into ticks of one F, I or W each.
+In one program all ranks meet at every hand-over, so time is cut into ticks of one F, I or W each,
+or of one F or one whole backward pass (B: I, then W).
 The tables say, for every tick and rank, what to do and which slot of which buffer it reads and
 writes. A slot is taken when something comes to life and is free when its last reader is done, so
 that there are as many as the schedule holds at its peak, however many micro-batches it runs. Knows
@@ -17,8 +18,8 @@ from jaxtyping import Int32
 
 from dsv3_jax.parallel.schedules import Action, PipelineSchedule
 
-IDLE, FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD = range(4)
-_OPS = {"F": FORWARD, "I": INPUT_BACKWARD, "W": WEIGHT_BACKWARD}
+IDLE, FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD, BACKWARD = range(5)
+_OPS = {"F": FORWARD, "I": INPUT_BACKWARD, "W": WEIGHT_BACKWARD, "B": BACKWARD}
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class TickTables:
     """Tables of [ticks, ranks] int32 and the sizes of the buffers they point into.
 
     Fields:
-        op: IDLE, FORWARD, INPUT_BACKWARD or WEIGHT_BACKWARD.
+        op: IDLE, FORWARD, INPUT_BACKWARD, WEIGHT_BACKWARD, or BACKWARD for the last two in turn.
         chunk: which of the stages that the rank holds.
         microbatch: whose turn it is.
         saved: slot of what the forward keeps for both backward passes.
@@ -75,12 +76,13 @@ def stages_of_rank(schedule: PipelineSchedule, rank: int) -> list[int]:
     return [s for s in range(schedule.num_stages) if schedule.rank_of(s, 0) == rank]
 
 
-def unit_ticks(schedule: PipelineSchedule) -> list[list[Action | None]]:
+def unit_ticks(schedule: PipelineSchedule, whole: bool = False) -> list[list[Action | None]]:
     """What each rank does in each tick: its next action, once all that it needs has been made.
 
-    ValueError for a schedule whose ranks wait for each other.
+    whole: the schedule's B are one tick each, rather than one for I and one for W. ValueError for a
+    schedule whose ranks wait for each other.
     """
-    schedule = schedule.in_units()
+    schedule = schedule.in_units(whole)
     done: set[tuple[str, int, int]] = set()
     position = [0] * schedule.num_ranks
     ticks: list[list[Action | None]] = []
@@ -95,7 +97,7 @@ def unit_ticks(schedule: PipelineSchedule) -> list[list[Action | None]]:
             raise ValueError(f"schedule {schedule.name!r} deadlocks at {waiting[0]}")
         for rank, action in enumerate(row):
             if action is not None:
-                done.add((action.op, action.stage, action.microbatch))
+                done |= set(_made(action))
                 position[rank] += 1
         ticks.append(row)
     return ticks
@@ -111,9 +113,12 @@ def made_for_ticks(schedule: PipelineSchedule) -> PipelineSchedule:
     return schedule
 
 
-def tick_tables(schedule: PipelineSchedule) -> TickTables:
-    """The tables of a schedule whose ranks hold each stage once (not "bidirectional")."""
-    ticks = unit_ticks(made_for_ticks(schedule))
+def tick_tables(schedule: PipelineSchedule, whole: bool = False) -> TickTables:
+    """The tables of a schedule whose ranks hold each stage once (not "bidirectional").
+
+    whole: as `unit_ticks` has it.
+    """
+    ticks = unit_ticks(made_for_ticks(schedule), whole)
     shape = (len(ticks), schedule.num_ranks)
     names = ("op", "chunk", "microbatch", "saved", "pending", "received")
     tables = {name: np.zeros(shape, np.int32) for name in names}
@@ -123,7 +128,7 @@ def tick_tables(schedule: PipelineSchedule) -> TickTables:
                 tables["op"][t, rank] = _OPS[action.op]
                 tables["chunk"][t, rank] = chunk_of(schedule, action.stage)
                 tables["microbatch"][t, rank] = action.microbatch
-    when = {(a.op, a.stage, a.microbatch): t for t, row in enumerate(ticks) for a in row if a}
+    when = {made: t for t, row in enumerate(ticks) for a in row if a for made in _made(a)}
     num_saved = _place_between("FIW", schedule, when, tables["saved"])
     num_pending = _place_between("IW", schedule, when, tables["pending"])
     arrivals = {name: np.full(shape, -1, np.int32) for name in ("above", "below", "self")}
@@ -143,12 +148,17 @@ def _needs(schedule: PipelineSchedule, action: Action) -> Iterator[tuple[str, in
     stage, m = action.stage, action.microbatch
     if action.op == "F" and stage > 0:
         yield "F", stage - 1, m
-    if action.op == "I":
+    if action.op in "IB":
         yield "F", stage, m
         if stage + 1 < schedule.num_stages:
             yield "I", stage + 1, m
     if action.op == "W":
         yield "I", stage, m
+
+
+def _made(action: Action) -> Iterator[tuple[str, int, int]]:
+    for part in action.parts:
+        yield part.op, part.stage, part.microbatch
 
 
 def _place_between(ops: str, schedule: PipelineSchedule, when, column) -> int:

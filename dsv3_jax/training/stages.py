@@ -87,7 +87,8 @@ def plan_stages(config: Config) -> StagePlan:
             for stage, count in enumerate(of_stage):
                 numbers[stage, :count] = np.arange(first[stage], first[stage] + count)
             layers[kind] = numbers[stages]
-    return StagePlan(schedule, tick_tables(schedule), stages, layers)
+    tables = tick_tables(schedule, config.pipeline.backward == "whole")
+    return StagePlan(schedule, tables, stages, layers)
 
 
 def to_stages(tree: Any, kind: str, plan: StagePlan, layout: Layout) -> Any:

@@ -7,9 +7,9 @@ import jax
 import pytest
 
 from dsv3_jax.analysis import pipeline_cost
+from dsv3_jax.analysis.calibration import calibrate
 from dsv3_jax.analysis.estimate import (
     DEFAULT_EFFICIENCY,
-    calibrate,
     estimate_step,
     node_copies,
 )

@@ -5,6 +5,7 @@ import pytest
 
 from dsv3_jax.parallel.schedules import make_schedule
 from dsv3_jax.parallel.ticks import (
+    BACKWARD,
     FORWARD,
     IDLE,
     INPUT_BACKWARD,
@@ -57,11 +58,26 @@ def test_what_a_gradient_leaves_for_the_weights_is_held_until_they_have_theirs(n
     assert tables.num_pending == slots < tables.num_saved or name == "zb1p"
 
 
-@pytest.mark.parametrize("name, ranks, microbatches", CASES)
-def test_every_message_is_read_by_the_stage_it_is_for(name, ranks, microbatches):
+@pytest.mark.parametrize("ranks, microbatches", [(2, 8), (4, 16), (8, 8)])
+def test_whole_backward_passes_take_fewer_ticks(ranks, microbatches):
+    schedule = make_schedule("1f1b", ranks, microbatches)
+    apart, whole = tick_tables(schedule), tick_tables(schedule, whole=True)
+    assert len(whole.op) == 2 * (microbatches + ranks - 1)
+    assert len(whole.op) < 0.8 * len(apart.op)
+    assert whole.num_saved == apart.num_saved and whole.num_pending == 1
+    # As the schedule is, of forwards and backward passes that take as long.
+    alike = simulate(schedule, Durations(1.0, 0.5, 0.5))
+    assert whole.idle == alike.bubbles and len(whole.op) == alike.makespan
+
+
+@pytest.mark.parametrize(
+    "name, ranks, microbatches, whole",
+    [*((*case, False) for case in CASES), *((*case, True) for case in CASES[:5])],
+)
+def test_every_message_is_read_by_the_stage_it_is_for(name, ranks, microbatches, whole):
     """The tables run with names in place of numbers: each act finds what it needs, and no more."""
     schedule = make_schedule(name, ranks, microbatches)
-    tables = tick_tables(schedule)
+    tables = tick_tables(schedule, whole)
     last = schedule.num_stages - 1
     mail = [["?"] * (tables.num_mail + 1) for _ in range(ranks)]
     saved = [["?"] * tables.num_saved for _ in range(ranks)]
@@ -76,18 +92,19 @@ def test_every_message_is_read_by_the_stage_it_is_for(name, ranks, microbatches)
             stage = stages_of_rank(schedule, rank)[chunk]
             assert chunk_of(schedule, stage) == chunk
             received, slot = mail[rank][tables.received[t, rank]], int(tables.saved[t, rank])
-            seen.add((op, stage, m))
+            parts = (INPUT_BACKWARD, WEIGHT_BACKWARD) if op == BACKWARD else (op,)
+            seen |= {(part, stage, m) for part in parts}
             if op == FORWARD:
                 assert stage == 0 or received == ("F", stage - 1, m)
                 saved[rank][slot] = (stage, m)
                 results[rank] = ("F", stage, m)
             else:
                 assert saved[rank][slot] == (stage, m)
-            if op == INPUT_BACKWARD:
+            if INPUT_BACKWARD in parts:
                 assert received == (("F", stage, m) if stage == last else ("I", stage + 1, m))
                 results[rank] = ("I", stage, m)
                 pending[rank][tables.pending[t, rank]] = (stage, m)
-            if op == WEIGHT_BACKWARD:
+            if WEIGHT_BACKWARD in parts:
                 assert pending[rank][tables.pending[t, rank]] == (stage, m)
         for rank in range(ranks):
             mail[rank][tables.from_above[t, rank]] = results[rank - 1]

@@ -37,11 +37,13 @@ MODEL = tiny_model(
 )
 
 
-def run_config(schedule="1f1b", remat="none", state="replicated", factor=2.0, **mesh) -> Config:
+def run_config(
+    schedule="1f1b", remat="none", state="replicated", factor=2.0, backward="apart", **mesh
+) -> Config:
     return Config(
         model=MODEL,
         mesh=ParallelConfig(**mesh),
-        pipeline=PipelineConfig(schedule=schedule),
+        pipeline=PipelineConfig(schedule, backward),
         sharding=ShardingConfig(state=state),
         expert_parallel=ExpertParallelConfig(transport="padded", capacity_factor=factor),
         train=TrainConfig(
@@ -93,6 +95,8 @@ CONFIGS = [
     run_config("dualpipev", "none", "fsdp", pipe=2, data=2),
     run_config("zb1p", "none", "fsdp", pipe=4, context=2),
     run_config("1f1b", "full", "zero1", pipe=2, node=2, local=2),
+    run_config("1f1b", "none", "fsdp", backward="whole", pipe=2),
+    run_config("interleaved", "full", backward="whole", pipe=2),
 ]
 
 
@@ -100,7 +104,10 @@ CONFIGS = [
 @pytest.mark.parametrize(
     "config",
     CONFIGS,
-    ids=lambda c: f"{c.pipeline.schedule}-{c.mesh.pipe}-{c.sharding.state}-{c.train.remat}",
+    ids=lambda c: (
+        f"{c.pipeline.schedule}-{c.mesh.pipe}-{c.sharding.state}-{c.train.remat}"
+        + ("" if c.pipeline.backward == "apart" else "-whole")
+    ),
 )
 def test_a_pipelined_step_is_the_step(config, start, whole):
     step = compiled(config, start)
@@ -189,3 +196,5 @@ def test_what_does_not_fit_is_told_together():
     assert "at least 2 x mesh.pipe = 8 micro-batches" in message
     with pytest.raises(UserError, match=r"groups of mesh.pipe=3.*use 6"):
         run_config("interleaved", pipe=3)
+    with pytest.raises(UserError, match="zb1p takes backward passes apart: use"):
+        run_config("zb1p", backward="whole", pipe=2)
