@@ -27,13 +27,14 @@ from dsv3_jax.samples import write_sample
 from dsv3_jax.starting import open_origin
 from dsv3_jax.training.banner import banner, batch_line
 from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.training.clock import Clock
 from dsv3_jax.training.continuation import checkpoint_meta, find_continuation
 from dsv3_jax.training.divergence import LossGuard
 from dsv3_jax.training.dry_run import dry_run_report
 from dsv3_jax.training.evaluation import Evaluation
 from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.feed import batches
-from dsv3_jax.training.metrics import Clock, MetricsLog
+from dsv3_jax.training.metrics import MetricsLog
 from dsv3_jax.training.profiling import ProfileWindow
 from dsv3_jax.training.record import Throughput, step_values
 from dsv3_jax.training.restore import state_bytes

@@ -9,7 +9,8 @@ import numpy as np
 
 from dsv3_jax.analysis.hardware import peak_bf16_flops
 from dsv3_jax.analysis.latency import mfu
-from dsv3_jax.training.metrics import Clock, expert_stats
+from dsv3_jax.training.clock import Clock
+from dsv3_jax.training.metrics import expert_stats
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.step import StepMetrics, router_bias

@@ -18,7 +18,7 @@ from types import FrameType
 import jax
 
 from dsv3_jax.parallel.hosts import LargestOfAll
-from dsv3_jax.training.metrics import Clock
+from dsv3_jax.training.clock import Clock
 
 log = logging.getLogger(__name__)
 

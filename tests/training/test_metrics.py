@@ -17,7 +17,8 @@ from rich.progress import Progress
 from dsv3_jax.analysis.hardware import peak_bf16_flops
 from dsv3_jax.config import Config
 from dsv3_jax.training import metrics
-from dsv3_jax.training.metrics import Clock, MetricsLog
+from dsv3_jax.training.clock import Clock
+from dsv3_jax.training.metrics import MetricsLog
 from dsv3_jax.training.run_log import keep_log, set_up_logging
 from dsv3_jax.training.sinks import open_sinks
 
@@ -264,7 +265,7 @@ def test_a_narrow_progress_line_keeps_the_eta(width):
 
 def test_the_clock_books_every_second_once(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     clock = Clock()
     now[0] += 1  # before any phase
     with clock("step"):

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.training.metrics import Clock
+from dsv3_jax.training.clock import Clock
 from dsv3_jax.training.stopping import Stopped, StopRequest
 
 # A call into C that no Python handler interrupts, as a compilation is.
 BUSY = """
 import ctypes, sys
-from dsv3_jax.training.metrics import Clock
+from dsv3_jax.training.clock import Clock
 from dsv3_jax.training.run_log import set_up_logging
 from dsv3_jax.training.stopping import StopRequest
 set_up_logging()
@@ -74,7 +74,7 @@ def test_with_nothing_to_save_a_signal_stops_at_once(caplog):
 
 READING = """
 import asyncio
-from dsv3_jax.training.metrics import Clock
+from dsv3_jax.training.clock import Clock
 from dsv3_jax.training.run_log import set_up_logging
 from dsv3_jax.training.stopping import StopRequest
 set_up_logging()
@@ -118,7 +118,7 @@ def test_a_signal_after_the_end_leaves_the_exit_code(number):
 
 COLLECTING = """
 import gc
-from dsv3_jax.training.metrics import Clock
+from dsv3_jax.training.clock import Clock
 from dsv3_jax.training.run_log import set_up_logging
 from dsv3_jax.training.stopping import StopRequest
 set_up_logging()
