@@ -72,12 +72,14 @@ def moe_layer(options: Options) -> None:
         said, spent, operands = "", [], programs[1]()
         rows = rows_of_each(operands, model, devices)
         for (program, apart), times in zip(programs[0], (1, 3)):
+            checked = _checked(program, operands)
             seconds = seconds_of(program, *operands, quick=quick)
             said += f"  {1e3 * seconds:8.3f} ms ({times * flops / seconds / 1e12:6.1f}"
             found = kernel_classes.kernels(partial(apart, *operands), apart.as_text(), calls=4)
             classes = kernel_classes.classed(found)
             products = sum(r.ms for k, r in classes.items() if "by our kernels" in k) / devices
             said += f", {1e3 * seconds / products:.2f}x)" if products else ")"
+            said += checked
             spent.append(", ".join(f"{k} {r.ms / devices:.2f}" for k, r in classes.items()))
         print(
             f"{name}{said}  {rows} rows a GPU",
@@ -85,6 +87,13 @@ def moe_layer(options: Options) -> None:
             sep="\n",
             flush=True,
         )
+
+
+def _checked(program: Any, operands: Any) -> str:
+    """The norm of the layer's output, to compare ways by; and whether a second run has its bits."""
+    y, again = (jax.tree.leaves(program(*operands))[0] for _ in range(2))
+    norm = float(jnp.linalg.norm(y.astype(jnp.float32)))
+    return f" |y| {norm:.8g}" + ("" if bool((y == again).all()) else " NOT THE SAME BITS TWICE")
 
 
 def _layer_programs(transport: str, tokens: int, model: ModelConfig, devices: int):

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import backend
+from dsv3_jax.kernels.beside import beside
 from dsv3_jax.kernels.fused.api import swiglu_backward_quantize
 from dsv3_jax.kernels.gemm.api import scaled_matmul, scaled_wgrad
 from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul, grouped_wgrad, grouped_wgrad_into
@@ -111,17 +112,20 @@ def fp8_feed_forward(
     gate_up: Float[Array, "2 F D"] | StepWeight,
     down: Float[Array, "D F"] | StepWeight,
     recipes: tuple[LinearRecipe, LinearRecipe],
+    leaving: int | None = None,
 ) -> Float[Array, "*B D"]:
     """`fp8_linear` by `gate_up`, then by `down` with SwiGLU, for recipes that `can_fuse`.
 
     The same products and saved arrays; in the backward pass SwiGLU's gradient is quantised both
-    ways where it is computed, and is never an array of its own.
+    ways where it is computed, and is never an array of its own. leaving: the forward pass runs
+    beside other work on a GPU, to which it leaves so many multiprocessors (kernels/beside.py).
     """
     batch = (x.carrier if isinstance(x, StraightThrough) else x).shape[:-1]
     x_T, gate_up, down = vary_together(_flat(x, batch), gate_up, down)
     x_T, arrived = _carrier_and_numbers(x_T, None)
     (gate_up, wide), (down, narrow) = _matrix(gate_up, -1), _matrix(down, -1)
-    y: Array = _feed_forward(x_T, gate_up, down, None, recipes, arrived, (wide, narrow))
+    operands = x_T, gate_up, down, None
+    y: Array = _feed_forward(*operands, recipes, leaving, arrived, (wide, narrow))
     return y.reshape(*batch, -1)
 
 
@@ -136,7 +140,8 @@ def fp8_grouped_feed_forward(
     x, arrived = _carrier_and_numbers(rows, None)
     experts = len(gate_up)
     (gate_up, wide), (down, narrow) = _matrix(gate_up, experts, -1), _matrix(down, experts, -1)
-    return _feed_forward(x, gate_up, down, group_sizes, recipes, arrived, (wide, narrow))
+    operands = x, gate_up, down, group_sizes
+    return _feed_forward(*operands, recipes, None, arrived, (wide, narrow))
 
 
 def _flat(x: Any, batch: tuple[int, ...]) -> Any:
@@ -255,19 +260,32 @@ def _no_gradient(group_sizes: Any) -> Any:
 backend.define_vjp(_linear, _forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _feed_forward(x, gate_up, down, group_sizes, recipes, arrived=None, made=(None, None)):
-    return _feed_forward_fwd(x, gate_up, down, group_sizes, recipes, arrived, made)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _feed_forward(
+    x, gate_up, down, group_sizes, recipes, leaving, arrived=None, made=(None, None)
+):
+    def forward(*operands):
+        return _both_products(recipes, *operands)[0]
+
+    run = forward if leaving is None else beside(forward, leaving)
+    return run(x, gate_up, down, group_sizes, arrived, made)
 
 
-def _feed_forward_fwd(x, gate_up, down, group_sizes, recipes, arrived=None, made=(None, None)):
+def _feed_forward_fwd(x, gate_up, down, group_sizes, recipes, leaving, arrived=None, made=None):
+    forward = functools.partial(_both_products, recipes)
+    run = forward if leaving is None else beside(forward, leaving)
+    return run(x, gate_up, down, group_sizes, arrived, made or (None, None))
+
+
+def _both_products(recipes, x, gate_up, down, group_sizes, arrived, made):
     hidden, wide = _forward(x, gate_up, group_sizes, recipes[0], None, arrived, made[0])
     hidden = hidden.reshape(len(hidden), 2, -1)
     y, narrow = _forward(hidden, down, group_sizes, recipes[1], swiglu, made=made[1])
     return y, (wide, narrow)
 
 
-def _feed_forward_bwd(recipes, residuals, dy):
+def _feed_forward_bwd(recipes, leaving, residuals, dy):
+    del leaving  # of the forward pass alone
     wide, narrow = residuals
     kept, like, *_, group_sizes, _ = narrow
     used = _used(group_sizes)

@@ -47,10 +47,12 @@ def feed_forward(
     down: Float[Array, "D F"] | Projection | StepWeight,
     recipes: Recipes,
     layout: Layout = ONE_DEVICE,
+    leaving: int | None = None,
 ) -> Float[Array, "*B D"]:
     """down(swiglu(gate_up(x))), with F cut over `tensor`.
 
-    x lies as ("batch", "seq"), and the result as the residual.
+    x lies as ("batch", "seq"), and the result as the residual. leaving: where this is one FP8
+    operation, it runs beside others on a GPU, to which it leaves so many multiprocessors.
     """
     rows, inner = ("batch", "seq"), (None, "mlp", None)
     if not _is_one_operation(x, gate_up, down, recipes, layout):
@@ -60,7 +62,7 @@ def feed_forward(
         narrow = ProductLayout(layout, rows, (None, "mlp"))
         return linear(hidden, down, recipes[1], swiglu, narrow)
     both: Any = fp8_feed_forward
-    multiply = partial(both, recipes=recipes)
+    multiply = partial(both, recipes=recipes, leaving=leaving)
     inputs = layout.spec(*rows), layout.spec(*inner), layout.spec(None, "mlp")
     return layout.shard_map(
         lambda *operands: add_up(multiply(*operands), layout, "mlp"),

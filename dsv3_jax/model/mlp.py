@@ -14,6 +14,7 @@ class MLP(nn.Module):
 
     how: Pass
     shared: bool = False  # the shared experts, all as one
+    leaving: int | None = None  # see `feed_forward`
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"] | StraightThrough) -> Float[Array, "B T D"]:
@@ -24,4 +25,4 @@ class MLP(nn.Module):
             w = parameters(self, how.config, "dense", "mlp")
         recipes = how.recipe.gate_up_proj, how.recipe.down_proj
         x = how.layout.constrain(x, "batch", "seq")
-        return feed_forward(x, w.gate_up_proj, w.down_proj, recipes, how.layout)
+        return feed_forward(x, w.gate_up_proj, w.down_proj, recipes, how.layout, self.leaving)

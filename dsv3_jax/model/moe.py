@@ -27,7 +27,7 @@ from dsv3_jax.model.router import Routing, balance_loss, route
 from dsv3_jax.parallel.collectives import total, vary
 from dsv3_jax.parallel.expert import Exchange, combine, dispatch, make_exchange, may_overflow
 from dsv3_jax.parallel.hops import NOBODY
-from dsv3_jax.parallel.rounds import fits_or_nan, in_rounds
+from dsv3_jax.parallel.rounds import Before, fits_or_nan, in_rounds
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, StepWeight
 from dsv3_jax.quantization.recipe import BF16, Recipe, TileFormat
@@ -84,6 +84,7 @@ def _expert_round(
     operands: tuple[Any, ...],
     experts_TK: Int[Array, "T K"],
     window: Int[Array, " levels"] | None,
+    before: Before | None = None,
     *,
     recipe: Recipe,
     exchange: Exchange,
@@ -96,7 +97,7 @@ def _expert_round(
     arrives = gate_up if as_projection(gate_up_E2FD).takes_quantized_rows else None
     gather = partial(gather_for, recipe=arrives)
     rows_MD, group_sizes, handle = dispatch(
-        x_TD, weights_TK, experts_TK, exchange, alignment, window, gather
+        x_TD, weights_TK, experts_TK, exchange, alignment, window, gather, before
     )
     # expert FFN
     out_MD = grouped_feed_forward(
@@ -161,8 +162,10 @@ def routed_experts(
     counted: Bool[Array, "B T"] | None,
     how: Pass,
     told: Int[Array, "B T K"] | None = None,
-) -> tuple[Float[Array, "B T D"], MoEStats]:
-    """The routed experts' share of a MoE layer's output, and its statistics.
+) -> tuple[Float[Array, "B T D"], MoEStats, Float[Array, "B T D"]]:
+    """The routed experts' share of a MoE layer's output, its statistics, and x for other experts.
+
+    Where these may run while rows are on their way, their x is not there before the router is done.
 
     The boundary between arrays of the batch and those of a device. Tokens lie on the axes of
     "batch" and "residual", experts on those of "expert". Where B or T do not divide, tokens that
@@ -190,21 +193,22 @@ def routed_experts(
     tokens: Any = layout.spec("batch", "residual")
     held: Any = layout.spec("expert")
     everywhere: Any = PartitionSpec()
-    y, stats = layout.shard_map(
+    y, stats, later = layout.shard_map(
         partial(_experts_of_device, batch, how, exchange),
         in_specs=(tokens, MoEWeights(everywhere, everywhere, held, held, everywhere), tokens),
-        out_specs=(tokens, MoEStats(everywhere, everywhere, tokens, tokens, everywhere)),
+        out_specs=(tokens, MoEStats(everywhere, everywhere, tokens, tokens, everywhere), tokens),
     )(x, weights, (real, counted, told))
     if real is None:
-        return y, stats
-    return y[:batch, :length], stats._replace(
+        return y, stats, later
+    stats = stats._replace(
         experts=stats.experts[:batch, :length], weights=stats.weights[:batch, :length]
     )
+    return y[:batch, :length], stats, later[:batch, :length]
 
 
 def _experts_of_device(
     batch: int, how: Pass, exchange: Exchange, x, weights: MoEWeights, masks
-) -> tuple[Float[Array, "B T D"], MoEStats]:
+) -> tuple[Float[Array, "B T D"], MoEStats, Float[Array, "B T D"]]:
     layout, config = how.layout, how.config
     batch_axes, sequence_axes = layout.axes("batch"), layout.axes("residual")
     axes = (*batch_axes, *sequence_axes)
@@ -215,7 +219,10 @@ def _experts_of_device(
     if told is not None:
         told = told.reshape(x_TD.shape[0], -1)
         select = lambda *_: told  # noqa: E731
-    routing = route(x_TD, weights.gate, weights.bias, config, how.score, select)
+    routing, later = route(x_TD, weights.gate, weights.bias, config, how.score, select), x
+    if leaving_to_exchange(layout) is not None:
+        later, weights_TK = lax.optimization_barrier((later, routing.weights_TK))
+        routing = routing._replace(weights_TK=weights_TK)
     experts_TK = routing.experts_TK
     if weights.places is not None:  # statistics stay those of experts
         expert_axes = layout.axes("expert")
@@ -251,7 +258,7 @@ def _experts_of_device(
         routing.weights_TK.reshape(by_token),
         rounds,
     )
-    return y.reshape(x.shape), stats
+    return y.reshape(x.shape), stats, later
 
 
 def exchange_of(
@@ -308,7 +315,7 @@ class Experts(nn.Module):
         bias: Float[Array, " E"] | None,
         places: tuple[Int[Array, "E C"], Int[Array, " E"]] | None,
         told: Int[Array, "B T K"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], MoEStats]:
+    ) -> tuple[Float[Array, "B T D"], MoEStats, Float[Array, "B T D"]]:
         w = parameters(self, self.how.config, "moe", "mlp/experts", self.num_places)
         weights = MoEWeights(gate, bias, w.gate_up_proj, w.down_proj, places)
         return routed_experts(x, weights, counted, self.how, told)
@@ -340,10 +347,17 @@ class MoE(nn.Module):
             places = tuple(self.get_variable("placement", name) for name in ("place", "count"))
             num_places = len(self.get_variable("placement", "expert"))
         experts = Experts(self.how, num_places, name="experts")
-        y, stats = experts(x, counted, w.gate, bias, places, told)
+        y, stats, x = experts(x, counted, w.gate, bias, places, told)
         if config.n_shared_experts:
-            y = y + MLP(self.how, shared=True, name="shared_experts")(x)
+            leaving = leaving_to_exchange(self.how.layout)
+            y = y + MLP(self.how, shared=True, leaving=leaving, name="shared_experts")(x)
         return self.how.layout.constrain(y, "batch", "residual"), stats
+
+
+def leaving_to_exchange(layout: Layout) -> int | None:
+    """The multiprocessors that rows over NVLink need, where shared experts may run meanwhile."""
+    reads = layout.size("expert") > 1 and layout.expert.transport == "pallas"
+    return layout.expert.multiprocessors if reads and layout.platform in ("gpu", "cuda") else None
 
 
 def _load(

@@ -25,6 +25,7 @@ from dsv3_jax.parallel.collectives import Axes
 from dsv3_jax.parallel.grouping import Groups, gather_rows, plan, rank_in_group, sum_rows
 from dsv3_jax.parallel.hops import Hop, HopPlan, copies, plan_hop, send, send_back
 from dsv3_jax.parallel.reading import Places, Reading, places_of, read, return_sums
+from dsv3_jax.parallel.rounds import Before
 from dsv3_jax.quantization.block_scaled import BlockScaled, StraightThrough
 
 
@@ -188,6 +189,7 @@ def dispatch(
     alignment: int,
     window: Int[Array, " levels"] | None = None,
     gather: Callable[[Any, Groups], Any] = gather_rows,
+    before: Before | None = None,
 ) -> tuple[Float[Array, "M D"] | StraightThrough, Int[Array, " E"], Handle]:
     """The rows of this device's experts, the size of each one's group, and the handle.
 
@@ -195,6 +197,7 @@ def dispatch(
     `hops.NOBODY` gets no row (only where there are hops). With `quantized_rows` the rows are the
     FP8 numbers that were sent. Of rows that do not fit into the buffers, `window` says which ones
     are meant, and the handle whether there are more. `gather` may quantise what it gathers.
+    `before` (see `rounds`) is called where what is left is known before any row has moved.
     """
     if not exchange.hops:
         groups, sizes, _ = plan(experts, exchange.experts, alignment)
@@ -206,7 +209,7 @@ def dispatch(
     if exchange.buffered:
         sent = _send(x, weights, experts, window, exchange)
     if exchange.reading is not None:
-        return _dispatch_by_reading(sent, exchange, alignment, window)
+        return _dispatch_by_reading(sent, exchange, alignment, window, before)
     local, left = _own_entries(sent.experts, exchange, window[-1])
     groups, sizes, _ = plan(local, exchange.experts, alignment, exchange.entries)
     arrived = sent.x if sent.numbers is None else StraightThrough(sent.numbers, sent.x)
@@ -214,18 +217,23 @@ def dispatch(
     return gather(arrived, groups), sizes, handle
 
 
-def _dispatch_by_reading(sent: Any, exchange: Exchange, alignment: int, window):
+def _dispatch_by_reading(
+    sent: Any, exchange: Exchange, alignment: int, window, before: Before | None
+):
     """The last hop of `dispatch`: every device learns all choices, and reads the rows it needs."""
     hop = exchange.reading
     assert hop is not None
-    experts, weights = hop.of_all(sent.experts), hop.of_all(sent.weights)
-    local, left = _own_entries(experts, exchange, window[-1])
+    experts, weights = hop.of_all(sent.experts, known_alike=True), hop.of_all(sent.weights)
+    local = _own_entries(experts, exchange, window[-1])[0]
     groups, sizes, load = plan(local, exchange.experts, alignment, exchange.entries)
     places = places_of(groups, sizes, load, sent.experts, hop)
     arrived = sent.x if sent.numbers is None else StraightThrough(sent.numbers, sent.x)
     # No array of no elements: as a residual in a scan it breaks XLA's partitioner (jax 0.11.2).
-    before = [] if sent.left is None else [sent.left]
-    left = jnp.concatenate([*before, jnp.zeros(1, bool), left[None]])
+    earlier = [] if sent.left is None else [sent.left]
+    more = _any_left(experts, exchange, window[-1])
+    left = jnp.concatenate([*earlier, jnp.zeros(1, bool), more[None]])
+    if before is not None and not earlier:
+        places = before(left, places)
     handle = Handle(groups, weights, sent.plans, left, places)
     return read(arrived, places, hop), sizes, handle
 
@@ -255,6 +263,17 @@ def _own_entries(experts_RK, exchange: Exchange, window):
     left = (own & (number >= exchange.entries)).any()
     own &= (number >= 0) & (number < exchange.entries)
     return jnp.where(own, local, exchange.experts), left
+
+
+def _any_left(experts_RK, exchange: Exchange, window):
+    """Whether any of the last hop's devices has entries for later windows; all know the choices."""
+    hop = exchange.hops[-1]
+    assert exchange.entries is not None
+    first = 0 if not hop.before else lax.axis_index(hop.before) * hop.size
+    device = experts_RK // exchange.experts - first
+    peers = jnp.arange(hop.size, dtype=device.dtype)
+    entries = (device.reshape(-1, 1) == peers).sum(0, dtype=jnp.int32)
+    return (entries > (window + 1) * exchange.entries).any()
 
 
 class _Sent(NamedTuple):

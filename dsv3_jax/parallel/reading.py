@@ -46,9 +46,10 @@ class Reading:
     def _options(self) -> dict[str, Any]:
         return {"axes": self.hop.axes, "multiprocessors": self.multiprocessors}
 
-    def of_all(self, x: Array) -> Array:
-        """x of all peers, one after the other."""
-        return lax.all_gather(x, self.hop.axes, tiled=True)
+    def of_all(self, x: Array, *, known_alike: bool = False) -> Array:
+        """x of all peers, one after the other; known_alike: typed as the same on all of them."""
+        to: Any = "invarying" if known_alike else "varying"
+        return lax.all_gather(x, self.hop.axes, tiled=True, to=to)
 
     def gather(self, x: Array, places: "Places") -> Array:
         """`kernels.peers.gather_rows` along this hop."""

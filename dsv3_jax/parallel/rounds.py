@@ -18,8 +18,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-# (operands, constants, window) to (y, whether rows are left at each level)
-Piece = Callable[[Any, Any, Int[Array, " levels"]], tuple[Array, Bool[Array, " levels"]]]
+# (operands, constants, window, before) to (y, whether rows are left at each level). It may call
+# before(left, rest) as soon as it knows what is left, and then reads what that returns for `rest`.
+Before = Callable[[Any, Any], Any]
+Piece = Callable[[Any, Any, Int[Array, " levels"], Before], tuple[Array, Bool[Array, " levels"]]]
 
 
 def in_rounds(
@@ -28,8 +30,8 @@ def in_rounds(
     """The sum of `piece` over all windows, and how many rounds that took.
 
     `piece` is static (hashable, without arrays in it), and all devices along `axes` run it alike.
-    Its y is differentiated in the `operands`, which must vary over the axes; the `constants` are
-    integers.
+    Its y is like the first array of the `operands`, in which it is differentiated, and which must
+    vary over the axes; the `constants` are integers, and so is what `before` is given.
     """
     return _in_rounds(piece, tuple(axes), levels, operands, constants)
 
@@ -38,7 +40,7 @@ def fits_or_nan(
     piece: Piece, axes: Sequence[str], levels: int, operands: Any, constants: Any
 ) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
     """The first round; NaN throughout, and two rounds said to be needed, when it is not enough."""
-    y, left = piece(operands, constants, jnp.zeros(levels, jnp.int32))
+    y, left = piece(operands, constants, jnp.zeros(levels, jnp.int32), _no_loop)
     overflow = _agree(left, axes).any()
     return jnp.where(overflow, jnp.nan, y), 1 + overflow.astype(jnp.int32)
 
@@ -46,32 +48,64 @@ def fits_or_nan(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _in_rounds(piece, axes, levels, operands, constants):
     # Without a gradient nothing is linearised: a kernel need not be differentiable then.
-    y, left = piece(operands, constants, jnp.zeros(levels, jnp.int32))
-    return _with_further(piece, axes, operands, constants, y, _agree(left, axes))
+    further = _Further(piece, axes, operands, constants)
+    y, left = piece(operands, constants, jnp.zeros(levels, jnp.int32), further.before)
+    return further.added_to(y, left)
 
 
 def _forward(piece, axes, levels, operands, constants):
-    first = jnp.zeros(levels, jnp.int32)
+    first, further = jnp.zeros(levels, jnp.int32), _Further(piece, axes, operands, constants)
     y, pull_back, left = jax.vjp(
-        lambda operands: piece(operands, constants, first), operands, has_aux=True
+        lambda operands: piece(operands, constants, first, further.before), operands, has_aux=True
     )
-    left = _agree(left, axes)
-    out = _with_further(piece, axes, operands, constants, y, left)
-    return out, (pull_back, left, operands, constants)
+    out = further.added_to(y, left)
+    return out, (pull_back, further.left, operands, constants)
 
 
-def _with_further(piece, axes, operands, constants, y, left):
-    """(y with all windows after the first, how many rounds that took)."""
+class _Further:
+    """All rounds after the first, in a loop that runs when the first one has made its plan.
 
-    def body(carry):
-        window, left, y, rounds = carry
-        window = _next(window, left)
-        more, left = piece(operands, constants, window)
-        return window, _agree(left, axes), y + more, rounds + 1
+    A host that waits to learn whether there are any (XLA's, on a GPU) then does so before it has
+    launched the first round's products, and is ahead of the device again while these run.
+    """
 
-    start = (jnp.zeros_like(left, jnp.int32), left, y, jnp.ones((), jnp.int32))
-    _, _, y, rounds = lax.while_loop(lambda carry: carry[1].any(), body, start)
-    return y, rounds
+    def __init__(self, piece: Piece, axes: Sequence[str], operands: Any, constants: Any):
+        self._of_loop = piece, axes, operands, constants
+        self._sum: Any = None
+        self._rounds: Any = None
+        self.left: Any = None
+
+    def before(self, left: Any, rest: Any) -> Any:
+        """Runs the loop; `rest`, which is not there before it has ended."""
+        self._run(left, jnp.zeros_like(jax.tree.leaves(self._of_loop[2])[0]))
+        rest, self._sum = lax.optimization_barrier((rest, self._sum))
+        return rest
+
+    def added_to(self, y: Array, left: Any) -> tuple[Array, Array]:
+        """(y with all rounds after the first, how many rounds there were)."""
+        if self._sum is not None:
+            return y + self._sum, self._rounds
+        self._run(left, y)
+        return self._sum, self._rounds
+
+    def _run(self, left, start):
+        piece, axes, operands, constants = self._of_loop
+        self.left = _agree(left, axes)
+
+        def body(carry):
+            window, left, y, rounds = carry
+            window = _next(window, left)
+            more, left = piece(operands, constants, window, _no_loop)
+            return window, _agree(left, axes), y + more, rounds + 1
+
+        carry = jnp.zeros_like(left, jnp.int32), self.left, start, jnp.ones((), jnp.int32)
+        _, _, self._sum, self._rounds = lax.while_loop(lambda c: c[1].any(), body, carry)
+
+
+def _no_loop(left: Any, rest: Any) -> Any:
+    """`before` of a round that no others follow from."""
+    del left
+    return rest
 
 
 def _backward(piece, axes, levels, residuals, cotangents):
@@ -82,7 +116,7 @@ def _backward(piece, axes, levels, residuals, cotangents):
         window, left, gradients = carry
         window = _next(window, left)
         _, pull_back, left = jax.vjp(
-            lambda operands: piece(operands, constants, window), operands, has_aux=True
+            lambda operands: piece(operands, constants, window, _no_loop), operands, has_aux=True
         )
         gradients = jax.tree.map(jnp.add, gradients, pull_back(d_y)[0])
         return window, _agree(left, axes), gradients
@@ -97,8 +131,9 @@ _in_rounds.defvjp(_forward, _backward)
 
 
 def _agree(left: Bool[Array, " levels"], axes: Sequence[str]) -> Bool[Array, " levels"]:
-    """True where any device has rows left."""
-    return lax.pmax(left.astype(jnp.int32), tuple(axes)) > 0
+    """True where any device has rows left. Devices that know of each other need not be asked."""
+    asked = tuple(a for a in axes if a in jax.typeof(left).manual_axis_type.varying)
+    return lax.pmax(left.astype(jnp.int32), asked) > 0 if asked else left
 
 
 def _next(window: Int[Array, " levels"], left: Bool[Array, " levels"]) -> Int[Array, " levels"]:
