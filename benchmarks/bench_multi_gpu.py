@@ -69,6 +69,7 @@ def parse() -> tuple[Options, list[str]]:
     parser.add_argument("--tokens", type=int, nargs="+", default=[], help="a GPU")
     parser.add_argument("--ways", nargs="+", default=[], help="transports, of exchange and moe")
     parser.add_argument("--devices", type=int, nargs="+", default=[], help="of slice: 1 2 4")
+    parser.add_argument("--beside", action="store_true", help="moe: shared_beside, by pallas")
     given = parser.parse_args()
     words = sys.argv[1:]
     return Options(**vars(given)), words

@@ -57,7 +57,8 @@ def moe_layer(options: Options) -> None:
     sizes = options.tokens or ([16] if quick else [64, 512, 4096, 8192])
     ways = options.ways or ["pallas", "padded"]
     cases = [(way, tokens) for way in ways for tokens in sizes]
-    built = compile_all({c: partial(_layer_programs, *c, model, devices) for c in cases})
+    build = partial(_layer_programs, model=model, devices=devices, beside=options.beside)
+    built = compile_all({c: partial(build, *c) for c in cases})
     width, choices = model.moe_intermediate_size, model.num_experts_per_tok + model.n_shared_experts
     print(
         f"{'MoE layer, FP8, experts over all':38} tokens a GPU  forward (TFLOP/s)  fwd+bwd, "
@@ -96,12 +97,15 @@ def _checked(program: Any, operands: Any) -> str:
     return f" |y| {norm:.8g}" + ("" if bool((y == again).all()) else " NOT THE SAME BITS TWICE")
 
 
-def _layer_programs(transport: str, tokens: int, model: ModelConfig, devices: int):
+def _layer_programs(
+    transport: str, tokens: int, *, model: ModelConfig, devices: int, beside: bool = False
+):
     """Forward, and forward + backward, compiled to time and to profile, and what makes operands."""
     expert: Any = ExpertParallelConfig(
         transport=transport,  # pyright: ignore[reportArgumentType]
         dispatch_format="fp8",
         combine_format="bf16",
+        shared_beside=beside,
     )
     layout = make_layout(make_mesh(ParallelConfig(local=devices)), ShardingConfig(), expert)
     module = MoE(Pass(model, RECIPES["fp8_paper"], layout))

@@ -32,6 +32,7 @@ class Options:
     tokens: list[int] = field(default_factory=list)
     ways: list[str] = field(default_factory=list)
     devices: list[int] = field(default_factory=list)
+    beside: bool = False
 
 
 def begin(virtual: int = 0, cache: str = "") -> None:

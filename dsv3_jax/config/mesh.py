@@ -90,6 +90,9 @@ class ExpertParallelConfig:
     # GPUs of one host read each other's rows over NVLink, in the last hop. auto: the faster.
     transport: Literal["auto", "local", "allgather", "padded", "ragged", "pallas"] = "allgather"
     multiprocessors: int = 20  # of a GPU that transport "pallas" may use
+    # Shared experts in FP8 run on a second stream of a GPU while rows travel by "pallas". Compiled,
+    # and not yet run on GPUs.
+    shared_beside: bool = False
     # True: a token goes to each node once and is handed on there; False: straight to each device.
     hierarchical: bool = True
     capacity_factor: float = 2.0  # rows that buffers hold, over those of an even load

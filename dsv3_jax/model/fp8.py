@@ -261,9 +261,7 @@ backend.define_vjp(_linear, _forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _feed_forward(
-    x, gate_up, down, group_sizes, recipes, leaving, arrived=None, made=(None, None)
-):
+def _feed_forward(x, gate_up, down, group_sizes, recipes, leaving, arrived=None, made=(None, None)):
     def forward(*operands):
         return _both_products(recipes, *operands)[0]
 

@@ -355,9 +355,10 @@ class MoE(nn.Module):
 
 
 def leaving_to_exchange(layout: Layout) -> int | None:
-    """The multiprocessors that rows over NVLink need, where shared experts may run meanwhile."""
-    reads = layout.size("expert") > 1 and layout.expert.transport == "pallas"
-    return layout.expert.multiprocessors if reads and layout.platform in ("gpu", "cuda") else None
+    """The multiprocessors that rows over NVLink need, where shared experts run meanwhile."""
+    expert, on_gpus = layout.expert, layout.platform in ("gpu", "cuda")
+    reads = expert.transport == "pallas" and layout.size("expert") > 1
+    return expert.multiprocessors if expert.shared_beside and reads and on_gpus else None
 
 
 def _load(
