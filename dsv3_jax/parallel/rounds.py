@@ -85,10 +85,9 @@ class _Further:
         """(y with all rounds after the first, how many rounds there were)."""
         if self._sum is not None:
             return y + self._sum, self._rounds
-        self._run(left, y)
-        return self._sum, self._rounds
+        return self._run(left, y)
 
-    def _run(self, left, start):
+    def _run(self, left, start) -> tuple[Array, Array]:
         piece, axes, operands, constants = self._of_loop
         self.left = _agree(left, axes)
 
@@ -99,7 +98,9 @@ class _Further:
             return window, _agree(left, axes), y + more, rounds + 1
 
         carry = jnp.zeros_like(left, jnp.int32), self.left, start, jnp.ones((), jnp.int32)
-        _, _, self._sum, self._rounds = lax.while_loop(lambda c: c[1].any(), body, carry)
+        _, _, total, rounds = lax.while_loop(lambda c: c[1].any(), body, carry)
+        self._sum, self._rounds = total, rounds
+        return total, rounds
 
 
 def _no_loop(left: Any, rest: Any) -> Any:
