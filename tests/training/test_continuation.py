@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import Config, UserError
-from dsv3_jax.training.continuation import (
-    check_rate,
-    refuse_another_run,
-    saved_place,
-    schedule_from,
-    tell_differences,
-)
+from dsv3_jax.training.continuation import refuse_another_run, tell_differences
+from dsv3_jax.training.saved_plan import check_rate, saved_place, schedule_from
 from dsv3_jax.training.schedule import START, Position, Schedule
 from tests.helpers import tiny_config
 
