@@ -76,7 +76,7 @@ def _opened(path: Path) -> Iterator[Any]:
             **limits,
         ) as file:
             yield file
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:  # names of columns too
         if isinstance(error, OSError) and error.errno is not None:
             raise
         reason = (str(error).splitlines() or [""])[0][:300]

@@ -357,7 +357,8 @@ def _index_problem(index: ShardIndex) -> str | None:
     if len(files) < len(index.shards):
         return "a file is listed twice"
     for shard in index.shards:
-        if Path(shard.file).name != shard.file or not shard.file.isprintable():
+        bare = Path(shard.file).name == shard.file and shard.file.isprintable()
+        if not bare or len(shard.file.encode()) > 255:
             return f"file {shown(shard.file)} is not a bare file name"
         if shard.tokens <= 0:
             return f"{shard.file}: tokens={shard.tokens} is not a count"

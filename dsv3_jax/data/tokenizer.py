@@ -121,7 +121,9 @@ class HFTokenizer(Tokenizer):
             self._tokenizer = library.Tokenizer.from_str(json.dumps(spec))
         except UserError:
             raise
-        except Exception as error:  # the library raises bare ones for what it refuses
+        except BaseException as error:  # the library raises bare ones for what it refuses
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise  # a signal's
             reason = str(error)[:300]
             raise UserError(f"{path}: not a usable tokenizer.json: {reason}") from error
         # "</s>" within a document is text and must not end it.
@@ -268,6 +270,9 @@ def _mark_special(spec: Any, path: Path) -> SpecialTokens:
 
     DeepSeek-V3's file leaves its FIM tokens unmarked, and marks decide what encoding may emit.
     """
+    if prefix := spec["model"].get("continuing_subword_prefix"):
+        # Pieces would hold it, texts do not; and the library panics at merges that are shorter.
+        raise UserError(f"{path}: continuing_subword_prefix={shown(prefix)} is not supported")
     added = {token["content"]: token for token in spec.get("added_tokens") or []}
     ids: dict[str, int] = {}
     for role, names in SPECIAL_NAMES.items():

@@ -14,6 +14,7 @@ import pytest
 
 from dsv3_jax.config import UserError
 from dsv3_jax.data.documents import find_files, read_documents, read_records, stdlib_files
+from dsv3_jax.data.parquet import parquet_columns, parquet_rows
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = ["first\nline", "größe 🙂", "third\r\n"]
@@ -116,6 +117,16 @@ def test_a_bad_file_is_named_with_the_place(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=rf"(?s)/{re.escape(name)}.*{message}"):
         read(tmp_path / name)
+
+
+def test_a_parquet_column_whose_name_is_no_text_is_refused(tmp_path):
+    table = pyarrow.table({"text": ["x"], "NAMENAME": ["y"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", store_schema=False)
+    raw = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(raw.replace(b"NAMENAME", b"\xecAMENAME"))
+    for look in (read, lambda path: list(parquet_rows(path)), parquet_columns):
+        with pytest.raises(UserError, match=r"a\.parquet: not a readable parquet file: .*utf-8"):
+            look(tmp_path / "a.parquet")
 
 
 def test_parquet_names_a_missing_column_and_a_row_without_text(tmp_path):

@@ -142,6 +142,7 @@ def test_a_truncated_or_missing_file_is_named(folder):
         ({"vocab_size": 1 << 40}, "vocab_size=1099511627776 is not in"),
         ({"file": "tokens-00001.bin"}, "a file is listed twice"),
         ({"file": "a\0b"}, "not a bare file name"),
+        ({"file": "é" * 200}, "not a bare file name"),
         ({"shards": 3}, "shards=3 is not a list"),
         ({"surprise": 1}, "not a shard index"),
     ],

@@ -1,6 +1,7 @@
 """Tokens are bytes: round trips, streaming, counts, and what is refused."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv3_jax.config import UserError
+from dsv3_jax.data import tokenizer as tokenizer_module
 from dsv3_jax.data import tokens as tokens_module
 from dsv3_jax.data.tokenizer import (
     SPECIAL_NAMES,
@@ -172,6 +174,20 @@ def test_fim_tokens_that_the_file_does_not_mark_special_are_left_out_of_text(tra
     assert unmarked.encode("<｜fim▁hole｜>").min() >= 5
 
 
+def test_a_panic_of_the_library_is_an_error_and_a_signal_is_not(trained, monkeypatch):
+    """pyo3's PanicException is no Exception."""
+    panic = type("PanicException", (BaseException,), {})
+    for raised, seen in ((panic("range end"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)):
+
+        def from_str(_: str, raised: BaseException = raised):
+            raise raised
+
+        fake = types.SimpleNamespace(Tokenizer=types.SimpleNamespace(from_str=from_str))
+        monkeypatch.setattr(tokenizer_module, "_tokenizers_library", lambda fake=fake: fake)
+        with pytest.raises(seen):
+            HFTokenizer(trained.path)
+
+
 def damaged(spec, **changes):
     return {**json.loads(json.dumps(spec)), **changes}
 
@@ -189,6 +205,10 @@ def damaged(spec, **changes):
             "WordPiece.*exact text",
         ),
         (damaged(METASPACE, decoder=None), "exact text"),
+        (
+            damaged(METASPACE, model=METASPACE["model"] | {"continuing_subword_prefix": "##"}),
+            "continuing_subword_prefix='##' is not supported",
+        ),
     ],
 )
 def test_a_bad_tokenizer_file_is_refused_by_name(tmp_path, content, message):
