@@ -124,6 +124,22 @@ def test_a_pipelined_step_is_the_step(config, start, whole):
     check_equal(step(*start, settings(2)), whole(*start, settings(2)))
 
 
+@pytest.mark.slow
+def test_eight_ranks_make_the_step():
+    """One MoE layer a stage, but for the first, which has the dense one besides."""
+    model = dataclasses.replace(MODEL, num_hidden_layers=9)
+    whole, config = (
+        dataclasses.replace(run_config("zb1p"), model=model, mesh=ParallelConfig(pipe=ranks))
+        for ranks in (1, 8)
+    )
+    state = jax.jit(partial(init_state, config=whole))(jax.random.key(0))
+    shape = (MICROBATCHES, ROWS, LENGTH + 1)
+    rows = jax.random.randint(jax.random.key(1), shape, 0, model.vocab_size, jnp.int32)
+    steps = [compiled(each.validate(), (state, rows)) for each in (config, whole)]
+    got, want = (step(state, rows, settings(MICROBATCHES)) for step in steps)
+    check_equal(got, want)
+
+
 def test_every_layer_is_in_one_stage_in_the_models_order():
     for schedule, ranks in (("1f1b", 4), ("interleaved", 2), ("dualpipev", 2)):
         plan = plan_stages(run_config(schedule, pipe=ranks))
