@@ -32,8 +32,8 @@ from dsv3_jax.analysis.model_cost import (
     expert_parameters,
     training_flops_per_token,
 )
+from dsv3_jax.analysis.stage_times import StageTimes, mean_of_stages
 from dsv3_jax.config import Config, ModelConfig, ParallelConfig, UserError
-from dsv3_jax.parallel.timeline import Durations
 
 
 @dataclass(frozen=True)
@@ -190,22 +190,6 @@ def layer_times(
     return LayerTimes(matmul, attention, elementwise, experts, others, up)
 
 
-@dataclass(frozen=True)
-class StageTimes:
-    """Seconds of one micro-batch in one stage; `compute` and `wire` by action (F, I, W)."""
-
-    compute: dict[str, float]
-    wire: dict[str, float]
-    shares: dict[str, float]  # of matmul, attention, elementwise, recomputation in all compute
-
-    def durations(self, paired: bool, transfer: float) -> Durations:
-        """As the schedule's actions last; `paired` hides the wire of an FB pair behind compute."""
-        each = {op: self.compute[op] + self.wire[op] for op in "FIW"}
-        compute, wire = sum(self.compute.values()), sum(self.wire.values())
-        pair = max(compute, wire) if paired else compute + wire
-        return Durations(each["F"], each["I"], each["W"], pair, transfer)
-
-
 def stage_times(
     config: Config, device: Accelerator, efficiency: Efficiency, stage: Stage
 ) -> StageTimes:
@@ -280,7 +264,7 @@ def estimate_step(
     ranks = stages_of_ranks(model, mesh.pipe, schedule)
     each = {s: stage_times(config, device, efficiency, s) for held in ranks for s in held}
     times = max(
-        (_mean([each[s] for s in held]) for held in ranks),
+        (mean_of_stages([each[s] for s in held]) for held in ranks),
         key=lambda t: sum(t.compute.values()) + sum(t.wire.values()),
     )
     transfer = 0.0
@@ -319,21 +303,6 @@ def estimate_step(
     return StepEstimate(
         seconds, parts, rate, flops, used, memory, mesh.num_devices, dollars, in_ticks
     )
-
-
-def _mean(times: list[StageTimes]) -> StageTimes:
-    """The mean of the stages a rank takes turns with; shares are weighted by compute."""
-
-    def mean(name: str) -> dict[str, float]:
-        groups = [getattr(t, name) for t in times]
-        return {key: sum(g[key] for g in groups) / len(groups) for key in groups[0]}
-
-    weights = [sum(t.compute.values()) for t in times]
-    shares = {
-        key: sum(w * t.shares[key] for w, t in zip(weights, times)) / sum(weights)
-        for key in times[0].shares
-    }
-    return StageTimes(mean("compute"), mean("wire"), shares)
 
 
 def _network_problems(mesh: ParallelConfig, device: Accelerator) -> list[str]:

@@ -11,7 +11,7 @@ no JAX.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from jaxtyping import Int32
@@ -113,6 +113,20 @@ def made_for_ticks(schedule: PipelineSchedule) -> PipelineSchedule:
     return schedule
 
 
+def forward_tables(schedule: PipelineSchedule, num_microbatches: int) -> TickTables:
+    """The tables of the first micro-batches' forwards alone, one after the other in each rank."""
+    rows = tuple(
+        tuple(
+            sorted(
+                (a for a in row if a.op == "F" and a.microbatch < num_microbatches),
+                key=lambda a: (a.microbatch, a.stage),
+            )
+        )
+        for row in made_for_ticks(schedule).in_units().actions
+    )
+    return tick_tables(replace(schedule, num_microbatches=num_microbatches, actions=rows))
+
+
 def tick_tables(schedule: PipelineSchedule, whole: bool = False) -> TickTables:
     """The tables of a schedule whose ranks hold each stage once (not "bidirectional").
 
@@ -166,7 +180,9 @@ def _place_between(ops: str, schedule: PipelineSchedule, when, column) -> int:
     lives: list[list] = [[] for _ in range(schedule.num_ranks)]
     for stage in range(schedule.num_stages):
         for m in range(schedule.num_microbatches):
-            ticks = tuple(when[op, stage, m] for op in ops)
+            ticks = tuple(when[op, stage, m] for op in ops if (op, stage, m) in when)
+            if len(ticks) < len(ops):
+                continue  # forwards alone keep nothing
             lives[schedule.rank_of(stage, m)].append((ticks[0], ticks[-1], ticks))
     return max(_allot(life, column[:, rank]) for rank, life in enumerate(lives))
 
@@ -181,6 +197,8 @@ def _place_mail(schedule: PipelineSchedule, when, received, arrivals) -> int:
             routes = [("F", stage, "F", stage + 1) if stage < last else ("F", stage, "I", stage)]
             routes += [("I", stage, "I", stage - 1)] if stage else []
             for op, source, reader, target in routes:
+                if (reader, target, m) not in when:
+                    continue
                 sent, read = when[op, source, m], when[reader, target, m]
                 here, there = (schedule.rank_of(s, m) for s in (source, target))
                 way = _way(schedule, op, here, there)

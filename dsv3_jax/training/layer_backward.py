@@ -72,21 +72,26 @@ class LayerBackward:
         late = self.parts.second(frontier, jax.tree.leaves(weights), saved, dy, d_balance)
         return {i: gradient for i, gradient in enumerate(late) if gradient is not None}
 
+    def output(self, weights: Weights, x, of_tokens: Tokens) -> tuple[Any, LayerStats]:
+        """(y, statistics), for no backward pass."""
+        variables = self.how.gathered(joined(*weights, self.config))
+        outputs: Any = self.block.apply(variables, x, of_tokens, None)
+        y, _, stats = outputs
+        y = self.how.layout.constrain(y, "batch", "residual")
+        if stats is None:
+            return y, LayerStats(jnp.zeros(()), jnp.zeros(0, jnp.int32), jnp.zeros(()))
+        return y, LayerStats(stats.balance_loss, stats.load_E, stats.rounds.astype(jnp.float32))
+
     def _with_pullback(self, weights: Weights, x, of_tokens: Tokens):
         """((y, statistics), the leaves of the pullback)."""
-        how = self.how
         params, fixed = weights
 
         def apply(params, x):
-            variables = how.gathered(joined(params, fixed, self.config))
-            outputs: Any = self.block.apply(variables, x, of_tokens, None)
-            y, _, stats = outputs
-            y = how.layout.constrain(y, "batch", "residual")
-            if stats is None:
-                return (y, jnp.zeros(())), (jnp.zeros(0, jnp.int32), jnp.zeros(()))
-            return (y, stats.balance_loss), (stats.load_E, stats.rounds.astype(jnp.float32))
+            y, stats = self.output((params, fixed), x, of_tokens)
+            return (y, stats.balance), (stats.load, stats.rounds)
 
-        (y, balance), pull, (load, rounds) = jax.vjp(how.saving(apply), params, x, has_aux=True)
+        saving = self.how.saving(apply)
+        (y, balance), pull, (load, rounds) = jax.vjp(saving, params, x, has_aux=True)
         leaves, self.structure = jax.tree.flatten(pull)
         return (y, LayerStats(balance, load, rounds)), leaves
 

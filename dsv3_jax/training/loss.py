@@ -179,8 +179,13 @@ def mean_nats(variables: Variables, rows: Rows, how: Pass, segments: Any) -> Flo
     how = dataclasses.replace(how, config=config)
     params, ids = gathered_ends(variables["params"], how), tokens_of_rows(rows)[:, :-1]
     states = hidden_states({**variables, "params": params}, ids, how, segments=segments)
+    return nats_of_hidden(params, states.hidden, rows, how)
+
+
+def nats_of_hidden(params: Any, hidden: Any, rows: Rows, how: Pass) -> Float[Array, ""]:
+    """The same of the main model's normed hidden states [B, T, D], with its ends gathered."""
     of_head = _targets_of_heads(rows, None, 0, how.layout)
-    operands = states.hidden[:, None], params["lm_head"], *of_head, jnp.ones(1)
+    operands = hidden[:, None], params["lm_head"], *of_head, jnp.ones(1)
     return head_nats(*operands, how.layout, how.recipe.lm_head)[0]
 
 

@@ -97,7 +97,34 @@ def pipelined_gradients(
     """
     plan = plan_stages(config)
     inside = dataclasses.replace(layout, outer=("pipe",))
-    kinds = tuple(plan.layers)
+    stacks, ends = held_by_ranks(variables, base, plan, inside)
+    how = training_pass(config, inside, extensions)
+    rank = partial(_rank, plan=plan, config=config, how=how, per_token=per_token, edge=edge)
+    totals = jax.shard_map(
+        rank,
+        mesh=layout.mesh,
+        in_specs=(PIPE, PartitionSpec(), PartitionSpec(), PartitionSpec()),
+        out_specs=_lies_on(PIPE, PartitionSpec()),
+        axis_names={"pipe"},
+        check_vma=False,  # a pullback inside cannot say along which axes it varies
+    )(stacks, ends, rows, settings)
+    trained = variables["params"]
+    of_layers = {k: from_stages(totals.layers[k], k, plan) for k in plan.layers if k in trained}
+    gradients = totals.ends | of_layers
+    load = {f"mtp_{depth}": of_depth for depth, of_depth in enumerate(totals.mtp_load)}
+    if MOE in plan.layers:
+        load[MOE] = from_stages(totals.load, MOE, plan)
+    rounds = totals.rounds.sum()
+    return LossTerms(totals.ce, totals.mtp, totals.balance, load, rounds), gradients
+
+
+def held_by_ranks(
+    variables: dict[str, Any], base: dict[str, Any] | None, plan: StagePlan, inside: Layout
+) -> tuple[Any, Any]:
+    """(stacks by kind, ends) as ranks hold them while they work, both as (trained, fixed).
+
+    inside: the layout of a rank's devices.
+    """
     trained, router = variables["params"], variables["router"]
     fixed = {"router": router} if base is None else base
     stacks = {
@@ -109,32 +136,15 @@ def pipelined_gradients(
                 if kind in tree
             },
         )
-        for kind in kinds
+        for kind in plan.layers
     }
 
     def at_ends(tree):
-        ends = {name: part for name, part in tree.items() if name not in kinds}
+        ends = {name: part for name, part in tree.items() if name not in plan.layers}
         where = shardings(ends, inside, stored=inside.gathers_each_layer)
-        return layout.constrain_tree(ends, where)
+        return inside.constrain_tree(ends, where)
 
-    ends = at_ends(trained), {name: at_ends(tree) for name, tree in fixed.items()}
-    how = training_pass(config, inside, extensions)
-    rank = partial(_rank, plan=plan, config=config, how=how, per_token=per_token, edge=edge)
-    totals = jax.shard_map(
-        rank,
-        mesh=layout.mesh,
-        in_specs=(PIPE, PartitionSpec(), PartitionSpec(), PartitionSpec()),
-        out_specs=_lies_on(PIPE, PartitionSpec()),
-        axis_names={"pipe"},
-        check_vma=False,  # a pullback inside cannot say along which axes it varies
-    )(stacks, ends, rows, settings)
-    of_layers = {k: from_stages(totals.layers[k], k, plan) for k in kinds if k in trained}
-    gradients = totals.ends | of_layers
-    load = {f"mtp_{depth}": of_depth for depth, of_depth in enumerate(totals.mtp_load)}
-    if MOE in kinds:
-        load[MOE] = from_stages(totals.load, MOE, plan)
-    rounds = totals.rounds.sum()
-    return LossTerms(totals.ce, totals.mtp, totals.balance, load, rounds), gradients
+    return stacks, (at_ends(trained), {name: at_ends(tree) for name, tree in fixed.items()})
 
 
 def _lies_on(of_rank: Any, everywhere: Any) -> Any:
@@ -157,7 +167,7 @@ def _rank(
 ):
     """The totals of one rank of `pipe`, and of all ranks where they are sums over them."""
     stacks = jax.tree.map(lambda leaf: leaf[0], stacks)
-    rank = _Rank(stacks, ends, rows, settings, plan, config, how, per_token)
+    rank = Rank(stacks, ends, rows, settings, plan, config, how, per_token)
     _, batch, row_len = tokens_of_rows(rows).shape
     micro = (batch, row_len - 1, config.model.hidden_size)
     message = jax.ShapeDtypeStruct(micro, config.model.dtype)
@@ -179,7 +189,7 @@ def _rank(
     )
 
 
-class _Rank:
+class Rank:
     """The acts of a rank, which is looked up by its number: all ranks run one program.
 
     Stacks and ends are pairs of what is trained and of what is not: router biases, and the frozen
@@ -196,7 +206,10 @@ class _Rank:
         self.d_balance = jnp.float32(self.alpha * per_token)
         self.kinds = [kind for kind in (DENSE, MOE) if kind in plan.layers]
         self.layers = {kind: LayerBackward(kind, how, config) for kind in self.kinds}
-        self.sums = {  # each device adds up the slice of a gradient that it will apply
+        # Each device adds up the slice of a gradient that it will apply; not where `tensor` cuts
+        # weights: XLA would move activations by permutes within a loop that not all ranks turn.
+        self.in_slices = how.layout.mesh.shape["tensor"] == 1
+        self.sums = {
             kind: specs_of_layer(_without_chunks(stacks[kind][0]), kind, how.layout, stored=True)
             for kind in self.kinds
         }
@@ -208,7 +221,7 @@ class _Rank:
         zero = jnp.zeros(())
         return Totals(
             {k: self._zero_sums(k) for k in self.kinds},
-            self._in_slices(_zeros_in_f32(self.ends)),
+            self._ends_in_slices(_zeros_in_f32(self.ends)),
             *(zero, zero, zero),
             jnp.zeros((chunks, slots, model.n_routed_experts), jnp.int32),
             jnp.zeros((depths, model.n_routed_experts), jnp.int32),
@@ -218,10 +231,10 @@ class _Rank:
     def buffers(self, message: jax.ShapeDtypeStruct) -> Kept:
         """Room for what the acts keep of each layer, zeros."""
         tables, kept = self.plan.tables, Kept({}, {})
-        _, of_tokens = self._tokens(0)
+        _, of_tokens = self.tokens(0)
         for kind in self.kinds:
             layer, slots = self.layers[kind], self.plan.layers[kind].shape[-1]
-            weights = self._weights(kind, 0, 0)
+            weights = self.weights(kind, 0, 0)
             _, saved, stats = jax.eval_shape(layer.forward, weights, message, of_tokens)
             _, _, pending = jax.eval_shape(layer.first, weights, saved, message, stats.balance)
             kept.saved[kind] = empty_slots(saved, tables.num_saved, slots)
@@ -236,7 +249,7 @@ class _Rank:
             WEIGHT_BACKWARD: self._weight_backward,
         }
         of_ends = {
-            (FORWARD, EMBEDDING): self._embedding,
+            (FORWARD, EMBEDDING): self.embedding,
             (INPUT_BACKWARD, LOSS): self._loss,
             (INPUT_BACKWARD, EMBEDDING): self._embedding_backward,
         }
@@ -246,8 +259,8 @@ class _Rank:
     def _forward(self, kind: str, totals: Totals, kept: Kept, place: Place, i, x):
         """A layer's output; what the layer saved is kept."""
         chunk, m = place.chunk, place.microbatch
-        _, of_tokens = self._tokens(m)
-        weights = self._weights(kind, chunk, i)
+        _, of_tokens = self.tokens(m)
+        weights = self.weights(kind, chunk, i)
         x, saved, stats = self.layers[kind].forward(weights, x, of_tokens)
         saved = write_slot(kept.saved[kind], saved, place.saved, i)
         if kind == MOE:
@@ -260,7 +273,7 @@ class _Rank:
 
     def _input_backward(self, kind: str, totals: Totals, kept: Kept, place: Place, i, dy):
         """The gradient of a layer's input; those of its weights that are made on the way."""
-        weights = self._weights(kind, place.chunk, i)
+        weights = self.weights(kind, place.chunk, i)
         saved = read_slot(kept.saved[kind], place.saved, i)
         dx, early, pending = self.layers[kind].first(weights, saved, dy, self.d_balance)
         pending = write_slot(kept.pending[kind], pending, place.pending, i)
@@ -269,7 +282,7 @@ class _Rank:
 
     def _weight_backward(self, kind: str, totals: Totals, kept: Kept, place: Place, i, x):
         """Adds the gradients of a layer's weights that are not there yet."""
-        weights = self._weights(kind, place.chunk, i)
+        weights = self.weights(kind, place.chunk, i)
         saved = read_slot(kept.saved[kind], place.saved, i)
         pending = read_slot(kept.pending[kind], place.pending, i)
         late = self.layers[kind].second(weights, saved, pending, self.d_balance)
@@ -277,7 +290,7 @@ class _Rank:
 
     def _zero_sums(self, kind: str) -> Any:
         def place(zeros, spec):
-            return self.how.layout.place(zeros, PartitionSpec(None, None, *spec))
+            return self._slice(zeros, PartitionSpec(None, None, *spec))
 
         return jax.tree.map(place, _zeros_in_f32(self.stacks[kind][0]), self.sums[kind])
 
@@ -286,30 +299,37 @@ class _Rank:
         leaves, structure = jax.tree.flatten(totals.layers[kind])
         specs = jax.tree.leaves(self.sums[kind], is_leaf=lambda x: isinstance(x, PartitionSpec))
         for i, gradient in gradients.items():
-            part = self.how.layout.place(gradient.astype(jnp.float32), specs[i])
-            total = self.how.layout.place(read_slot(leaves[i], chunk, slot) + part, specs[i])
+            part = self._slice(gradient.astype(jnp.float32), specs[i])
+            total = self._slice(read_slot(leaves[i], chunk, slot) + part, specs[i])
             leaves[i] = write_slot(leaves[i], total, chunk, slot)
         layers = totals.layers | {kind: jax.tree.unflatten(structure, leaves)}
         return totals._replace(layers=layers)
 
-    def _in_slices(self, of_ends: Any) -> Any:
-        """Gradients of the ends where each device has the slice of them that it will apply."""
+    def _slice(self, gradient, spec: PartitionSpec):
+        return self.how.layout.place(gradient, spec) if self.in_slices else gradient
+
+    def _ends_in_slices(self, of_ends: Any) -> Any:
+        if not self.in_slices:
+            return of_ends
         where = shardings(of_ends, self.how.layout, stored=True)
         return self.how.layout.constrain_tree(of_ends, where)
 
-    def _weights(self, kind: str, chunk, i) -> Any:
+    def weights(self, kind: str, chunk, i) -> Any:
+        """What is trained of a layer, and what is not."""
         return read_slot(self.stacks[kind], chunk, i)
 
-    def _micro_batch(self, m) -> Rows:
+    def micro_batch(self, m) -> Rows:
+        """Its rows."""
         return jax.tree.map(lambda x: x[m], self.rows)
 
-    def _tokens(self, m) -> tuple[Any, Tokens]:
-        rows = self._micro_batch(m)
+    def tokens(self, m) -> tuple[Any, Tokens]:
+        """(ids, what layers are told of them) of a micro-batch."""
+        rows = self.micro_batch(m)
         segments = documents(rows, self.config)
         ids = self.how.layout.whole_rows(tokens_of_rows(rows)[:, :-1])
         return ids, tokens_of(ids, self.how, segments, real_tokens(rows))
 
-    def _ends(self, trained: Any = None) -> Any:
+    def all_ends(self, trained: Any = None) -> Any:
         """The parameters that no layer of a stack has."""
         trained = self.ends if trained is None else trained
         return joined(trained, self.fixed_ends, self.config)["params"]
@@ -319,29 +339,30 @@ class _Rank:
         x = embed_tokens(gathered, self.how.layout.in_order(ids), self.how)
         return self.how.layout.constrain(x, "batch", "residual")
 
-    def _embedding(self, totals: Totals, kept: Kept, place: Place, i, x):
-        ids, _ = self._tokens(place.microbatch)
-        return totals, kept, self._embed(self._ends(), ids).astype(x.dtype)
+    def embedding(self, totals: Any, kept: Any, place: Place, i, x):
+        """The work of the first stage before its layers."""
+        ids, _ = self.tokens(place.microbatch)
+        return totals, kept, self._embed(self.all_ends(), ids).astype(x.dtype)
 
     def _embedding_backward(self, totals: Totals, kept: Kept, place: Place, i, dx):
         if not totals.ends:  # those of adapters are frozen
             return totals, kept, dx
-        ids, _ = self._tokens(place.microbatch)
+        ids, _ = self.tokens(place.microbatch)
         name = "embed_tokens"
         _, pull = jax.vjp(
             lambda table: self._embed(self.ends | {name: table}, ids), self.ends[name]
         )
         (d_table,) = pull(dx)
-        ends = totals.ends | {name: totals.ends[name] + self._in_slices({name: d_table})[name]}
+        ends = totals.ends | {name: totals.ends[name] + self._ends_in_slices({name: d_table})[name]}
         return totals._replace(ends=ends), kept, dx
 
     def _loss(self, totals: Totals, kept: Kept, place: Place, i, y):
         """The loss of a micro-batch from the last layer's output, and the gradients of both."""
         m = place.microbatch
-        rows, (ids, of_tokens) = self._micro_batch(m), self._tokens(m)
+        rows, (ids, of_tokens) = self.micro_batch(m), self.tokens(m)
 
         def of_output(ends, y):
-            params = gathered_ends(self._ends(ends), self.how)
+            params = gathered_ends(self.all_ends(ends), self.how)
             variables = {"params": params, "router": self.fixed_ends["router"]}
             states = finish(variables, y, ids, of_tokens, self.how)
             weight, segments = self.settings.mtp_loss_weight, documents(rows, self.config)
@@ -356,7 +377,7 @@ class _Rank:
         gradient = jax.value_and_grad(of_output, argnums=(0, 1), has_aux=True)
         (_, (ce, mtp, balance, load, rounds)), (d_ends, dy) = gradient(self.ends, y)
         totals = totals._replace(
-            ends=jax.tree.map(jnp.add, totals.ends, self._in_slices(_in_f32(d_ends))),
+            ends=jax.tree.map(jnp.add, totals.ends, self._ends_in_slices(_in_f32(d_ends))),
             ce=totals.ce + ce,
             mtp=totals.mtp + mtp,
             balance=totals.balance + balance,

@@ -29,6 +29,7 @@ from dsv3_jax.training.loss import (
 )
 from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.pipelined import pipelined_gradients
+from dsv3_jax.training.pipelined_evaluation import pipelined_nats
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.state import TrainState, variables_of
 
@@ -180,10 +181,12 @@ def eval_step(
 ) -> Float[Array, ""]:
     """Mean cross-entropy of the main model, nats a token, of rows of T + 1 tokens: of all of them,
     or of those that count."""
+    if layout.mesh.shape["pipe"] > 1:
+        held = {"params": params, "router": router}
+        with layout.compiling():
+            return pipelined_nats(held, rows, config, layout, base, extensions)
     segments = documents(rows, config)
-    if layout.mesh.shape["pipe"] > 1:  # all ranks run all layers: slices are cut over other axes
-        layout = dataclasses.replace(layout, outer=("pipe",))
-    if base is not None or layout.outer:
+    if base is not None:
         params, base = _gathered_once(params, layout), _gathered_once(base, layout)
     elif not layout.one_device:  # the numbers that training multiplies by
         weights = for_products(params, config, layout)

@@ -130,8 +130,8 @@ def test_a_stage_saves_no_frozen_weight_of_a_micro_batch(start):
     """Were a layer's base among what its pullback holds, every micro-batch in flight had a copy."""
     from dsv3_jax.model.stack import MOE
     from dsv3_jax.model.transformer import tokens_of
+    from dsv3_jax.training.layer_backward import LayerBackward
     from dsv3_jax.training.loss import training_pass
-    from dsv3_jax.training.pipelined import _LayerBackward
 
     config = dataclasses.replace(run_config(pipe=2), train=TrainConfig(remat="none"))
     state, base, rows = start
@@ -142,8 +142,7 @@ def test_a_stage_saves_no_frozen_weight_of_a_micro_batch(start):
 
     def saved(weights, x):
         of_tokens = tokens_of(rows[0][:, :-1], how, None)
-        backward = _LayerBackward(MOE, how, config)
-        return backward.forward(*weights, x, of_tokens)[1][0]
+        return LayerBackward(MOE, how, config).forward(weights, x, of_tokens)[1]
 
     kept = jax.eval_shape(saved, layer, x)
     weights = {(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(layer[1]) if leaf.ndim > 1}

@@ -26,7 +26,7 @@ from dsv3_jax.training.restore import restore, state_sha256
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.stages import EMBEDDING, LOSS, NO_LAYER, plan_stages
 from dsv3_jax.training.state import abstract_state, init_state
-from dsv3_jax.training.step import train_step
+from dsv3_jax.training.step import eval_step, train_step
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 
 # More tokens a device than decoding has (projection.FEW_ROWS), which are summed in another order.
@@ -122,6 +122,22 @@ def test_a_pipelined_step_is_the_step(config, start, whole):
     check_equal(step(*start, settings(MICROBATCHES)), whole(*start, settings(MICROBATCHES)))
     # The ramp's steps have fewer micro-batches, and compile nothing.
     check_equal(step(*start, settings(2)), whole(*start, settings(2)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [run_config("dualpipev", "none", "fsdp", pipe=2, data=2), run_config("interleaved", pipe=2)],
+    ids=lambda c: c.pipeline.schedule,
+)
+def test_validation_passes_the_stages(config, start):
+    """The loss of one device, with no layer's weights on two ranks while they work."""
+    state, rows = start
+    layout = make_layout(make_mesh(config.mesh), config.sharding, config.expert_parallel)
+    losses = [
+        jax.jit(partial(eval_step, config=each, **where))(state.params, state.router, rows[0])
+        for each, where in ((config, {"layout": layout}), (run_config(), {}))
+    ]
+    assert relative_error(*losses) < 1e-6
 
 
 @pytest.mark.slow
