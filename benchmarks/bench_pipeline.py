@@ -39,8 +39,8 @@ from dsv3_jax.training.stages import plan_stages
 from dsv3_jax.training.state import init_state
 from dsv3_jax.training.step import gradients
 
-SCHEDULES = ("1f1b", "interleaved", "zb1p", "dualpipev")
-WHOLE = ("1f1b, whole", "interleaved, whole")  # --pipeline.backward whole
+SCHEDULES = ("1f1b", "eager_1f1b", "interleaved", "zb1p", "dualpipev")
+WHOLE = ("1f1b, whole", "eager_1f1b, whole", "interleaved, whole")  # --pipeline.backward whole
 ACTS = "-FIWB"  # by the numbers of a table's ops
 COLORS = {"F": "tab:blue", "I": "tab:orange", "W": "tab:green", "B": "tab:red"}
 

@@ -57,7 +57,7 @@ class EstimateOptions:
     config: Path  # a Python file with get_config(), as in configs/
     hardware: str = "h800"  # a known accelerator, "host" (this CPU, measured), or a JSON file
     mesh: MeshOptions = field(default_factory=MeshOptions)
-    schedule: str = "1f1b"  # 1f1b, interleaved, zb1p, dualpipe or dualpipev
+    schedule: str = "1f1b"  # 1f1b, eager_1f1b, interleaved, zb1p, dualpipe or dualpipev
     batch_size: int | None = None  # sequences a step; None: the config's, and so below
     micro_batch_size: int | None = None
     seq_len: int | None = None

@@ -114,17 +114,18 @@ def bubble_seconds(
     """The published idle time a rank (V3 report, table 2); `backward` includes `weight`.
 
     `pair` is an overlapped forward and backward. For DualPipeV `ranks` counts pipeline stages, two
-    of which share a device. Interleaved 1F1B has 1F1B's formula (Narayanan et al., arXiv
+    of which share a device. Eager and interleaved 1F1B have 1F1B's formula (Narayanan et al., arXiv
     2104.04473, section 2.2) with the times of one of a rank's two stages.
     """
-    if schedule in ("1f1b", "interleaved"):
+    if schedule in ("1f1b", "eager_1f1b", "interleaved"):
         return (ranks - 1) * (forward + backward)
     if schedule == "zb1p":
         return (ranks - 1) * (forward + backward - 2 * weight)
     if schedule in ("dualpipe", "dualpipev"):
         return (ranks / 2 - 1) * (pair + backward - 3 * weight)
     raise ValueError(
-        f"{schedule=} has no published formula: use 1f1b, interleaved, zb1p, dualpipe or dualpipev"
+        f"{schedule=} has no published formula: use 1f1b, eager_1f1b, interleaved, zb1p, dualpipe "
+        "or dualpipev"
     )
 
 

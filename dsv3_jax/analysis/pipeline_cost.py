@@ -91,6 +91,8 @@ def from_formulas(schedule: str, ranks: int, count: int, durations: Durations) -
         pairs, peaks = passes - stages, (stages + 1,) * ranks
     elif schedule == "1f1b":
         pairs, peaks = 0, tuple(min(ranks - r, count) for r in range(ranks))
+    elif schedule == "eager_1f1b":
+        pairs, peaks = 0, tuple(min(2 * (ranks - r) - 1, count) for r in range(ranks))
     elif schedule == "interleaved":
         pairs, peaks = 0, tuple(min(3 * ranks - 2 * r - 1, passes) for r in range(ranks))
     else:

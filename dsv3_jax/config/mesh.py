@@ -114,13 +114,14 @@ class ExpertParallelConfig:
 class PipelineConfig:
     """How micro-batches go through the stages on the ranks of mesh.pipe (docs/parallelism.md)."""
 
-    # 1f1b: one forward, one backward in turn. interleaved: the same with two stages a rank, half
-    # the bubble and more activations. zb1p: weights' gradients fill the bubble. dualpipev: two
-    # stages a rank, folded into a V, the smallest bubble; the paper's DualPipe with one copy of the
-    # weights.
-    schedule: Literal["1f1b", "interleaved", "zb1p", "dualpipev"] = "1f1b"
+    # 1f1b: one forward, one backward in turn. eager_1f1b: with twice as many forwards first, all
+    # ranks do the same at a time and none waits for another's longer act; twice the activations.
+    # interleaved: 1f1b with two stages a rank, half the bubble and more activations. zb1p: weights'
+    # gradients fill the bubble. dualpipev: two stages a rank, folded into a V, the smallest bubble;
+    # the paper's DualPipe with one copy of the weights.
+    schedule: Literal["1f1b", "eager_1f1b", "interleaved", "zb1p", "dualpipev"] = "1f1b"
     # Ranks meet after each act. apart: the gradient of the input and that of the weights are two
-    # acts; whole: one act, of 1f1b and interleaved, with a third fewer meetings. Faster where the
+    # acts; whole: one act, but in zb1p and dualpipev, with a third fewer meetings. Faster where the
     # weights' takes less than about half of a forward, as on GPUs, whose kernels make both.
     backward: Literal["apart", "whole"] = "apart"
 
@@ -142,7 +143,7 @@ class PipelineConfig:
                 f"model.num_hidden_layers={layers} fill {layers}, and the last may have the head "
                 f"alone: use mesh.pipe={nearest} or less"
             )
-        if self.backward == "whole" and self.schedule not in ("1f1b", "interleaved"):
+        if self.backward == "whole" and self.schedule in ("zb1p", "dualpipev"):
             found.append(
                 f"pipeline.backward='whole', but {self.schedule} takes backward passes apart: use "
                 "--pipeline.backward apart, or --pipeline.schedule 1f1b"

@@ -2,10 +2,10 @@
 
 A schedule is one list of actions a rank; nothing here runs a model. The executor turns the lists
 into ticks, `timeline.py` counts their bubbles, the planner turns them into seconds, and the tests
-read them without a device. Knows no JAX. Five schedules: 1F1B and interleaved 1F1B (Narayanan et
-al., arXiv 2104.04473), ZB1P (ZB-H1 of Qi et al., arXiv 2401.10241), and DualPipe and DualPipeV. The
-last two are our own re-statement of the eight steps of DeepSeek's MIT-licensed
-github.com/deepseek-ai/DualPipe (V3 report, section 3.2.1).
+read them without a device. Knows no JAX. Six schedules: 1F1B and interleaved 1F1B (Narayanan et
+al., arXiv 2104.04473), eager 1F1B (Zhuang et al., arXiv 2211.05322), ZB1P (ZB-H1 of Qi et al.,
+arXiv 2401.10241), and DualPipe and DualPipeV. The last two are our own re-statement of the eight
+steps of DeepSeek's MIT-licensed github.com/deepseek-ai/DualPipe (V3 report, section 3.2.1).
 
 By simulation the published bubbles are exact where W <= F and W <= I (1F1B always), and
 DualPipe's needs F = I besides: (PP/2 - 1)(F&B + B - 3W) is 21 for F, I, W = 2, 3, 1 and 8 ranks,
@@ -20,7 +20,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 Op = Literal["F", "I", "W", "B", "FB"]
@@ -61,7 +61,8 @@ class PipelineSchedule:
     `parameter_copies` counts how often the model is held by the ranks together. Under
     `placement` "straight" stage s lives on rank s; under "bidirectional" on ranks s (for the first
     half of the micro-batches) and num_ranks-1-s (for the second); under "v" a rank holds stages r
-    and 2*num_ranks-1-r; under "looped" stage s lives on rank s % num_ranks.
+    and 2*num_ranks-1-r; under "looped" stage s lives on rank s % num_ranks. Ranks that meet
+    after each action all do the same kind at a time, if it is `in_turn`.
     """
 
     name: str
@@ -70,6 +71,7 @@ class PipelineSchedule:
     num_stages: int
     num_microbatches: int
     actions: tuple[tuple[Action, ...], ...]
+    in_turn: bool = False
 
     @property
     def parameter_copies(self) -> int:
@@ -94,9 +96,7 @@ class PipelineSchedule:
             tuple(p for a in row for p in ((a,) if whole and a.op == "B" else a.parts))
             for row in self.actions
         )
-        return PipelineSchedule(
-            self.name, self.placement, self.num_ranks, self.num_stages, self.num_microbatches, rows
-        )
+        return replace(self, actions=rows)
 
 
 def one_f_one_b(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
@@ -112,6 +112,26 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
             row.append(Action("B", rank, m))
         rows.append(tuple(row))
     return PipelineSchedule("1f1b", "straight", num_ranks, num_ranks, num_microbatches, tuple(rows))
+
+
+def eager_one_f_one_b(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
+    """Eager 1F1B: twice as many forwards first, so that a rank never waits for what it needs next.
+
+    Where all ranks meet after each action, they do the same kind at a time, and none waits for a
+    longer one of another rank: 1F1B's bubble, for 2 (R - r) - 1 micro-batches kept on rank r.
+    """
+    _check(num_ranks, num_microbatches, at_least=1)
+    rows = []
+    for rank in range(num_ranks):
+        warm_up = min(2 * (num_ranks - rank - 1), num_microbatches)
+        row = [Action("F", rank, m) for m in range(warm_up)]
+        for m in range(num_microbatches):
+            if warm_up + m < num_microbatches:
+                row.append(Action("F", rank, warm_up + m))
+            row.append(Action("B", rank, m))
+        rows.append(tuple(row))
+    shape = num_ranks, num_ranks, num_microbatches
+    return PipelineSchedule("eager_1f1b", "straight", *shape, tuple(rows), in_turn=True)
 
 
 def interleaved(num_ranks: int, num_microbatches: int, chunks: int = 2) -> PipelineSchedule:
@@ -218,6 +238,7 @@ def dualpipev(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
 
 SCHEDULES: dict[str, Callable[[int, int], PipelineSchedule]] = {
     "1f1b": one_f_one_b,
+    "eager_1f1b": eager_one_f_one_b,
     "interleaved": interleaved,
     "zb1p": zb1p,
     "dualpipe": dualpipe,

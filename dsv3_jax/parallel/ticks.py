@@ -79,19 +79,29 @@ def stages_of_rank(schedule: PipelineSchedule, rank: int) -> list[int]:
 def unit_ticks(schedule: PipelineSchedule, whole: bool = False) -> list[list[Action | None]]:
     """What each rank does in each tick: its next action, once all that it needs has been made.
 
-    whole: the schedule's B are one tick each, rather than one for I and one for W. ValueError for a
-    schedule whose ranks wait for each other.
+    whole: the schedule's B are one tick each, rather than one for I and one for W. Of a schedule
+    that is `in_turn` ticks are of one kind each, and take turns. ValueError for one whose ranks
+    wait for each other.
     """
     schedule = schedule.in_units(whole)
+    kinds = ("FIWB",) if not schedule.in_turn else ("F", "B") if whole else ("F", "I", "W")
+    turn = 0
     done: set[tuple[str, int, int]] = set()
     position = [0] * schedule.num_ranks
     ticks: list[list[Action | None]] = []
     while any(p < len(row) for p, row in zip(position, schedule.actions)):
-        row: list[Action | None] = []
+        ready: list[Action | None] = []
         for rank, actions in enumerate(schedule.actions):
             action = actions[position[rank]] if position[rank] < len(actions) else None
-            ready = action is not None and all(need in done for need in _needs(schedule, action))
-            row.append(action if ready else None)
+            is_ready = action is not None and all(need in done for need in _needs(schedule, action))
+            ready.append(action if is_ready else None)
+        row = ready
+        for later in range(len(kinds)):  # a turn that nobody can take is passed
+            of_turn = kinds[(turn + later) % len(kinds)]
+            row = [a if a is not None and a.op in of_turn else None for a in ready]
+            if any(row):
+                turn += later + 1
+                break
         if not any(row):
             waiting = [a[p] for a, p in zip(schedule.actions, position) if p < len(a)]
             raise ValueError(f"schedule {schedule.name!r} deadlocks at {waiting[0]}")

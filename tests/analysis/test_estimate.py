@@ -125,13 +125,13 @@ def test_parts_add_up_and_the_paper_run_is_bounded_from_below():
 
 
 def test_closed_form_stays_near_the_simulation():
-    for schedule in ("1f1b", "zb1p", "dualpipe", "dualpipev"):
+    for schedule in ("1f1b", "eager_1f1b", "zb1p", "dualpipe", "dualpipev"):
         exact = estimate_step(V3_RUN, H800, schedule).seconds
         quick = estimate_step(V3_RUN, H800, schedule, simulated=False).seconds
         assert quick == pytest.approx(exact, rel=0.06)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb1p", "dualpipe", "dualpipev"])
+@pytest.mark.parametrize("schedule", ["1f1b", "eager_1f1b", "zb1p", "dualpipe", "dualpipev"])
 def test_long_pipelines_are_extrapolated_exactly(schedule):
     times = Durations(2.0, 3.0, 1.0, overlapped=5.5, transfer=0.25)
     made = pipeline_cost.run(schedule, 2, 80, times)

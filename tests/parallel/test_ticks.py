@@ -13,6 +13,7 @@ from dsv3_jax.parallel.ticks import (
     chunk_of,
     stages_of_rank,
     tick_tables,
+    unit_ticks,
 )
 from dsv3_jax.parallel.timeline import Durations, simulate
 
@@ -70,9 +71,29 @@ def test_whole_backward_passes_take_fewer_ticks(ranks, microbatches):
     assert whole.idle == alike.bubbles and len(whole.op) == alike.makespan
 
 
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("ranks, microbatches", [(2, 8), (4, 16), (8, 8), (4, 3)])
+def test_eager_ranks_wait_for_no_longer_act(ranks, microbatches, whole):
+    """Ticks of one kind each: together as long as 1F1B without any meeting, whatever acts take."""
+    schedule = make_schedule("eager_1f1b", ranks, microbatches)
+    times = Durations(1.0, 1.7, 0.4)
+    rows = unit_ticks(schedule, whole)
+    assert all(len({a.op for a in row if a}) == 1 for row in rows)
+    taken = sum(max(times.of(a.op) for a in row if a) for row in rows)
+    free = simulate(make_schedule("1f1b", ranks, microbatches), times).makespan
+    assert taken == pytest.approx(free) == (microbatches + ranks - 1) * 3.1
+    tables = tick_tables(schedule, whole)
+    assert tables.num_saved == min(2 * ranks - 1, microbatches)
+    assert tables.num_saved == max(simulate(schedule, times).peak_activations)
+
+
 @pytest.mark.parametrize(
     "name, ranks, microbatches, whole",
-    [*((*case, False) for case in CASES), *((*case, True) for case in CASES[:5])],
+    [
+        *((*case, False) for case in CASES),
+        *((*case, True) for case in CASES[:5]),
+        *(("eager_1f1b", *shape) for shape in ((2, 4, False), (4, 3, True), (4, 16, True))),
+    ],
 )
 def test_every_message_is_read_by_the_stage_it_is_for(name, ranks, microbatches, whole):
     """The tables run with names in place of numbers: each act finds what it needs, and no more."""

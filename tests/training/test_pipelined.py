@@ -96,6 +96,8 @@ CONFIGS = [
     run_config("zb1p", "none", "fsdp", pipe=4, context=2),
     run_config("1f1b", "full", "zero1", pipe=2, node=2, local=2),
     run_config("1f1b", "none", "fsdp", backward="whole", pipe=2),
+    run_config("eager_1f1b", "full", "fsdp", backward="whole", pipe=2),
+    run_config("eager_1f1b", "none", pipe=4, local=2),
     run_config("interleaved", "full", backward="whole", pipe=2),
 ]
 
