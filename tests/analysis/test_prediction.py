@@ -53,7 +53,7 @@ def test_zero1_gathers_once_what_products_read_and_f32_where_it_has_no_tiles():
     # What `compile` gives for it; docs/scale.md.
     assert one_byte.gathers == pytest.approx(29.80e9, rel=0.001)
     assert one_byte.reductions == pytest.approx(913.5e9, rel=0.05)
-    assert one_byte.peak == pytest.approx(56.61 * 2**30, rel=0.15)
+    assert one_byte.peak == pytest.approx(70.40 * 2**30, rel=0.15)
     # FSDP gathers layers twice in each of 8 micro-batches.
     assert fsdp.gathers / 16 < one_byte.gathers < fsdp.gathers / 14
     assert one_byte.reductions == fsdp.reductions
