@@ -249,6 +249,8 @@ class Layout:
         Those are the mesh axes that the spec does not use, so dense and expert leaves differ. Each
         goes to the first dim that it divides, so that slices are few rows whole, and dims that
         follow one another may be put together. What divides nothing stays whole: norms are small.
+        Ranks of `pipe` cut last, so that what a rank's devices hold together is one piece; first
+        where `tensor` cuts, too, whose weights XLA moves itself (training/stages.py).
         The first skip_dims dims, of stacked layers, are left alone.
         """
         if self.config.state == "replicated":
@@ -256,7 +258,8 @@ class Layout:
         cut: list[Axes] = [axes_of(entry) for entry in spec]
         cut += [()] * (len(shape) - len(cut))
         used = {axis for axes in cut for axis in axes}
-        for axis, size in self.mesh.shape.items():
+        last = "pipe" if self.mesh.shape["tensor"] == 1 else None
+        for axis, size in sorted(self.mesh.shape.items(), key=lambda each: each[0] == last):
             if size == 1 or axis in used or axis in self.outer:
                 continue
             for dim in range(skip_dims, len(shape)):

@@ -50,7 +50,9 @@ from dsv3_jax.training.stages import (
     LOSS,
     StagePlan,
     from_stages,
+    in_slices,
     plan_stages,
+    slices_from_stages,
     specs_of_layer,
     to_stages,
 )
@@ -109,7 +111,13 @@ def pipelined_gradients(
         check_vma=False,  # a pullback inside cannot say along which axes it varies
     )(stacks, ends, rows, settings)
     trained = variables["params"]
-    of_layers = {k: from_stages(totals.layers[k], k, plan) for k in plan.layers if k in trained}
+    of_layers = {
+        k: slices_from_stages(totals.layers[k], trained[k], k, plan, inside)
+        if in_slices(inside)
+        else from_stages(totals.layers[k], k, plan)
+        for k in plan.layers
+        if k in trained
+    }
     gradients = totals.ends | of_layers
     load = {f"mtp_{depth}": of_depth for depth, of_depth in enumerate(totals.mtp_load)}
     if MOE in plan.layers:
@@ -206,9 +214,7 @@ class Rank:
         self.d_balance = jnp.float32(self.alpha * per_token)
         self.kinds = [kind for kind in (DENSE, MOE) if kind in plan.layers]
         self.layers = {kind: LayerBackward(kind, how, config) for kind in self.kinds}
-        # Each device adds up the slice of a gradient that it will apply; not where `tensor` cuts
-        # weights: XLA would move activations by permutes within a loop that not all ranks turn.
-        self.in_slices = how.layout.mesh.shape["tensor"] == 1
+        self.in_slices = in_slices(how.layout)
         self.sums = {
             kind: specs_of_layer(_without_chunks(stacks[kind][0]), kind, how.layout, stored=True)
             for kind in self.kinds

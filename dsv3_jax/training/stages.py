@@ -5,6 +5,7 @@ devices. For a step each rank gets the layers of its stages. Stages differ in ho
 that each rank has slots for the most that one has; what lies in a slot without a layer is not read.
 """
 
+import dataclasses
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from dsv3_jax.config import Config
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.stack import DENSE, MOE
 from dsv3_jax.parallel.schedules import PipelineSchedule, make_schedule
-from dsv3_jax.parallel.sharding import Layout
+from dsv3_jax.parallel.sharding import Layout, axes_of
 from dsv3_jax.parallel.ticks import (
     FORWARD,
     INPUT_BACKWARD,
@@ -91,23 +92,92 @@ def plan_stages(config: Config) -> StagePlan:
     return StagePlan(schedule, tables, stages, layers)
 
 
+def in_slices(layout: Layout) -> bool:
+    """Whether what ranks get of the state, and give back, are slices of it.
+
+    Not where `tensor` cuts weights: XLA would move activations by permutes within a loop that not
+    all ranks turn.
+    """
+    return layout.mesh.shape["tensor"] == 1
+
+
 def to_stages(tree: Any, kind: str, plan: StagePlan, layout: Layout) -> Any:
-    """A stack's leaves [L, ...] as [ranks, chunks, slots, ...], each rank's on its devices."""
+    """A stack's leaves [L, ...] as [ranks, chunks, slots, ...], each rank's on its devices.
+
+    layout: of a rank's devices. Each device sends every rank its slice of that rank's layers; XLA,
+    asked for the layers of slices, would make whole stacks everywhere.
+    """
     numbers = np.maximum(plan.layers[kind], 0)
-    where = specs_of_layer(tree, kind, layout, stored=layout.gathers_each_layer)
-    return jax.tree.map(
-        lambda leaf, spec: layout.place(leaf[numbers], PartitionSpec("pipe", None, None, *spec)),
-        tree,
-        where,
-    )
+    used = specs_of_layer(tree, kind, layout, stored=layout.gathers_each_layer)
+
+    def of_ranks(leaf, of_state, of_rank, spec):
+        if not in_slices(layout):
+            return layout.place(leaf[numbers], PartitionSpec("pipe", None, None, *spec))
+        take = functools.partial(_taken, numbers=numbers, dim=_dim_of_pipe(of_state))
+        there = PartitionSpec("pipe", None, None, *of_rank[1:])
+        sliced = _on_all(take, layout, of_state, there)(leaf)
+        return layout.place(sliced, PartitionSpec("pipe", None, None, *spec))
+
+    return jax.tree.map(of_ranks, tree, *_slices(tree, kind, layout), used)
 
 
 def from_stages(tree: Any, kind: str, plan: StagePlan) -> Any:
     """Undoes `to_stages`: leaves [ranks, chunks, slots, ...] as [L, ...]."""
+    order = _order(plan, kind)
+    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:])[order], tree)
+
+
+def slices_from_stages(tree: Any, like: Any, kind: str, plan: StagePlan, layout: Layout) -> Any:
+    """`from_stages` of leaves in slices of a rank's devices; as the state's, `like`, lie after."""
+    order = _order(plan, kind)
+
+    def of_all(leaf, of_state, of_rank):
+        give = functools.partial(_given_back, order=order, dim=_dim_of_pipe(of_state))
+        here = PartitionSpec("pipe", None, None, *of_rank[1:])
+        return _on_all(give, layout, here, of_state)(leaf)
+
+    return jax.tree.map(of_all, tree, *_slices(like, kind, layout))
+
+
+def _order(plan: StagePlan, kind: str) -> np.ndarray:
+    """The place of each layer of the stack among [ranks, chunks, slots], as one dim."""
     numbers = plan.layers[kind].reshape(-1)
     (places,) = np.nonzero(numbers != NO_LAYER)
-    order = places[np.argsort(numbers[places])]
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:])[order], tree)
+    return places[np.argsort(numbers[places])]
+
+
+def _slices(tree: Any, kind: str, layout: Layout) -> tuple[Any, Any]:
+    """How a stack's slices lie on all devices, and on a rank's: specs of [L, ...]."""
+    both = dataclasses.replace(layout, outer=()), layout
+    found = (shardings({kind: tree}, each, stored=True)[kind] for each in both)
+    of_state, of_rank = (jax.tree.map(lambda sharding: sharding.spec, each) for each in found)
+    return of_state, of_rank
+
+
+def _on_all(function, layout: Layout, here: PartitionSpec, there: PartitionSpec):
+    return jax.shard_map(
+        function, mesh=layout.mesh, in_specs=(here,), out_specs=there, check_vma=False
+    )
+
+
+def _dim_of_pipe(spec: PartitionSpec) -> int | None:
+    """The dim that `pipe` cuts, the last of its axes."""
+    return next((dim for dim, axes in enumerate(spec) if "pipe" in axes_of(axes)), None)
+
+
+def _taken(leaf, numbers: np.ndarray, dim: int | None):
+    stages = leaf[numbers]
+    if dim is None:
+        return jax.lax.dynamic_index_in_dim(stages, jax.lax.axis_index("pipe"), 0)
+    return jax.lax.all_to_all(stages, "pipe", 0, dim + 2, tiled=True)
+
+
+def _given_back(leaf, order: np.ndarray, dim: int | None):
+    if dim is None:
+        leaf = jax.lax.all_gather(leaf, "pipe", axis=0, tiled=True)
+    else:
+        leaf = jax.lax.all_to_all(leaf, "pipe", dim + 2, 0, tiled=True)
+    return leaf.reshape(-1, *leaf.shape[3:])[order]
 
 
 def specs_of_layer(tree: Any, kind: str, layout: Layout, stored: bool) -> Any:
