@@ -69,7 +69,8 @@ def main() -> None:
     """Runs the schedules, prints the table, and draws the picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--virtual", type=int, default=0, metavar="N", help="CPU devices")
-    parser.add_argument("--schedules", nargs="+", default=(*SCHEDULES, *WHOLE))
+    every = (*SCHEDULES, *WHOLE)
+    parser.add_argument("--schedules", nargs="+", default=every, choices=every)
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=256)

@@ -30,6 +30,7 @@ DEFAULT_ORDER: Mapping[str, tuple[str, ...]] = {
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("implementation", default=None)
 _device: contextvars.ContextVar[Any] = contextvars.ContextVar("device", default=None)
+_left: contextvars.ContextVar[int] = contextvars.ContextVar("left to others", default=0)
 _choices: dict["Choice", None] = {}
 
 
@@ -59,26 +60,35 @@ def choices() -> tuple[Choice, ...]:
 
 
 @contextlib.contextmanager
-def use(implementation: str) -> Iterator[None]:
-    """Inside, every operation that has this implementation runs it, and none falls back."""
-    token = _forced.set(implementation)
+def _inside(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _forced.reset(token)
+        variable.reset(token)
 
 
-@contextlib.contextmanager
-def compiling_for(device: Any) -> Iterator[None]:
+def use(implementation: str) -> contextlib.AbstractContextManager[None]:
+    """Inside, every operation that has this implementation runs it, and none falls back."""
+    return _inside(_forced, implementation)
+
+
+def compiling_for(device: Any) -> contextlib.AbstractContextManager[None]:
     """Inside, kernels are traced for this device, here or described; None: for what is in scope.
 
     `Layout.device` is it: a program's layout says what it is compiled for, not the host.
     """
-    token = _device.set(_device.get() if device is None else device)
-    try:
-        yield
-    finally:
-        _device.reset(token)
+    return _inside(_device, _device.get() if device is None else device)
+
+
+def leaving(count: int) -> contextlib.AbstractContextManager[None]:
+    """Inside, GPU kernels are traced for so many multiprocessors fewer: others run beside them."""
+    return _inside(_left, count)
+
+
+def left() -> int:
+    """How many multiprocessors kernels leave to others (`leaving`)."""
+    return _left.get()
 
 
 def target() -> Any:
@@ -186,11 +196,13 @@ def _lowered_once(kernel: functools.partial[Any]) -> Any:
     }
     arrays = {name: kernel.keywords[name] for name, holds in of_arrays.items() if holds}
     static = tuple((name, kernel.keywords[name]) for name, holds in of_arrays.items() if not holds)
-    return functools.partial(_jitted(kernel.func), static, arrays)
+    return functools.partial(_jitted(kernel.func, left()), static, arrays)
 
 
 @functools.cache
-def _jitted(function: Any) -> Any:
+def _jitted(function: Any, left: int) -> Any:
+    del left  # traced for other multiprocessors, equal calls are other kernels
+
     def call(static, arrays, *args):
         return function(*args, **dict(static), **arrays)
 

@@ -13,21 +13,24 @@ import jax
 from jax.experimental import compute_on
 from jax.extend.core import Literal, jaxpr_as_fun
 
-from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels import backend
 
 STREAM = "gpu_stream:1"
 
 
-def beside(function: Callable[..., Any], leaving: int) -> Callable[..., Any]:
+def beside(function: Callable[..., Any], leaving: int | None) -> Callable[..., Any]:
     """`function` on a stream of its own; its products leave so many multiprocessors to others.
 
     Needs jax 0.11 or newer, and a GPU. Not to be nested. What function does not read is no operand
-    there, and operands that it returns are no results: XLA would write them anew.
+    there, and operands that it returns are no results: XLA would write them anew. leaving None:
+    the function itself.
     """
+    if leaving is None:
+        return function
 
     def placed(*operands):
         given = jax.tree.leaves(operands)
-        with hopper.leaving(leaving):
+        with backend.leaving(leaving):
             traced, shape = jax.make_jaxpr(function, return_shape=True)(*operands)
         jaxpr = traced.jaxpr
         place = {var: i for i, var in enumerate(jaxpr.invars)}

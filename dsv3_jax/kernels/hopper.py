@@ -20,7 +20,6 @@ SWIZZLE_BYTES = 128  # of a row, in the widest swizzle
 WGMMA = plgpu.Layout.WGMMA
 
 _interpreting = contextvars.ContextVar("interpreting", default=False)
-_left = contextvars.ContextVar("multiprocessors that kernels leave to others", default=0)
 
 
 @contextlib.contextmanager
@@ -62,17 +61,7 @@ def multiprocessors() -> int:
     """Multiprocessors of the GPU that is compiled for, but for those that are left to others."""
     device = backend.target()
     counts = (getattr(device, name, None) for name in ("num_cores", "core_count"))
-    return next(filter(None, counts), MULTIPROCESSORS) - _left.get()
-
-
-@contextlib.contextmanager
-def leaving(count: int) -> Iterator[None]:
-    """Inside, kernels are traced for so many multiprocessors fewer: others run beside them."""
-    token = _left.set(count)
-    try:
-        yield
-    finally:
-        _left.reset(token)
+    return next(filter(None, counts), MULTIPROCESSORS) - backend.left()
 
 
 def swizzled(dtype: Any, columns: int | None = None) -> tuple[Any, ...]:

@@ -265,14 +265,12 @@ def _feed_forward(x, gate_up, down, group_sizes, recipes, leaving, arrived=None,
     def forward(*operands):
         return _both_products(recipes, *operands)[0]
 
-    run = forward if leaving is None else beside(forward, leaving)
-    return run(x, gate_up, down, group_sizes, arrived, made)
+    return beside(forward, leaving)(x, gate_up, down, group_sizes, arrived, made)
 
 
 def _feed_forward_fwd(x, gate_up, down, group_sizes, recipes, leaving, arrived=None, made=None):
     forward = functools.partial(_both_products, recipes)
-    run = forward if leaving is None else beside(forward, leaving)
-    return run(x, gate_up, down, group_sizes, arrived, made or (None, None))
+    return beside(forward, leaving)(x, gate_up, down, group_sizes, arrived, made or (None, None))
 
 
 def _both_products(recipes, x, gate_up, down, group_sizes, arrived, made):

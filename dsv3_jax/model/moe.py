@@ -162,10 +162,11 @@ def routed_experts(
     counted: Bool[Array, "B T"] | None,
     how: Pass,
     told: Int[Array, "B T K"] | None = None,
-) -> tuple[Float[Array, "B T D"], MoEStats, Float[Array, "B T D"]]:
+) -> tuple[Float[Array, "B T D"], MoEStats, Float[Array, "B T D"] | None]:
     """The routed experts' share of a MoE layer's output, its statistics, and x for other experts.
 
-    Where these may run while rows are on their way, their x is not there before the router is done.
+    Where these run while rows are on their way, that is an x that is not there before the router is
+    done; else None, and x is for them as it is.
 
     The boundary between arrays of the batch and those of a device. Tokens lie on the axes of
     "batch" and "residual", experts on those of "expert". Where B or T do not divide, tokens that
@@ -203,12 +204,13 @@ def routed_experts(
     stats = stats._replace(
         experts=stats.experts[:batch, :length], weights=stats.weights[:batch, :length]
     )
-    return y[:batch, :length], stats, later[:batch, :length]
+    later = None if later is None else later[:batch, :length]
+    return y[:batch, :length], stats, later
 
 
 def _experts_of_device(
     batch: int, how: Pass, exchange: Exchange, x, weights: MoEWeights, masks
-) -> tuple[Float[Array, "B T D"], MoEStats, Float[Array, "B T D"]]:
+) -> tuple[Float[Array, "B T D"], MoEStats, Float[Array, "B T D"] | None]:
     layout, config = how.layout, how.config
     batch_axes, sequence_axes = layout.axes("batch"), layout.axes("residual")
     axes = (*batch_axes, *sequence_axes)
@@ -219,9 +221,9 @@ def _experts_of_device(
     if told is not None:
         told = told.reshape(x_TD.shape[0], -1)
         select = lambda *_: told  # noqa: E731
-    routing, later = route(x_TD, weights.gate, weights.bias, config, how.score, select), x
+    routing, later = route(x_TD, weights.gate, weights.bias, config, how.score, select), None
     if leaving_to_exchange(layout) is not None:
-        later, weights_TK = lax.optimization_barrier((later, routing.weights_TK))
+        later, weights_TK = lax.optimization_barrier((x, routing.weights_TK))
         routing = routing._replace(weights_TK=weights_TK)
     experts_TK = routing.experts_TK
     if weights.places is not None:  # statistics stay those of experts
@@ -315,7 +317,7 @@ class Experts(nn.Module):
         bias: Float[Array, " E"] | None,
         places: tuple[Int[Array, "E C"], Int[Array, " E"]] | None,
         told: Int[Array, "B T K"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], MoEStats, Float[Array, "B T D"]]:
+    ) -> tuple[Float[Array, "B T D"], MoEStats, Float[Array, "B T D"] | None]:
         w = parameters(self, self.how.config, "moe", "mlp/experts", self.num_places)
         weights = MoEWeights(gate, bias, w.gate_up_proj, w.down_proj, places)
         return routed_experts(x, weights, counted, self.how, told)
@@ -347,10 +349,11 @@ class MoE(nn.Module):
             places = tuple(self.get_variable("placement", name) for name in ("place", "count"))
             num_places = len(self.get_variable("placement", "expert"))
         experts = Experts(self.how, num_places, name="experts")
-        y, stats, x = experts(x, counted, w.gate, bias, places, told)
+        y, stats, later = experts(x, counted, w.gate, bias, places, told)
         if config.n_shared_experts:
             leaving = leaving_to_exchange(self.how.layout)
-            y = y + MLP(self.how, shared=True, leaving=leaving, name="shared_experts")(x)
+            shared = MLP(self.how, shared=True, leaving=leaving, name="shared_experts")
+            y = y + shared(x if later is None else later)
         return self.how.layout.constrain(y, "batch", "residual"), stats
 
 

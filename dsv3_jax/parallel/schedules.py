@@ -101,17 +101,8 @@ class PipelineSchedule:
 
 def one_f_one_b(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
     """1F1B: a warm-up of forwards, then one forward and one backward in turn."""
-    _check(num_ranks, num_microbatches, at_least=1)
-    rows = []
-    for rank in range(num_ranks):
-        warm_up = min(num_ranks - rank - 1, num_microbatches)
-        row = [Action("F", rank, m) for m in range(warm_up)]
-        for m in range(num_microbatches):
-            if warm_up + m < num_microbatches:
-                row.append(Action("F", rank, warm_up + m))
-            row.append(Action("B", rank, m))
-        rows.append(tuple(row))
-    return PipelineSchedule("1f1b", "straight", num_ranks, num_ranks, num_microbatches, tuple(rows))
+    rows = _alternating(num_ranks, num_microbatches, ahead=1)
+    return PipelineSchedule("1f1b", "straight", num_ranks, num_ranks, num_microbatches, rows)
 
 
 def eager_one_f_one_b(num_ranks: int, num_microbatches: int) -> PipelineSchedule:
@@ -120,18 +111,26 @@ def eager_one_f_one_b(num_ranks: int, num_microbatches: int) -> PipelineSchedule
     Where all ranks meet after each action, they do the same kind at a time, and none waits for a
     longer one of another rank: 1F1B's bubble, for 2 (R - r) - 1 micro-batches kept on rank r.
     """
+    rows = _alternating(num_ranks, num_microbatches, ahead=2)
+    shape = num_ranks, num_ranks, num_microbatches
+    return PipelineSchedule("eager_1f1b", "straight", *shape, rows, in_turn=True)
+
+
+def _alternating(
+    num_ranks: int, num_microbatches: int, ahead: int
+) -> tuple[tuple[Action, ...], ...]:
+    """Each rank's actions: `ahead` forwards for each rank after it, then F and B in turn."""
     _check(num_ranks, num_microbatches, at_least=1)
     rows = []
     for rank in range(num_ranks):
-        warm_up = min(2 * (num_ranks - rank - 1), num_microbatches)
+        warm_up = min(ahead * (num_ranks - rank - 1), num_microbatches)
         row = [Action("F", rank, m) for m in range(warm_up)]
         for m in range(num_microbatches):
             if warm_up + m < num_microbatches:
                 row.append(Action("F", rank, warm_up + m))
             row.append(Action("B", rank, m))
         rows.append(tuple(row))
-    shape = num_ranks, num_ranks, num_microbatches
-    return PipelineSchedule("eager_1f1b", "straight", *shape, tuple(rows), in_turn=True)
+    return tuple(rows)
 
 
 def interleaved(num_ranks: int, num_microbatches: int, chunks: int = 2) -> PipelineSchedule:

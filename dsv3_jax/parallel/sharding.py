@@ -110,6 +110,15 @@ class Layout:
         """Whether every layer gathers its own weights when it runs (FSDP)."""
         return self.config.state == "fsdp" and not self.one_device
 
+    @property
+    def ranks_take_slices(self) -> bool:
+        """Whether what ranks of `pipe` get of the state, and give back, are slices of it.
+
+        Not where `tensor` cuts weights: XLA would move activations by permutes within a loop that
+        not all ranks turn.
+        """
+        return self.mesh.shape["tensor"] == 1
+
     def axes(self, name: str) -> Axes:
         """The mesh axes of a logical dim; ValueError for a name that the table does not have.
 
@@ -249,8 +258,8 @@ class Layout:
         Those are the mesh axes that the spec does not use, so dense and expert leaves differ. Each
         goes to the first dim that it divides, so that slices are few rows whole, and dims that
         follow one another may be put together. What divides nothing stays whole: norms are small.
-        Ranks of `pipe` cut last, so that what a rank's devices hold together is one piece; first
-        where `tensor` cuts, too, whose weights XLA moves itself (training/stages.py).
+        Where ranks of `pipe` take slices, they cut last, so that what a rank's devices hold
+        together is one piece.
         The first skip_dims dims, of stacked layers, are left alone.
         """
         if self.config.state == "replicated":
@@ -258,7 +267,7 @@ class Layout:
         cut: list[Axes] = [axes_of(entry) for entry in spec]
         cut += [()] * (len(shape) - len(cut))
         used = {axis for axes in cut for axis in axes}
-        last = "pipe" if self.mesh.shape["tensor"] == 1 else None
+        last = "pipe" if self.ranks_take_slices else None
         for axis, size in sorted(self.mesh.shape.items(), key=lambda each: each[0] == last):
             if size == 1 or axis in used or axis in self.outer:
                 continue

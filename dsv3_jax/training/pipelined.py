@@ -50,7 +50,6 @@ from dsv3_jax.training.stages import (
     LOSS,
     StagePlan,
     from_stages,
-    in_slices,
     plan_stages,
     slices_from_stages,
     specs_of_layer,
@@ -113,7 +112,7 @@ def pipelined_gradients(
     trained = variables["params"]
     of_layers = {
         k: slices_from_stages(totals.layers[k], trained[k], k, plan, inside)
-        if in_slices(inside)
+        if inside.ranks_take_slices
         else from_stages(totals.layers[k], k, plan)
         for k in plan.layers
         if k in trained
@@ -214,8 +213,7 @@ class Rank:
         self.d_balance = jnp.float32(self.alpha * per_token)
         self.kinds = [kind for kind in (DENSE, MOE) if kind in plan.layers]
         self.layers = {kind: LayerBackward(kind, how, config) for kind in self.kinds}
-        self.in_slices = in_slices(how.layout)
-        self.sums = {
+        self.sums = {  # each device adds up the slice of a gradient that it will apply
             kind: specs_of_layer(_without_chunks(stacks[kind][0]), kind, how.layout, stored=True)
             for kind in self.kinds
         }
@@ -312,10 +310,12 @@ class Rank:
         return totals._replace(layers=layers)
 
     def _slice(self, gradient, spec: PartitionSpec):
-        return self.how.layout.place(gradient, spec) if self.in_slices else gradient
+        return (
+            self.how.layout.place(gradient, spec) if self.how.layout.ranks_take_slices else gradient
+        )
 
     def _ends_in_slices(self, of_ends: Any) -> Any:
-        if not self.in_slices:
+        if not self.how.layout.ranks_take_slices:
             return of_ends
         where = shardings(of_ends, self.how.layout, stored=True)
         return self.how.layout.constrain_tree(of_ends, where)

@@ -92,15 +92,6 @@ def plan_stages(config: Config) -> StagePlan:
     return StagePlan(schedule, tables, stages, layers)
 
 
-def in_slices(layout: Layout) -> bool:
-    """Whether what ranks get of the state, and give back, are slices of it.
-
-    Not where `tensor` cuts weights: XLA would move activations by permutes within a loop that not
-    all ranks turn.
-    """
-    return layout.mesh.shape["tensor"] == 1
-
-
 def to_stages(tree: Any, kind: str, plan: StagePlan, layout: Layout) -> Any:
     """A stack's leaves [L, ...] as [ranks, chunks, slots, ...], each rank's on its devices.
 
@@ -111,7 +102,7 @@ def to_stages(tree: Any, kind: str, plan: StagePlan, layout: Layout) -> Any:
     used = specs_of_layer(tree, kind, layout, stored=layout.gathers_each_layer)
 
     def of_ranks(leaf, of_state, of_rank, spec):
-        if not in_slices(layout):
+        if not layout.ranks_take_slices:
             return layout.place(leaf[numbers], PartitionSpec("pipe", None, None, *spec))
         take = functools.partial(_taken, numbers=numbers, dim=_dim_of_pipe(of_state))
         there = PartitionSpec("pipe", None, None, *of_rank[1:])

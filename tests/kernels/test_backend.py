@@ -1,6 +1,7 @@
 """The choice of an implementation: explicit, never silent."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -132,3 +133,16 @@ def test_an_attention_bias_is_computed_by_reference_or_refused(monkeypatch):
         attend(implementation="pallas_gpu")
     with backend.use("pallas_tpu"), pytest.raises(NotImplementedError, match="pallas_tpu does"):
         attend()
+
+
+def test_what_is_lowered_once_is_not_shared_where_multiprocessors_are_left():
+    def kernel(x):
+        return x + backend.left()
+
+    def run():
+        return float(backend._lowered_once(functools.partial(kernel))(jnp.zeros(())))
+
+    assert run() == 0
+    with backend.leaving(20):
+        assert run() == 20
+    assert run() == 0
