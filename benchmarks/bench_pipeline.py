@@ -2,17 +2,22 @@
 
     python -m benchmarks.bench_pipeline                                  # all devices and schedules
     python -m benchmarks.bench_pipeline --virtual 2 --plot pipeline.png   # virtual CPU devices
+    python -m benchmarks.bench_pipeline --config configs/h200_slice.py --local 2 --rows 1
 
 Each schedule's gradients of a training step (`training.pipelined`) are timed without stamps, beside
 those of the same devices by `data`; then once more with stamps, which callbacks take at the start
-and the end of every act of a rank. F, I and W are medians between them, and so is the hand-over:
-from the end of a tick's last act to the start of the next tick's first, stamps included. The
-prediction lets each tick last as long as its slowest rank, and the hand-over between two; what is
-counted beyond it is `rest`: acts that take other than the median. Without accelerators, devices are
+and the end of every act of a rank. F, I, W and B are medians between them, of a rank (the table
+prints the longest rank's), and so is the hand-over: from the end of a tick's last act to the start
+of the next tick's first, stamps included. The prediction lets each tick last as long as its slowest
+rank, and the hand-over between two; what is counted beyond it is `rest`: acts that take other than
+the median. `bubble` is without stamps: what the step takes beyond the acts' own time, which is that
+of the same devices by `data`, and what the schedule has if acts take what they took and ranks
+wait for nothing but each other. Without accelerators, devices are
 virtual CPU devices: with more of them than cores, acts take each other's time.
 """
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +33,15 @@ from jax import lax
 from jax.experimental import io_callback
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dsv3_jax.config import Config, ModelConfig, ParallelConfig, PipelineConfig, TrainConfig
+from dsv3_jax.config import (
+    Config,
+    ExpertParallelConfig,
+    ModelConfig,
+    ParallelConfig,
+    PipelineConfig,
+    TrainConfig,
+    load_config,
+)
 from dsv3_jax.parallel.mesh import batch_sharding, make_mesh
 from dsv3_jax.parallel.pipeline import Place
 from dsv3_jax.parallel.sharding import make_layout
@@ -75,17 +88,24 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--sequence", type=int, default=256)
+    parser.add_argument("--config", default="", help="a run's model, rows and options instead")
+    parser.add_argument("--rows", type=int, default=2, help="of a micro-batch and device")
+    parser.add_argument("--local", type=int, default=1, help="devices of a rank, with its experts")
     parser.add_argument("--jobs", type=int, default=4, help="programs compiled side by side")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     if options.virtual:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", options.virtual)
-    ranks = jax.device_count()
-    tokens = 2 * options.microbatches * options.sequence
-    print(f"{ranks} x {jax.devices()[0].device_kind}, {options.microbatches} micro-batches, ms")
-    configs = {name: run_config(name, options, pipe=ranks) for name in options.schedules}
-    by_data = run_config(SCHEDULES[0], options, data=ranks)
+    devices, local = jax.device_count(), options.local
+    ranks = devices // local
+    configs = {n: run_config(n, options, pipe=ranks, local=local) for n in options.schedules}
+    by_data = run_config(SCHEDULES[0], options, data=devices)
+    tokens = by_data.train.batch_size * by_data.train.seq_len
+    print(
+        f"{devices} x {jax.devices()[0].device_kind}, pipe {ranks} x local {local}, "
+        f"{options.microbatches} micro-batches, ms"
+    )
     stamps: list[Stamp] = []
     programs = [
         partial(lowered, by_data, None),
@@ -101,7 +121,8 @@ def main() -> None:
     print(f"by data: step {1e3 * plain:.1f}, {tokens / plain:,.0f} tokens/s")
     print(
         f"{'schedule':18} {'step':>7} {'tokens/s':>9} {'of data':>7} {'stamped':>8} "
-        f"{'F':>6} {'I':>6} {'W':>6} {'B':>6} {'hand-over':>9}  idle: counted, predicted, rest"
+        f"{'F':>6} {'I':>6} {'W':>6} {'B':>6} {'hand-over':>9}  idle: counted, predicted, rest;  "
+        "bubble: measured, predicted"
     )
     runs = {}
     for (name, config), step in zip(configs.items(), compiled[1:]):
@@ -114,11 +135,13 @@ def main() -> None:
         times, length = median_times(rows), max(span.end for row in rows for span in row)
         over = median_hand_over(tables, rows)
         counted, predicted = idle_share(rows), predicted_idle_share(tables, times, over)
-        each = " ".join(f"{1e3 * times[act]:6.2f}" for act in ACTS[1:])
+        bubble, of_schedule = 1 - plain / own, predicted_idle_share(tables, times, 0.0)
+        each = " ".join(f"{1e3 * longest:6.2f}" for longest in times.max(0)[1:])
         print(
             f"{name:18} {1e3 * own:7.1f} {tokens / own:9,.0f} {plain / own:7.1%} "
             f"{1e3 * length:8.1f} {each} {1e3 * over:9.2f}  "
-            f"{counted:6.1%} {predicted:6.1%} {counted - predicted:+6.1%}",
+            f"{counted:6.1%} {predicted:6.1%} {counted - predicted:+6.1%};  "
+            f"{bubble:6.1%} {of_schedule:6.1%}",
             flush=True,
         )
     if options.plot:
@@ -126,12 +149,31 @@ def main() -> None:
 
 
 def run_config(name: str, options: argparse.Namespace, **mesh: int) -> Config:
-    """A model whose layers are alike, so that stages are; two rows a micro-batch and device.
+    """The given config's, or a model whose layers are alike, so that stages are.
 
     name: one of SCHEDULES or WHOLE.
     """
+    devices = mesh.get("data", 1) * mesh.get("local", 1)
+    backward = "whole" if name in WHOLE else "apart"
+    given = load_config(options.config) if options.config else Config(model=alike(options))
+    train = given.train if options.config else TrainConfig(seq_len=options.sequence)
+    return dataclasses.replace(
+        given,
+        mesh=ParallelConfig(**mesh),
+        pipeline=PipelineConfig(name.split(",")[0], backward),  # pyright: ignore[reportArgumentType]
+        expert_parallel=ExpertParallelConfig(transport="auto"),
+        train=dataclasses.replace(
+            train,
+            batch_size=options.rows * options.local * options.microbatches,
+            micro_batch_size=options.rows * devices,
+        ),
+    ).validate()
+
+
+def alike(options: argparse.Namespace) -> ModelConfig:
+    """A model of MoE layers alone, of the width and number asked for."""
     width = options.hidden_size
-    model = ModelConfig(
+    return ModelConfig(
         vocab_size=256,
         hidden_size=width,
         intermediate_size=2 * width,
@@ -151,16 +193,6 @@ def run_config(name: str, options: argparse.Namespace, **mesh: int) -> Config:
         num_nextn_predict_layers=0,
         max_position_embeddings=options.sequence,
     )
-    return Config(
-        model=model,
-        mesh=ParallelConfig(**mesh),
-        pipeline=PipelineConfig(name.split(",")[0], "whole" if name in WHOLE else "apart"),  # pyright: ignore[reportArgumentType]
-        train=TrainConfig(
-            batch_size=2 * options.microbatches,
-            micro_batch_size=2 * mesh.get("data", 1),
-            seq_len=options.sequence,
-        ),
-    ).validate()
 
 
 def lowered(config: Config, stamps: list[Stamp] | None) -> Any:
@@ -204,20 +236,23 @@ def median_step(step: Any, arguments: tuple, wanted: bool, times: int = 3) -> fl
 def stamped(op: Any, place: Place, x: Any, wanted: Any, record: Callable[[Stamp], None]) -> Any:
     """What a tick begins or ends with, and a stamp of when, if wanted and not idle."""
 
-    def on_host(rank, op, chunk, microbatch, _):
+    mesh = jax.sharding.get_abstract_mesh()
+    inner = set(mesh.axis_names) - set(mesh.manual_axes)
+
+    def on_host(device, rank, op, chunk, microbatch, _):
         now = time.perf_counter()
-        record(Stamp(now, int(rank), ACTS[int(op)], int(chunk), int(microbatch)))
+        if device == 0:  # of a rank's
+            record(Stamp(now, int(rank), ACTS[int(op)], int(chunk), int(microbatch)))
         return np.float32(0)
 
     # What is added holds the program to the order; the array's corner waits for its making.
     values = lax.axis_index("pipe"), op, place.chunk, place.microbatch, x[(0,) * x.ndim]
     shape = jax.ShapeDtypeStruct((), jnp.float32)
-    mesh = jax.sharding.get_abstract_mesh()
     call = jax.shard_map(  # callbacks want every axis manual
-        lambda *values: io_callback(on_host, shape, *values),
+        lambda *values: io_callback(on_host, shape, lax.axis_index(tuple(inner)), *values),
         in_specs=PartitionSpec(),
         out_specs=PartitionSpec(),
-        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        axis_names=inner,
         check_vma=False,
     )
     zero = lax.cond(wanted & (op != IDLE), call, lambda *values: jnp.zeros(()), *values)
@@ -239,10 +274,14 @@ def spans(stamps: list[Stamp], ranks: int) -> list[list[Span]]:
     return rows
 
 
-def median_times(rows: list[list[Span]]) -> dict[str, float]:
-    """Seconds of F, I, W and B; 0 for an act that there is none of."""
-    of = {act: [s.end - s.start for row in rows for s in row if s.act == act] for act in ACTS[1:]}
-    return {act: statistics.median(times) if times else 0.0 for act, times in of.items()}
+def median_times(rows: list[list[Span]]) -> np.ndarray:
+    """Seconds [ranks, acts] by the numbers of ACTS; 0 for an act that there is none of."""
+
+    def median(row: list[Span], act: str) -> float:
+        times = [span.end - span.start for span in row if span.act == act]
+        return statistics.median(times) if times else 0.0
+
+    return np.array([[median(row, act) for act in ACTS] for row in rows])
 
 
 def idle_share(rows: list[list[Span]]) -> float:
@@ -266,9 +305,9 @@ def median_hand_over(tables: TickTables, rows: list[list[Span]]) -> float:
     return float(np.median(starts[1:] - ends[:-1]))
 
 
-def predicted_idle_share(tables: TickTables, times: dict[str, float], hand_over: float) -> float:
+def predicted_idle_share(tables: TickTables, times: np.ndarray, hand_over: float) -> float:
     """The same of the tables: a tick as long as the slowest of its ranks, a hand-over after it."""
-    each = np.array([0.0, *(times[act] for act in ACTS[1:])])[tables.op]
+    each = times[np.arange(len(times)), tables.op]
     assert (each[tables.op == IDLE] == 0).all()
     length = each.max(1).sum() + (len(each) - 1) * hand_over
     return 1 - each.sum() / (length * each.shape[1])

@@ -1,15 +1,15 @@
 """Gradients of one training step over data or pipe, in BF16, beside those of one GPU, leaf by leaf.
 
-    python -m benchmarks.check_gradients                  # two GPUs, V3's widths
+    python -m benchmarks.check_gradients                  # two GPUs, or four; V3's widths
     python -m benchmarks.check_gradients --virtual 2      # tiny, float32, virtual CPU devices
     python -m benchmarks.check_gradients --choices 8      # of 8 experts: no route can flip
 
-A dense layer and three MoE layers of 8 experts, 4 micro-batches of 2 x 2,048 tokens, remat "full".
-Kernels that only GPUs have are in the backward pass, which is why tests on CPUs are not enough. A
-line for each mesh: the loss, and the relative error of a leaf's gradient, the median and the worst.
-In BF16 a mesh changes the order of sums, so that tokens near a tie go to other experts: `data` says
-how much of an error that makes. The exit code is 1 where a gradient is not finite, or where a
-pipeline's worst error is more than twice that of `data`.
+A dense layer and three MoE layers of 8 experts, 4 micro-batches of 2,048 tokens a device, remat
+"full". Kernels that only GPUs have are in the backward pass, which is why tests on CPUs are not
+enough. A line for each mesh: the loss, and the relative error of a leaf's gradient, the median and
+the worst. In BF16 a mesh changes the order of sums, so that tokens near a tie go to other experts:
+`data` says how much of an error that makes. The exit code is 1 where a gradient is not finite, or
+where a pipeline's worst error is more than twice that of `data`.
 """
 
 import argparse
@@ -29,7 +29,14 @@ import numpy as np
 
 from benchmarks.errors import relative_error
 from benchmarks.multi_gpu_timing import begin, compile_all, failure
-from dsv3_jax.config import Config, ModelConfig, ParallelConfig, PipelineConfig, TrainConfig
+from dsv3_jax.config import (
+    Config,
+    ExpertParallelConfig,
+    ModelConfig,
+    ParallelConfig,
+    PipelineConfig,
+    TrainConfig,
+)
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.parallel.mesh import batch_sharding, make_mesh
 from dsv3_jax.parallel.sharding import make_layout
@@ -38,10 +45,18 @@ from dsv3_jax.training.state import abstract_state, init_state
 from dsv3_jax.training.step import gradients
 
 MESHES = {
-    "one device": (ParallelConfig(), "1f1b"),
-    "data 2": (ParallelConfig(data=2), "1f1b"),
-    "pipe 2, 1f1b": (ParallelConfig(pipe=2), "1f1b"),
-    "pipe 2, zb1p": (ParallelConfig(pipe=2), "zb1p"),
+    2: {
+        "one device": (ParallelConfig(), "1f1b"),
+        "data 2": (ParallelConfig(data=2), "1f1b"),
+        "pipe 2, 1f1b": (ParallelConfig(pipe=2), "1f1b"),
+        "pipe 2, zb1p": (ParallelConfig(pipe=2), "zb1p"),
+    },
+    4: {
+        "one device": (ParallelConfig(), "1f1b"),
+        "data 4": (ParallelConfig(data=4), "1f1b"),
+        "pipe 2 x local 2, 1f1b": (ParallelConfig(pipe=2, local=2), "1f1b"),
+        "pipe 4, eager_1f1b": (ParallelConfig(pipe=4), "eager_1f1b"),
+    },
 }
 ROUNDING = 1e-6  # of sums in float32 in another order
 
@@ -54,15 +69,18 @@ def main() -> int:
     parser.add_argument("--choices", type=int, default=2, help="experts of a token, of 8")
     options = parser.parse_args()
     begin(options.virtual, options.cache)
+    devices, quick = jax.device_count(), bool(options.virtual)
+    if devices not in MESHES:
+        parser.error(f"{devices} devices; there are meshes for {' and '.join(map(str, MESHES))}")
     configs = {
-        name: config_of(mesh, schedule, options.choices, bool(options.virtual))
-        for name, (mesh, schedule) in MESHES.items()
+        name: config_of(mesh, schedule, devices, options.choices, quick)
+        for name, (mesh, schedule) in MESHES[devices].items()
     }
     built = compile_all({name: partial(program, config) for name, config in configs.items()})
     want, worst = None, {}
     for name, config in configs.items():
         if isinstance(built[name], Exception):
-            print(f"{name:14} {failure(built[name])}", flush=True)
+            print(f"{name:22} {failure(built[name])}", flush=True)
             return 1
         start = time.perf_counter()
         loss, grads = run(config, *built[name])
@@ -73,24 +91,28 @@ def main() -> int:
         errors = np.asarray([error for error, _ in found])
         worst[name] = errors.max() if np.isfinite(errors).all() else np.inf
         print(
-            f"{name:14} loss {loss:.6f}, error median {np.median(errors):.2e}, worst "
+            f"{name:22} loss {loss:.6f}, error median {np.median(errors):.2e}, worst "
             f"{found[-1][0]:.2e} ({found[-1][1]}), not finite {np.sum(~np.isfinite(errors))} of "
             f"{len(errors)}, {time.perf_counter() - start:.1f} s",
             flush=True,
         )
         del grads
-    limit = max(2 * worst["data 2"], ROUNDING)
+    limit = max(2 * worst[f"data {devices}"], ROUNDING)
     return int(not all(error <= limit for error in worst.values()))
 
 
-def config_of(mesh: ParallelConfig, schedule: Any, choices: int, quick: bool) -> Config:
+def config_of(
+    mesh: ParallelConfig, schedule: Any, devices: int, choices: int, quick: bool
+) -> Config:
     """The step's config on this mesh."""
     model = dataclasses.replace(
         ModelConfig(), vocab_size=8192, num_hidden_layers=4, first_k_dense_replace=1,
         n_routed_experts=8, num_experts_per_tok=choices, n_group=1, topk_group=1,
         num_nextn_predict_layers=0, dtype="bfloat16",
     )  # fmt: skip
-    train = TrainConfig(batch_size=8, micro_batch_size=2, seq_len=2048, remat="full")
+    train = TrainConfig(
+        batch_size=4 * devices, micro_batch_size=devices, seq_len=2048, remat="full"
+    )
     if quick:
         model = dataclasses.replace(
             model, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
@@ -99,7 +121,10 @@ def config_of(mesh: ParallelConfig, schedule: Any, choices: int, quick: bool) ->
         )  # fmt: skip
         train = dataclasses.replace(train, seq_len=32)
     pipeline = PipelineConfig(schedule=schedule)
-    return Config(model=model, mesh=mesh, train=train, pipeline=pipeline).validate()
+    expert = ExpertParallelConfig(transport="auto")
+    return Config(
+        model=model, mesh=mesh, train=train, pipeline=pipeline, expert_parallel=expert
+    ).validate()
 
 
 def program(config: Config) -> tuple[Any, Any]:

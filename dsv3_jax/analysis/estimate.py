@@ -292,7 +292,7 @@ def estimate_step(
     if simulated and mesh.pipe > 1 and schedule != "dualpipe":
         durations = times.durations(False, transfer)
         in_ticks = seconds - busy_compute - exposed - pipeline.bubble
-        whole = config.pipeline.backward == "whole" and schedule == config.pipeline.schedule
+        whole = config.pipeline.takes_backward_whole(schedule)
         in_ticks += pipeline_cost.seconds_in_ticks(schedule, mesh.pipe, count, durations, whole)
 
     rate = train.batch_size * train.seq_len / seconds

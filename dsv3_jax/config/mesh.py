@@ -110,6 +110,9 @@ class ExpertParallelConfig:
         return found
 
 
+APART = ("zb1p", "dualpipev")  # schedules in which weights' gradients wait for a bubble
+
+
 @dataclass(frozen=True)
 class PipelineConfig:
     """How micro-batches go through the stages on the ranks of mesh.pipe (docs/parallelism.md)."""
@@ -121,14 +124,20 @@ class PipelineConfig:
     # the paper's DualPipe with one copy of the weights.
     schedule: Literal["1f1b", "eager_1f1b", "interleaved", "zb1p", "dualpipev"] = "1f1b"
     # Ranks meet after each act. apart: the gradient of the input and that of the weights are two
-    # acts; whole: one act, but in zb1p and dualpipev, with a third fewer meetings. Faster where the
-    # weights' takes less than about half of a forward, as on GPUs, whose kernels make both.
-    backward: Literal["apart", "whole"] = "apart"
+    # acts; whole: one act, with a third fewer meetings, which zb1p and dualpipev cannot; auto:
+    # whole where the schedule can. apart is faster where the weights' gradient takes more than
+    # about half of a forward, which on GPUs it does not: their kernels make most of it with the
+    # input's.
+    backward: Literal["auto", "apart", "whole"] = "auto"
 
     @property
     def stages_per_rank(self) -> int:
         """How many stages each rank holds."""
         return 2 if self.schedule in ("interleaved", "dualpipev") else 1
+
+    def takes_backward_whole(self, schedule: str = "") -> bool:
+        """Whether both gradients are one act; under another schedule, if one is given."""
+        return self.backward != "apart" and (schedule or self.schedule) not in APART
 
     def misfits(self, ranks: int, microbatches: int, layers: int) -> list[str]:
         """Why so many ranks cannot run the schedule, each with the nearest that works."""
@@ -143,7 +152,7 @@ class PipelineConfig:
                 f"model.num_hidden_layers={layers} fill {layers}, and the last may have the head "
                 f"alone: use mesh.pipe={nearest} or less"
             )
-        if self.backward == "whole" and self.schedule in ("zb1p", "dualpipev"):
+        if self.backward == "whole" and self.schedule in APART:
             found.append(
                 f"pipeline.backward='whole', but {self.schedule} takes backward passes apart: use "
                 "--pipeline.backward apart, or --pipeline.schedule 1f1b"

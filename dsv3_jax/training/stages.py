@@ -88,7 +88,7 @@ def plan_stages(config: Config) -> StagePlan:
             for stage, count in enumerate(of_stage):
                 numbers[stage, :count] = np.arange(first[stage], first[stage] + count)
             layers[kind] = numbers[stages]
-    tables = tick_tables(schedule, config.pipeline.backward == "whole")
+    tables = tick_tables(schedule, config.pipeline.takes_backward_whole())
     return StagePlan(schedule, tables, stages, layers)
 
 

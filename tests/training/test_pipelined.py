@@ -108,7 +108,7 @@ CONFIGS = [
     CONFIGS,
     ids=lambda c: (
         f"{c.pipeline.schedule}-{c.mesh.pipe}-{c.sharding.state}-{c.train.remat}"
-        + ("" if c.pipeline.backward == "apart" else "-whole")
+        + ("-whole" if c.pipeline.takes_backward_whole() else "")
     ),
 )
 def test_a_pipelined_step_is_the_step(config, start, whole):
