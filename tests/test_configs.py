@@ -141,6 +141,14 @@ def test_an_impossible_architecture_names_its_numbers(fields, problem):
         ),
         (
             dataclasses.replace(
+                tiny_config(),
+                mesh=ParallelConfig(pipe=2, local=2),
+                expert_parallel=ExpertParallelConfig(transport="pallas"),
+            ),
+            "ranks of mesh.pipe=2 reach at other times: use 'padded' or 'auto'",
+        ),
+        (
+            dataclasses.replace(
                 tiny_config(), expert_parallel=ExpertParallelConfig(capacity_factor=0)
             ),
             "expert_parallel.capacity_factor=0 must be positive",

@@ -140,6 +140,11 @@ class Config:
                 f"a micro-batch of {micro} sequences must be a multiple of mesh.data x mesh.node x "
                 f"mesh.local = {token_shards}: use {round_up(micro, token_shards)}"
             )
+        if self.expert_parallel.transport == "pallas" and self.mesh.pipe > 1 < self.mesh.local:
+            found.append(
+                "expert_parallel.transport='pallas' holds all devices at a barrier, which ranks of "
+                f"mesh.pipe={self.mesh.pipe} reach at other times: use 'padded' or 'auto'"
+            )
         count, layers = self.train.batch_size // micro, self.model.num_hidden_layers
         return found + self.pipeline.misfits(self.mesh.pipe, count, layers)
 

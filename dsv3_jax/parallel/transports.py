@@ -59,6 +59,8 @@ def resolve(mesh: Mesh | AbstractMesh, expert: ExpertParallelConfig) -> ExpertPa
 def why_not_reading(mesh: Mesh) -> str | None:
     """Why these GPUs cannot read each other's rows by `kernels.peers`; None if they can."""
     devices = list(mesh.devices.flat)
+    if mesh.shape.get("pipe", 1) > 1:  # Mosaic names the whole mesh to XLA
+        return "XLA would hold the ranks of mesh.pipe at one barrier, and they come at other times"
     if tuple(int(part) for part in jax.__version__.split(".")[:2]) < (0, 11):
         return f"it needs jax 0.11 or newer, and this is {jax.__version__}"
     capability = str(getattr(devices[0], "compute_capability", ""))

@@ -40,6 +40,9 @@ def test_auto_takes_what_was_measured_to_be_fastest(monkeypatch):
     assert chosen(mesh_of(monkeypatch), **back) == "allgather"
     assert chosen(mesh_of(monkeypatch, 4, 1), transport="auto") == "allgather"
     assert chosen(mesh_of(monkeypatch, 1, 8), transport="auto") == "padded"
+    stages = mesh_of(monkeypatch)
+    stages.shape["pipe"] = 2
+    assert chosen(stages, transport="auto") == "allgather"
     ampere = mesh_of(monkeypatch, compute_capability="8.0")
     assert chosen(ampere, transport="auto") == "allgather"
     assert chosen(ampere, transport="auto", dispatch_format="fp8") == "padded"
@@ -58,6 +61,9 @@ def test_a_transport_named_is_kept_or_refused(monkeypatch):
 
     older = mesh_of(monkeypatch, compute_capability="8.0")
     assert "compute capability 9.0 (Hopper), and this is 8.0: use 'padded'" in refused(older)
+    stages = mesh_of(monkeypatch)
+    stages.shape["pipe"] = 2
+    assert "ranks of mesh.pipe" in refused(stages)
     mesh = mesh_of(monkeypatch)
     mesh.devices[3].process_index = 1
     assert "must be in one process" in refused(mesh)
