@@ -1,7 +1,7 @@
 """What tests of the model share: tiny configs, random weights, and the only table of tolerances."""
 
 import dataclasses
-from functools import partial
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from dsv3_jax.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from dsv3_jax.model.transformer import init_variables
+from dsv3_jax.interop.name_map import leaves
+from dsv3_jax.training.optimizer import make_optimizer
+from dsv3_jax.training.state import TrainState
 
 # The largest `relative_error` allowed. Each is some five times what was seen, and far under what a
 # wrong term gives: a missing YaRN correction moves logits by 0.1, a wrong norm epsilon by 1e-3.
@@ -118,22 +120,33 @@ def tiny_config(model: ModelConfig | None = None, **train: Any) -> Config:
 def random_variables(config: ModelConfig, seed: int = 0) -> Any:
     """Variables with nothing at its initial constant: norms near 1, router biases near 0.
 
-    NumPy draws them: compiling `init_variables` takes longer than most tests.
+    NumPy draws them, in the shapes that the table of weights gives: compiling `init_variables`
+    takes longer than most tests, and tracing it a second, for each module that does so as it is
+    imported. That the table has the model's shapes is tests/test_weights.py's to say.
     """
-    shapes = jax.eval_shape(partial(init_variables, config=config), jax.random.key(0))
     rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name, values = path[-1].key, rng.normal(size=leaf.shape)
+    variables: dict[str, Any] = {"params": {}, "router": {}}
+    for path, leaf in sorted(leaves(config).items()):
+        *modules, name = path
+        values = rng.normal(size=leaf.lead + leaf.dims)
         if name.endswith("norm"):
             values = 1 + 0.2 * values
         elif name == "e_score_correction_bias":
             values = 0.2 * values
         else:
             values = config.initializer_range * values
-        return jnp.asarray(values, leaf.dtype)
+        place = reduce(lambda tree, module: tree.setdefault(module, {}), modules, variables)
+        place[name] = jnp.asarray(values, jnp.float32)
+    return variables
 
-    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+def random_state(config: Config) -> TrainState:
+    """The state before a run's first step, of `random_variables`; nothing is compiled for it."""
+    variables = random_variables(config.model)
+    moments = jax.eval_shape(make_optimizer(config.optimizer).init, variables["params"])
+    opt_state = jax.tree.map(lambda leaf: jnp.asarray(np.zeros(leaf.shape, leaf.dtype)), moments)
+    step, skipped, in_row = (jnp.asarray(np.int32(0)) for _ in range(3))
+    return TrainState(step, *variables.values(), opt_state, skipped, in_row)
 
 
 def random_tokens(config: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray:

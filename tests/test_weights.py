@@ -99,7 +99,6 @@ OF_MODEL = Weight(
     init="ones",
     decayed=False,
 )
-OTHERS = init_variables(jax.random.key(0), MODEL)
 
 
 @pytest.fixture
@@ -108,9 +107,9 @@ def wider():
         yield
 
 
-@pytest.mark.usefixtures("wider")
 def test_a_new_row_is_initialised_beside_the_others():
-    with extended(OF_MODEL):
+    others = init_variables(jax.random.key(0), MODEL)
+    with extended(GATE, OF_EXPERT, OF_MODEL):
         made = by_path(init_variables(jax.random.key(0), MODEL))
         assert made.keys() == leaves(MODEL).keys()
     assert made["params", "skip_norm"].tolist() == [1.0] * MODEL.hidden_size
@@ -120,7 +119,7 @@ def test_a_new_row_is_initialised_beside_the_others():
     assert made["params", "mtp_0", "block", "mlp", "experts", "skip_proj"].shape == (
         *(MODEL.n_routed_experts, MODEL.hidden_size, MODEL.hidden_size),
     )
-    for path, leaf in by_path(OTHERS).items():  # as without it
+    for path, leaf in by_path(others).items():  # as without it
         np.testing.assert_array_equal(made[path], leaf, err_msg=str(path))
 
 

@@ -13,9 +13,10 @@ from dsv3_jax.model import checks, moe, router, transformer
 from dsv3_jax.model.cache import init_model_cache
 from dsv3_jax.model.decode import decode_step, prefill
 from dsv3_jax.model.forward_pass import Pass
-from dsv3_jax.model.transformer import forward, init_variables
+from dsv3_jax.model.transformer import forward
 from dsv3_jax.quantization.block_scaled import quantize
 from dsv3_jax.quantization.recipe import recipe_named
+from tests.helpers import random_variables
 
 MODEL = ModelConfig(
     **{"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -29,7 +30,7 @@ MODEL = ModelConfig(
         "dtype": "float32",
     },
 )
-VARIABLES = init_variables(jax.random.key(0), MODEL)
+VARIABLES = random_variables(MODEL)
 IDS = np.arange(8, dtype=np.int32)[None]
 
 pytestmark = pytest.mark.misuse

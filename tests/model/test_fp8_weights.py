@@ -19,7 +19,7 @@ from dsv3_jax.model.fp8_weights import (
     to_fp8_weights,
 )
 from dsv3_jax.model.linear import grouped_linear, linear
-from dsv3_jax.model.transformer import forward, init_variables
+from dsv3_jax.model.transformer import abstract_variables, forward
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, dequantize, quantize
 from dsv3_jax.quantization.recipe import LinearRecipe
 from tests.helpers import random_tokens, random_variables, tiny_model
@@ -137,10 +137,9 @@ def run(model):
 
 
 @pytest.fixture(scope="module")
-def plain(model, held):
+def plain(variables, held):
     """The same numbers in BF16's place: dequantised, so that products are not in FP8."""
-    abstract = jax.eval_shape(partial(init_variables, config=model), jax.random.key(0))
-    return dequantized(held, abstract)
+    return dequantized(held, variables)
 
 
 def test_logits_are_near_those_of_the_dequantised_weights(model, held, plain, run):
@@ -176,7 +175,7 @@ def test_they_take_half_of_bf16s_bytes_at_v3s_shapes():
         ModelConfig(), num_hidden_layers=1, first_k_dense_replace=0, n_routed_experts=16,
         num_nextn_predict_layers=0, vocab_size=1024,
     )  # fmt: skip
-    variables = jax.eval_shape(partial(init_variables, config=config), jax.random.key(0))
+    variables = abstract_variables(config)
     held = jax.eval_shape(partial(to_fp8_weights, config=config), variables)
     layer = jax.tree.leaves(held["params"]["moe_layers"])
     held_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in layer)

@@ -14,9 +14,15 @@ from dsv3_jax.model.plain_products import grouped_product, product
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.quantization.block_scaled import StepWeight
 from dsv3_jax.training.schedule import Schedule
-from dsv3_jax.training.state import init_state
 from dsv3_jax.training.step import gradients
-from tests.helpers import TOLERANCE, random_tokens, relative_error, tiny_config, tiny_model
+from tests.helpers import (
+    TOLERANCE,
+    random_state,
+    random_tokens,
+    relative_error,
+    tiny_config,
+    tiny_model,
+)
 
 RNG = np.random.default_rng(0)
 SIZES = np.array([16, 0, 24], np.int32)
@@ -87,7 +93,7 @@ def test_no_matrix_of_a_step_has_a_gradient_of_bf16_numbers(preset):
     model = tiny_model(num_hidden_layers=2, dtype="bfloat16")
     config = tiny_config(model, batch_size=2, micro_batch_size=2)
     config = dataclasses.replace(config, quant=QuantConfig(preset=preset))
-    state = jax.jit(partial(init_state, config=config))(jax.random.key(0))
+    state = random_state(config)
     rows = random_tokens(config.model, 2, 10)[None]
     grads = jax.jit(partial(gradients, config=config))(state, rows, Schedule(config).settings(0))[2]
     for path, g in jax.tree_util.tree_leaves_with_path(grads):

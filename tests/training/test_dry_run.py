@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -13,11 +14,12 @@ from dsv3_jax.config import ParallelConfig
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.picture import draw, ranges
 from dsv3_jax.parallel.sharding import Layout, make_layout
+from dsv3_jax.training import dry_run
 from dsv3_jax.training.checkpoint import Checkpoints
 from dsv3_jax.training.dry_run import device_bytes, dry_run_report, fit_line, parameter_counts
 from dsv3_jax.training.schedule import START, Schedule
-from dsv3_jax.training.state import abstract_state, init_state
-from tests.helpers import random_variables, tiny_config, tiny_model
+from dsv3_jax.training.state import abstract_state
+from tests.helpers import random_state, random_variables, tiny_config, tiny_model
 
 MODEL = tiny_model(num_hidden_layers=2)
 
@@ -114,18 +116,24 @@ def test_the_report_says_whether_a_step_fits(one_device):
     assert 2**30 < all_devices < 2**50, "the host's memory"
 
 
-def test_the_report_says_what_the_run_s_folder_makes_of_it(one_device, tmp_path):
-    """A dry run of another seed said that all was well, and the run was then refused."""
+def test_the_report_says_what_the_run_s_folder_makes_of_it(one_device, tmp_path, monkeypatch):
+    """A dry run of another seed said that all was well, and the run was then refused.
+
+    The memory of its step is another test's: here one program stands for all.
+    """
+    config = tiny_config(MODEL, steps=4)
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
+    state = random_state(config)
+    compiled = jax.jit(lambda: 0).lower().compile()
+    lowered = SimpleNamespace(compile=lambda: compiled)
+    monkeypatch.setattr(dry_run, "lowered_step", lambda *args: lowered)
 
     def told(**changes):
         changed = dataclasses.replace(config, **changes)
         (line,) = re.findall(r"^run: (.*)$", dry_run_report(changed, one_device), re.MULTILINE)
         return line
 
-    config = tiny_config(MODEL, steps=4)
-    config = dataclasses.replace(config, run_dir=str(tmp_path / "run"))
     assert told() == f"a new one, in {tmp_path}/run"
-    state = init_state(jax.random.key(0), config)
     with Checkpoints(tmp_path / "run/checkpoints", every_steps=1, keep=2) as checkpoints:
         meta = {"config": dataclasses.asdict(config), "data_sha256": "d", "tokenizer_sha256": "t"}
         meta |= {"position": Schedule(config).position(2)._asdict(), "plan": START._asdict()}

@@ -5,7 +5,6 @@ import math
 from functools import cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,12 +12,11 @@ from dsv3_jax.config import DataConfig, ParallelConfig, PipelineConfig, Sharding
 from dsv3_jax.parallel.mesh import batch_sharding, make_mesh
 from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.training.checkpoint import Checkpoints
-from dsv3_jax.training.optimizer import make_optimizer
 from dsv3_jax.training.restore import state_sha256
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.state import TrainState, abstract_state
 from dsv3_jax.training.step import jit_train_step
-from tests.helpers import random_variables, tiny_config, tiny_model
+from tests.helpers import random_state, tiny_config, tiny_model
 
 MODEL = tiny_model(
     num_hidden_layers=2, num_attention_heads=4, vocab_size=40, moe_intermediate_size=16
@@ -66,13 +64,9 @@ class Run:
         self._settings = StepSettings(*values)
 
     def start(self) -> TrainState:
-        variables = random_variables(MODEL)
-        zero = jnp.zeros((), jnp.int32)
-        opt_state = make_optimizer(self.config.optimizer).init(variables["params"])
-        state = TrainState(zero, *variables.values(), opt_state, zero, zero)
         places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
         # Through NumPy: no two leaves may share a buffer, as the step takes them over.
-        return jax.device_put(jax.tree.map(np.array, state), places)
+        return jax.device_put(jax.tree.map(np.array, random_state(self.config)), places)
 
     def train(self, state, steps):
         metrics = []
