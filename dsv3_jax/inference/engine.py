@@ -51,7 +51,9 @@ class Engine:
             chunks = {min(size, options.max_length) for size in options.chunks}
             options = replace(options, chunks=tuple(sorted(chunks)))
         self.config, self.options, self.expert_load = config, options, expert_load
-        prompts, steps = (Pass(config, layout=each) for each in serving_layouts(layout))
+        # What ends a text is decided here, on the host: other ids are the same programs.
+        endless = replace(config, eos_token_id=())
+        prompts, steps = (Pass(endless, layout=each) for each in serving_layouts(layout))
         steps = replace(steps, micro_batches=options.micro_batches)
         self._groups, self._alone = layout.size("batch"), layout.one_device
         if not layout.one_device:

@@ -8,6 +8,7 @@ import pytest
 
 from dsv3_jax.config import UserError
 from dsv3_jax.inference import generate as generate_module
+from dsv3_jax.inference.acts import advance, feed
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.model.transformer import forward
 from tests.helpers import random_tokens, random_variables, tiny_model
@@ -94,6 +95,14 @@ def test_any_of_several_ids_ends_a_sequence_and_the_first_fills_it_up(greedy):
         np.testing.assert_array_equal(row[: end + 1], want[: len(row)][: end + 1])
         assert (row[end + 1 :] == ends[0]).all()
     assert np.isin(steps[0, :2], ends).any()  # it ended with the second of them
+
+
+def test_other_ids_that_end_a_text_compile_nothing(greedy):
+    del greedy  # has compiled what is wanted
+    compiled = advance._cache_size(), feed._cache_size()
+    config = dataclasses.replace(CONFIG, eos_token_id=(3, 4, 5))
+    next(generate(VARIABLES, PROMPTS, config, **ALL))
+    assert (advance._cache_size(), feed._cache_size()) == compiled
 
 
 def test_without_any_id_that_ends_a_text_nothing_ends(greedy):

@@ -84,8 +84,8 @@ def whole(start):
 @pytest.mark.parametrize(
     "state, mesh",
     [
-        ("zero1", {"pipe": 2}),
         ("fsdp", {"data": 2, "tensor": 2}),
+        pytest.param("zero1", {"pipe": 2}, marks=pytest.mark.slow),
         pytest.param("fsdp", {"pipe": 2, "data": 2}, marks=pytest.mark.slow),
     ],
     ids=str,
