@@ -1,8 +1,11 @@
 """What every test runs under: eight virtual CPU devices, strict dtypes, one compilation cache."""
 
+import contextlib
+import gc
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +55,30 @@ def what_signatures_check(request):
     jaxtyping.config.update("jaxtyping_disable", disabled or misuse)
     yield
     jaxtyping.config.update("jaxtyping_disable", disabled)
+
+
+WORKER_BYTES = 2.5e9  # a process with half of the tests grows to so much, most of it programs
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """For `-n auto`: a process for each core, or fewer where memory is short; told in a line."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's, of both kinds
+        with contextlib.suppress(OSError, ValueError):
+            memory = min(memory, int(Path("/sys/fs/cgroup", limit).read_text()))
+    workers = max(1, min(cores, int(memory / WORKER_BYTES)))
+    told = f"{workers} processes run the tests: {cores} cores, {memory / 1e9:.0f} GB of memory"
+    print(f"{told}, {WORKER_BYTES / 1e9} GB each; -n 1 for one", file=sys.stderr)
+    return workers
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collector need not look at it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser):

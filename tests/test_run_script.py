@@ -149,6 +149,36 @@ def test_arguments_pass_through_unchanged(checkout):
     assert done.stdout == "run -m pytest tests/foo.py -k a or  b \n"
 
 
+ALL_OF_THEM = [[], ["-q"], ["--slow", "-m", "slow"], ["--durations=9", "-x", "--color=yes"]]
+# One process where tests are named, or where it is asked for: a debugger, another number.
+NOT_SPREAD = [["tests/here.py"], ["tests/here.py::test_a"], ["-q", "tests"], ["-k", "name"]]
+NOT_SPREAD += [["-n", "2"], ["-n0"], ["-p", "no:xdist"], ["--pdb"], ["-s"], ["--version"], ["--lf"]]
+
+
+@pytest.mark.parametrize("words", ALL_OF_THEM + NOT_SPREAD, ids=" ".join)
+def test_all_tests_are_spread_over_the_cores_and_named_ones_are_not(checkout, words):
+    (checkout.root / "tests/here.py").touch()
+    spread = "-n auto --dist worksteal " if words in ALL_OF_THEM else ""
+    said = checkout.run("test", *words).stdout.rstrip()
+    assert said == f"run -m pytest {spread}{' '.join(words)}".rstrip()
+
+
+@pytest.mark.parametrize(
+    "cores, gigabytes, workers", [(2, 23, 2), (64, 128, 51), (8, 6, 2), (1, 64, 1), (4, 1, 1)]
+)
+def test_a_worker_for_each_core_that_has_the_memory(
+    cores, gigabytes, workers, request, monkeypatch, capsys
+):
+    pytest.importorskip("xdist")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+    sizes = {"SC_PAGE_SIZE": 1000, "SC_PHYS_PAGES": gigabytes * 10**6}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    monkeypatch.setattr(Path, "read_text", lambda path: "max\n")  # a container without a limit
+    found = request.config.hook.pytest_xdist_auto_num_workers(config=request.config)
+    assert found == workers  # conftest.py's comes before xdist's own
+    assert f"{workers} processes run the tests: {cores} cores" in capsys.readouterr().err
+
+
 def test_the_commands_exit_code_is_the_scripts(checkout):
     assert checkout.run("test", FAKE_EXIT="143").returncode == 143
 
