@@ -1,4 +1,4 @@
-"""A base model learns eight conversations, and answers each of them word for word."""
+"""A base model learns some conversations, and answers each of them word for word."""
 
 import json
 import subprocess
@@ -42,34 +42,45 @@ TALKS = {
     "May I go?": "Yes, you may go now.",
     "Say nothing.": "...",
 }
-HOW = """--config configs/finetune.py --train.steps 80 --train.batch-size 8 --train.seq-len 96
-    --optimizer.learning-rate 1e-2 --schedule.bias-update-speed 0 --train.eval-every 80"""
+HOW = """--config configs/finetune.py --train.seq-len 96 --optimizer.learning-rate 1e-2
+    --schedule.bias-update-speed 0 --train.eval-every 80"""
+
+
+def here(script: str, *argv: str) -> None:
+    """A command in this process, where XLA does not optimise: for small models."""
+    main = {"train.py": train.main, "infer.py": infer.main, "-m dsv3_jax": cli.main}[script]
+    assert not main(list(argv))
+
+
+def apart(script: str, *argv: str) -> None:
+    """In a process of its own, with a device for each core, as users have it: for many steps."""
+    subprocess.run([sys.executable, *script.split(), *argv], cwd=ROOT, check=True)
 
 
 @pytest.mark.parametrize(
-    "default", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["small", "default run"]
+    "run", [here, pytest.param(apart, marks=pytest.mark.slow)], ids=["small", "default run"]
 )
-def test_answers_are_written_word_for_word(default, tmp_path, capsys, monkeypatch):
+def test_answers_are_written_word_for_word(run, tmp_path, capfd, monkeypatch):
     base, data, tuned = (str(tmp_path / name) for name in ("base", "data", "tuned"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    if default:  # in a process of its own: it has a virtual device for each core
-        subprocess.run([sys.executable, "train.py", "--run-dir", base], cwd=ROOT, check=True)
-    else:
-        config = str(write_small_run(tmp_path, BASE))
-        assert train.main(["--config", config, "--run-dir", base]) == 0
+    # The small model learns half of them: what a step costs is tokens, where XLA does not optimise.
+    talks, steps = (dict([*TALKS.items()][:4]), 60) if run is here else (TALKS, 80)
+    small = ["--config", str(write_small_run(tmp_path, BASE))] if run is here else []
+    run("train.py", *small, "--run-dir", base)
     chat = tmp_path / "chat.jsonl"
     with chat.open("w") as file:
-        for question, answer in TALKS.items():
+        for question, answer in talks.items():
             turns = [{"role": "user", "content": question}]
             turns.append({"role": "assistant", "content": answer})
             file.write(json.dumps({"messages": turns}) + "\n")
-    cli.main(["prepare", str(chat), "--out", data, "--tokenizer", base])
-    argv = [*HOW.split(), "--init-from", base, "--data.path", data, "--run-dir", tuned]
-    assert train.main(argv) == 0
-    capsys.readouterr()
+    run("-m dsv3_jax", "prepare", str(chat), "--out", data, "--tokenizer", base)
+    weights = ["--init-from", base, "--data.path", data, "--run-dir", tuned]
+    length = ["--train.steps", str(steps), "--train.batch-size", str(len(talks))]
+    run("train.py", *HOW.split(), *length, *weights)
+    capfd.readouterr()
 
-    prompts = [word for question in TALKS for word in ("--prompt", question)]
-    argv = ["--checkpoint", tuned, "--chat", *prompts]
-    assert infer.main([*argv, "--temperature", "0", "--max-new-tokens", "40"]) == 0
-    said = capsys.readouterr().out
-    assert said == "".join(f"--- {i}\n{text}\n" for i, text in enumerate(TALKS.values()))
+    prompts = [word for question in talks for word in ("--prompt", question)]
+    how = ["--temperature", "0", "--max-new-tokens", "40"]
+    run("infer.py", "--checkpoint", tuned, "--chat", *prompts, *how)
+    said = capfd.readouterr().out
+    assert said == "".join(f"--- {i}\n{text}\n" for i, text in enumerate(talks.values()))

@@ -95,6 +95,7 @@ def test_an_installed_wheel_trains_and_writes_in_an_empty_folder(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "installed")}
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # two steps: compiling takes longest
 
     def command(*words: str) -> str:
         done = subprocess.run(
@@ -119,6 +120,7 @@ def test_an_installed_wheel_trains_and_writes_in_an_empty_folder(tmp_path):
     assert str(tmp_path) in found
     assert str(ROOT) not in found.replace(str(tmp_path), "")
     short = ["--train.steps", "2", "--train.eval-batches", "1", "--train.sample-tokens", "0"]
+    short += ["--model.num-hidden-layers", "2", "--model.num-nextn-predict-layers", "0"]
     command("train", "--config", "tiny", "--run-dir", "run", "--devices", "1", *short)
     assert "def" in command("infer", "--checkpoint", "run", "--prompt", "def", "--temperature", "0")
     assert "tokens" in command("estimate", "--config", "half_billion", "--hardware", "h800")
