@@ -147,19 +147,16 @@ def test_a_detached_mtp_trains_its_modules_alone():
     detached = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, mtp_detach=True))
 
     @jax.jit
+    @jax.value_and_grad
     def gradient(params, weight):
-        variables = {**VARIABLES, "params": params}
-        return training_loss(variables, ROWS, weight, detached)[0]
+        return training_loss({**VARIABLES, "params": params}, ROWS, weight, detached)[0]
 
-    both = jax.grad(gradient)(VARIABLES["params"], jnp.float32(WEIGHT))
-    without = jax.grad(gradient)(VARIABLES["params"], jnp.float32(0.0))
-    joint = loss_and_gradient(VARIABLES["params"], jnp.float32(WEIGHT))[1]
+    loss, both = gradient(VARIABLES["params"], jnp.float32(WEIGHT))
+    _, without = gradient(VARIABLES["params"], jnp.float32(0.0))
+    (value, _), joint = loss_and_gradient(VARIABLES["params"], jnp.float32(WEIGHT))
     for name in both:
         of_mtp = name.startswith("mtp_")
         wanted = joint if of_mtp else without
         assert relative_error(both[name], wanted[name]) < TOLERANCE["f32_gradient"], name
     assert relative_error(joint["lm_head"], without["lm_head"]) > 0.01
-    value, _ = loss_and_gradient(VARIABLES["params"], jnp.float32(WEIGHT))[0]
-    assert float(gradient(VARIABLES["params"], jnp.float32(WEIGHT))) == pytest.approx(
-        float(value), rel=TOLERANCE["f32_model"]
-    )
+    assert float(loss) == pytest.approx(float(value), rel=TOLERANCE["f32_model"])
