@@ -57,9 +57,8 @@ def apart(script: str, *argv: str) -> None:
     subprocess.run([sys.executable, *script.split(), *argv], cwd=ROOT, check=True)
 
 
-@pytest.mark.parametrize(
-    "run", [here, pytest.param(apart, marks=pytest.mark.slow)], ids=["small", "default run"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("run", [here, apart], ids=["small", "default run"])
 def test_answers_are_written_word_for_word(run, tmp_path, capfd, monkeypatch):
     base, data, tuned = (str(tmp_path / name) for name in ("base", "data", "tuned"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
