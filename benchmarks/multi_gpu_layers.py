@@ -184,6 +184,7 @@ class Run(NamedTuple):
     name: str
     mesh: dict[str, int]
     words: tuple[str, ...] = ()
+    rows: int = 1  # a GPU
 
 
 def _runs(devices: int) -> list[Run]:
@@ -197,11 +198,19 @@ def _runs(devices: int) -> list[Run]:
         Run("local, pallas", {"local": devices}, (*spread, "pallas")),
         Run("local, pallas, FP8 out", {"local": devices}, (*spread, "pallas", *fp8)),
         Run("local, padded", {"local": devices}, (*spread, "padded")),
+        Run("pallas, 2 rows", {"local": devices}, (*spread, "pallas"), 2),
+        Run("padded, 2 rows", {"local": devices}, (*spread, "padded"), 2),
+        Run(
+            "padded, 2 rows, overlap",
+            {"local": devices},
+            (*spread, "padded", "--expert-parallel.overlap"),
+            2,
+        ),
     ]
 
 
 def training(options: Options) -> None:
-    """Tokens/s of configs/h200_slice.py, one row a GPU, and what is left of one GPU's each."""
+    """Tokens/s of configs/h200_slice.py, and what is left of one GPU's each."""
     counts = options.devices or [n for n in (1, 2, 4, 8) if n <= len(jax.devices())]
     cases = {(n, run.name): run for n in counts for run in _runs(n)}
     if options.ways:
@@ -233,7 +242,7 @@ def training(options: Options) -> None:
 
 
 def _step(count: int, run: Run, quick: bool):
-    words = ["--train.batch-size", str(count)]
+    words = ["--train.batch-size", str(run.rows * count)]
     for axis in ("data", "local"):
         words += [f"--mesh.{axis}", str(run.mesh.get(axis, 1))]
     config = cli.parse_config([*words, *run.words], default_config=SLICE, description="")

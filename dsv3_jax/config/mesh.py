@@ -93,6 +93,9 @@ class ExpertParallelConfig:
     # Shared experts in FP8 run on a second stream of a GPU while rows travel by "pallas". Compiled,
     # and not yet run on GPUs.
     shared_beside: bool = False
+    # Each device's rows of a micro-batch are cut in two: while one half's tokens travel to their
+    # experts or back, the other half is computed. Changes the order of work and sums, no more.
+    overlap: bool = False
     # True: a token goes to each node once and is handed on there; False: straight to each device.
     hierarchical: bool = True
     capacity_factor: float = 2.0  # rows that buffers hold, over those of an even load
@@ -107,6 +110,41 @@ class ExpertParallelConfig:
         """What is wrong with the options of the exchange."""
         found: list[str] = []
         require_positive(found, self, ["capacity_factor", "multiprocessors"])
+        return found
+
+    def not_overlapped(
+        self, mesh: ParallelConfig, micro_batch_size: int, moe_layers: int
+    ) -> list[str]:
+        """Why training cannot have `overlap`, each with the nearest that works."""
+        found: list[str] = []
+        if not self.overlap:
+            return found
+        wanted = "expert_parallel.overlap lays the exchange of one half over the work of the other"
+        if mesh.node * mesh.local == 1 or not moe_layers:
+            return [
+                f"{wanted}, but mesh.node x mesh.local = {mesh.node * mesh.local} and "
+                f"{moe_layers} MoE layers exchange nothing: use --mesh.local 2 or more, or "
+                "--expert-parallel.no-overlap"
+            ]
+        if self.transport in ("auto", "pallas"):
+            found.append(
+                f"{wanted}, but transport={self.transport!r} "
+                + ("may be 'pallas', which " if self.transport == "auto" else "")
+                + "moves rows by kernels that take turns with the others: use "
+                "--expert-parallel.transport padded"
+            )
+        if mesh.pipe > 1:
+            found.append(
+                f"{wanted} within a step that is not pipelined, but mesh.pipe={mesh.pipe}: use "
+                "--mesh.pipe 1, or --expert-parallel.no-overlap"
+            )
+        rows = 2 * max(mesh.data, 1) * mesh.node * mesh.local
+        if micro_batch_size % rows:
+            found.append(
+                f"{wanted}, so a micro-batch of {micro_batch_size} sequences must be a multiple of "
+                f"2 x mesh.data x mesh.node x mesh.local = {rows}: use --train.micro-batch-size "
+                f"{round_up(micro_batch_size, rows)}, or --expert-parallel.no-overlap"
+            )
         return found
 
 

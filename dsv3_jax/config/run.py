@@ -145,6 +145,7 @@ class Config:
                 "expert_parallel.transport='pallas' holds all devices at a barrier, which ranks of "
                 f"mesh.pipe={self.mesh.pipe} reach at other times: use 'padded' or 'auto'"
             )
+        found += self.expert_parallel.not_overlapped(self.mesh, micro, self.model.num_moe_layers)
         count, layers = self.train.batch_size // micro, self.model.num_hidden_layers
         return found + self.pipeline.misfits(self.mesh.pipe, count, layers)
 

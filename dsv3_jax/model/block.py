@@ -1,18 +1,22 @@
 """One transformer layer: x += MLA(norm(x)); x += feed-forward(norm(x))."""
 
 from collections.abc import Callable
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from dsv3_jax.model.cache import LatentCache, PagedCache
-from dsv3_jax.model.forward_pass import Pass, Tokens
+from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.mlp import MLP
-from dsv3_jax.model.moe import MoE, MoEStats
+from dsv3_jax.model.moe import MoE
 from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.model.parameters import parameters
 from dsv3_jax.model.quantized_inputs import norm_for
+from dsv3_jax.parallel.phases import tied
 
 
 class Block(nn.Module):
@@ -24,22 +28,40 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B T D"],
-        tokens: Tokens,
+        x: Any,  # [B, T, D]
+        tokens: Any,
         cache: LatentCache | PagedCache | None = None,
         between: Callable[[Array], Array] | None = None,
-    ) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache | None, MoEStats | None]:
+    ) -> tuple[Any, LatentCache | PagedCache | None, Any]:
         """The layer's output, its updated cache, and a MoE layer's statistics.
 
-        `between` is given x after attention and returns it; see micro_batches.py.
+        `between` is given x after attention and returns it; see micro_batches.py. Of a MoE layer x
+        may be a pair of halves of a batch, without a cache; tokens are a pair then, and so are
+        output and statistics. They go through the layer in opposite phases.
         """
         how, eps = self.how, self.how.config.rms_norm_eps
         w = parameters(self, how.config, "layer")
-        normed = norm_for(x, w.input_layernorm, eps, how.recipe.attention, how.layout)
-        attended, cache = MLA(how, name="self_attn")(normed, tokens, cache)
-        x = x + how.layout.constrain(attended, "batch", "residual")
-        x = x if between is None else between(x)
+        mla = MLA(how, name="self_attn")
+
+        def attend(x, tokens, cache=None):
+            normed = norm_for(x, w.input_layernorm, eps, how.recipe.attention, how.layout)
+            attended, cache = mla(normed, tokens, cache)
+            return x + how.layout.constrain(attended, "batch", "residual"), cache
+
         norm = w.post_attention_layernorm
+        if isinstance(x, tuple):
+            first, _ = attend(x[0], tokens[0])
+            # The first half's rows are on their way to the experts meanwhile.
+            rows = how.layout.spec("batch", "residual")
+            tie = how.layout.shard_map(tied, (rows, rows), (rows, rows))
+            second, first = tie(x[1], first)
+            x = first, attend(second, tokens[1])[0]
+            masks = (tuple(getattr(of, name) for of in tokens) for name in ("counted", "experts"))
+            normed = tuple(rms_norm(each, norm, eps) for each in x)
+            y, stats = MoE(how, name="mlp")(normed, *masks)
+            return jax.tree.map(jnp.add, x, y), cache, stats
+        attended, cache = attend(x, tokens, cache)
+        x = attended if between is None else between(attended)
         if self.dense:
             mlp = MLP(how, name="mlp")
             return x + mlp(norm_for(x, norm, eps, how.recipe.gate_up_proj, how.layout)), cache, None

@@ -17,20 +17,20 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.model.expert_ffn import exchanged_expert_ffn
+from dsv3_jax.model.expert_ffn import expert_ffn as expert_ffn
 from dsv3_jax.model.forward_pass import Pass
-from dsv3_jax.model.linear import group_alignment, grouped_feed_forward
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.parameters import parameters
 from dsv3_jax.model.projection import Projection, as_projection
-from dsv3_jax.model.quantized_inputs import gather_for
 from dsv3_jax.model.router import Routing, balance_loss, route
 from dsv3_jax.parallel.collectives import total, vary
-from dsv3_jax.parallel.expert import Exchange, combine, dispatch, make_exchange, may_overflow
+from dsv3_jax.parallel.expert import Exchange, make_exchange
 from dsv3_jax.parallel.hops import NOBODY
-from dsv3_jax.parallel.rounds import Before, fits_or_nan, in_rounds
+from dsv3_jax.parallel.phases import tied
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, StepWeight
-from dsv3_jax.quantization.recipe import BF16, Recipe, TileFormat
+from dsv3_jax.quantization.recipe import Recipe, TileFormat
 
 
 class MoEStats(NamedTuple):
@@ -45,65 +45,6 @@ class MoEStats(NamedTuple):
     experts: Int[Array, "*L B T K"]
     weights: Float[Array, "*L B T K"]
     rounds: Int[Array, "*L"]  # of exchanges it took; 1 unless a buffer was too small
-
-
-def expert_ffn(
-    x_TD: Float[Array, "T D"],
-    routing: Routing,
-    gate_up_E2FD: Float[Array, "E 2 F D"] | Projection | StepWeight,
-    down_EDF: Float[Array, "E D F"] | Projection | StepWeight,
-    recipe: Recipe = BF16,
-) -> Float[Array, "T D"]:
-    """The weighted sum of each token's experts: SwiGLU feed-forwards over grouped rows."""
-    here = Exchange((), down_EDF.shape[0], None, ())
-    operands = (x_TD, routing.weights_TK, gate_up_E2FD, down_EDF)
-    return _expert_round(operands, routing.experts_TK, None, recipe=recipe, exchange=here)[0]
-
-
-def exchanged_expert_ffn(
-    x_TD: Float[Array, "T D"],
-    routing: Routing,
-    gate_up_E2FD: Float[Array, "E 2 F D"] | Projection | StepWeight,
-    down_EDF: Float[Array, "E D F"] | Projection | StepWeight,
-    recipe: Recipe,
-    exchange: Exchange,
-) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
-    """`expert_ffn` where a device holds some experts, and the rounds that it took.
-
-    Inside shard_map, with arrays that vary over exchange.token_axes. Choices NOBODY count nothing.
-    """
-    operands = (x_TD, routing.weights_TK, gate_up_E2FD, down_EDF)
-    piece = partial(_expert_round, recipe=recipe, exchange=exchange)
-    if not may_overflow(exchange, routing.experts_TK.shape[1]):
-        return piece(operands, routing.experts_TK, None)[0], jnp.ones((), jnp.int32)
-    run = in_rounds if exchange.overflow == "rounds" else fits_or_nan
-    return run(piece, exchange.token_axes, exchange.levels, operands, routing.experts_TK)
-
-
-def _expert_round(
-    operands: tuple[Any, ...],
-    experts_TK: Int[Array, "T K"],
-    window: Int[Array, " levels"] | None,
-    before: Before | None = None,
-    *,
-    recipe: Recipe,
-    exchange: Exchange,
-) -> tuple[Float[Array, "T D"], Bool[Array, " levels"]]:
-    """`expert_ffn` for the entries of one window, and at which levels others are left."""
-    x_TD, weights_TK, gate_up_E2FD, down_EDF = operands
-    gate_up, down = recipe.experts_gate_up_proj, recipe.experts_down_proj
-    entries = experts_TK.size if exchange.entries is None else exchange.entries
-    alignment = group_alignment(entries, exchange.experts, gate_up, down)
-    arrives = gate_up if as_projection(gate_up_E2FD).takes_quantized_rows else None
-    gather = partial(gather_for, recipe=arrives)
-    rows_MD, group_sizes, handle = dispatch(
-        x_TD, weights_TK, experts_TK, exchange, alignment, window, gather, before
-    )
-    # expert FFN
-    out_MD = grouped_feed_forward(
-        rows_MD, gate_up_E2FD, down_EDF, group_sizes, alignment, (gate_up, down)
-    )
-    return combine(out_MD, handle, exchange), handle.left
 
 
 def choose_places(
@@ -157,39 +98,45 @@ class MoEWeights(NamedTuple):
 
 
 def routed_experts(
-    x: Float[Array, "B T D"],
+    x: Float[Array, "B T D"] | tuple[Array, ...],
     weights: MoEWeights,
-    counted: Bool[Array, "B T"] | None,
+    counted: Any,
     how: Pass,
-    told: Int[Array, "B T K"] | None = None,
-) -> tuple[Float[Array, "B T D"], MoEStats, Float[Array, "B T D"] | None]:
+    told: Any = None,
+) -> tuple[Any, Any, Float[Array, "B T D"] | None]:
     """The routed experts' share of a MoE layer's output, its statistics, and x for other experts.
 
     Where these run while rows are on their way, that is an x that is not there before the router is
-    done; else None, and x is for them as it is.
+    done; else None, and x is for them as it is. Of a pair of x, halves of a batch in opposite
+    phases, with pairs of masks (or None), output and statistics are pairs.
 
     The boundary between arrays of the batch and those of a device. Tokens lie on the axes of
     "batch" and "residual", experts on those of "expert". Where B or T do not divide, tokens that
     nobody handles fill them up.
     """
-    layout, (batch, length) = how.layout, x.shape[:2]
+    in_halves = isinstance(x, tuple)
+    parts: Any = x if in_halves else (x,)
+    layout, (batch, length) = how.layout, parts[0].shape[:2]
+    counted, told = (
+        (mask if in_halves else (mask,)) if mask is not None else (None,) * len(parts)
+        for mask in (counted, told)
+    )
     fill = [(0, -batch % layout.size("batch")), (0, -length % layout.size("residual"))]
     real = None
     if fill != [(0, 0), (0, 0)]:
         real = jnp.pad(jnp.ones((batch, length), bool), fill)
-        x, counted = (
-            jnp.pad(x, [*fill, (0, 0)]),
-            real if counted is None else jnp.pad(counted, fill),
-        )
-        told = None if told is None else jnp.pad(told, [*fill, (0, 0)])
+        parts = tuple(jnp.pad(x, [*fill, (0, 0)]) for x in parts)
+        counted = tuple(real if each is None else jnp.pad(each, fill) for each in counted)
+        told = tuple(each if each is None else jnp.pad(each, [*fill, (0, 0)]) for each in told)
+    rows, columns = parts[0].shape[:2]
     exchange = exchange_of(
         how.config,
         how.recipe,
         layout,
-        tokens=x.shape[0] * x.shape[1] // (layout.size("batch") * layout.size("residual")),
+        tokens=rows * columns // (layout.size("batch") * layout.size("residual")),
         num_places=weights.down.shape[0],
         takes_quantized_rows=as_projection(weights.gate_up).takes_quantized_rows,
-        limited=how.select is None and told is None,
+        limited=how.select is None and told[0] is None,
     )
     tokens: Any = layout.spec("batch", "residual")
     held: Any = layout.spec("expert")
@@ -198,24 +145,53 @@ def routed_experts(
         partial(_experts_of_device, batch, how, exchange),
         in_specs=(tokens, MoEWeights(everywhere, everywhere, held, held, everywhere), tokens),
         out_specs=(tokens, MoEStats(everywhere, everywhere, tokens, tokens, everywhere), tokens),
-    )(x, weights, (real, counted, told))
-    if real is None:
-        return y, stats, later
-    stats = stats._replace(
-        experts=stats.experts[:batch, :length], weights=stats.weights[:batch, :length]
-    )
-    later = None if later is None else later[:batch, :length]
-    return y[:batch, :length], stats, later
+    )(parts, weights, tuple((real, *masks) for masks in zip(counted, told)))
+    if real is not None:
+        y, later = jax.tree.map(lambda x: x[:batch, :length], (y, later))
+        stats = stats._replace(
+            experts=tuple(x[:batch, :length] for x in stats.experts),
+            weights=tuple(x[:batch, :length] for x in stats.weights),
+        )
+    of_parts = tuple(MoEStats._make((*each, stats.rounds)) for each in zip(*stats[:-1]))
+    return (y, of_parts, later) if in_halves else (y[0], of_parts[0], later)
 
 
 def _experts_of_device(
+    batch: int, how: Pass, exchange: Exchange, parts, weights: MoEWeights, masks
+) -> tuple[tuple[Array, ...], MoEStats, Float[Array, "B T D"] | None]:
+    """`routed_experts` of one device; what is of a part of the batch is a tuple of all parts'."""
+    axes = (*how.layout.axes("batch"), *how.layout.axes("residual"))
+    # The gradients of all weights are summed over the devices here.
+    parts, weights, masks = vary((parts, weights, masks), axes)
+    routed, of_router = [], weights
+    for x, of_part in zip(parts, masks):
+        if routed:  # else XLA makes one product of both routers
+            gate, _ = tied(weights.gate, routed[0][0].experts_TK)
+            of_router = weights._replace(gate=gate)
+        routed.append(_route_on_device(batch, how, exchange, x, of_router, of_part))
+    placed, stats, later = zip(*routed)
+    rows = tuple(x.reshape(-1, x.shape[-1]) for x in parts)
+    alone = len(parts) == 1
+    y, rounds = exchanged_expert_ffn(
+        rows[0] if alone else rows,
+        placed[0] if alone else placed,
+        weights.gate_up,
+        weights.down,
+        how.recipe,
+        exchange,
+    )
+    y = (y,) if alone else y
+    of_all = MoEStats._make((*zip(*stats), rounds))
+    return tuple(y.reshape(x.shape) for y, x in zip(y, parts)), of_all, later[0]
+
+
+def _route_on_device(
     batch: int, how: Pass, exchange: Exchange, x, weights: MoEWeights, masks
-) -> tuple[Float[Array, "B T D"], MoEStats, Float[Array, "B T D"] | None]:
-    layout, config = how.layout, how.config
+) -> tuple[Routing, tuple[Any, ...], Float[Array, "B T D"] | None]:
+    """Where the tokens of x go, all of MoEStats but the rounds, and `routed_experts`' later x."""
+    layout, config, (real, counted, told) = how.layout, how.config, masks
     batch_axes, sequence_axes = layout.axes("batch"), layout.axes("residual")
     axes = (*batch_axes, *sequence_axes)
-    # The gradients of all weights are summed over the devices here.
-    x, weights, (real, counted, told) = vary((x, weights, masks), axes)
     x_TD = x.reshape(-1, x.shape[-1])
     select: Any = how.select
     if told is not None:
@@ -241,12 +217,8 @@ def _experts_of_device(
         )
     if exchange.hops and real is not None:
         experts_TK = jnp.where(real.reshape(-1, 1), experts_TK, NOBODY)
-    placed = routing._replace(experts_TK=experts_TK)
-    y, rounds = exchanged_expert_ffn(
-        x_TD, placed, weights.gate_up, weights.down, how.recipe, exchange
-    )
     by_token = (*x.shape[:2], -1)
-    stats = MoEStats(
+    stats = (
         total(_load(routing.experts_TK, config.n_routed_experts, counted), axes),
         balance_loss(
             routing.scores_TE.reshape(by_token),
@@ -258,9 +230,8 @@ def _experts_of_device(
         ),
         routing.experts_TK.reshape(by_token),
         routing.weights_TK.reshape(by_token),
-        rounds,
     )
-    return y.reshape(x.shape), stats, later
+    return routing._replace(experts_TK=experts_TK), stats, later
 
 
 def exchange_of(
@@ -311,13 +282,13 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B T D"],
-        counted: Bool[Array, "B T"] | None,
+        x: Float[Array, "B T D"] | tuple[Array, ...],
+        counted: Any,
         gate: Float[Array, "E D"],
         bias: Float[Array, " E"] | None,
         places: tuple[Int[Array, "E C"], Int[Array, " E"]] | None,
-        told: Int[Array, "B T K"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], MoEStats, Float[Array, "B T D"] | None]:
+        told: Any = None,
+    ) -> tuple[Any, Any, Float[Array, "B T D"] | None]:
         w = parameters(self, self.how.config, "moe", "mlp/experts", self.num_places)
         weights = MoEWeights(gate, bias, w.gate_up_proj, w.down_proj, places)
         return routed_experts(x, weights, counted, self.how, told)
@@ -331,11 +302,11 @@ class MoE(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B T D"],
-        counted: Bool[Array, "B T"] | None = None,
-        told: Int[Array, "B T K"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], MoEStats]:
-        """The layer's output and its load, balance loss and choices.
+        x: Float[Array, "B T D"] | tuple[Array, ...],
+        counted: Any = None,
+        told: Any = None,
+    ) -> tuple[Any, Any]:
+        """The layer's output and its load, balance loss and choices; of halves as `routed_experts`.
 
         Tokens that are not counted are computed, but are neither in the load nor in the loss. Those
         that are told their experts go to these.
@@ -353,7 +324,8 @@ class MoE(nn.Module):
         if config.n_shared_experts:
             leaving = leaving_to_exchange(self.how.layout)
             shared = MLP(self.how, shared=True, leaving=leaving, name="shared_experts")
-            y = y + shared(x if later is None else later)
+            x = x if later is None else later
+            y = jax.tree.map(lambda y, x: y + shared(x), y, x)
         return self.how.layout.constrain(y, "batch", "residual"), stats
 
 

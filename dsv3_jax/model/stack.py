@@ -17,7 +17,7 @@ from dsv3_jax.kernels import backend
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import AnyCache, ModelCache, PagedCache, of_layer
 from dsv3_jax.model.forward_pass import Pass, Tokens, of_part
-from dsv3_jax.model.micro_batches import divides, in_halves
+from dsv3_jax.model.micro_batches import cut, divides, in_halves, in_opposite_phases, joined
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.quantization.block_scaled import is_step_weight
 
@@ -72,9 +72,14 @@ def run_layers(
     return x, paged, stats
 
 
-def _scan(layers, x, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches, first_layer):
+def _scan(
+    layers, x: Any, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches, first_layer
+) -> Any:
     """((x, paged), (layer_caches, stats)) after the layers of one kind."""
     block = Block(how, dense)
+    overlapped = how.micro_batches == 2 and paged is None and layer_caches is None and not dense
+    if overlapped:
+        x = cut(x, how.layout, "residual")
     layers, sums = _without_sums(layers)
     unroll, made = _layers_a_step(layers, how), {}
     if _one_gpu(how) and unroll == _num_layers(layers):
@@ -89,7 +94,14 @@ def _scan(layers, x, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches
         held = lambda layer: how.gathered(_with_numbers(layer, made, place))  # noqa: E731
         if paged is not None:
             layer_cache = of_layer(paged, number, how.layout)
-        if how.micro_batches == 2 and paged is not None and divides(len(x), how.layout):
+        if overlapped:
+            apply = how.saving(
+                lambda v, x, _: in_opposite_phases(
+                    partial(block.apply, held(v)), x, told, how.layout
+                )
+            )
+            x, stats = apply(layer, x, None)
+        elif how.micro_batches == 2 and paged is not None and divides(len(x), how.layout):
             of_half = partial(block.apply, held(layer))
             x, layer_cache, stats = in_halves(of_half, x, told, layer_cache, how.layout)
         else:
@@ -103,8 +115,13 @@ def _scan(layers, x, tokens: Tokens, how: Pass, dense: bool, paged, layer_caches
     numbers = first_layer + jnp.arange(_num_layers(layers), dtype=jnp.int32)
     scanned = (layers, layer_caches, numbers, tokens.experts)
     if made:
-        return _in_turn(body, (x, paged), scanned)
-    return jax.lax.scan(body, (x, paged), scanned, unroll=unroll)
+        (x, paged), out = _in_turn(body, (x, paged), scanned)
+    else:
+        (x, paged), out = jax.lax.scan(body, (x, paged), scanned, unroll=unroll)
+    if overlapped:
+        first, second = x
+        x = joined(first, second, how.layout, "residual")
+    return (x, paged), out
 
 
 def _in_turn(body, carry, scanned):

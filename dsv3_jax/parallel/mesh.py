@@ -70,6 +70,8 @@ def fill_mesh(config: Config, num_devices: int | None = None) -> Config:
         return config
     available = len(jax.devices()) if num_devices is None else num_devices
     left, others = available // mesh.num_devices, mesh.node * mesh.local
+    if config.expert_parallel.overlap:  # in halves
+        others *= 2
     rows = train.micro_batch_size or train.batch_size
     data = max((n for n in range(1, left + 1) if rows % (n * others) == 0), default=1)
     return dataclasses.replace(config, mesh=dataclasses.replace(mesh, data=data))

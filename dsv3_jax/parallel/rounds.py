@@ -16,33 +16,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 # (operands, constants, window, before) to (y, whether rows are left at each level). It may call
 # before(left, rest) as soon as it knows what is left, and then reads what that returns for `rest`.
 Before = Callable[[Any, Any], Any]
-Piece = Callable[[Any, Any, Int[Array, " levels"], Before], tuple[Array, Bool[Array, " levels"]]]
+Piece = Callable[[Any, Any, Int[Array, " levels"], Before], tuple[Any, Bool[Array, " levels"]]]
 
 
 def in_rounds(
     piece: Piece, axes: Sequence[str], levels: int, operands: Any, constants: Any
-) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
+) -> tuple[Any, Int[Array, ""]]:
     """The sum of `piece` over all windows, and how many rounds that took.
 
     `piece` is static (hashable, without arrays in it), and all devices along `axes` run it alike.
-    Its y is like the first array of the `operands`, in which it is differentiated, and which must
-    vary over the axes; the `constants` are integers, and so is what `before` is given.
+    Its y, an array or a tree of them, is like the first of the `operands`, in which it is
+    differentiated, and which must vary over the axes; the `constants` are integers, and so is what
+    `before` is given.
     """
     return _in_rounds(piece, tuple(axes), levels, operands, constants)
 
 
 def fits_or_nan(
     piece: Piece, axes: Sequence[str], levels: int, operands: Any, constants: Any
-) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
+) -> tuple[Any, Int[Array, ""]]:
     """The first round; NaN throughout, and two rounds said to be needed, when it is not enough."""
     y, left = piece(operands, constants, jnp.zeros(levels, jnp.int32), _no_loop)
     overflow = _agree(left, axes).any()
-    return jnp.where(overflow, jnp.nan, y), 1 + overflow.astype(jnp.int32)
+    y = jax.tree.map(lambda y: jnp.where(overflow, jnp.nan, y), y)
+    return y, 1 + overflow.astype(jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -77,17 +79,17 @@ class _Further:
 
     def before(self, left: Any, rest: Any) -> Any:
         """Runs the loop; `rest`, which is not there before it has ended."""
-        self._run(left, jnp.zeros_like(jax.tree.leaves(self._of_loop[2])[0]))
+        self._run(left, jax.tree.map(jnp.zeros_like, _first(self._of_loop[2])))
         rest, self._sum = lax.optimization_barrier((rest, self._sum))
         return rest
 
-    def added_to(self, y: Array, left: Any) -> tuple[Array, Array]:
+    def added_to(self, y: Any, left: Any) -> tuple[Any, Array]:
         """(y with all rounds after the first, how many rounds there were)."""
         if self._sum is not None:
-            return y + self._sum, self._rounds
+            return jax.tree.map(jnp.add, y, self._sum), self._rounds
         return self._run(left, y)
 
-    def _run(self, left, start) -> tuple[Array, Array]:
+    def _run(self, left, start) -> tuple[Any, Array]:
         piece, axes, operands, constants = self._of_loop
         self.left = _agree(left, axes)
 
@@ -95,12 +97,16 @@ class _Further:
             window, left, y, rounds = carry
             window = _next(window, left)
             more, left = piece(operands, constants, window, _no_loop)
-            return window, _agree(left, axes), y + more, rounds + 1
+            return window, _agree(left, axes), jax.tree.map(jnp.add, y, more), rounds + 1
 
         carry = jnp.zeros_like(left, jnp.int32), self.left, start, jnp.ones((), jnp.int32)
         _, _, total, rounds = lax.while_loop(lambda c: c[1].any(), body, carry)
         self._sum, self._rounds = total, rounds
         return total, rounds
+
+
+def _first(operands: Any) -> Any:
+    return operands[0] if isinstance(operands, tuple) else operands
 
 
 def _no_loop(left: Any, rest: Any) -> Any:

@@ -8,6 +8,7 @@ import jax
 
 from dsv3_jax.analysis.hardware import peak_bf16_flops
 from dsv3_jax.config import Config
+from dsv3_jax.training.compiler_options import overlap_options
 from dsv3_jax.training.dry_run import parameter_counts
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import TrainState
@@ -34,6 +35,7 @@ def banner(config: Config, abstract: TrainState) -> list[str]:
         else f"mfu         none: the peak of {kind} is not known",
         *_weights_line(config),
         *_warmup_line(config),
+        *_overlap_line(config),
         f"run         {config.run_dir}, seed {config.seed}",
     ]
 
@@ -47,6 +49,15 @@ def _weights_line(config: Config) -> list[str]:
         f"weights     gathered in {config.model.dtype}, as mesh.pipe or mesh.tensor is over 1: FP8 "
         "products quantise that copy"
     ]
+
+
+def _overlap_line(config: Config) -> list[str]:
+    """What XLA is told besides where halves of a micro-batch go in opposite phases."""
+    if not config.expert_parallel.overlap:
+        return []
+    told = [f"{name}={value}" for name, value in overlap_options(jax.default_backend()).items()]
+    line = "overlap     halves of each micro-batch in opposite phases"
+    return [line + (f"; XLA is told {', '.join(told)}" if told else "")]
 
 
 def _warmup_line(config: Config) -> list[str]:

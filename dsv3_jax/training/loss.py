@@ -88,6 +88,7 @@ def training_pass(
     """What a run's config, and its extensions, say of its passes."""
     train, recipe = config.train, recipe_named(config.quant.preset)
     own = {"mtp_detached": train.mtp_detach, **extensions.of_pass}
+    own["micro_batches"] = 2 if config.expert_parallel.overlap else 1
     return Pass(config.model, recipe, layout, train.remat, **own)
 
 

@@ -16,6 +16,7 @@ from dsv3_jax.model.router import update_router_bias
 from dsv3_jax.model.step_weights import StepWeights, as_they_are, made_for_step, made_of_slices
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import BF16, recipe_named
+from dsv3_jax.training.compiler_options import compiler_options
 from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.loss import (
     LossTerms,
@@ -32,18 +33,6 @@ from dsv3_jax.training.pipelined import pipelined_gradients
 from dsv3_jax.training.pipelined_evaluation import pipelined_nats
 from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.state import TrainState, variables_of
-
-# Eigen multiplies rather than YNNPACK (docs/log.md). Where one device has all cores, independent
-# products run side by side. With a device a core that makes devices wait for each other: 368 ms a
-# step instead of 158; and a product keeps to its device's core.
-ONE_CPU_OPTIONS = {
-    "xla_cpu_experimental_ynn_fusion_type": "",
-    "xla_cpu_enable_concurrency_optimized_scheduler": True,
-}
-CPU_OPTIONS = {
-    "xla_cpu_experimental_ynn_fusion_type": "",
-    "xla_cpu_multi_thread_eigen": False,
-}
 
 BIAS = "e_score_correction_bias"
 
@@ -86,14 +75,11 @@ def jit_train_step(
     >>> callable(step)
     True
     """
-    options: Any = None
-    if layout.platform == "cpu":
-        options = ONE_CPU_OPTIONS if layout.mesh.size == 1 else CPU_OPTIONS
     step = jax.jit(
         partial(train_step, config=config, layout=layout, extensions=extensions),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), state.step.sharding),
-        compiler_options=options,
+        compiler_options=compiler_options(layout) or None,
     )
     return step if base is None else partial(step, base=base)
 
@@ -192,7 +178,8 @@ def eval_step(
         weights = for_products(params, config, layout)
         params = weights.held(weights.trained)
     variables = variables_of(params, router, base, config)
-    how = dataclasses.replace(training_pass(config, layout, extensions), remat="none")
+    how = training_pass(config, layout, extensions)
+    how = dataclasses.replace(how, remat="none", micro_batches=1)
     with layout.compiling():
         return mean_nats(variables, rows, how, segments)
 

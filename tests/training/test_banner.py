@@ -7,6 +7,7 @@ import pytest
 
 from dsv3_jax.config import (
     Config,
+    ExpertParallelConfig,
     OptimizerConfig,
     ParallelConfig,
     QuantConfig,
@@ -46,3 +47,19 @@ def test_a_warm_up_that_outlasts_the_run_is_told(steps, told):
     abstract = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
     line = "the learning rate comes to 0.0005 at most, not to 0.001"
     assert any(line in said for said in banner(config, abstract)) == told
+
+
+@pytest.mark.parametrize(
+    "backend, ends",
+    [
+        ("gpu", "XLA is told xla_gpu_enable_latency_hiding_scheduler=True"),
+        ("tpu", "XLA is told xla_tpu_enable_async_all_to_all=True"),
+        ("cpu", "in opposite phases"),
+    ],
+)
+def test_halves_in_opposite_phases_are_told_with_what_xla_is(backend, ends, monkeypatch):
+    config = Config(model=tiny_model(), expert_parallel=ExpertParallelConfig(overlap=True))
+    abstract = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    (line,) = [line for line in banner(config, abstract) if line.startswith("overlap")]
+    assert line.endswith(ends)
