@@ -33,7 +33,7 @@ MODEL_ROWS = [
     {"fp8_weights", "adapters"},
     {"norm", "rope", "linear", "cache", "router", "placement", "parameters"},
     {"forward_pass", "quantized_inputs"},
-    {"mlp", "ends"},
+    {"mlp", "ends", "expert_ffn"},
     {"mla", "moe"},
     {"block", "micro_batches"},
     {"stack", "mtp"},
