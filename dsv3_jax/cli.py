@@ -367,7 +367,7 @@ def logits(options: LogitsOptions) -> None:
 def compile_for(options: CompileOptions, of_run: Sequence[str]) -> int:
     """python -m dsv3_jax compile --config FILE --topology NAME [options of train.py]"""
     how = {"description": "Options of the run that is compiled.", "validate": options.validate}
-    return run_compile(options, *parse_run(of_run, default_config=options.config, **how))
+    return run_compile(options, parse_config(of_run, default_config=options.config, **how))
 
 
 def serve(options: ServeOptions) -> None:

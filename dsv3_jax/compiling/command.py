@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from dsv3_jax.analysis.charts import describe_mesh
 from dsv3_jax.analysis.estimate import StepEstimate
 from dsv3_jax.analysis.output import table, write_json
 from dsv3_jax.analysis.planner import plan_training
-from dsv3_jax.analysis.prediction import predict
+from dsv3_jax.compiling.apart import Task, compile_apart
 from dsv3_jax.compiling.text import GIB, lines, over
-from dsv3_jax.config import Config, UserError
+from dsv3_jax.config import Config, RunError, UserError
 
-if TYPE_CHECKING:  # it imports jax, which must come after the platform was chosen
-    from dsv3_jax.starting import Weights
+if TYPE_CHECKING:  # they import jax, for which a command line that asks for help need not wait
+    from dsv3_jax.compiling.report import Report
+    from dsv3_jax.compiling.targets import Target
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,15 @@ def _check(options: CompileOptions) -> None:
             raise UserError(f"--{name} {getattr(options, name)} must not be negative")
 
 
-def run(options: CompileOptions, config: Config, weights: Weights | None = None) -> int:
-    """Compiles, prints and writes; 1 when the program does not fit the topology's devices.
-
-    weights: those of config.init_from, opened.
-    """
+def run(options: CompileOptions, config: Config) -> int:
+    """Compiles, prints and writes; 1 when the program does not fit the topology's devices."""
     from dsv3_jax.compiling import targets
 
     _check(options)
     target = targets.parse_topology(options.topology)
-    devices = targets.devices_of(target)
-    # The rest imports jax; that must come after the platform was chosen.
+    if reason := targets.missing(target.platform):
+        raise UserError(reason)
     from dsv3_jax.compiling import programs, remedies
-    from dsv3_jax.compiling.report import compile_program
     from dsv3_jax.parallel.mesh import fill_mesh
 
     config = fill_mesh(config, target.num_devices)
@@ -107,18 +105,14 @@ def run(options: CompileOptions, config: Config, weights: Weights | None = None)
             options.micro_batches,
         )
 
-    def compiled(config: Config, what: programs.Serving | None, hlo: Path | None):
-        layout = programs.layout_on(config, devices)
-        if what is None:
-            built = programs.training(config, layout, weights)
-            report = compile_program(built, target, hlo)
-            return dataclasses.replace(report, predicted=predict(config, target.platform))
-        built = programs.serving(config, layout, what, options.program == "decode")
-        return compile_program(built, target, hlo)
+    def compiled(
+        config: Config, what: programs.Serving | None = None, hlo: Path | None = None
+    ) -> Report:
+        return compile_apart(Task(config, target.name, options.program, what, hlo))
 
     what = serving()
     if options.plan:
-        return _planned(options, config, target, lambda planned: compiled(planned, None, None))
+        return _planned(options, config, target, compiled)
     report = compiled(config, what, options.hlo)
     for line in lines(report, target.accelerator):
         print(line)
@@ -131,7 +125,7 @@ def run(options: CompileOptions, config: Config, weights: Weights | None = None)
             else remedies.of_serving(config, what, options.program == "decode")
         )
         for remedy in offers[: options.remedies]:
-            after = compiled(remedy.config, remedy.serving or what, None)
+            after = compiled(remedy.config, remedy.serving or what)
             tried.append({"option": remedy.option, "peak": after.peak, "fits": after.fits})
             verdict = "fits" if after.fits else over(after.peak, after.capacity)
             print(
@@ -155,8 +149,13 @@ def run(options: CompileOptions, config: Config, weights: Weights | None = None)
     return 0 if report.fits else 1
 
 
-def _planned(options: CompileOptions, config: Config, target: Any, compiled: Any) -> int:
-    """The best plans for the topology that can run, compiled; 1 when none of them fits."""
+def _planned(
+    options: CompileOptions, config: Config, target: Target, compiled: Callable[[Config], Report]
+) -> int:
+    """The best plans for the topology that compile, in a table; 1 when none of them fits.
+
+    A plan that cannot be compiled is told in one line, and the next one is taken.
+    """
     search = plan_training(config, target.accelerator, target.num_devices, best=4 * options.plan)
     candidates = [(plan, plan.configured(config)) for plan in search.plans]
     runnable = [(plan, run) for plan, run in candidates if plan.executed and not run.problems()]
@@ -166,21 +165,28 @@ def _planned(options: CompileOptions, config: Config, target: Any, compiled: Any
     if not runnable:
         found = next((run.problems() for _, run in candidates if run.problems()), [])
         raise UserError(f"none of the best {len(candidates)} plans can run: {'; '.join(found)}")
-    runnable = runnable[: options.plan]
     rows, results = [], []
     for plan, planned in runnable:
+        if len(rows) == options.plan:
+            break
         name = describe_mesh(plan.mesh, plan.schedule if plan.mesh.pipe > 1 else plan.state)
-        # Said before: what XLA aborts at, it aborts with the process.
         print(f"compiling {name}, micro-batch {plan.micro_batch_size}", flush=True)
-        report = compiled(planned)
+        try:
+            report = compiled(planned)
+        except RunError as error:
+            print(f"  left out: {error}")
+            results.append({"plan": plan, "refused": str(error)})
+            continue
         assert isinstance(plan.estimate, StepEstimate)
         expected, peak = plan.estimate.memory.total / GIB, report.peak / GIB
         seconds = plan.estimate.seconds
         rows.append([name, plan.micro_batch_size, plan.remat, seconds, expected, peak, report.fits])
         results.append({"plan": plan, "report": dataclasses.asdict(report)})
+    if options.json:
+        write_json(options.json, results)
+    if not rows:
+        raise RunError(f"none of {len(runnable)} plans for {target.name} compiles")
     print(f"{target.name}: the best of {search.tried:,} plans, compiled\n")
     headers = ["mesh", "micro-batch", "remat", "step s", "GiB planned", "compiled", "fits"]
     print(table(headers, rows))
-    if options.json:
-        write_json(options.json, results)
     return 0 if any(row[-1] for row in rows) else 1

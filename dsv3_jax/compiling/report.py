@@ -75,8 +75,12 @@ class Report:
         return self.peak <= self.capacity
 
 
-def compile_program(built: Built, target: Target, hlo: Path | None = None) -> Report:
+def compile_program(
+    built: Built, target: Target, hlo: Path | None = None, log: Path | None = None
+) -> Report:
     """The report of a program compiled for a target's devices; its text is kept in `hlo`.
+
+    log: where what XLA writes meanwhile is kept, for whoever outlives this process.
 
     RunError, with the compiler's message, for a program that it refuses for another reason than
     memory.
@@ -85,7 +89,7 @@ def compile_program(built: Built, target: Target, hlo: Path | None = None) -> Re
     assert isinstance(mesh, Mesh)
     held = bytes_held(built.arguments)
     known = len(backend.choices())
-    with jax.set_mesh(mesh), _warnings() as said:
+    with jax.set_mesh(mesh), _warnings(log) as said:
         begun = _cpu_seconds()
         lowered = built.lower()
         lowered_at = _cpu_seconds()
@@ -177,10 +181,10 @@ def _cpu_seconds() -> float:
 
 
 @contextlib.contextmanager
-def _warnings() -> Iterator[Any]:
+def _warnings(log: Path | None) -> Iterator[Any]:
     """Inside, what is written to stderr (XLA does so from C++) is kept; gives a function of it."""
     said = ""
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile() if log is None else log.open("w+b") as file:
         there = os.dup(2)
         os.dup2(file.fileno(), 2)
         try:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from dsv3_jax.analysis.compiled import Buffer
 from dsv3_jax.analysis.hardware import ACCELERATORS
 from dsv3_jax.analysis.planner import plan_training
 from dsv3_jax.compiling import command, programs, remedies, targets
+from dsv3_jax.compiling.apart import Task, _why, compile_apart
 from dsv3_jax.compiling.command import CompileOptions
 from dsv3_jax.compiling.naming import WeightNames, describe, pass_of
 from dsv3_jax.compiling.picture import draw
@@ -22,6 +25,7 @@ from dsv3_jax.compiling.text import leaves_host, lines
 from dsv3_jax.config import (
     ExpertParallelConfig,
     ParallelConfig,
+    RunError,
     ShardingConfig,
     UserError,
     load_config,
@@ -235,7 +239,11 @@ def test_an_option_that_the_program_would_not_read_is_refused(program, options, 
         cli.main([*argv, "--program", program, *options])
 
 
-def test_the_best_plans_that_training_runs_are_compiled(report, capsys, monkeypatch):
+def _aborting(planned):
+    raise RunError("XLA aborts")
+
+
+def test_the_best_plans_that_training_runs_are_compiled(report, capsys, monkeypatch, tmp_path):
     config = tiny_config(TINY, batch_size=16, micro_batch_size=8)
     options = command.CompileOptions(CONFIGS / "tiny.py", "h200:1x8", plan=2)
     target, asked = targets.parse_topology("h200:1x8"), []
@@ -249,17 +257,71 @@ def test_the_best_plans_that_training_runs_are_compiled(report, capsys, monkeypa
     assert asked[0] != asked[1] and not any(planned.problems() for planned in asked)
     assert "plans, compiled" in capsys.readouterr().out
 
+    def refused_once(planned):
+        if planned == asked[0]:
+            raise RunError("no program for h200:1x8: XLA aborts, a.cc:1] Check failed: 16 == 64")
+        return compiled(planned)
+
+    out = tmp_path / "plans.json"
+    kept = dataclasses.replace(options, json=out)
+    del asked[1:]
+    assert command._planned(kept, config, target, refused_once) == 0
+    assert len(asked) == 3 and len(set(map(str, asked))) == 3  # the next is taken in its place
+    assert "  left out: no program for h200:1x8: XLA aborts" in capsys.readouterr().out
+    results = json.loads(out.read_text())
+    assert [sorted(each) for each in results] == [["plan", "refused"], *[["plan", "report"]] * 2]
+    with pytest.raises(RunError, match=r"none of \d plans for h200:1x8 compiles"):
+        command._planned(options, config, target, _aborting)
+
     search = plan_training(config, target.accelerator, 8)
     mesh = ParallelConfig(pipe=2, data=4)
     estimated = dataclasses.replace(search.plans[0], mesh=mesh, schedule="dualpipe")
     found = dataclasses.replace(search, plans=[estimated, *search.plans])
     monkeypatch.setattr(command, "plan_training", lambda *_, **__: found)
+    del asked[:]
     command._planned(options, config, target, compiled)
     assert "left out: plans under dualpipe, which training does not run" in capsys.readouterr().out
-    assert asked[2] == search.plans[0].configured(config)
+    assert asked[0] == search.plans[0].configured(config)
     found = dataclasses.replace(search, plans=[estimated])
     with pytest.raises(UserError, match="none of the best 1 plans can run"):
         command._planned(options, config, target, compiled)
+
+
+class _Ends:
+    """Unpickled, it ends the process that does so."""
+
+    topology = "h200:256x8"
+
+    def __init__(self, how, *arguments):
+        self.how = how, arguments
+
+    def __reduce__(self):
+        return self.how
+
+
+def test_a_compiler_that_ends_is_told_in_one_line():
+    """In a process of its own: this one goes on."""
+    begins = "^no program for h200:256x8: its compiler ended with "
+    with pytest.raises(RunError, match=begins + "signal SIGABRT$"):
+        compile_apart(_Ends(os.abort))
+    with pytest.raises(RunError, match=begins + "exit code 3$"):
+        compile_apart(_Ends(os._exit, 3))
+    killed = "no program for h200:256x8: its compiler was killed"
+    with pytest.raises(RunError, match=killed):
+        compile_apart(_Ends(signal.raise_signal, signal.SIGKILL))
+    log = (
+        "W0000 00:00:1.1 2 spmd_partitioner.cc:652] Involuntary full rematerialization.\n"
+        "F0000 00:00:1764.91  71 spmd_partitioner_util.cc:2374] Check failed: a == b (16 vs. 64)\n"
+        "*** Check failure stack trace: ***\n    @  0x7f  absl\n"
+    )
+    assert _why(-signal.SIGABRT, log) == (
+        "XLA aborts, spmd_partitioner_util.cc:2374] Check failed: a == b (16 vs. 64)"
+    )
+
+
+def test_what_another_process_raises_is_raised_here():
+    with pytest.raises(UserError, match="unknown topology 'h20:1x8'"):
+        compile_apart(Task(tiny_config(TINY), "h20:1x8"))
 
 
 AOT = {
