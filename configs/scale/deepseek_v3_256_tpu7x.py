@@ -21,5 +21,8 @@ def get_config() -> Config:
         sharding=ShardingConfig(state="fsdp"),
         quant=QuantConfig(preset="bf16"),
         train=dataclasses.replace(config.train, batch_size=15_360, micro_batch_size=256),
-        expert_parallel=dataclasses.replace(config.expert_parallel, capacity_factor=1.0),
+        # XLA for TPUs runs exchanges with nothing beside them, so that one body serves all rounds.
+        expert_parallel=dataclasses.replace(
+            config.expert_parallel, capacity_factor=1.0, overflow="loop"
+        ),
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -59,7 +59,7 @@ class Collective:
     axes: tuple[str, ...]
     payload: int
     sent: float
-    runs: int
+    runs: float
     asynchronous: bool
     flops_inside: float
     kernels_inside: int
@@ -101,7 +101,7 @@ class ProgramReport:
 
     flops: float
     kernel_flops: float
-    kernels: dict[str, int]
+    kernels: dict[str, float]
     collectives: list[Collective]
     loops: list[Loop]
     buffers: list[Buffer]
@@ -123,7 +123,7 @@ class ProgramReport:
 def read_program(
     text: str,
     mesh_shape: Mapping[str, int],
-    trips: Mapping[str, int] | None = None,
+    trips: Mapping[str, float] | None = None,
     num_buffers: int = 12,
 ) -> ProgramReport:
     """The report of a compiled program's text on a mesh of this shape (axis sizes in order).
@@ -134,7 +134,7 @@ def read_program(
     counts, loops = executions(program, trips)
     fused, wrapped = _called_by(program, "fusion"), _called_by(program, "async-start")
     work = _Work(program)
-    flops, of_kernels, kernels = 0.0, 0.0, Counter[str]()
+    flops, of_kernels, kernels = 0.0, 0.0, defaultdict[str, float](float)
     collectives: list[Collective] = []
     buffers: dict[tuple[str, str], Buffer] = {}
     for name, runs in counts.items():

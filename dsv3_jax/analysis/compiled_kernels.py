@@ -39,7 +39,9 @@ def kernel_flops(instruction: Instruction, types: Mapping[str, str]) -> float:
         return 2.0 * math.prod(outputs[0]) * 2 * (operands[0][-1] + operands[1][-1])
     if "attention_query_products" in instruction.source:
         return 2.0 * math.prod(operands[0]) * outputs[0][-1]
-    names = ("scaled_matmul", "grouped_matmul", "grouped_wgrad")
+    if "grouped_wgrad" in instruction.source and len(operands) > 1:
+        return _weight_gradient_flops(operands, outputs[0])
+    names = ("scaled_matmul", "grouped_matmul", "grouped_dgrad")
     if not any(name in instruction.source for name in names) or len(operands) < 2:
         return 0.0
     return _product_flops(operands, outputs)
@@ -48,6 +50,14 @@ def kernel_flops(instruction: Instruction, types: Mapping[str, str]) -> float:
 def _product_flops(operands: list[tuple[int, ...]], outputs: list[tuple[int, ...]]) -> float:
     groups = math.prod(outputs[0][:-2]) if len(operands[1]) == 2 else 1
     return 2.0 * math.prod(outputs[0]) * operands[0][-1] / groups
+
+
+def _weight_gradient_flops(operands: list[tuple[int, ...]], result: tuple[int, ...]) -> float:
+    """Of [..., E, N, K] from rows [N, M] and [K, M] in FP8, or [M, N] and [M, K] in BF16: each of M
+    rows is in one group."""
+    features = math.prod(result[-2:])
+    rows = math.sqrt(math.prod(operands[0]) * math.prod(operands[1]) / features)
+    return 2.0 * features * rows
 
 
 def _tpu_kernel_flops(

@@ -32,6 +32,7 @@ from dsv3_jax.analysis.model_cost import (
     expert_parameters,
     training_flops_per_token,
 )
+from dsv3_jax.analysis.pipeline_program import pipelined_memory
 from dsv3_jax.analysis.stage_times import StageTimes, mean_of_stages
 from dsv3_jax.config import Config, ModelConfig, ParallelConfig, UserError
 
@@ -286,7 +287,8 @@ def estimate_step(
     parts = {name: busy_compute * share for name, share in times.shares.items()}
     parts["exchange on the wire"] = exposed
     parts["pipeline bubble"] = pipeline.bubble
-    memory = training_memory(config, schedule, pipeline.peak_activations)
+    needs = pipelined_memory if mesh.pipe > 1 else training_memory
+    memory = needs(config, schedule, pipeline.peak_activations)
     parts |= _optimizer_parts(config, device, efficiency, schedule, memory, busy_compute)
     seconds, in_ticks = sum(parts.values()), None
     if simulated and mesh.pipe > 1 and schedule != "dualpipe":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -118,13 +118,15 @@ class Loop:
         trips: how often it is counted.
         known: whether the program says that count; else it is the caller's, or 1.
         runs: how often the loop itself is entered.
+
+    Both are whole, but where the caller gave a mean.
     """
 
     source: str
     body: str
-    trips: int
+    trips: float
     known: bool
-    runs: int
+    runs: float
 
 
 def parse(text: str) -> Program:
@@ -153,22 +155,22 @@ def parse(text: str) -> Program:
 
 
 def executions(
-    program: Program, trips: Mapping[str, int] | None = None
-) -> tuple[Counter[str], list[Loop]]:
+    program: Program, trips: Mapping[str, float] | None = None
+) -> tuple[dict[str, float], list[Loop]]:
     """How often each computation runs in one run of the program, and its loops, outermost first.
 
     `trips` gives the count of loops whose trip count is data, by a regular expression that is found
     in their `source`; of several, the longest. A loop that nothing tells about counts once. Both
     branches of a conditional count.
     """
-    counts: Counter[str] = Counter()
+    counts: dict[str, float] = defaultdict(float)
     loops: list[Loop] = []
 
-    def told(source: str) -> int:
+    def told(source: str) -> float:
         matching = [part for part in trips or {} if re.search(part, source)]
         return (trips or {})[max(matching, key=len)] if matching else 1
 
-    def run(name: str, times: int) -> None:
+    def run(name: str, times: float) -> None:
         counts[name] += times
         for each in program.computations.get(name, ()):
             if each.op == "while":

@@ -272,12 +272,13 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
     shards = rank_shards(model, mesh, schedule)
     for rank, (held, shard) in enumerate(zip(held_by_rank, shards)):
         per_token = max(
-            s.dense_layers * _layer(config, moe=False) + s.moe_layers * _layer(config, moe=True)
+            s.dense_layers * layer_bytes(config, moe=False)
+            + s.moe_layers * layer_bytes(config, moe=True)
             for s in held
         )
         head = any(s.head for s in held)
         mtp = model.num_nextn_predict_layers if head else 0
-        per_token += mtp * _layer(config, moe=True)
+        per_token += mtp * layer_bytes(config, moe=True)
         sliced = sliced_parameters(config, shard)
         in_layer, in_head = 0.0, logits_bytes(config, tokens)
         if config.sharding.state == "replicated" or sliced == shard.total:
@@ -292,11 +293,11 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
             # Sums over micro-batches, and what one of them adds.
             gradients = 4 * sliced * (1 if mesh.pipe > 1 or train_micro_batches(config) == 1 else 2)
             # A weight's gradient, whole, and a copy of it in the order that is scattered.
-            in_head, in_layer = in_head + MASTER * table, 2 * MASTER * _largest_weight(config)
+            in_head, in_layer = in_head + MASTER * table, 2 * MASTER * largest_weight(config)
             weights = once
             if config.sharding.state == "fsdp":  # slices of what is gathered, and both tables
                 weights = once * sliced / shard.total + plain * tables
-        in_layer += AT_ONCE * tokens * width / 2 * _working_bytes(config)
+        in_layer += AT_ONCE * tokens * width / 2 * working_bytes(config)
         made = Memory(
             weights=weights,
             gradients=gradients,
@@ -331,7 +332,7 @@ def sliced_parameters(config: Config, shard: Shard) -> float:
     return shard.replicated / (replicas * mesh.node * mesh.local) + shard.expert / replicas
 
 
-def _largest_weight(config: Config) -> float:
+def largest_weight(config: Config) -> float:
     """Numbers on one device of the layers' weight that has most of them there."""
     mesh, pieces = config.mesh, {"expert": config.mesh.node * config.mesh.local, "": 1}
     rows = [row for row in weights(config.model) if row.where != "model" and row.is_matrix]
@@ -340,7 +341,7 @@ def _largest_weight(config: Config) -> float:
     )
 
 
-def _working_bytes(config: Config) -> float:
+def working_bytes(config: Config) -> float:
     """A token's, in the layer that would keep most without rematerialisation, in BF16."""
     model, tensor = config.model, config.mesh.tensor
     return max(
@@ -350,7 +351,8 @@ def _working_bytes(config: Config) -> float:
     )
 
 
-def _layer(config: Config, moe: bool) -> float:
+def layer_bytes(config: Config, moe: bool) -> float:
+    """Bytes that a layer keeps of a token from its forward to its backward, in BF16."""
     return activation_bytes_per_token(
         config.model, moe, config.train.remat, uses_fp8(config), config.mesh.tensor
     )

@@ -2,7 +2,8 @@
 
 The same quantities that `compile` reads from the program, so that the two stand side by side:
 memory, FLOPs, bytes of the exchange by mesh axis, of gathers of weights and reductions of their
-gradients. Of meshes without a pipeline; transports other than "padded" have no exchange here.
+gradients. Of a pipeline's ranks FLOPs and bytes are the mean. Transports other than "padded" have
+no exchange here.
 """
 
 from __future__ import annotations
@@ -19,8 +20,16 @@ from dsv3_jax.analysis.memory import (
     train_micro_batches,
     training_memory,
 )
+from dsv3_jax.analysis.pipeline_program import (
+    hand_over_traffic,
+    pipelined_memory,
+    pipelined_weight_traffic,
+    stages_traffic,
+)
 from dsv3_jax.config import Config
 from dsv3_jax.config.weights import Weight, weights
+from dsv3_jax.parallel.schedules import make_schedule
+from dsv3_jax.parallel.ticks import tick_tables
 
 TILE = 128  # rows of an expert's group are filled up to a multiple of it
 TPU_ATTENTION_TILE = 512  # rows of queries and of keys
@@ -37,6 +46,8 @@ class Prediction:
         exchange: sent by all-to-alls, by mesh axis.
         gathers: sent to gather weights.
         reductions: sent to add up weights' gradients.
+        hand_overs: sent to the next ranks of a pipeline.
+        stages: sent for a pipeline's ranks to get their layers, and to give gradients back.
     """
 
     arguments: float
@@ -45,15 +56,23 @@ class Prediction:
     exchange: dict[str, float]
     gathers: float
     reductions: float
+    hand_overs: float = 0.0
+    stages: float = 0.0
 
 
 def predict(config: Config, platform: str | None = None) -> Prediction | None:
-    """The prediction for a training step; None for a pipeline, whose ranks differ, and for LoRA.
+    """The prediction for a training step.
+
+    None for LoRA, and for a pipeline whose ranks gather layer by layer (FSDP) or are cut by
+    `tensor`, of which no compiled program was compared.
 
     platform: whose kernels run, "tpu" or "gpu"; None, as for others: those for GPUs.
     """
-    if config.mesh.pipe > 1 or config.lora.rank:
+    if config.lora.rank:
         return None
+    if config.mesh.pipe > 1:
+        compared = config.sharding.state != "fsdp" and config.mesh.tensor == 1
+        return _of_pipeline(config, platform) if compared else None
     memory = training_memory(config, "1f1b", (1,))
     table = config.model.vocab_size * config.model.hidden_size / config.mesh.tensor
     # XLA for TPUs holds the embedding's gradient, and its sum over look-ups, beside the head's.
@@ -66,6 +85,24 @@ def predict(config: Config, platform: str | None = None) -> Prediction | None:
         exchange=exchange_traffic(config),
         gathers=gathers,
         reductions=reductions,
+    )
+
+
+def _of_pipeline(config: Config, platform: str | None) -> Prediction:
+    ranks, schedule = config.mesh.pipe, config.pipeline.schedule
+    made = make_schedule(schedule, ranks, train_micro_batches(config))
+    tables = tick_tables(made, config.pipeline.backward == "whole")
+    memory = pipelined_memory(config, schedule, (tables.num_saved,) * ranks)
+    gathers, reductions = pipelined_weight_traffic(config, schedule)
+    return Prediction(
+        arguments=memory.optimizer,
+        peak=memory.total,
+        flops=step_flops(config, platform) / ranks,
+        exchange={axes: size / ranks for axes, size in exchange_traffic(config).items()},
+        gathers=gathers,
+        reductions=reductions,
+        hand_overs=hand_over_traffic(config, len(tables.op)),
+        stages=stages_traffic(config, schedule),
     )
 
 

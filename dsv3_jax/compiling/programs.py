@@ -28,7 +28,15 @@ from dsv3_jax.parallel.sharding import Layout, make_layout, serving_layouts
 from dsv3_jax.starting import Weights
 from dsv3_jax.training.dry_run import lowered_step
 from dsv3_jax.training.schedule import Schedule
+from dsv3_jax.training.stages import plan_stages
 from dsv3_jax.training.state import abstract_state
+
+ROUNDS = r"/experts/.*while$"  # the loop over rounds of an exchange, by what it comes from
+
+
+def rounds_in_loop(config: Config) -> int:
+    """How often an exchange's loop over rounds runs where all rows fit into the first."""
+    return int(config.expert_parallel.overflow == "loop")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +66,7 @@ class Built(NamedTuple):
     lower: Any  # () -> jax.stages.Lowered
     arguments: Any  # a dict of trees of ShapeDtypeStructs with shardings
     layout: Layout
-    trips: dict[str, int]
+    trips: dict[str, float]
 
 
 def layout_on(config: Config, devices: Sequence[Any]) -> Layout:
@@ -90,16 +98,20 @@ def training(config: Config, layout: Layout, weights: Weights | None = None) -> 
     """
     state = abstract_state(config, layout)
     base = abstract_base(config, weights, layout)
+    # A batch-size ramp makes the loop over micro-batches data; further rounds run only where rows
+    # do not fit into buffers.
+    trips: dict[str, float] = {
+        r"^jit\(train_step\)/while$": Schedule(config).max_micro_batches,
+        ROUNDS: rounds_in_loop(config),
+    }
+    if config.mesh.pipe > 1:
+        turns = plan_stages(config).turns_of_ticks()
+        trips |= {rf"/{name}/while$": often for name, often in turns.items()}
     return Built(
         partial(lowered_step, config, layout, state, base),
         {"state": state._asdict()} | ({} if base is None else {"frozen base": base}),
         layout,
-        # A batch-size ramp makes this loop's count data; further rounds run only where rows do not
-        # fit into buffers.
-        {
-            r"^jit\(train_step\)/while$": Schedule(config).max_micro_batches,
-            r"/experts/.*while$": 0,
-        },
+        trips,
     )
 
 
@@ -131,7 +143,7 @@ def serving(config: Config, layout: Layout, what: Serving, decode: bool) -> Buil
         return jax.ShapeDtypeStruct((what.batch, *shape), jnp.int32, sharding=by_sequence)
 
     _, *rest = placed(jax.eval_shape(partial(closed_slots, config.model, what.batch, 0, 0)))
-    trips = {r"/experts/.*while$": 0}
+    trips = {ROUNDS: rounds_in_loop(config)}
     arguments = {"weights": variables, "cache": cache}
     if decode:
         table = cache.block_table

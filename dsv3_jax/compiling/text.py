@@ -114,6 +114,10 @@ def compared(report: Any) -> list[tuple[str, float, float]]:
     reduced = sent["reduce-scatter"] + sent["all-reduce"]
     rows.append(("gathers of weights, GB", predicted.gathers / GB, sent["all-gather"] / GB))
     rows.append(("reductions of gradients, GB", predicted.reductions / GB, reduced / GB))
+    if predicted.hand_overs:
+        handed = sent["collective-permute"]
+        rows.append(("handed to next ranks, GB", predicted.hand_overs / GB, handed / GB))
+        rows.append(("layers to stages and back, GB", predicted.stages / GB, sent["pipe"] / GB))
     return rows
 
 

@@ -99,9 +99,10 @@ class ExpertParallelConfig:
     # True: a token goes to each node once and is handed on there; False: straight to each device.
     hierarchical: bool = True
     capacity_factor: float = 2.0  # rows that buffers hold, over those of an even load
-    # What happens to rows that do not fit. rounds: they are sent in further rounds; error: the
-    # output is NaN, so that the step is not applied. None is ever left out.
-    overflow: Literal["rounds", "error"] = "rounds"
+    # What happens to rows that do not fit. rounds: they are sent in further rounds, whose loop
+    # stands behind the first; loop: it has the first in it, too, for half the program, and nothing
+    # beside it; error: the output is NaN, so that the step is not applied. None is ever left out.
+    overflow: Literal["rounds", "loop", "error"] = "rounds"
     # On the wire: tokens to experts (forward) and their gradients (backward), and the way back.
     dispatch_format: Literal["none", "fp8"] = "none"
     combine_format: Literal["none", "bf16", "logfmt10"] = "none"

@@ -17,7 +17,7 @@ from dsv3_jax.model.quantized_inputs import gather_for
 from dsv3_jax.model.router import Routing
 from dsv3_jax.parallel.expert import Exchange, combine, dispatch, may_overflow
 from dsv3_jax.parallel.phases import tied
-from dsv3_jax.parallel.rounds import Before, fits_or_nan, in_rounds
+from dsv3_jax.parallel.rounds import Before, fits_or_nan, in_one_loop, in_rounds
 from dsv3_jax.quantization.block_scaled import StepWeight
 from dsv3_jax.quantization.recipe import BF16, Recipe
 
@@ -60,7 +60,7 @@ def exchanged_expert_ffn(
     per_token = (routing if isinstance(routing, Routing) else routing[0]).experts_TK.shape[1]
     if not may_overflow(exchange, per_token):
         return piece(operands, experts, None)[0], jnp.ones((), jnp.int32)
-    run = in_rounds if exchange.overflow == "rounds" else fits_or_nan
+    run = {"rounds": in_rounds, "loop": in_one_loop, "error": fits_or_nan}[exchange.overflow]
     return run(piece, exchange.token_axes, exchange.levels, operands, experts)
 
 

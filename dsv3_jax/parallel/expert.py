@@ -40,7 +40,7 @@ class Exchange:
         token_axes: the mesh axes that tokens are spread over.
         dispatch_format, combine_format: on the wire, by direction.
         quantized_rows: whether the experts are given the FP8 numbers that arrived.
-        overflow: "rounds" or "error", see ExpertParallelConfig.
+        overflow: "rounds", "loop" or "error", see ExpertParallelConfig.
         multiprocessors: of a GPU that the hop of peers who read each other's memory may use.
     """
 

@@ -51,12 +51,14 @@ class Work(NamedTuple):
         backward: whether a stage's layers are taken from the last to the first.
         run: (totals, buffers, place, layer, x) to (totals, buffers, x), functions of arrays, alike
             on all ranks; x is a micro-batch's hidden states or their gradient.
+        name: of the loop, in what compiled programs say of where an operation comes from.
     """
 
     op: int
     counts: Int[np.ndarray, "ranks chunks"]
     backward: bool
     run: Callable[[Totals, Buffers, Place, Any, Message], tuple[Totals, Buffers, Message]]
+    name: str = "work"
 
 
 def run_ticks(
@@ -98,7 +100,8 @@ def run_ticks(
                 layer = count - 1 - number if work.backward else number
                 return work.run(totals, buffers, place, layer, x)
 
-            carry = lax.fori_loop(0, count, turn, carry)
+            with jax.named_scope(work.name):
+                carry = lax.fori_loop(0, count, turn, carry)
         totals, buffers, x = carry
         x = edge(op, place, x)
         mail = write_slot(mail, lax.ppermute(x, axis, down), row["from_above"])

@@ -5,7 +5,8 @@ any device has rows left at some level, the next window of the deepest such leve
 way an odometer counts; each (token, choice) belongs to exactly one combination. Further rounds are
 a while loop whose trip count all devices agree on, in the forward and in the backward pass; their
 residuals are computed again. A step in which everything fits runs no iteration and pays nothing
-for it but the agreement: one reduction of a few integers.
+for it but the agreement: one reduction of a few integers. `in_one_loop` has the first round in that
+loop as well.
 """
 
 import functools
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
+
+from dsv3_jax.parallel.collectives import vary
 
 # (operands, constants, window, before) to (y, whether rows are left at each level). It may call
 # before(left, rest) as soon as it knows what is left, and then reads what that returns for `rest`.
@@ -35,6 +38,16 @@ def in_rounds(
     `before` is given.
     """
     return _in_rounds(piece, tuple(axes), levels, operands, constants)
+
+
+def in_one_loop(
+    piece: Piece, axes: Sequence[str], levels: int, operands: Any, constants: Any
+) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
+    """`in_rounds` with the first round in the loop, too: one body, and a program half as large.
+
+    No work can lie beside the first round then, and the backward pass computes it again.
+    """
+    return _in_one_loop(piece, tuple(axes), levels, operands, constants)
 
 
 def fits_or_nan(
@@ -135,6 +148,56 @@ def _backward(piece, axes, levels, residuals, cotangents):
 
 
 _in_rounds.defvjp(_forward, _backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _in_one_loop(piece, axes, levels, operands, constants):
+    def one_round(window):
+        return piece(operands, constants, window, _no_loop)
+
+    like = _first(operands)
+    return _loop(one_round, axes, levels, jax.tree.map(jnp.zeros_like, like), like)
+
+
+def _loop_forward(piece, axes, levels, operands, constants):
+    return _in_one_loop(piece, axes, levels, operands, constants), (operands, constants)
+
+
+def _loop_backward(piece, axes, levels, residuals, cotangents):
+    operands, constants = residuals
+    d_y, _ = cotangents
+
+    def one_round(window):
+        _, pull_back, left = jax.vjp(
+            lambda operands: piece(operands, constants, window, _no_loop), operands, has_aux=True
+        )
+        return pull_back(d_y)[0], left
+
+    zeros = jax.tree.map(jnp.zeros_like, operands)
+    gradients, _ = _loop(one_round, axes, levels, zeros, operands)
+    none = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), constants)
+    return gradients, none
+
+
+_in_one_loop.defvjp(_loop_forward, _loop_backward)
+
+
+def _loop(one_round, axes, levels, zeros, like) -> tuple[Any, Int[Array, ""]]:
+    """The sum of all rounds, begun with zeros that vary as `like` does, and how many there were."""
+
+    def body(carry):
+        window, _, total, rounds = carry
+        more, left = one_round(window)
+        left = _agree(left, axes)
+        return _next(window, left), left, jax.tree.map(jnp.add, total, more), rounds + 1
+
+    def varying(zero, like):
+        return vary(zero, tuple(jax.typeof(like).manual_axis_type.varying))
+
+    start = jax.tree.map(varying, zeros, like)
+    carry = jnp.zeros(levels, jnp.int32), jnp.ones(levels, bool), start, jnp.zeros((), jnp.int32)
+    _, _, total, rounds = lax.while_loop(lambda carry: carry[1].any(), body, carry)
+    return total, rounds
 
 
 def _agree(left: Bool[Array, " levels"], axes: Sequence[str]) -> Bool[Array, " levels"]:

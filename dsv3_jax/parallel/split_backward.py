@@ -6,6 +6,7 @@ gradients, runs later from what was saved and from a few values of the first par
 the products. Nothing is computed twice. (Qi et al., arXiv 2401.10241, split layers by hand.)
 """
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -168,8 +169,14 @@ def _read(values: dict[Any, Any], atom: Any) -> Any:
 
 def _bind(eqn: Any, operands: list[Any]) -> list[Any]:
     parameters = eqn.primitive.get_bind_params(eqn.params)
-    results = eqn.primitive.bind(*operands, **parameters)
+    with _scope(eqn):  # else a compiled program says nothing of where its operations come from
+        results = eqn.primitive.bind(*operands, **parameters)
     return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def _scope(eqn: Any) -> Any:
+    name = str(eqn.source_info.name_stack)
+    return jax.named_scope(name) if name else contextlib.nullcontext()
 
 
 def _inlined(closed: Any, shapes: list[Any]) -> Any:
@@ -183,7 +190,8 @@ def _inlined(closed: Any, shapes: list[Any]) -> Any:
                 body = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
                 is_closed = isinstance(body, jcore.ClosedJaxpr)
                 inner = (body.jaxpr, body.consts) if is_closed else (body, ())
-                outputs = evaluate(*inner, inputs)
+                with _scope(eqn):
+                    outputs = evaluate(*inner, inputs)
             else:
                 outputs = _bind(eqn, inputs)
             values |= zip(eqn.outvars, outputs)

@@ -54,6 +54,7 @@ from dsv3_jax.training.stages import (
     slices_from_stages,
     specs_of_layer,
     to_stages,
+    work_name,
 )
 
 PIPE = PartitionSpec("pipe")
@@ -258,7 +259,7 @@ class Rank:
             (INPUT_BACKWARD, EMBEDDING): self._embedding_backward,
         }
         run = partial(of_layers[op], what) if what in self.kinds else of_ends[op, what]
-        return Work(op, counts, op == INPUT_BACKWARD, run)
+        return Work(op, counts, op == INPUT_BACKWARD, run, work_name(op, what))
 
     def _forward(self, kind: str, totals: Totals, kept: Kept, place: Place, i, x):
         """A layer's output; what the layer saved is kept."""

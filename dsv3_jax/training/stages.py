@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Int
@@ -30,6 +31,7 @@ from dsv3_jax.parallel.ticks import (
     tick_tables,
 )
 
+ACTS = {FORWARD: "forward", INPUT_BACKWARD: "input_gradient", WEIGHT_BACKWARD: "weight_gradients"}
 NO_LAYER = -1
 EMBEDDING, LOSS = "embedding", "loss"
 
@@ -62,6 +64,17 @@ class StagePlan:
             WEIGHT_BACKWARD: kinds,
         }
         return [(op, *work) for op, of_act in acts.items() for work in of_act]
+
+    def turns_of_ticks(self) -> dict[str, float]:
+        """How often the loop over each work turns in a tick, by its name; the mean of all ranks."""
+        num_ticks, num_ranks = self.tables.op.shape
+        often = self.schedule.num_microbatches / (num_ticks * num_ranks)
+        return {work_name(op, what): int(n.sum()) * often for op, what, n in self.works}
+
+
+def work_name(op: int, what: str) -> str:
+    """What the loop over a work is called in a program."""
+    return f"{ACTS[op]}_of_{what}"
 
 
 @functools.lru_cache(maxsize=8)
@@ -115,7 +128,7 @@ def to_stages(tree: Any, kind: str, plan: StagePlan, layout: Layout) -> Any:
 def from_stages(tree: Any, kind: str, plan: StagePlan) -> Any:
     """Undoes `to_stages`: leaves [ranks, chunks, slots, ...] as [L, ...]."""
     order = _order(plan, kind)
-    return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[3:])[order], tree)
+    return jax.tree.map(lambda leaf: _in_runs(leaf.reshape(-1, *leaf.shape[3:]), order), tree)
 
 
 def slices_from_stages(tree: Any, like: Any, kind: str, plan: StagePlan, layout: Layout) -> Any:
@@ -128,6 +141,14 @@ def slices_from_stages(tree: Any, like: Any, kind: str, plan: StagePlan, layout:
         return _on_all(give, layout, here, of_state)(leaf)
 
     return jax.tree.map(of_all, tree, *_slices(like, kind, layout))
+
+
+def _in_runs(leaf, numbers: np.ndarray):
+    """leaf[numbers] as slices of neighbours: XLA of jax 0.11 aborts at the gather, where `pipe`
+    cuts the dim and other axes others (spmd_partitioner_util.cc, AlignGroupsWith)."""
+    runs = np.split(numbers, np.flatnonzero(np.diff(numbers) != 1) + 1)
+    parts = [jax.lax.slice_in_dim(leaf, int(run[0]), int(run[-1]) + 1) for run in runs]
+    return jnp.concatenate(parts)
 
 
 def _order(plan: StagePlan, kind: str) -> np.ndarray:

@@ -51,6 +51,8 @@ def test_loop_bodies_count_as_often_as_they_run(text):
     thrice = read_program(text, SIZES, trips={r"jit\(layers\)/while$": 3})
     assert thrice.flops == 3 * one
     loops = {loop.trips: loop.known for loop in thrice.loops}
+    mean = read_program(text, SIZES, trips={r"jit\(layers\)/while$": 0.25})
+    assert mean.flops == one / 4  # of ranks that take different parts
     assert loops == {3: False, 5: True}
 
 
@@ -164,6 +166,11 @@ def test_flops_of_kernels_are_those_of_their_shapes():
         result = f"f32[{leading}4,6,7]"
         wgrad = of("jit(grouped_wgrad)/kernel", result, a=f"{fp8}[6,256]", b=f"{fp8}[7,256]")
         assert wgrad == 2 * 6 * 7 * 256
+    # In BF16 rows are the first dim, as the products that made them left them.
+    wgrad = of("jit(grouped_wgrad)/kernel", "f32[1,4,6,7]", a="bf16[256,6]", b="bf16[256,7]")
+    assert wgrad == 2 * 6 * 7 * 256
+    dgrad = of("jit(grouped_dgrad)/kernel", "bf16[256,6]", a="bf16[256,128]", b="bf16[4,128,6]")
+    assert dgrad == 2 * 256 * 6 * 128
     q, kv, o = "bf16[1,256,2,24]", "bf16[1,256,2,32]", "(bf16[1,256,2,16], f32[1,2,256])"
     forward = of("attention_forward", o, q=q, kv=kv)
     assert forward == 2 * 2 * (256 * (256 + 128) / 2) * (24 + 16)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv3_jax.analysis.prediction import exchange_traffic, predict, step_flops
-from dsv3_jax.config import ParallelConfig, ShardingConfig, load_config
+from dsv3_jax.analysis.prediction import Prediction, exchange_traffic, predict, step_flops
+from dsv3_jax.config import ParallelConfig, PipelineConfig, ShardingConfig, load_config
 
 PRESETS = Path(__file__).parents[2] / "configs/scale"
 
@@ -60,8 +60,57 @@ def test_zero1_gathers_once_what_products_read_and_f32_where_it_has_no_tiles():
     assert four_bytes.gathers > 2 * one_byte.gathers  # of parts half as large
 
 
-def test_a_pipeline_is_not_predicted():
-    assert predict(preset("deepseek_v3_2048_h200_pipelined")) is None
+def moonlight(schedule, micro_batch_size, **mesh):
+    config = preset("moonlight_16b_64_h200", micro_batch_size=micro_batch_size, remat="full")
+    return dataclasses.replace(
+        config,
+        mesh=ParallelConfig(**mesh),
+        sharding=ShardingConfig(state="zero1"),
+        pipeline=PipelineConfig(schedule=schedule),
+    )
+
+
+# What `compile` gave for a device, the mean of the ranks: GiB; TFLOP; GB.
+PIPELINES = {
+    "V3, pipe 16": (
+        preset("deepseek_v3_2048_h200_pipelined"),
+        Prediction(
+            2.485, 50.85, 10_863, {"node": 321.7, "local": 643.4}, 23.80, 786.2, 86.32, 2.834
+        ),
+    ),
+    "Moonlight, pipe 8": (
+        moonlight("zb1p", 8, pipe=8, data=8),
+        Prediction(2.791, 35.76, 3_402, {}, 11.12, 1_784.6, 26.005, 2.120),
+    ),
+    "Moonlight, pipe 2": (
+        moonlight("dualpipev", 32, pipe=2, data=2, node=2, local=8),
+        Prediction(
+            2.788, 20.78, 2_960, {"node": 49.35, "local": 259.1}, 6.327, 315.7, 6.459, 1.190
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PIPELINES)
+def test_a_pipeline_is_predicted_as_it_compiles(case):
+    config, compiled = PIPELINES[case]
+    found = predict(config, "gpu")
+    assert found.arguments / 2**30 == pytest.approx(compiled.arguments, rel=0.002)
+    assert found.peak / 2**30 == pytest.approx(compiled.peak, rel=0.05)
+    assert found.flops / 1e12 == pytest.approx(compiled.flops, rel=0.01)
+    assert {axes: n / 1e9 for axes, n in found.exchange.items()} == pytest.approx(
+        compiled.exchange, rel=0.01
+    )
+    for name in ("gathers", "hand_overs", "stages"):
+        assert getattr(found, name) / 1e9 == pytest.approx(getattr(compiled, name), rel=0.002)
+    assert found.reductions / 1e9 == pytest.approx(compiled.reductions, rel=0.025)
+
+
+def test_a_pipeline_whose_program_was_not_compared_is_not_predicted():
+    config = preset("deepseek_v3_2048_h200_pipelined")
+    assert predict(dataclasses.replace(config, sharding=ShardingConfig(state="fsdp"))) is None
+    mesh = ParallelConfig(pipe=16, data=1, node=8, local=8, tensor=2)
+    assert predict(dataclasses.replace(config, mesh=mesh)) is None
 
 
 def test_half_the_rows_of_a_micro_batch_change_what_is_gathered_and_not_what_is_computed():

@@ -71,6 +71,21 @@ def test_rounds_lose_no_token(transport):
     check(over(mesh_of(2, 4), config, 1), "all_to_one_expert")
 
 
+@pytest.mark.parametrize("factor", [0.7, 2.0])
+def test_one_loop_over_all_rounds_is_half_the_program(factor):
+    """The numbers of a first round with a loop behind it; each exchange stands in it once."""
+    experts = jnp.asarray(routing_of("even"), jnp.int32)
+    arrays, found, exchanges = arrays_of(experts), {}, {}
+    for overflow in ("rounds", "loop"):
+        config = TRANSPORTS["padded"] | {"capacity_factor": factor, "overflow": overflow}
+        found[overflow] = over(mesh_of(2, 4), config, PER_TOKEN)(*arrays, experts)
+        forward = jax.jit(spread_over(mesh_of(2, 4), config, PER_TOKEN))
+        exchanges[overflow] = forward.lower(*arrays[:4], experts).as_text().count("all_to_all")
+    jax.tree.map(np.testing.assert_array_equal, *found.values())
+    assert (int(found["loop"][1]) > 1) == (factor < 1)
+    assert exchanges["rounds"] == 2 * exchanges["loop"] > 0
+
+
 def test_one_round_if_and_only_if_the_largest_load_fits():
     """And without rounds, an overflow is not a plausible result but NaN."""
     mesh = mesh_of(1, 8)

@@ -113,6 +113,9 @@ CONFIGS = [
 )
 def test_a_pipelined_step_is_the_step(config, start, whole):
     step = compiled(config, start)
+    # The loop over each work has its name, by which `compile` counts its turns.
+    names = plan_stages(config).turns_of_ticks()
+    assert all(f"/{name}/while" in step.as_text() for name in names)
     # All devices join a collective-permute: ranks do not all turn a loop inside of a tick.
     permutes = [line for line in step.as_text().splitlines() if "collective-permute(" in line]
     assert permutes and not any(line.count("while/body") > 1 for line in permutes)
@@ -191,6 +194,18 @@ def test_a_stage_takes_each_of_its_layers_once_in_every_act():
         (INPUT_BACKWARD, EMBEDDING),
     ]
     assert all(counts.sum() == 1 for *_, counts in ends)
+
+
+def test_turns_of_a_tick_are_those_of_all_layers_and_micro_batches():
+    for schedule, ranks in (("1f1b", 4), ("dualpipev", 2)):
+        plan = plan_stages(run_config(schedule, pipe=ranks))
+        times = plan.tables.op.size / MICROBATCHES  # of all ticks and ranks
+        turns = {name: often * times for name, often in plan.turns_of_ticks().items()}
+        acts = ("forward", "input_gradient", "weight_gradients")
+        layers = {"dense_layers": 1, "moe_layers": 4}
+        want = {f"{act}_of_{kind}": n for act in acts for kind, n in layers.items()}
+        ends = ("forward_of_embedding", "input_gradient_of_loss", "input_gradient_of_embedding")
+        assert turns == pytest.approx(want | dict.fromkeys(ends, 1))
 
 
 def test_checkpoints_move_between_pipelines(start, tmp_path):

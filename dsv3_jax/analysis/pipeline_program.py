@@ -1,0 +1,180 @@
+"""What a pipelined step's program holds and sends on a device, from the config alone.
+
+All ranks run one program (parallel/pipeline.py): each has room for the most layers of a kind that
+any stage has, for as many micro-batches as the fullest rank holds, and for both ends of the model.
+Numbers of a step are the mean of the ranks, which take different parts of it. Of states that
+`sharding.state` replicates or slices by ZeRO-1; where layers are gathered one by one (FSDP), or cut
+by `tensor`, no compiled program was compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv3_jax.analysis.memory import (
+    AT_ONCE,
+    BYTES,
+    MASTER,
+    Memory,
+    Shard,
+    Stage,
+    largest_weight,
+    layer_bytes,
+    logits_bytes,
+    split_into_stages,
+    stage_parameters,
+    tokens_per_micro_batch,
+    train_micro_batches,
+    uses_fp8,
+    working_bytes,
+)
+from dsv3_jax.config import Config
+from dsv3_jax.config.weights import weights
+
+MAIL = 4  # messages that wait to be read; 3 and 4 in the compiled programs
+# Schedules whose gradients of weights wait, for as many acts as there are ranks.
+WEIGHTS_LATER = ("zb1p", "dualpipe", "dualpipev")
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Layers of each kind that a rank has room for, in each of its stages."""
+
+    stages: int
+    dense: int
+    moe: int
+
+
+def slots_of(config: Config, schedule: str) -> Slots:
+    """The room of every rank under a schedule."""
+    each = 2 if schedule in ("dualpipe", "dualpipev", "interleaved") else 1
+    count = config.mesh.pipe * (1 if schedule == "dualpipe" else each)
+    stages = split_into_stages(config.model, count)
+    return Slots(each, max(s.dense_layers for s in stages), max(s.moe_layers for s in stages))
+
+
+def held_parameters(config: Config, schedule: str) -> tuple[Shard, Shard]:
+    """Parameters on a device while ranks work: of the stages' slots, and of both ends with MTP."""
+    model, mesh, slots = config.model, config.mesh, slots_of(config, schedule)
+    stage = stage_parameters(model, mesh, Stage(slots.dense, slots.moe, False, False))
+    layers = Shard(slots.stages * stage.replicated, slots.stages * stage.expert)
+    return layers, stage_parameters(model, mesh, Stage(0, 0, True, True))
+
+
+def pipelined_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -> Memory:
+    """Bytes of a pipelined training step; `in_flight[rank]` micro-batches are held at once.
+
+    Weights are whole, in f32, on the devices of their rank, and gradients in the slices that a
+    device applies, or whole where `tensor` cuts them.
+    """
+    model, mesh = config.model, config.mesh
+    layers, ends = held_parameters(config, schedule)
+    held, slots = layers + ends, slots_of(config, schedule)
+    tokens, width = tokens_per_micro_batch(config), BYTES[model.dtype]
+    saved = pending = 0.0
+    for moe, count in ((False, slots.dense), (True, slots.moe)):
+        saved += count * layer_bytes(config, moe) * width / 2
+        pending += count * _pending(config, moe) * width
+    waiting = mesh.pipe if schedule in WEIGHTS_LATER else 1
+    message = width * model.hidden_size
+    table = model.vocab_size * model.hidden_size / mesh.tensor
+    # The head's gradient, and the embedding's where MTP looks up in it.
+    tables = 1 + (model.num_nextn_predict_layers > 0)
+    in_head = logits_bytes(config, tokens) + tables * MASTER * table
+    in_layer = 2 * MASTER * largest_weight(config)
+    in_layer += AT_ONCE * tokens * width / 2 * working_bytes(config)
+    state = MASTER + 2 * BYTES[config.optimizer.moment_dtype]
+    whole = mesh.tensor > 1 or config.sharding.state == "replicated"
+    return Memory(
+        weights=MASTER * held.total,
+        gradients=MASTER * (held.total if whole else _sliced(config, held)),
+        optimizer=state * _of_state(config, stage_parameters(model, mesh, _all_layers(config))),
+        activations=tokens * (max(in_flight) * saved + waiting * pending + MAIL * message),
+        working=max(in_head, in_layer),
+    )
+
+
+def _pending(config: Config, moe: bool) -> float:
+    """Numbers that a layer keeps of a token from its gradient's pass to its weights'.
+
+    What products read, and the gradients of what they return. The FP8 kernels make both gradients
+    of a weight at once: those of norms are left.
+    """
+    model, tensor = config.model, config.mesh.tensor
+    D, C, N = model.hidden_size, model.kv_lora_rank, model.num_attention_heads / tensor
+    if uses_fp8(config):
+        return 2 * D + 2 * C
+    U, H, R = model.v_head_dim, model.qk_nope_head_dim, model.qk_rope_head_dim
+    wide = model.n_shared_experts * model.moe_intermediate_size if moe else model.intermediate_size
+    latents = 2 * C + C + R + 2 * (model.q_lora_rank or 0)
+    return 7 * D + N * (4 * U + H + R) + latents + 4 * wide / tensor
+
+
+def _sliced(config: Config, held: Shard) -> float:
+    """Of parameters that a rank's devices hold, those of which a device applies the gradient."""
+    mesh = config.mesh
+    copies = mesh.data * mesh.context
+    return held.replicated / (copies * mesh.node * mesh.local) + held.expert / copies
+
+
+def _of_state(config: Config, every: Shard) -> float:
+    """Parameters of which a device holds master weight and moments: slices lie over `pipe`, too."""
+    if config.sharding.state == "replicated":
+        return every.total
+    return _sliced(config, every) / config.mesh.pipe
+
+
+def hand_over_traffic(config: Config, ticks: int) -> float:
+    """Bytes that a device sends to the next ranks, after each tick, in both directions of a ring.
+
+    Of two ranks both directions are one.
+    """
+    message = BYTES[config.model.dtype] * tokens_per_micro_batch(config) * config.model.hidden_size
+    return ticks * message * (1 if config.mesh.pipe == 2 else 2)
+
+
+def stages_traffic(config: Config, schedule: str) -> float:
+    """Bytes that a device sends over `pipe` for stages to get layers, and to give gradients back.
+
+    Each sends its slice of every rank's slots, those without a layer included.
+    """
+    layers, _ = held_parameters(config, schedule)
+    return 2 * MASTER * _sliced(config, layers) * (config.mesh.pipe - 1) / config.mesh.pipe
+
+
+def pipelined_weight_traffic(config: Config, schedule: str) -> tuple[float, float]:
+    """(bytes sent to gather weights, bytes sent to add up gradients) by a device in a step.
+
+    f32 is gathered once a step, on each rank that of all its slots and of both ends. Gradients are
+    scattered where they are made, in each micro-batch: of the embedding, twice where MTP looks up
+    in it as well. XLA adds up a weight whole, and then cuts it, which is twice the bytes, where the
+    slices are cut from more than one of its dims.
+    """
+    model, mesh = config.model, config.mesh
+    layers, ends = held_parameters(config, schedule)
+    gathered = layers.total - _sliced(config, layers)
+    gathered += ends.total - _sliced(config, ends) / mesh.pipe
+    every = stage_parameters(model, mesh, _all_layers(config))
+    reduced = every.total - _sliced(config, every)
+    devices = mesh.data * mesh.context * mesh.node * mesh.local
+    for row in weights(model):
+        count = sum(row.count(model)) * row.is_matrix * (not row.of_expert and not row.copy)
+        times = int(_cut_dims(config, row.dims_of(model)) > 1)
+        times += row.part == "embedding" and model.num_nextn_predict_layers > 0
+        reduced += times * count * row.size(model) * (devices - 1) / devices
+    return MASTER * gathered, MASTER * reduced * train_micro_batches(config) / mesh.pipe
+
+
+def _all_layers(config: Config) -> Stage:
+    model = config.model
+    return Stage(model.num_dense_layers, model.num_moe_layers, True, True)
+
+
+def _cut_dims(config: Config, dims: tuple[int, ...]) -> int:
+    """Dims that the slices of a rank's devices are cut from (`Layout.stored_spec`)."""
+    mesh, cut = config.mesh, [1] * len(dims)
+    for size in (mesh.data, mesh.node, mesh.local, mesh.context):
+        fits = (d for d, of_dim in enumerate(dims) if of_dim % (cut[d] * size) == 0)
+        if (dim := next(fits, None)) is not None:
+            cut[dim] *= size
+    return sum(size > 1 for size in cut)
