@@ -49,7 +49,7 @@ class Report:
         findings: what XLA warned of: arrays that it gathers whole against what was asked.
         lowering_seconds, compile_seconds: of CPU, child processes included.
         resident: memory that compiling took here.
-        predicted: the same of a training step without a pipeline, by analysis/prediction.py.
+        predicted: the same of a training step, by analysis/prediction.py, where it is predicted.
     """
 
     topology: str
