@@ -65,7 +65,8 @@ def pipelined_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) 
     """Bytes of a pipelined training step; `in_flight[rank]` micro-batches are held at once.
 
     Weights are whole, in f32, on the devices of their rank, and gradients in the slices that a
-    device applies, or whole where `tensor` cuts them.
+    device applies, or whole where `tensor` cuts them. FSDP has slices of weights, and of whole ones
+    a layer's in the model's dtype.
     """
     model, mesh = config.model, config.mesh
     layers, ends = held_parameters(config, schedule)
@@ -85,8 +86,12 @@ def pipelined_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) 
     in_layer += AT_ONCE * tokens * width / 2 * working_bytes(config)
     state = MASTER + 2 * BYTES[config.optimizer.moment_dtype]
     whole = mesh.tensor > 1 or config.sharding.state == "replicated"
+    weights_held = MASTER * held.total
+    if config.sharding.state == "fsdp":
+        layer = stage_parameters(model, mesh, Stage(0, 1, False, False))
+        weights_held = MASTER * _sliced(config, held) + width * layer.total
     return Memory(
-        weights=MASTER * held.total,
+        weights=weights_held,
         gradients=MASTER * (held.total if whole else _sliced(config, held)),
         optimizer=state * _of_state(config, stage_parameters(model, mesh, _all_layers(config))),
         activations=tokens * (max(in_flight) * saved + waiting * pending + MAIL * message),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ class Built(NamedTuple):
     lower: Any  # () -> jax.stages.Lowered
     arguments: Any  # a dict of trees of ShapeDtypeStructs with shardings
     layout: Layout
-    trips: dict[str, float]
+    trips: Mapping[str, float]
 
 
 def layout_on(config: Config, devices: Sequence[Any]) -> Layout:
