@@ -91,7 +91,7 @@ def predict(config: Config, platform: str | None = None) -> Prediction | None:
 def _of_pipeline(config: Config, platform: str | None) -> Prediction:
     ranks, schedule = config.mesh.pipe, config.pipeline.schedule
     made = make_schedule(schedule, ranks, train_micro_batches(config))
-    tables = tick_tables(made, config.pipeline.backward == "whole")
+    tables = tick_tables(made, config.pipeline.takes_backward_whole())
     memory = pipelined_memory(config, schedule, (tables.num_saved,) * ranks)
     gathers, reductions = pipelined_weight_traffic(config, schedule)
     return Prediction(
