@@ -42,7 +42,7 @@ def in_rounds(
 
 def in_one_loop(
     piece: Piece, axes: Sequence[str], levels: int, operands: Any, constants: Any
-) -> tuple[Float[Array, "T D"], Int[Array, ""]]:
+) -> tuple[Any, Int[Array, ""]]:
     """`in_rounds` with the first round in the loop, too: one body, and a program half as large.
 
     No work can lie beside the first round then, and the backward pass computes it again.
