@@ -207,19 +207,38 @@ def lowered(config: Config, stamps: list[Stamp] | None) -> Any:
     def of_data(state, rows, settings, wanted):
         return gradients(state, rows, settings, config, layout)
 
-    return jax.jit(of_data if stamps is None else of_pipeline).lower(*inputs(config), False)
+    return jax.jit(of_data if stamps is None else of_pipeline).lower(*shapes(config), False)
 
 
 def inputs(config: Config) -> tuple[Any, Any, StepSettings]:
     """State, rows of random tokens, and settings, for all devices."""
+    state, rows, settings = shapes(config)
+    make = jax.jit(partial(init_state, config=config), out_shardings=placed(state))
+    ids = jax.random.randint(jax.random.key(1), rows.shape, 0, config.model.vocab_size, jnp.int32)
+    count = np.int32(len(ids))
+    given = StepSettings(np.float32(0), np.float32(0), np.float32(0), count)
+    return make(jax.random.key(0)), *jax.device_put((ids, given), placed((rows, settings)))
+
+
+def shapes(config: Config) -> tuple[Any, Any, StepSettings]:
+    """What `inputs` makes, as shapes with their shardings."""
     mesh = make_mesh(config.mesh)
-    state = jax.jit(partial(init_state, config=config))(jax.random.key(0))
+    whole = NamedSharding(mesh, PartitionSpec())
     count = config.train.batch_size // config.micro_batch_size
     shape = (count, config.micro_batch_size, config.train.seq_len + 1)
-    rows = jax.random.randint(jax.random.key(1), shape, 0, config.model.vocab_size, jnp.int32)
-    settings = StepSettings(np.float32(0), np.float32(0), np.float32(0), np.int32(count))
-    state, settings = jax.device_put((state, settings), NamedSharding(mesh, PartitionSpec()))
-    return state, jax.device_put(rows, batch_sharding(mesh, 1)), settings
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    settings = StepSettings(number, number, number, jax.ShapeDtypeStruct((), jnp.int32))
+    state = jax.eval_shape(partial(init_state, config=config), jax.random.key(0))
+    state, settings = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), (state, settings)
+    )
+    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, 1))
+    return state, rows, settings
+
+
+def placed(tree: Any) -> Any:
+    """The shardings of a tree's leaves."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def median_step(step: Any, arguments: tuple, wanted: bool, times: int = 3) -> float:

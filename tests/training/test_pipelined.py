@@ -30,7 +30,7 @@ from dsv3_jax.training.step import eval_step, train_step
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 
 # More tokens a device than decoding has (projection.FEW_ROWS), which are summed in another order.
-MICROBATCHES, ROWS, LENGTH = 4, 4, 12
+MICROBATCHES, ROWS, LENGTH = 4, 4, 20
 # Five layers, one of them dense: no two stages are alike.
 MODEL = tiny_model(
     num_hidden_layers=5, first_k_dense_replace=1, num_attention_heads=4, vocab_size=38
