@@ -94,7 +94,8 @@ class ExpertParallelConfig:
     # H200s a layer's forward pass is 1 % faster so, and training as fast as without.
     shared_beside: bool = False
     # Each device's rows of a micro-batch are cut in two: while one half's tokens travel to their
-    # experts or back, the other half is computed. Changes the order of work and sums, no more.
+    # experts or back, the other half is computed. Changes the order of work and sums, no more. On
+    # four H200s 3 % slower (docs/log.md).
     overlap: bool = False
     # True: a token goes to each node once and is handed on there; False: straight to each device.
     hierarchical: bool = True
