@@ -146,10 +146,25 @@ def step_flops(config: Config, platform: str | None = None) -> float:
     scores = tokens * train.seq_len / 2 * (1 + tile / train.seq_len)
     scores *= layers * model.num_attention_heads / mesh.tensor
     core = scores * ((1 + again) * (qk + v) + backward)
-    products = (
+    experts = 3 * model.hidden_size * model.moe_intermediate_size / mesh.tensor
+    every_again = _made_in_loop(config) * rows * experts
+    products = every_again + (
         (3 + again) * every - again * last + 3 * head + (wide if train.remat == "v3" else 0.0)
     )
     return 2 * (products + core) * train_micro_batches(config)
+
+
+def _made_in_loop(config: Config) -> int:
+    """MoE layers whose exchange the backward pass runs forward once more, as it stands in a loop.
+
+    Of layers computed again whole, that is the time they are: but not of MTP modules, whose result
+    the backward pass reads.
+    """
+    model = config.model
+    if config.expert_parallel.overflow != "loop":
+        return 0
+    again = model.num_moe_layers if config.train.remat != "full" else 0
+    return again + model.num_nextn_predict_layers
 
 
 def experts_rows(config: Config, tokens: float, here: float) -> float:
@@ -198,7 +213,8 @@ def exchange_traffic(config: Config) -> dict[str, float]:
         capacity = math.ceil(expert.capacity_factor * tokens * spread / size)
         if hop == 0:
             capacity = min(capacity, tokens)
-        found[name] = layers * train_micro_batches(config) * (size - 1) * capacity * row
+        often = train_micro_batches(config) * (size - 1) * capacity
+        found[name] = often * (layers * row + _made_in_loop(config) * (sent + 6 * K + back))
     return found
 
 
