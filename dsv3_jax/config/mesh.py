@@ -135,6 +135,11 @@ class ExpertParallelConfig:
                 + "moves rows by kernels that take turns with the others: use "
                 "--expert-parallel.transport padded"
             )
+        if self.overflow == "loop":
+            found.append(
+                f"{wanted}, but overflow='loop' has exchange and products in a loop, in which no "
+                "attention lies: use --expert-parallel.overflow rounds"
+            )
         if mesh.pipe > 1:
             found.append(
                 f"{wanted} within a step that is not pipelined, but mesh.pipe={mesh.pipe}: use "

@@ -143,6 +143,7 @@ OVERLAP = ExpertParallelConfig(transport="padded", overlap=True)
         (ParallelConfig(data=4), OVERLAP, 8, "mesh.node x mesh.local = 1 .* use --mesh.local 2"),
         (MESH, replace(OVERLAP, transport="pallas"), 8, "'pallas' moves .*transport padded"),
         (MESH, replace(OVERLAP, transport="auto"), 8, "may be 'pallas', which .*transport padded"),
+        (MESH, replace(OVERLAP, overflow="loop"), 8, "overflow='loop' .*overflow rounds"),
         (replace(MESH, pipe=2), OVERLAP, 8, "mesh.pipe=2: use --mesh.pipe 1"),
     ],
 )
