@@ -29,7 +29,7 @@ MODEL_ROWS = [
     {"remat"},
     {"fp8_operands", "quantized_slices"},
     {"fp8", "plain_products", "step_weights"},
-    {"projection"},
+    {"projection", "frozen_products"},
     {"fp8_weights", "adapters"},
     {"norm", "rope", "linear", "cache", "router", "placement", "parameters"},
     {"forward_pass", "quantized_inputs"},

@@ -2,8 +2,9 @@
 
 y = x W^T + (alpha / rank) x A^T B^T (Hu et al. 2021), with A and B shaped as the published matrices
 say. The base is frozen and may be an array or FP8 blocks as published (QLoRA, Dettmers et al. 2023,
-with V3's own format). FP8 is dequantised where it is multiplied, a layer at a time, in the forward
-pass and again in the backward pass: no copy in another precision is kept, and x has its gradient.
+with V3's own format). FP8 is dequantised where it is multiplied, a layer at a time, or on CPUs a
+piece of a weight (model/frozen_products.py), in the forward pass and again in the backward pass: no
+copy in another precision is kept, and x has its gradient.
 """
 
 import functools
@@ -20,6 +21,7 @@ from dsv3_jax.config import LoraConfig, ModelConfig, UserError
 from dsv3_jax.config.weights import Weight, find_weight, weights
 from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.grouped_gemm.api import grouped_matmul
+from dsv3_jax.model.frozen_products import HeldAsBytes, InStack, as_in_stack
 from dsv3_jax.model.projection import Plain, Projection
 from dsv3_jax.quantization.block_scaled import BlockScaled, StraightThrough, dequantize
 
@@ -37,7 +39,8 @@ class Adapted:
     """A frozen weight among the variables, in the place of an array, and its update.
 
     Fields:
-        base: an array [*lead, *N, *K], or BlockScaled [*lead, rows, columns].
+        base: an array [*lead, *N, *K], or BlockScaled [*lead, rows, columns], or where that lies
+            among those of other layers.
         a, b: [*lead, r, K] and [*lead, N, r], f32, heads and their dims as one; None: no update.
         scale: alpha / r.
         shape: of the weight in one layer, which `parameters` fills in.
@@ -53,7 +56,12 @@ class Adapted:
 
     def multiply(self, x, recipe, activation, where):
         """As `Projection.multiply`: the base cuts itself, XLA cuts the rest."""
-        y = _frozen(self.base, self.shape, x, lambda w, x: w.multiply(x, recipe, activation, where))
+        in_pieces = recipe is None and where.layout.one_device
+
+        def of_base(w: Projection, x):
+            return w.multiply(x, recipe, activation, where)
+
+        y = _frozen(self.base, self.shape, x, of_base, in_pieces)
         if self.a is None or self.b is None:
             return y
         x = _value(x)
@@ -73,7 +81,7 @@ class Adapted:
         def of_base(w: Projection, rows):
             return w.multiply_groups(rows, group_sizes, alignment, recipe, activation)
 
-        y = _frozen(self.base, shape, rows, of_base)
+        y = _frozen(self.base, shape, rows, of_base, in_pieces=recipe is None)
         if self.a is None or self.b is None:
             return y
         rows = _value(rows)
@@ -100,17 +108,22 @@ class Adapted:
         """The same weight with dims put together; -1 may stand for one size."""
         size = math.prod(self.shape) // math.prod(abs(s) for s in shape)
         shape = tuple(size if s == -1 else s for s in shape)
-        base = self.base if isinstance(self.base, BlockScaled) else self.base.reshape(shape)
+        base = self.base if _is_fp8(self.base) else self.base.reshape(shape)
         return Adapted(base, self.a, self.b, self.scale, shape)
 
     def __len__(self) -> int:
         return self.base.shape[0]
 
 
-def _frozen(base: Any, shape: tuple[int, ...], x: Any, multiply: Any) -> Array:
-    """multiply(weight, x) with the frozen weight; an FP8 one is not saved dequantised."""
-    if not isinstance(base, BlockScaled):
+def _frozen(base: Any, shape: tuple[int, ...], x: Any, multiply: Any, in_pieces: bool) -> Array:
+    """multiply(weight, x) with the frozen weight; an FP8 one is not saved dequantised.
+
+    in_pieces: one that is held as bytes knows how to multiply itself.
+    """
+    if not _is_fp8(base):
         return multiply(Plain(base), x)
+    if in_pieces and base.dtype == jnp.uint8:
+        return multiply(HeldAsBytes(as_in_stack(base), shape), x)
     dtype = x.carrier.dtype if isinstance(x, StraightThrough) else x.dtype
 
     @jax.checkpoint
@@ -118,6 +131,10 @@ def _frozen(base: Any, shape: tuple[int, ...], x: Any, multiply: Any) -> Array:
         return multiply(Plain(_dequantized(base, dtype).reshape(shape)), x)
 
     return product(base, x)
+
+
+def _is_fp8(base: Any) -> bool:
+    return isinstance(base, BlockScaled | InStack)
 
 
 def _filled_up(x: Array, dim: int) -> Array:
@@ -130,6 +147,8 @@ def _filled_up(x: Array, dim: int) -> Array:
 
 
 def _dequantized(base: Any, dtype: Any) -> Array:
+    if isinstance(base, InStack):
+        base = base.cut()
     return dequantize(base, dtype) if isinstance(base, BlockScaled) else base.astype(dtype)
 
 

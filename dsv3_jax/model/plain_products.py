@@ -31,7 +31,7 @@ def product(
 ) -> Float[Array, "..."]:
     """x times the transposed weight, [*B, *N] in x's dtype; the weight's gradient in its own."""
     if weight.dtype == x.dtype and not isinstance(weight, StepWeight):
-        return _times(x, weight)
+        return times(x, weight)
     x, weight = vary_together(x, weight)
     y: Array = _product(x, *_parts(weight))
     return y
@@ -50,6 +50,10 @@ def grouped_product(
     y: Array = _grouped_product(rows, *_parts(weights), group_sizes, alignment)
     return y
 
+
+# XLA:CPU multiplies float32. Of a narrower weight of more numbers than this it would make a copy of
+# four bytes a number: so many are multiplied at a time, 16 MiB.
+PIECE = 1 << 22
 
 # Up to so many rows, XLA:CPU takes one after the other faster than it takes them together: two of
 # 128 by [1024, 128] in 15 us for 27, four in 24 for 32.
@@ -76,9 +80,72 @@ def _parts(weight):
     return weight, None, None
 
 
-def _times(x, weight):
+def times(x: Float[Array, "*B K"], weight: Float[Array, "*N K"]) -> Float[Array, "..."]:
+    """x times the transposed weight, [*B, *N] in their dtype."""
+    if _is_widened(weight):
+        y: Array = _times_in_pieces(x.reshape(-1, x.shape[-1]), weight.reshape(-1, x.shape[-1]))
+        return y.reshape(*x.shape[:-1], *weight.shape[:-1])
     contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
     return jax.lax.dot_general(x, weight, contract)
+
+
+def times_back(dy: Float[Array, "*B N"], weight: Float[Array, "N K"]) -> Float[Array, "*B K"]:
+    """The gradient of `times` with respect to x: dy times the weight, in their dtype."""
+    if _is_widened(weight):
+        return _back_in_pieces(dy.reshape(-1, dy.shape[-1]), weight).reshape(*dy.shape[:-1], -1)
+    return jax.lax.dot_general(dy, weight, (((dy.ndim - 1,), (0,)), ((), ())))
+
+
+def _is_widened(weight) -> bool:
+    large = weight.size > PIECE and weight.dtype == jnp.bfloat16
+    return large and backend.platform() == "cpu"
+
+
+def _in_f32(weight, start, rows: int):
+    """Rows of a weight in BF16."""
+    # XLA:CPU slices BF16 as float32, and would make that of the whole weight before a loop. By the
+    # barrier the weight is another one in each turn.
+    weight, start = jax.lax.optimization_barrier((weight, start))
+    return jax.lax.dynamic_slice_in_dim(weight, start, rows).astype(jnp.float32)
+
+
+def _rows_a_piece(weight) -> int:
+    return max(PIECE // weight.shape[1], 1)
+
+
+@jax.custom_vjp
+def _times_in_pieces(x, weight):
+    rows, wide = _rows_a_piece(weight), x.astype(jnp.float32)
+    number, left = divmod(len(weight), rows)
+    y = jax.lax.map(lambda i: wide @ _in_f32(weight, i * rows, rows).T, jnp.arange(number))
+    y = jnp.moveaxis(y, 0, 1).reshape(len(x), -1)
+    if left:
+        y = jnp.concatenate([y, wide @ _in_f32(weight, number * rows, left).T], axis=1)
+    return y.astype(x.dtype)
+
+
+def _back_in_pieces(dy, weight):
+    rows, wide = _rows_a_piece(weight), dy.astype(jnp.float32)
+    number, left = divmod(len(weight), rows)
+
+    def product(start, rows):
+        part = jax.lax.dynamic_slice_in_dim(wide, start, rows, 1)
+        return part @ _in_f32(weight, start, rows)
+
+    total = jnp.zeros_like(wide, shape=(len(dy), weight.shape[1]))
+    total = jax.lax.fori_loop(0, number, lambda i, total: total + product(i * rows, rows), total)
+    return (total + product(number * rows, left) if left else total).astype(dy.dtype)
+
+
+def _times_backward(operands, dy):
+    x, weight = operands
+    d_weight = jax.lax.dot_general(dy, x, (((0,), (0,)), ((), ())))
+    return _back_in_pieces(dy, weight), d_weight
+
+
+backend.define_vjp(
+    _times_in_pieces, lambda x, weight: (_times_in_pieces(x, weight), (x, weight)), _times_backward
+)
 
 
 def _in_dtype_of(x, master, copy):
@@ -88,7 +155,7 @@ def _in_dtype_of(x, master, copy):
 @jax.custom_vjp
 def _product(x, master, copy, total):
     del total
-    return _times(x, _in_dtype_of(x, master, copy))
+    return times(x, _in_dtype_of(x, master, copy))
 
 
 def _product_forward(x, master, copy, total):

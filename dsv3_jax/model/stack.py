@@ -17,6 +17,7 @@ from dsv3_jax.kernels import backend
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.cache import AnyCache, ModelCache, PagedCache, of_layer
 from dsv3_jax.model.forward_pass import Pass, Tokens, of_part
+from dsv3_jax.model.frozen_products import with_bytes, without_bytes
 from dsv3_jax.model.micro_batches import cut, divides, in_halves, in_opposite_phases, joined
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.quantization.block_scaled import is_step_weight
@@ -81,7 +82,9 @@ def _scan(
     if overlapped:
         x = cut(x, how.layout, "residual")
     layers, sums = _without_sums(layers)
-    unroll, made = _layers_a_step(layers, how), {}
+    unroll, made, stacks = _layers_a_step(layers, how), {}, {}
+    if how.layout.mesh.size == 1:
+        layers, stacks = without_bytes(layers)
     if _one_gpu(how) and unroll == _num_layers(layers):
         layers, made = _without_numbers(layers)
 
@@ -91,7 +94,8 @@ def _scan(
         told = tokens._replace(experts=experts)
         if sums:
             layer = _with_sums(layer, sums, number - first_layer if place is None else place)
-        held = lambda layer: how.gathered(_with_numbers(layer, made, place))  # noqa: E731
+        lain = partial(with_bytes, held=stacks, number=number - first_layer) if stacks else _same
+        held = lambda layer: how.gathered(lain(_with_numbers(layer, made, place)))  # noqa: E731
         if paged is not None:
             layer_cache = of_layer(paged, number, how.layout)
         if overlapped:
@@ -122,6 +126,10 @@ def _scan(
         first, second = x
         x = joined(first, second, how.layout, "residual")
     return (x, paged), out
+
+
+def _same(layer):
+    return layer
 
 
 def _in_turn(body, carry, scanned):

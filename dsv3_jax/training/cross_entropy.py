@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.kernels.fused.api import quantize_blocks
 from dsv3_jax.model.fp8 import fp8_linear
 from dsv3_jax.model.fp8_operands import TILE, filled
+from dsv3_jax.model.plain_products import times, times_back
 from dsv3_jax.parallel.collectives import total, vary
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.block_scaled import StepWeight
@@ -134,9 +135,13 @@ def _products(recipe: LinearRecipe | None, master: Array, copy: Any, dtype: Any)
 
         def plain(rows):
             def gradients(d_logits):
-                return _product(d_logits, head, 1, 0), _product(d_logits, rows, 0, 0, jnp.float32)
+                contract = (((0,), (0,)), ((), ()))
+                d_head = jax.lax.dot_general(
+                    d_logits, rows, contract, preferred_element_type=jnp.float32
+                )
+                return times_back(d_logits, head), d_head
 
-            return _product(rows, head, 1, 1), gradients
+            return times(rows, head), gradients
 
         return plain
     if copy is None:
@@ -169,12 +174,6 @@ def _log_softmax(vocab, logits, targets):
     is_target = targets[:, None] == jnp.arange(columns, dtype=targets.dtype)
     of_target = total(jnp.where(is_target, logits, 0.0).sum(-1), vocab)
     return log_sum - of_target, logits - log_sum[:, None], is_target
-
-
-def _product(a, b, a_dim: int, b_dim: int, dtype: Any = None):
-    """a times b, contracted over one dim of each, in their dtype unless said."""
-    contract = (((a_dim,), (b_dim,)), ((), ()))
-    return jax.lax.dot_general(a, b, contract, preferred_element_type=dtype)
 
 
 def _cut(arrays: Any, vocabulary: int) -> Any:

@@ -1,9 +1,7 @@
 """Adapters beside frozen weights: the model with merged weights, whatever the base is held as."""
 
 import dataclasses
-import math
-import re
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,6 @@ import pytest
 from dsv3_jax.config import LoraConfig, ParallelConfig, UserError
 from dsv3_jax.model.adapters import Adapted, adapted_rows, init_adapters, merged, with_adapters
 from dsv3_jax.model.fp8_weights import to_fp8_weights
-from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import ONE_DEVICE, make_layout
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled, as_bytes, dequantize
@@ -75,26 +72,6 @@ def test_the_model_is_that_of_the_merged_weights(form):
     assert float(loss) == pytest.approx(float(want), rel=TOLERANCE["f32_model"])
     assert relative_error(grads, wanted) < 5 * TOLERANCE["f32_gradient"]
     assert len(jax.tree.leaves(grads)) == 2 * len(list(adapted_rows(MODEL, LORA)))
-
-
-@pytest.mark.slow
-def test_on_cpus_no_stack_of_fp8_is_widened():
-    """XLA:CPU cuts layers from a stack of float8 in float16, of which it makes the whole stack."""
-    model = dataclasses.replace(MODEL, num_hidden_layers=7, num_nextn_predict_layers=0)
-    config = dataclasses.replace(CONFIG, model=model)
-    base = jax.eval_shape(partial(to_fp8_weights, config=model), abstract_variables(model))
-    raw = jax.eval_shape(
-        lambda tree: jax.tree.map(as_bytes, tree, is_leaf=lambda x: isinstance(x, BlockScaled)),
-        base["params"]["moe_layers"]["mlp"]["experts"],
-    )
-    base["params"]["moe_layers"]["mlp"]["experts"] = raw
-    grad = jax.grad(lambda adapters, base: loss_of(base, adapters, config))
-    adapters = jax.eval_shape(lambda key: init_adapters(key, model, LORA), jax.random.key(0))
-    text = jax.jit(grad).lower(adapters, base).compile().as_text()
-    widened = {
-        math.prod(map(int, dims.split(","))) for dims in re.findall(r"\bf16\[([\d,]+)\]", text)
-    }
-    assert widened and max(widened) <= 2 * math.prod(raw["gate_up_proj"].shape[1:])
 
 
 def test_bytes_are_the_same_numbers():

@@ -19,6 +19,8 @@ from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 # From this many rows a block, a copy of all weights as [K, N] costs less than it saves: XLA:CPU
 # multiplies 64 rows by that at 96 GFLOP/s a core, and by [N, K] at 57.
 TRANSPOSED_FROM = 64
+# Rows that `by_group` multiplies at a time, at least.
+WINDOW = 16
 # Up to so many blocks, as decoding has them, are multiplied without a loop: it would be handed all
 # of a layer's weights, which XLA:CPU first copies out of the stack of layers.
 UNROLLED_BLOCKS = 16
@@ -145,6 +147,45 @@ def _looped_scaled(x, weights: BlockScaled, group_sizes, alignment):
         return _rows(x, i, alignment) @ dequantize(of_group, jnp.float32).T
 
     return _by_block(product, x, weights.shape[1], used, alignment)
+
+
+def by_group(
+    rows: Float[Array, "M K"],
+    matrix_of: Callable[[Int[Array, ""]], Float[Array, "K N"]],
+    columns: int,
+    group_sizes: Int[Array, " E"],
+    alignment: int,
+) -> Float[Array, "M N"]:
+    """Each row times matrix_of(its group), a group after the other, in the rows' dtype.
+
+    Each matrix is made once, and of groups in use alone. M is a multiple of alignment, as the
+    sizes are.
+    """
+    ends = jnp.cumsum(group_sizes)
+    # A product reads all of a matrix, so that few rows take as long as so many. What a window has of
+    # rows beyond its group, the next groups write again; f32 throughout, as XLA:CPU would widen all
+    # of a BF16 array to update a part of it.
+    window = max(alignment, WINDOW)
+    wide = jnp.pad(rows.astype(jnp.float32), ((0, window - alignment), (0, 0)))
+
+    def of_group(group, out):
+        matrix, size = matrix_of(group), group_sizes[group]
+
+        def of_window(i, out):
+            start = ends[group] - size + i * window
+            of_rows = jax.lax.dynamic_slice_in_dim(wide, start, window) @ matrix
+            return jax.lax.dynamic_update_slice(out, of_rows, (start, 0))
+
+        return jax.lax.fori_loop(0, (size + window - 1) // window, of_window, out)
+
+    def body(group, out):
+        used = group_sizes[group] > 0
+        return jax.lax.cond(used, of_group, lambda group, out: out, group, out)
+
+    start = jnp.zeros_like(wide, shape=(len(wide), columns))
+    out = jax.lax.fori_loop(0, len(group_sizes), body, start)[: len(rows)]
+    used = jnp.arange(len(rows)) < ends[-1]
+    return jnp.where(used[:, None], out, 0).astype(rows.dtype)
 
 
 def _by_block(product: Callable, x, columns: int, used, alignment: int):
