@@ -162,9 +162,9 @@ def by_group(
     sizes are.
     """
     ends = jnp.cumsum(group_sizes)
-    # A product reads all of a matrix, so that few rows take as long as so many. What a window has of
-    # rows beyond its group, the next groups write again; f32 throughout, as XLA:CPU would widen all
-    # of a BF16 array to update a part of it.
+    # A product reads all of a matrix, and takes as long for a few rows as for a window. What that
+    # has of rows beyond its group, the next groups write again. f32 throughout: XLA:CPU would widen
+    # all of a BF16 array to update a part of it.
     window = max(alignment, WINDOW)
     wide = jnp.pad(rows.astype(jnp.float32), ((0, window - alignment), (0, 0)))
 
