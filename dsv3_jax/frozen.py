@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import logging
 from functools import partial
@@ -14,7 +12,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import Config, ModelConfig, UserError
-from dsv3_jax.interop.load import LoadDType, abstract_leaves, stores_fp8
+from dsv3_jax.interop.load import LoadDType, abstract_leaves, return_free_memory, stores_fp8
 from dsv3_jax.interop.load import load as load_checkpoint
 from dsv3_jax.model.adapters import merged, with_adapters
 from dsv3_jax.model.fp8_weights import describe_weights, to_fp8_weights
@@ -63,7 +61,7 @@ def load_frozen(config: Config, weights: Weights, layout: Layout, stored: bool =
         if layout.has_devices:
             variables = jax.device_put(variables, shardings(variables, layout, stored=stored))
     if layout.platform == "cpu":
-        _return_free_memory()
+        return_free_memory()
     log.info("the base is frozen; %s", describe_weights(variables))
     return variables
 
@@ -112,12 +110,6 @@ def _held_in_fp8(variables: Any, config: ModelConfig, layout: Layout) -> Any:
         return as_bytes(leaf) if is_fp8 else leaf
 
     return jax.tree.map(convert, variables, is_leaf=lambda leaf: isinstance(leaf, BlockScaled))
-
-
-def _return_free_memory() -> None:
-    """What reading took and left, which glibc keeps: half a gigabyte was seen. Else nothing."""
-    with contextlib.suppress(OSError, AttributeError):  # no glibc
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _in_bf16(variables: Any) -> Any:

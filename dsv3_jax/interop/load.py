@@ -6,6 +6,8 @@ are written into them in place, a piece at a time. What is read and not yet writ
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import logging
 from collections import Counter, deque
@@ -38,6 +40,9 @@ from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled
 HOST_BYTES = 16 << 20
 PIECE_BYTES = 64 << 20  # of a matrix that is read at once
 ON_THE_WAY_BYTES = 4 * PIECE_BYTES  # read, and not yet written
+# After so many read, memory that is free goes back to the system: glibc keeps what was taken in
+# pieces of less than 32 MiB, half a gigabyte of it for a model of 10 GB.
+RETURNED_AFTER_BYTES = 512 << 20
 
 # "fp8": every projection in FP8, made so as it is read where it is not stored so; the rest as
 # "stored", or as "bf16" where nothing is stored in FP8.
@@ -105,7 +110,7 @@ def load(
     targets = _targets(checkpoint, dtype)
     arrays: dict[tuple[str, ...], dict[str, _Growing]] = {}
     bad: Counter[str] = Counter()
-    on_the_way = _OnTheWay()
+    on_the_way = _OnTheWay(returns=as_bytes)
     for path, leaf in leaves(checkpoint.config).items():
         where = _at(shardings, path)
         arrays[path] = _growing(leaf, targets[path], where, on_the_way, as_bytes)
@@ -125,9 +130,13 @@ def load(
 
 
 class _OnTheWay:
-    """Pieces that are read and not yet written: as many bytes as may be."""
+    """Pieces that are read and not yet written: as many bytes as may be.
 
-    def __init__(self):
+    returns: what they took goes back to the system, on CPUs, where it is what weights lie in too.
+    """
+
+    def __init__(self, returns: bool):
+        self._returns, self._read = returns, 0
         self._pieces: deque[tuple[jax.Array, int]] = deque()
         self._bytes = 0
 
@@ -135,10 +144,20 @@ class _OnTheWay:
         """Counts a piece, whose write gives `written`; waits for the oldest ones if it must."""
         self._pieces.append((written, size))
         self._bytes += size
+        self._read += size
         while self._bytes > ON_THE_WAY_BYTES:
             written, size = self._pieces.popleft()
             written.block_until_ready()
             self._bytes -= size
+        if self._returns and self._read > RETURNED_AFTER_BYTES:
+            return_free_memory()
+            self._read = 0
+
+
+def return_free_memory() -> None:
+    """What glibc keeps of freed memory goes back to the system; nothing with another libc."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Growing:
