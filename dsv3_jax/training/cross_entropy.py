@@ -135,11 +135,11 @@ def _products(recipe: LinearRecipe | None, master: Array, copy: Any, dtype: Any)
 
         def plain(rows):
             def gradients(d_logits):
-                contract = (((0,), (0,)), ((), ()))
+                d_rows, contract = times_back(d_logits, head), (((0,), (0,)), ((), ()))
                 d_head = jax.lax.dot_general(
                     d_logits, rows, contract, preferred_element_type=jnp.float32
                 )
-                return times_back(d_logits, head), d_head
+                return d_rows, d_head
 
             return times(rows, head), gradients
 
