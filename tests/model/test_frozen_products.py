@@ -180,4 +180,5 @@ def test_no_layer_is_dequantised_whole():
     ]
     large = [each for each in made if each[0] >= of_layer]
     assert {operation for *_, operation in large} <= {"parameter", "get-tuple-element", "bitcast"}
-    assert compiled.memory_analysis().temp_size_in_bytes < of_layer
+    in_f32 = 4 * of_layer
+    assert compiled.memory_analysis().temp_size_in_bytes < in_f32 / 2
