@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dsv3_jax.kernels import lowered
 from dsv3_jax.kernels.partition import Cut, cut_by
 
 # What an operation without a rule of its own tries, by platform, in this order.
@@ -127,6 +128,17 @@ def define_vjp(function: Any, forward: Callable[..., Any], backward: Callable[..
     function.defvjp(traced_forward, traced_backward)
 
 
+def decided(function: Any) -> Any:
+    """`function`, whose arguments and device alone decide its kernels (`lowered.within`)."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        with lowered.within(function, target(), left(), (args, kwargs)):
+            return function(*args, **kwargs)
+
+    return call
+
+
 def platform() -> str:
     """The platform that traced code is for: "gpu", "tpu" or "cpu"."""
     name = str(target().platform)
@@ -204,7 +216,7 @@ def _jitted(function: Any, left: int) -> Any:
     del left  # traced for other multiprocessors, equal calls are other kernels
 
     def call(static, arrays, *args):
-        return function(*args, **dict(static), **arrays)
+        return decided(function)(*args, **dict(static), **arrays)
 
     call.__name__ = function.__name__
     return jax.jit(call, static_argnums=0)

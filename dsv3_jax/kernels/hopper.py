@@ -3,14 +3,14 @@ that TMA and wgmma read."""
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu
 
-from dsv3_jax.kernels import backend
+from dsv3_jax.kernels import backend, lowered
 
 plgpu: Any = mosaic_gpu  # its names are re-exported without telling type checkers
 
@@ -39,6 +39,22 @@ def interpreting(**params: Any) -> Iterator[None]:
 def interpreted() -> bool:
     """Whether the kernel being traced is for Pallas's interpreter."""
     return _interpreting.get()
+
+
+def kernel(body: Callable[..., None], *, out_type: Any, **options: Any) -> Callable[..., Any]:
+    """`plgpu.kernel`, which Mosaic lowers once for all calls that are alike (`lowered.py`)."""
+    plain = plgpu.kernel(body, out_type=out_type, **options)
+
+    def call(*operands):
+        if interpreted():
+            return plain(*operands)
+        leaves, tree = jax.tree.flatten(operands)
+        of_leaves = lambda *x: plain(*jax.tree.unflatten(tree, x))  # noqa: E731
+        # Lowered apart, it does not see the mesh that says what device it is for.
+        with backend.compiling_for(backend.target()):
+            return lowered.run(of_leaves, (tree, options), out_type, leaves)
+
+    return call
 
 
 def require() -> None:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.attention.hopper_parts import (
     LOG2_E,
     MATH_WARPGROUPS,
@@ -284,7 +285,7 @@ def attend(
     if starts is not None:
         operands.append(starts)
     warpgroups, narrow = MATH_WARPGROUPS, narrow_of((*keys, values))
-    out, lse = plgpu.kernel(
+    out, lse = hopper.kernel(
         kernel,
         out_type=(
             jax.ShapeDtypeStruct((batch, length, heads, value_dim), jnp.bfloat16),

@@ -16,6 +16,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
+from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.attention.hopper_parts import (
     MATH_WARPGROUPS,
     ROWS,
@@ -256,7 +257,7 @@ def query_gradients(
     if starts is not None:
         operands.append(starts)
     narrow = narrow_of((*keys, given.values))
-    plgpu.kernel(
+    hopper.kernel(
         kernel,
         out_type=(),
         scratch_types=(

@@ -15,6 +15,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
+from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.attention.hopper_kept import Kept
 from dsv3_jax.kernels.attention.hopper_parts import (
     COLUMNS,
@@ -268,7 +269,7 @@ def key_gradients(
         operands.append(ends)
     if kept is not None:
         operands.append(jnp.reshape(chunk, 1))
-    return plgpu.kernel(
+    return hopper.kernel(
         kernel,
         out_type=() if kept is None else jax.ShapeDtypeStruct(kept.shape, jnp.bfloat16),
         scratch_types=(

@@ -12,6 +12,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
+from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.attention.hopper_parts import (
     LOG2_E,
     MATH_WARPGROUPS,
@@ -181,7 +182,7 @@ def query_gradients(into: Any, given: Given, lists: Lists, tile: BackwardTile) -
     if starts is not None:
         operands.append(starts)
     narrow = narrow_of((*keys, values))
-    plgpu.kernel(
+    hopper.kernel(
         kernel,
         out_type=(),
         scratch_types=(

@@ -113,6 +113,7 @@ def _attention(call: _Call, q, kv, k_shared, offset, documents):
     return _forward(call, q, kv, k_shared, offset, documents)[0]
 
 
+@backend.decided
 def _forward(call: _Call, q, kv, k_shared, offset, documents):
     keys, values = _columns(call, kv, k_shared)
     out, lse = hopper_forward.attend(
@@ -135,6 +136,7 @@ def _backward(call: _Call, saved, gradients):
     return *of_operands(call, saved, gradients), None, None
 
 
+@backend.decided
 def _gradients(call: _Call, saved, gradients):
     """The gradients of q, kv and k_shared."""
     q, kv, k_shared, offset, documents, out, lse = saved

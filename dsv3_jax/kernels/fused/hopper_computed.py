@@ -140,7 +140,7 @@ def quantize_computed(
     if by_token:
         by_tokens = [((tokens, width), jnp.float8_e4m3fn), ((width // 128, tokens), jnp.float32)]
         shapes = by_tokens + shapes
-    out = plgpu.kernel(
+    out = hopper.kernel(
         kernel,
         out_type=[manual.result(shape, dtype, operands[0]) for shape, dtype in shapes],
         grid=(tokens // 128 * column_tiles,),

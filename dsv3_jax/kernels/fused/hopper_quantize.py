@@ -20,7 +20,7 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from dsv3_jax.kernels import manual
+from dsv3_jax.kernels import hopper, manual
 from dsv3_jax.kernels.fused.hopper_registers import (
     CHANNELS,
     channels_layout,
@@ -207,7 +207,7 @@ def quantize_tiles(
     several: Any = {}
     if split.warpgroups > 1:
         several = dict(num_threads=split.warpgroups, thread_name="warpgroup")
-    out = plgpu.kernel(
+    out = hopper.kernel(
         kernel,
         out_type=[manual.result(shape, dtype, operands[0]) for shape, dtype in shapes],
         grid=(pl.cdiv(tokens, height) * column_tiles,),

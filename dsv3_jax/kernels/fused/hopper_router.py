@@ -75,7 +75,7 @@ def route_top_k(
             weights[rows, k] = lax.bitcast_convert_type(score, jnp.float32)
             key = jnp.where(at_best, jnp.iinfo(jnp.int32).min, key)
 
-    chosen, weights, scores = plgpu.kernel(
+    chosen, weights, scores = hopper.kernel(
         kernel,
         out_type=[
             manual.result((tokens, top_k), jnp.int32, logits),

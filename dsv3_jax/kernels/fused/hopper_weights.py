@@ -50,7 +50,7 @@ def quantize_blocks(
         turned_values[expert, at_columns, at_rows] = turned(numbers).astype(jnp.float8_e4m3fn)
         scales[block] = scale
 
-    values, turned_values, scales = plgpu.kernel(
+    values, turned_values, scales = hopper.kernel(
         kernel,
         out_type=[
             manual.result((experts, rows, columns), jnp.float8_e4m3fn, x),

@@ -160,7 +160,7 @@ def _norm_of_wide_tokens(x, weight, eps: float, scale_format: ScaleFormat):
         numbers *= lax.rsqrt(total / dim + eps) * _load_whole(weight_ref, layout)
         values[token], scales[:, token] = quantized(numbers, scale_format)
 
-    return plgpu.kernel(
+    return hopper.kernel(
         kernel,
         out_type=_norm_results(x, (tokens, tiles, 128)),
         grid=(tokens,),
@@ -185,7 +185,7 @@ def _norm_of_narrow_tokens(x, weight, eps: float, scale_format: ScaleFormat):
             block *= lax.broadcast_in_dim(weights, block.shape, [1])
             values[rows, span], scales[tile, rows] = quantized(block, scale_format)
 
-    return plgpu.kernel(
+    return hopper.kernel(
         kernel,
         out_type=_norm_results(x, (tokens, dim)),
         grid=(pl.cdiv(tokens, NORM_TOKENS),),
@@ -250,7 +250,7 @@ def permute_quantize(
                     zeros = plgpu.layout_cast(jnp.zeros((tiles, 128), jnp.float32), layout)
                     values[row] = zeros.astype(jnp.float8_e4m3fn)
 
-    values, scales = plgpu.kernel(
+    values, scales = hopper.kernel(
         kernel,
         out_type=[
             manual.result((num_rows, tiles, 128), jnp.float8_e4m3fn, x),

@@ -243,7 +243,7 @@ def matmul(
     barrier: Any = plgpu.Barrier
     if tile.cluster > 1:
         barrier = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
-    out = plgpu.kernel(
+    out = hopper.kernel(
         kernel,
         out_type=manual.result((m, n), jnp.bfloat16, a),
         grid=(blocks,),

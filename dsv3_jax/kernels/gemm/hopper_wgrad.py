@@ -190,7 +190,7 @@ def wgrad(
         for span in (tile.m, tile.n)
     ]
     out_tiling = swizzled(jnp.float32, math.gcd(k, STORE))
-    result = plgpu.kernel(
+    result = hopper.kernel(
         kernel,
         out_type=tuple(out_type),
         grid=(min(hopper.multiprocessors(), experts * tiles_each),),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.hopper import plgpu
 from dsv3_jax.kernels.mla_decode.kv_splits import KVSplits
 
@@ -64,7 +65,7 @@ def combine(
                 lse[sequence, row + r] = top + jnp.log2(weight)
 
     refs = jax.new_ref(out), jax.new_ref(lse)
-    plgpu.kernel(
+    hopper.kernel(
         kernel,
         out_type=(),
         grid=(batch, rows // row_count),

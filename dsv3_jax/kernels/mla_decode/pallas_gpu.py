@@ -140,7 +140,7 @@ def _attend(
     transforms = swizzled(jnp.bfloat16)
     tile_of = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=transforms)
     struct = jax.ShapeDtypeStruct
-    out, lse, partial, partial_lse = plgpu.kernel(
+    out, lse, partial, partial_lse = hopper.kernel(
         kernel,
         out_type=(
             struct((batch, padded, width), jnp.bfloat16),
