@@ -205,12 +205,16 @@ def test_a_folder_that_refuses_is_told(monkeypatch, tmp_path):
         program(quantized, weight())
 
 
-@pytest.mark.parametrize("why", ["a form that is not known", "dumps", "a value of no known form"])
+@pytest.mark.parametrize(
+    "why", ["a form that is not known", "dumps", "a value of no known form", "off"]
+)
 def test_other_kernels_are_mosaics_own(counted, monkeypatch, why):
     function, shape = quantized, weight()
     expected = kernels(as_mosaic_makes_it(function, shape))
     if why == "dumps":
         monkeypatch.setenv("MOSAIC_GPU_DUMP_SOMETHING", "1")
+    elif why == "off":
+        monkeypatch.setenv("DSV3_KEPT_KERNELS", "0")
     elif why == "a value of no known form":
         monkeypatch.setattr(lowered_name, "described", partial(_refuse, TypeError))
     else:
