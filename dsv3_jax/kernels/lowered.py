@@ -7,6 +7,7 @@ Mosaic made of it is kept (`lowered_form.py`), and the call to it is emitted as 
 
 Kernels are lowered in a thread of their own, because JAX keeps what is in scope (meshes, settings)
 by thread: none of it can enter. Kernels that know other devices (`kernels/peers`) are not kept.
+Source is read from the files: what a running process has patched is not part of a name.
 """
 
 import contextlib
@@ -28,7 +29,8 @@ import jax
 from dsv3_jax.kernels import lowered_name, lowering_process, manual
 from dsv3_jax.kernels.lowered_form import Lowered, UnknownForm, call_lowered, lower
 
-SWITCH = "DSV3_KEPT_KERNELS"  # a variable of the environment; 0: Mosaic lowers at each call
+# A variable of the environment. Mosaic lowers at each call unless it is 1, until a GPU has run it.
+SWITCH = "DSV3_KEPT_KERNELS"
 LONGEST = 180.0  # seconds that others are waited for
 PATIENCE = 2.0  # seconds that this process lowers kernels by itself, before it asks others
 
@@ -116,7 +118,7 @@ def run(kernel: Callable[..., Any], options: Any, out_type: Any, operands: Any) 
     """
     call, told = _call.get(), repr(options)
     dumps = any("DUMP" in name for name in lowered_name.mosaic_settings())  # as it lowers
-    off = os.environ.get(SWITCH) == "0"
+    off = os.environ.get(SWITCH) != "1"
     if call is None or off or dumps or " at 0x" in told:
         return kernel(*operands)
     call.kernels += 1
