@@ -13,8 +13,8 @@ import optax
 import pytest
 
 import train
-from dsv3_jax import cli, loading, starting
-from dsv3_jax.compiling import programs
+from dsv3_jax import cli, loading
+from dsv3_jax.compiling import apart, report, targets
 from dsv3_jax.compiling.command import CompileOptions
 from dsv3_jax.config import LoraConfig, UserError, config_from_dict
 from dsv3_jax.data.tokenizer import train_tokenizer
@@ -170,15 +170,27 @@ def test_adapters_and_their_average_are_exported_by_peft_s_names(lora_run, tmp_p
     np.testing.assert_allclose(merged.read(row, row + 1), want, atol=1e-5)
 
 
-def test_compile_opens_the_weights_once_and_has_the_frozen_base(lora_run, hf, monkeypatch):
-    opened, given = [], {}
-    monkeypatch.setattr(starting, "open_weights", lambda f: opened.append(f) or open_weights(f))
-    monkeypatch.setattr(cli, "run_compile", lambda *args: given.update(enumerate(args)) or 0)
-    options = CompileOptions(config=Path(lora_run[1][1]), topology="h200:1")
+def test_compile_opens_the_weights_and_has_the_frozen_base(lora_run, hf, monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(cli, "run_compile", lambda *args: given.extend(args) or 0)
+    options = CompileOptions(config=Path(lora_run[1][1]), topology="h200:1x1")
     assert cli.compile_for(options, lora_run[1][2:]) == 0
-    _, config, weights = given.values()
-    built = programs.training(config, programs.layout_on(config, jax.devices()[:1]), weights)
-    assert opened == [str(hf)] and built.arguments["frozen base"]["params"].keys() >= {"norm"}
+    _, config = given
+    assert config.init_from == str(hf)
+
+    class Seen(Exception):
+        pass
+
+    def compile_program(built, *_):
+        raise Seen(built)
+
+    # What the process that compiles does, up to XLA.
+    monkeypatch.setattr(report, "compile_program", compile_program)
+    monkeypatch.setattr(targets, "devices_of", lambda target: jax.devices()[:1])
+    with pytest.raises(Seen) as seen:
+        apart._compiled(apart.Task(config, "h200:1x1"), tmp_path / "said")
+    (built,) = seen.value.args
+    assert built.arguments["frozen base"]["params"].keys() >= {"norm"}
 
 
 def test_an_adapter_of_attention_has_peft_s_names(hf, tmp_path):

@@ -421,3 +421,13 @@ def wait_until(condition, seconds: float = 10) -> None:
     while not condition():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.02)
+
+
+def test_the_slow_tests_that_ci_names_are_there():
+    for line in (ROOT / ".ci" / "slow").read_text().splitlines():
+        if line.startswith("#"):
+            continue
+        path, _, name = line.partition("::")
+        text = (ROOT / path).read_text()  # fails where there is none
+        assert not name or f"def {name.partition('[')[0]}(" in text, line
+        assert "mark.slow" in text, line

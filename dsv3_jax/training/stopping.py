@@ -124,7 +124,7 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._saving:
             return
-        self._told.wait(2)
+        self._told.wait(20)  # on a machine short of memory 2 s were not enough
         if _would_not_arrive(frame):
             os._exit(128 + number)
         raise Stopped(128 + number)

@@ -30,7 +30,7 @@ from dsv3_jax.training.step import eval_step, train_step
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 
 # More tokens a device than decoding has (projection.FEW_ROWS), which are summed in another order.
-MICROBATCHES, ROWS, LENGTH = 4, 4, 20
+MICROBATCHES, ROWS, LENGTH = 4, 4, 12
 # Five layers, one of them dense: no two stages are alike.
 MODEL = tiny_model(
     num_hidden_layers=5, first_k_dense_replace=1, num_attention_heads=4, vocab_size=38
@@ -119,7 +119,7 @@ def test_a_pipelined_step_is_the_step(config, start, whole):
     # All devices join a collective-permute: ranks do not all turn a loop inside of a tick.
     permutes = [line for line in step.as_text().splitlines() if "collective-permute(" in line]
     assert permutes and not any(line.count("while/body") > 1 for line in permutes)
-    # These meshes alone differ from one device by 2.2e-5: sums in other orders.
+    # These meshes alone differ from one device by up to 2.2e-5: sums in other orders.
     if config.mesh.tensor > 1 or config.mesh.node > 1:
         mesh = dataclasses.replace(config.mesh, pipe=1)
         whole = compiled(dataclasses.replace(config, mesh=mesh), start)
