@@ -57,7 +57,7 @@ def what_signatures_check(request):
     jaxtyping.config.update("jaxtyping_disable", disabled)
 
 
-WORKER_BYTES = 2.5e9  # a process with half of the tests grows to so much, most of it programs
+WORKER_BYTES = 6.3e9  # a process with half of the tests grows to so much, most of it programs
 
 
 @pytest.hookimpl(optionalhook=True)
