@@ -57,7 +57,7 @@ def what_signatures_check(request):
     jaxtyping.config.update("jaxtyping_disable", disabled)
 
 
-WORKER_BYTES = 6.3e9  # a process with half of the tests grows to so much, most of it programs
+WORKER_BYTES, PROGRAMS_BYTES = 1.5e9, 10e9  # a process, and what all of them compile together
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -69,9 +69,10 @@ def pytest_xdist_auto_num_workers():
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's, of both kinds
         with contextlib.suppress(OSError, ValueError):
             memory = min(memory, int(Path("/sys/fs/cgroup", limit).read_text()))
-    workers = max(1, min(cores, int(memory / WORKER_BYTES)))
+    workers = max(1, min(cores, int((memory - PROGRAMS_BYTES) / WORKER_BYTES)))
     told = f"{workers} processes run the tests: {cores} cores, {memory / 1e9:.0f} GB of memory"
-    print(f"{told}, {WORKER_BYTES / 1e9} GB each; -n 1 for one", file=sys.stderr)
+    needed = (PROGRAMS_BYTES + workers * WORKER_BYTES) / 1e9
+    print(f"{told}, of which they take about {needed:.0f}; -n 1 for one", file=sys.stderr)
     return workers
 
 

@@ -164,7 +164,7 @@ def test_all_tests_are_spread_over_the_cores_and_named_ones_are_not(checkout, wo
 
 
 @pytest.mark.parametrize(
-    "cores, gigabytes, workers", [(2, 23, 2), (64, 128, 51), (8, 6, 2), (1, 64, 1), (4, 1, 1)]
+    "cores, gigabytes, workers", [(2, 23, 2), (64, 64, 36), (8, 14, 2), (1, 64, 1), (4, 1, 1)]
 )
 def test_a_worker_for_each_core_that_has_the_memory(
     cores, gigabytes, workers, request, monkeypatch, capsys
