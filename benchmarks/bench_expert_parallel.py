@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dsv3_jax.config import ExpertParallelConfig, ModelConfig
-from dsv3_jax.model.moe import exchanged_expert_ffn
+from dsv3_jax.model.expert_ffn import exchanged_expert_ffn
 from dsv3_jax.model.router import Routing, route
 from dsv3_jax.parallel.audit import collectives_of, sent_by_axes
 from dsv3_jax.parallel.collectives import vary

@@ -155,15 +155,16 @@ def run_config(name: str, options: argparse.Namespace, **mesh: int) -> Config:
     """
     devices = mesh.get("data", 1) * mesh.get("local", 1)
     backward = "whole" if name in WHOLE else "apart"
-    given = load_config(options.config) if options.config else Config(model=alike(options))
-    train = given.train if options.config else TrainConfig(seq_len=options.sequence)
+    train = TrainConfig(seq_len=options.sequence)
+    own = Config(model=alike(options), train=train)
+    given = load_config(options.config) if options.config else own
     return dataclasses.replace(
         given,
         mesh=ParallelConfig(**mesh),
         pipeline=PipelineConfig(name.split(",")[0], backward),  # pyright: ignore[reportArgumentType]
         expert_parallel=ExpertParallelConfig(transport="auto"),
         train=dataclasses.replace(
-            train,
+            given.train,
             batch_size=options.rows * options.local * options.microbatches,
             micro_batch_size=options.rows * devices,
         ),

@@ -325,9 +325,12 @@ def train_micro_batches(config: Config) -> int:
 
 def sliced_parameters(config: Config, shard: Shard) -> float:
     """Parameters of which a device holds master weight and moments, by `sharding.state`."""
+    return shard.total if config.sharding.state == "replicated" else in_slices(config, shard)
+
+
+def in_slices(config: Config, shard: Shard) -> float:
+    """Of parameters that a rank's devices hold, those in the slice of one device."""
     mesh = config.mesh
-    if config.sharding.state == "replicated":
-        return shard.total
     replicas = mesh.data * mesh.context
     return shard.replicated / (replicas * mesh.node * mesh.local) + shard.expert / replicas
 

@@ -18,6 +18,7 @@ from dsv3_jax.analysis.memory import (
     Memory,
     Shard,
     Stage,
+    in_slices,
     largest_weight,
     layer_bytes,
     logits_bytes,
@@ -29,11 +30,10 @@ from dsv3_jax.analysis.memory import (
     working_bytes,
 )
 from dsv3_jax.config import Config
+from dsv3_jax.config.mesh import APART
 from dsv3_jax.config.weights import weights
 
 MAIL = 4  # messages that wait to be read; 3 and 4 in the compiled programs
-# Schedules whose gradients of weights wait, for as many acts as there are ranks.
-WEIGHTS_LATER = ("zb1p", "dualpipe", "dualpipev")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def pipelined_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) 
     for moe, count in ((False, slots.dense), (True, slots.moe)):
         saved += count * layer_bytes(config, moe) * width / 2
         pending += count * _pending(config, moe) * width
-    waiting = mesh.pipe if schedule in WEIGHTS_LATER else 1
+    waiting = mesh.pipe if schedule in APART else 1  # for as many acts as there are ranks
     message = width * model.hidden_size
     table = model.vocab_size * model.hidden_size / mesh.tensor
     # The head's gradient, and the embedding's where MTP looks up in it.
@@ -89,10 +89,10 @@ def pipelined_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) 
     weights_held = MASTER * held.total
     if config.sharding.state == "fsdp":
         layer = stage_parameters(model, mesh, Stage(0, 1, False, False))
-        weights_held = MASTER * _sliced(config, held) + width * layer.total
+        weights_held = MASTER * in_slices(config, held) + width * layer.total
     return Memory(
         weights=weights_held,
-        gradients=MASTER * (held.total if whole else _sliced(config, held)),
+        gradients=MASTER * (held.total if whole else in_slices(config, held)),
         optimizer=state * _of_state(config, stage_parameters(model, mesh, _all_layers(config))),
         activations=tokens * (max(in_flight) * saved + waiting * pending + MAIL * message),
         working=max(in_head, in_layer),
@@ -115,18 +115,11 @@ def _pending(config: Config, moe: bool) -> float:
     return 7 * D + N * (4 * U + H + R) + latents + 4 * wide / tensor
 
 
-def _sliced(config: Config, held: Shard) -> float:
-    """Of parameters that a rank's devices hold, those of which a device applies the gradient."""
-    mesh = config.mesh
-    copies = mesh.data * mesh.context
-    return held.replicated / (copies * mesh.node * mesh.local) + held.expert / copies
-
-
 def _of_state(config: Config, every: Shard) -> float:
     """Parameters of which a device holds master weight and moments: slices lie over `pipe`, too."""
     if config.sharding.state == "replicated":
         return every.total
-    return _sliced(config, every) / config.mesh.pipe
+    return in_slices(config, every) / config.mesh.pipe
 
 
 def hand_over_traffic(config: Config, ticks: int) -> float:
@@ -144,7 +137,7 @@ def stages_traffic(config: Config, schedule: str) -> float:
     Each sends its slice of every rank's slots, those without a layer included.
     """
     layers, _ = held_parameters(config, schedule)
-    return 2 * MASTER * _sliced(config, layers) * (config.mesh.pipe - 1) / config.mesh.pipe
+    return 2 * MASTER * in_slices(config, layers) * (config.mesh.pipe - 1) / config.mesh.pipe
 
 
 def pipelined_weight_traffic(config: Config, schedule: str) -> tuple[float, float]:
@@ -157,10 +150,10 @@ def pipelined_weight_traffic(config: Config, schedule: str) -> tuple[float, floa
     """
     model, mesh = config.model, config.mesh
     layers, ends = held_parameters(config, schedule)
-    gathered = layers.total - _sliced(config, layers)
-    gathered += ends.total - _sliced(config, ends) / mesh.pipe
+    gathered = layers.total - in_slices(config, layers)
+    gathered += ends.total - in_slices(config, ends) / mesh.pipe
     every = stage_parameters(model, mesh, _all_layers(config))
-    reduced = every.total - _sliced(config, every)
+    reduced = every.total - in_slices(config, every)
     devices = mesh.data * mesh.context * mesh.node * mesh.local
     for row in weights(model):
         count = sum(row.count(model)) * row.is_matrix * (not row.of_expert and not row.copy)

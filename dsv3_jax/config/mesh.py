@@ -155,7 +155,8 @@ class ExpertParallelConfig:
         return found
 
 
-APART = ("zb1p", "dualpipev")  # schedules in which weights' gradients wait for a bubble
+# Schedules in which weights' gradients wait for a bubble; dualpipe is one of the cost models alone.
+APART = ("zb1p", "dualpipe", "dualpipev")
 
 
 @dataclass(frozen=True)

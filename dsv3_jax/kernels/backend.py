@@ -133,6 +133,8 @@ def decided(function: Any) -> Any:
 
     @functools.wraps(function)
     def call(*args, **kwargs):
+        if not lowered.is_on():
+            return function(*args, **kwargs)
         with lowered.within(function, target(), left(), (args, kwargs)):
             return function(*args, **kwargs)
 

@@ -46,7 +46,7 @@ def kernel(body: Callable[..., None], *, out_type: Any, **options: Any) -> Calla
     plain = plgpu.kernel(body, out_type=out_type, **options)
 
     def call(*operands):
-        if interpreted():
+        if interpreted() or not lowered.is_on():
             return plain(*operands)
         leaves, tree = jax.tree.flatten(operands)
         of_leaves = lambda *x: plain(*jax.tree.unflatten(tree, x))  # noqa: E731

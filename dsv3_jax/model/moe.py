@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.model.expert_ffn import exchanged_expert_ffn
-from dsv3_jax.model.expert_ffn import expert_ffn as expert_ffn
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.parameters import parameters

@@ -106,16 +106,13 @@ class _Further:
         piece, axes, operands, constants = self._of_loop
         self.left = _agree(left, axes)
 
-        def body(carry):
-            window, left, y, rounds = carry
-            window = _next(window, left)
+        def one_round(window):
             more, left = piece(operands, constants, window, _no_loop)
-            return window, _agree(left, axes), jax.tree.map(jnp.add, y, more), rounds + 1
+            return (more, 1), left
 
-        carry = jnp.zeros_like(left, jnp.int32), self.left, start, jnp.ones((), jnp.int32)
-        _, _, total, rounds = lax.while_loop(lambda c: c[1].any(), body, carry)
-        self._sum, self._rounds = total, rounds
-        return total, rounds
+        window, total = jnp.zeros_like(left, jnp.int32), (start, jnp.ones((), jnp.int32))
+        self._sum, self._rounds = _loop(one_round, axes, window, self.left, total)
+        return self._sum, self._rounds
 
 
 def _first(operands: Any) -> Any:
@@ -131,20 +128,10 @@ def _no_loop(left: Any, rest: Any) -> Any:
 def _backward(piece, axes, levels, residuals, cotangents):
     pull_back, left, operands, constants = residuals
     d_y, _ = cotangents
-
-    def body(carry):
-        window, left, gradients = carry
-        window = _next(window, left)
-        _, pull_back, left = jax.vjp(
-            lambda operands: piece(operands, constants, window, _no_loop), operands, has_aux=True
-        )
-        gradients = jax.tree.map(jnp.add, gradients, pull_back(d_y)[0])
-        return window, _agree(left, axes), gradients
-
-    start = (jnp.zeros(levels, jnp.int32), left, pull_back(d_y)[0])
-    gradients = lax.while_loop(lambda carry: carry[1].any(), body, start)[2]
-    none = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), constants)
-    return gradients, none
+    one_round = _pulled_back(piece, operands, constants, d_y)
+    first = jnp.zeros(levels, jnp.int32)
+    gradients = _loop(one_round, axes, first, left, pull_back(d_y)[0])
+    return gradients, _no_gradients(constants)
 
 
 _in_rounds.defvjp(_forward, _backward)
@@ -153,10 +140,11 @@ _in_rounds.defvjp(_forward, _backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _in_one_loop(piece, axes, levels, operands, constants):
     def one_round(window):
-        return piece(operands, constants, window, _no_loop)
+        more, left = piece(operands, constants, window, _no_loop)
+        return (more, 1), left
 
-    like = _first(operands)
-    return _loop(one_round, axes, levels, jax.tree.map(jnp.zeros_like, like), like)
+    total = _zeros_varying_as(_first(operands)), jnp.zeros((), jnp.int32)
+    return _loop(one_round, axes, *_before_the_first(levels), total)
 
 
 def _loop_forward(piece, axes, levels, operands, constants):
@@ -166,6 +154,34 @@ def _loop_forward(piece, axes, levels, operands, constants):
 def _loop_backward(piece, axes, levels, residuals, cotangents):
     operands, constants = residuals
     d_y, _ = cotangents
+    one_round = _pulled_back(piece, operands, constants, d_y)
+    zeros = _zeros_varying_as(operands)
+    gradients = _loop(one_round, axes, *_before_the_first(levels), zeros)
+    return gradients, _no_gradients(constants)
+
+
+_in_one_loop.defvjp(_loop_forward, _loop_backward)
+
+
+def _loop(one_round: Callable[[Any], Any], axes: Sequence[str], window: Any, left: Any, total: Any):
+    """total and what one_round(window), (more, left), adds in the rounds after that of `window`."""
+
+    def body(carry):
+        window, left, total = carry
+        window = _next(window, left)
+        more, left = one_round(window)
+        return window, _agree(left, axes), jax.tree.map(jnp.add, total, more)
+
+    return lax.while_loop(lambda carry: carry[1].any(), body, (window, left, total))[2]
+
+
+def _before_the_first(levels: int) -> tuple[Int[Array, " levels"], Bool[Array, " levels"]]:
+    """A window, and what is left, after which `_next` is the first window."""
+    return jnp.asarray([0] * (levels - 1) + [-1], jnp.int32), jnp.ones(levels, bool)
+
+
+def _pulled_back(piece: Piece, operands: Any, constants: Any, d_y: Any) -> Callable[[Any], Any]:
+    """window to (the operands' gradients of its round, computed again, and what is left)."""
 
     def one_round(window):
         _, pull_back, left = jax.vjp(
@@ -173,31 +189,18 @@ def _loop_backward(piece, axes, levels, residuals, cotangents):
         )
         return pull_back(d_y)[0], left
 
-    zeros = jax.tree.map(jnp.zeros_like, operands)
-    gradients, _ = _loop(one_round, axes, levels, zeros, operands)
-    none = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), constants)
-    return gradients, none
+    return one_round
 
 
-_in_one_loop.defvjp(_loop_forward, _loop_backward)
+def _no_gradients(constants: Any) -> Any:
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), constants)
 
 
-def _loop(one_round, axes, levels, zeros, like) -> tuple[Any, Int[Array, ""]]:
-    """The sum of all rounds, begun with zeros that vary as `like` does, and how many there were."""
+def _zeros_varying_as(like: Any) -> Any:
+    def zeros(leaf):
+        return vary(jnp.zeros_like(leaf), tuple(jax.typeof(leaf).manual_axis_type.varying))
 
-    def body(carry):
-        window, _, total, rounds = carry
-        more, left = one_round(window)
-        left = _agree(left, axes)
-        return _next(window, left), left, jax.tree.map(jnp.add, total, more), rounds + 1
-
-    def varying(zero, like):
-        return vary(zero, tuple(jax.typeof(like).manual_axis_type.varying))
-
-    start = jax.tree.map(varying, zeros, like)
-    carry = jnp.zeros(levels, jnp.int32), jnp.ones(levels, bool), start, jnp.zeros((), jnp.int32)
-    _, _, total, rounds = lax.while_loop(lambda carry: carry[1].any(), body, carry)
-    return total, rounds
+    return jax.tree.map(zeros, like)
 
 
 def _agree(left: Bool[Array, " levels"], axes: Sequence[str]) -> Bool[Array, " levels"]:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.moe import expert_ffn
+from dsv3_jax.model.expert_ffn import expert_ffn
 from dsv3_jax.model.router import Routing, balance_loss, route, update_router_bias
 from tests import oracle
 from tests.helpers import TOLERANCE, relative_error, tiny_model

@@ -6,7 +6,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from dsv3_jax.config import ExpertParallelConfig
-from dsv3_jax.model.moe import exchanged_expert_ffn
+from dsv3_jax.model.expert_ffn import exchanged_expert_ffn
 from dsv3_jax.model.router import Routing
 from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.parallel.expert import make_exchange
