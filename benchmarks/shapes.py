@@ -80,6 +80,8 @@ MASKED = tuple(
 WGRAD = (
     Product("gate_up", "wgrad", 4096, 7168, 8192, groups=4),
     Product("down", "wgrad", 7168, 2048, 8192, groups=4),
+    Product("gate_up", "wgrad", 4096, 7168, 2048, groups=16),
+    Product("down", "wgrad", 7168, 2048, 2048, groups=16),
     Product("o", "wgrad", 7168, 16384, 4096),
     Product("gate_up", "wgrad", 4096, 7168, 8192, groups=4, dtype="bf16"),
 )

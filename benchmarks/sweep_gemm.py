@@ -60,10 +60,17 @@ MASKED = {
 }
 WGRAD = {
     "256x128": Tile(waves=2),
+    "256x128, 4 buffers": Tile(waves=2, stages=3, store_buffers=4),
     "192x128": Tile(warpgroups=3),
+    "192x128, 2 buffers": Tile(warpgroups=3, store_buffers=2),
+    "192x128, 3 buffers, 3 stages": Tile(warpgroups=3, stages=3, store_buffers=3),
+    "192x128, 4 buffers, 3 stages": Tile(warpgroups=3, stages=3, store_buffers=4),
+    "192x128, 2 buffers, 16 tiles": Tile(warpgroups=3, store_buffers=2, band=16),
     "128x192": Tile(columns=192),
+    "128x192, 3 buffers": Tile(columns=192, store_buffers=3),
     "128x160": Tile(columns=160, stages=5),
     "128x128": Tile(stages=6),
+    "128x128, 2 buffers": Tile(stages=5, store_buffers=2),
 }
 BF16_WGRAD = {
     "128x256": Tile(columns=256),

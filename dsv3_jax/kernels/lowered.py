@@ -29,7 +29,7 @@ import jax
 from dsv3_jax.kernels import lowered_name, lowering_process, manual
 from dsv3_jax.kernels.lowered_form import Lowered, UnknownForm, call_lowered, lower
 
-# A variable of the environment. Mosaic lowers at each call unless it is 1, until a GPU has run it.
+# A variable of the environment: with 0, Mosaic lowers each kernel anew for each program.
 SWITCH = "DSV3_KEPT_KERNELS"
 LONGEST = 180.0  # seconds that others are waited for
 PATIENCE = 2.0  # seconds that this process lowers kernels by itself, before it asks others
@@ -89,7 +89,7 @@ _here = [0.0]  # seconds that this process spent on lowering kernels
 
 def is_on() -> bool:
     """Whether kernels are kept."""
-    return os.environ.get(SWITCH) == "1"
+    return os.environ.get(SWITCH) != "0"
 
 
 @contextlib.contextmanager

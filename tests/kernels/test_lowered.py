@@ -42,7 +42,7 @@ H200 = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
 def counted(monkeypatch, tmp_path):
     """An empty process and folder; the kernels that Mosaic lowered for it since."""
     found, lower = [], lowered.lower
-    monkeypatch.setenv("DSV3_KEPT_KERNELS", "1")
+    monkeypatch.delenv("DSV3_KEPT_KERNELS", raising=False)
     monkeypatch.setattr(lowered, "_kept", {})
     monkeypatch.setattr(lowered, "_folder", lambda: tmp_path / "kernels")
     monkeypatch.setattr(lowered, "_here", [0.0])
@@ -215,7 +215,7 @@ def test_other_kernels_are_mosaics_own(counted, monkeypatch, why):
     if why == "dumps":
         monkeypatch.setenv("MOSAIC_GPU_DUMP_SOMETHING", "1")
     elif why == "off":
-        monkeypatch.delenv("DSV3_KEPT_KERNELS")
+        monkeypatch.setenv("DSV3_KEPT_KERNELS", "0")
     elif why == "a value of no known form":
         monkeypatch.setattr(lowered_name, "described", partial(_refuse, TypeError))
     else:
