@@ -126,26 +126,38 @@ def main() -> None:
     )
     runs = {}
     for (name, config), step in zip(configs.items(), compiled[1:]):
-        arguments, tables = inputs(config), plan_stages(config).tables
-        own = median_step(step, arguments, False)
-        for _ in range(2):  # the first callbacks take longer
-            stamps.clear()
-            median_step(step, arguments, True, times=0)
-        runs[name] = rows = spans(stamps, ranks)
-        times, length = median_times(rows), max(span.end for row in rows for span in row)
-        over = median_hand_over(tables, rows)
-        counted, predicted = idle_share(rows), predicted_idle_share(tables, times, over)
-        bubble, of_schedule = 1 - plain / own, predicted_idle_share(tables, times, 0.0)
-        each = " ".join(f"{1e3 * longest:6.2f}" for longest in times.max(0)[1:])
-        print(
-            f"{name:18} {1e3 * own:7.1f} {tokens / own:9,.0f} {plain / own:7.1%} "
-            f"{1e3 * length:8.1f} {each} {1e3 * over:9.2f}  "
-            f"{counted:6.1%} {predicted:6.1%} {counted - predicted:+6.1%};  "
-            f"{bubble:6.1%} {of_schedule:6.1%}",
-            flush=True,
-        )
+        # What a schedule needs is given back before the next one's is there.
+        runs[name], line = measured(config, step, stamps, plain)
+        print(f"{name:18} {line}", flush=True)
     if options.plot:
         draw(runs, options.plot)
+
+
+def measured(
+    config: Config, step: Any, stamps: list[Stamp], plain: float
+) -> tuple[list[list[Span]], str]:
+    """What each rank did in a stamped step, and a schedule's line of the table.
+
+    plain: seconds of a step of the same devices by `data`.
+    """
+    arguments, tables = inputs(config), plan_stages(config).tables
+    own = median_step(step, arguments, False)
+    for _ in range(2):  # the first callbacks take longer
+        stamps.clear()
+        median_step(step, arguments, True, times=0)
+    rows = spans(stamps, config.mesh.pipe)
+    times, length = median_times(rows), max(span.end for row in rows for span in row)
+    over = median_hand_over(tables, rows)
+    counted, predicted = idle_share(rows), predicted_idle_share(tables, times, over)
+    bubble, of_schedule = 1 - plain / own, predicted_idle_share(tables, times, 0.0)
+    each = " ".join(f"{1e3 * longest:6.2f}" for longest in times.max(0)[1:])
+    tokens = config.train.batch_size * config.train.seq_len
+    return rows, (
+        f"{1e3 * own:7.1f} {tokens / own:9,.0f} {plain / own:7.1%} "
+        f"{1e3 * length:8.1f} {each} {1e3 * over:9.2f}  "
+        f"{counted:6.1%} {predicted:6.1%} {counted - predicted:+6.1%};  "
+        f"{bubble:6.1%} {of_schedule:6.1%}"
+    )
 
 
 def run_config(name: str, options: argparse.Namespace, **mesh: int) -> Config:

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from dsv3_jax.model.cache import LatentCache, PagedCache
 from dsv3_jax.model.forward_pass import Pass
+from dsv3_jax.model.memory_order import token_by_token
 from dsv3_jax.model.mla import MLA
 from dsv3_jax.model.mlp import MLP
 from dsv3_jax.model.moe import MoE
@@ -50,6 +51,7 @@ class Block(nn.Module):
 
         norm = w.post_attention_layernorm
         if isinstance(x, tuple):
+            x = tuple(token_by_token(each, how.layout) for each in x)
             first, _ = attend(x[0], tokens[0])
             # The first half's rows are on their way to the experts meanwhile.
             rows = how.layout.spec("batch", "residual")
@@ -60,7 +62,7 @@ class Block(nn.Module):
             normed = tuple(rms_norm(each, norm, eps) for each in x)
             y, stats = MoE(how, name="mlp")(normed, *masks)
             return jax.tree.map(jnp.add, x, y), cache, stats
-        attended, cache = attend(x, tokens, cache)
+        attended, cache = attend(token_by_token(x, how.layout), tokens, cache)
         x = attended if between is None else between(attended)
         if self.dense:
             mlp = MLP(how, name="mlp")

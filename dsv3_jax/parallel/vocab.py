@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.kernels import backend
 from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import StepWeight
@@ -30,7 +31,9 @@ def embed(
         if isinstance(table_VD, StepWeight):
             return _read(look_up, table_VD.master, table_VD.numbers, tokens)
         if not vocab:
-            return jnp.take(table_VD, tokens, axis=0).astype(dtype)
+            few = layout.one_device and backend.platform() == "gpu" and tokens.size < len(table_VD)
+            take = _take_few if few else partial(jnp.take, axis=0)
+            return take(table_VD, jnp.asarray(tokens)).astype(dtype)
         local = tokens - jax.lax.axis_index(vocab) * len(table_VD)
         rows = jnp.take(table_VD, local, axis=0, mode="fill", fill_value=0)
         rows = jnp.where((local >= 0)[..., None], rows, 0).astype(dtype)
@@ -42,6 +45,34 @@ def embed(
     return layout.shard_map(look_up, inputs, layout.spec("batch", "residual", None))(
         table_VD, tokens
     )
+
+
+@jax.custom_vjp
+def _take_few(table_VD: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """The tokens' rows of the table, one of fewer than V tokens' gradient read by its rows.
+
+    The table's gradient is zero but for as many rows as there are tokens. It is read from these,
+    and one of zeros, wherever XLA reads it; no array of V rows is filled and added to.
+    """
+    return jnp.take(table_VD, tokens, axis=0)
+
+
+def _take_few_backward(residuals, d_rows):
+    like, tokens = residuals  # the table's V and dtype, without a column
+    order = jnp.argsort(tokens.reshape(-1))
+    ids = tokens.reshape(-1)[order]
+    first = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
+    place = jnp.cumsum(first) - 1  # of each token among those that differ
+    rows = d_rows.reshape(-1, d_rows.shape[-1])[order]
+    sums = jnp.zeros((len(ids) + 1, rows.shape[1]), like.dtype)
+    sums = sums.at[place].add(rows, indices_are_sorted=True)
+    places = jnp.full(len(like), len(ids)).at[ids].set(place, indices_are_sorted=True)
+    return jnp.take(sums, places, axis=0, mode="clip"), None
+
+
+_take_few.defvjp(
+    lambda table, tokens: (_take_few(table, tokens), (table[:, :0], tokens)), _take_few_backward
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -40,7 +40,7 @@ GROUPED_COSTS: dict[Tile, Cost] = {
 }
 
 # The fastest of the sweep in every shape, so that there is nothing to choose.
-WGRAD = Tile(warpgroups=3)
+WGRAD = Tile(warpgroups=3, store_buffers=2, band=16)
 BF16 = Tile(columns=256, rows_first=True)
 BF16_WGRAD = Tile(columns=256)
 MASKED = Tile(parts=2, cluster=2)
