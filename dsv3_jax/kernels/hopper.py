@@ -51,7 +51,8 @@ def kernel(body: Callable[..., None], *, out_type: Any, **options: Any) -> Calla
         leaves, tree = jax.tree.flatten(operands)
         of_leaves = lambda *x: plain(*jax.tree.unflatten(tree, x))  # noqa: E731
         # Lowered apart, it does not see the mesh that says what device it is for.
-        with backend.compiling_for(backend.target()):
+        named = jax.named_scope(options.get("kernel_name") or getattr(body, "__name__", "kernel"))
+        with backend.compiling_for(backend.target()), named:
             return lowered.run(of_leaves, (tree, options), out_type, leaves)
 
     return call

@@ -50,12 +50,13 @@ def counted(monkeypatch, tmp_path):
     return found
 
 
-def program(function, *shapes, mesh=None) -> str:
+def program(function, *shapes, mesh=None, debug_info=False) -> str:
     """The program for an H200, as text, traced as if by a process that has traced nothing yet."""
     jax.clear_caches()
     mesh = mesh or mesh_of(1)
     with jax.sharding.use_abstract_mesh(mesh):
-        return jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+        lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+        return lowered.as_text(debug_info=debug_info)
 
 
 def mesh_of(devices: int) -> AbstractMesh:
@@ -204,6 +205,13 @@ def test_a_folder_that_refuses_is_told(monkeypatch, tmp_path):
     monkeypatch.setattr(lowered, "_folder", lambda: tmp_path / "file")
     with pytest.warns(UserWarning, match="is not kept"):
         program(quantized, weight())
+
+
+def test_a_kept_kernel_has_the_name_that_profiles_and_counts_go_by():
+    arguments = quantized, weight()
+    plain = re.findall(r'(\w+)/mpmd_map"', as_mosaic_makes_it(*arguments, debug_info=True))
+    kept = re.findall(r'(\w+)/hopper_kernel"', program(*arguments, debug_info=True))
+    assert plain and kept == plain
 
 
 @pytest.mark.parametrize(
