@@ -57,7 +57,12 @@ log = logging.getLogger(__name__)
 
 
 class Model(NamedTuple):
-    """What `generate` and `forward` need.
+    """What `load` returns: what `forward` and `generate` need, and `save` and `export` write.
+
+    Fields:
+        config: its whole run's; `config.model` is the architecture.
+        layout: how the variables lie on the mesh.
+        variables: {"params": ..., "router": ...}; docs/architecture.md has the tree with shapes.
 
     Source: this project (docs/checkpoints.md).
     """

@@ -61,19 +61,32 @@ def start(devices: int | None = None) -> Path:
 
 def _use_cache(folder: Path) -> None:
     """Puts caches into `folder` where the home folder cannot be written, and says so."""
+    from dsv3_jax.data.corpus import default_cache_dir
+
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME") or Path.home())
-    if not os.access(home, os.W_OK):
+    # ~/.cache may be another user's where the home folder is one's own.
+    caches = default_cache_dir()
+    there = next(path for path in (caches, *caches.parents) if path.exists())
+    closed = next((path for path in (home, there) if not _takes_files(path)), None)
+    if closed is not None:
         cache = folder / "cache"
         cache.mkdir()
-        print(f"{home} cannot be written: caches go to {cache}, for this notebook alone.")
+        print(f"{closed} cannot be written: caches go to {cache}, for this notebook alone.")
         os.environ["XDG_CACHE_HOME"] = os.environ["MPLCONFIGDIR"] = str(cache)
     import jax
-
-    from dsv3_jax.data.corpus import default_cache_dir
 
     config: Any = jax.config  # its options are attributes that types do not know
     if config.jax_compilation_cache_dir is None:
         config.update("jax_compilation_cache_dir", str(default_cache_dir() / "compiled"))
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether a file can be made in it; permissions do not tell, least of all to root."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
 
 
 def _use_devices(jax, devices: int) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from dsv3_jax.notebook import _use_cache
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
@@ -115,6 +117,20 @@ def test_an_unwritable_home_and_one_core_are_a_line_each():
     assert runs_on.endswith("on 2 x cpu; 1 CPU cores")
     assert core.startswith("One core: ")
     assert files == "['cache']"
+
+
+def test_a_cache_folder_of_somebody_else_is_one_line(tmp_path, monkeypatch, capsys):
+    """A home folder that can be written says nothing of the .cache in it."""
+    (tmp_path / ".cache").touch()  # takes no files, whoever asks
+    for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR"):
+        monkeypatch.setenv(name, "")  # so that both are as before afterwards
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _use_cache(tmp_path)
+    said = capsys.readouterr().out
+    assert said == (
+        f"{tmp_path}/.cache cannot be written: caches go to {tmp_path}/cache, "
+        "for this notebook alone.\n"
+    )
 
 
 def test_other_devices_than_jax_runs_on_are_one_line(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import numpy as np
 from dsv3_jax.analysis.memory import Memory
 from dsv3_jax.analysis.network import Outcome
 from dsv3_jax.analysis.output import COLOURS, new_figure, save_figure
-from dsv3_jax.analysis.planner import Search
+from dsv3_jax.analysis.planner import Plan, Search
 from dsv3_jax.analysis.reproduce import Row
+from dsv3_jax.analysis.serving import DecodeEstimate
 
 
 def plot_estimate(
@@ -63,16 +65,16 @@ def plot_estimate(
 def plot_plans(search: Search, path: str | Path) -> Path:
     """The best plans' time, part by part."""
     figure, ax = new_figure(width=9, height=1.6 + 0.7 * len(search.plans))
-    names = list(search.plans[0].estimate.parts)
     start = np.zeros(len(search.plans))
-    for i, name in enumerate(names):
+    for i, name in enumerate(search.plans[0].estimate.parts):
         values = np.array([plan.estimate.parts.get(name, 0.0) for plan in search.plans])
         colour, pale = COLOURS[i % len(COLOURS)], 0.5 if i >= len(COLOURS) else 1.0
         ax.barh(np.arange(len(values)), values, left=start, color=colour, alpha=pale, label=name)
         start += values
-    ax.set_yticks(
-        range(len(search.plans)), [describe_mesh(p.mesh, p.schedule) for p in search.plans]
-    )
+    names = [
+        textwrap.fill(describe_plan(plan), 30, break_on_hyphens=False) for plan in search.plans
+    ]
+    ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set(title="Best plans", xlabel="seconds a step, or a token when decoding")
@@ -84,6 +86,14 @@ def describe_mesh(mesh: Any, schedule: str = "") -> str:
     """The axes that are larger than one, as in "pipe 16, data 2"."""
     axes = [f"{axis} {size}" for axis, size in vars(mesh).items() if size > 1]
     return ", ".join(axes + ([schedule] if schedule else [])) or "one device"
+
+
+def describe_plan(plan: Plan) -> str:
+    """Its mesh, and what tells it from other plans of that mesh."""
+    mesh = describe_mesh(plan.mesh, plan.schedule if plan.mesh.pipe > 1 else "")
+    if isinstance(plan.estimate, DecodeEstimate):
+        return f"{mesh}, batch {plan.batch}"
+    return f"{mesh}, {plan.state}, micro-batch {plan.micro_batch_size}, remat {plan.remat}"
 
 
 def plot_outcome(outcome: Outcome, title: str, path: str | Path) -> Path:

@@ -64,13 +64,14 @@ def import_hf(
     overwrite: bool = False,
     allow_non_finite: bool = False,
 ) -> Path:
-    """Imports a Hugging Face folder into `dst`, for `open_checkpoint`, and returns `dst`.
+    """Checks a Hugging Face folder and writes it to `dst`, stacked; returns `dst`.
 
-    "stored" keeps every byte, FP8 included; "bf16" and "f32" convert. Killed and called again, it
-    keeps what was complete and still matches its digest. Raises UserError for a source that is
-    wrong in any way (as NaN and infinite numbers are unless `allow_non_finite`) or a `dst` that
-    exists, OSError when the disk is too small or fails; both leave nothing behind. Source: names,
-    shapes and FP8 scales of deepseek-ai/DeepSeek-V3 (docs/checkpoints.md).
+    `load` and `--init-from` read either form. "stored" keeps every byte, FP8 included; "bf16" and
+    "f32" convert. Killed and called again, it keeps what was complete and still matches its digest.
+    Raises UserError for a source that is wrong in any way (as NaN and infinite numbers are unless
+    `allow_non_finite`) or a `dst` that exists, OSError when the disk is too small or fails; both
+    leave nothing behind. Source: names, shapes and FP8 scales of deepseek-ai/DeepSeek-V3
+    (docs/checkpoints.md).
 
     >>> import dsv3_jax as ds
     >>> ds.import_hf("nowhere", "imported")

@@ -21,15 +21,21 @@ from dsv3_jax.model.stack import run_layers
 
 
 class Decoded(NamedTuple):
-    """What a prompt or a step gives.
+    """What `prefill` and `decode_step` return.
 
-    Hidden states are in the model's dtype. Source: V3 report, section 2.1.1.
+    Fields:
+        hidden: after the final norm, in the order of the tokens, in the model's dtype.
+        cache: the one given, with these tokens in it.
+        load: how often each expert of each MoE layer was chosen, by the tokens that count.
+        experts: those of each token in each MoE layer.
+
+    Source: V3 report, section 2.1.1.
     """
 
-    hidden: Float[Array, "B T D"]  # after the final norm, in the order of the tokens
-    cache: AnyCache  # with these tokens
-    load: Int[Array, "L E"]  # entries of the counted tokens that each expert of a MoE layer got
-    experts: Int[Array, "L B T K"]  # of each token in each MoE layer
+    hidden: Float[Array, "B T D"]
+    cache: AnyCache
+    load: Int[Array, "L E"]
+    experts: Int[Array, "L B T K"]
 
 
 def prefill(

@@ -22,7 +22,7 @@ from dsv3_jax.quantization.recipe import BF16, Recipe
 
 @dataclass(frozen=True)
 class Pass:
-    """What is static: hashable, an argument of jit and a module's field.
+    """A pass' settings, which are compiled in: hashable, a static argument of jit.
 
     Fields:
         config: the architecture.
@@ -84,18 +84,23 @@ class Pass:
 
 
 class Tokens(NamedTuple):
-    """What is traced: what the layers know of each token besides its hidden state.
+    """What the layers are told of each token besides its hidden state; traced.
 
-    Tokens come in the layout's order (`Layout.in_order`). Source: this project
-    (docs/architecture.md).
+    Tokens come in the layout's order (`Layout.in_order`). Fields:
+        positions: of each token in its sequence.
+        segments: numbers of documents that attention must not cross; None: it crosses.
+        counted: which tokens load and balance loss count; None: all.
+        decode_schedule: the decode kernel's plan for the lengths that a cache then has.
+        experts: what each MoE layer is to choose in place of its router (routing replay); a layer
+            is given its own [B, T, K].
+
+    Source: this project (docs/architecture.md).
     """
 
     positions: Int[Array, "#B T"]
-    segments: Int[Array, "B T"] | None = None  # documents that attention must not cross
-    counted: Bool[Array, "B T"] | None = None  # for load and balance loss; None: all are
-    decode_schedule: KVSplits | None = None  # of the lengths that a cache then has
-    # Routing replay: what each MoE layer is to choose, instead of what its router would; a layer is
-    # given its own [B, T, K].
+    segments: Int[Array, "B T"] | None = None
+    counted: Bool[Array, "B T"] | None = None
+    decode_schedule: KVSplits | None = None
     experts: Int[Array, "*L B T K"] | None = None
 
 

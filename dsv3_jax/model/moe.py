@@ -36,14 +36,20 @@ class MoEStats(NamedTuple):
     """What a MoE layer reports besides its output; a leading layer dim when scanned.
 
     All of it is of the whole batch, whatever the devices: load, loss and rounds are the same on
-    each of them. Gate weights are f32. Source: V3 report, section 2.1.2.
+    each of them. Fields:
+        load_E: how many tokens chose each expert.
+        balance_loss: sequence-wise, before alpha; f32.
+        experts, weights: each token's choices and their gate weights, f32.
+        rounds: of exchanges between devices; 1 unless a buffer was too small.
+
+    Source: V3 report, section 2.1.2.
     """
 
-    load_E: Int[Array, "*L E"]  # entries that each expert received
-    balance_loss: Float[Array, "*L"]  # sequence-wise, before alpha
+    load_E: Int[Array, "*L E"]
+    balance_loss: Float[Array, "*L"]
     experts: Int[Array, "*L B T K"]
     weights: Float[Array, "*L B T K"]
-    rounds: Int[Array, "*L"]  # of exchanges it took; 1 unless a buffer was too small
+    rounds: Int[Array, "*L"]
 
 
 def choose_places(

@@ -31,14 +31,14 @@ SCORES: dict[str, Callable[[Array], Array]] = {
 
 
 class Routing(NamedTuple):
-    """Which experts each token goes to, with what weight.
+    """Which experts each token goes to, with what weight; and the scores, without the bias.
 
-    Source: V3 report, eqs. 12-16.
+    Weights and scores are f32. Source: V3 report, eqs. 12-16.
     """
 
     experts_TK: Int[Array, "T K"]
-    weights_TK: Float[Array, "T K"]  # f32
-    scores_TE: Float[Array, "T E"]  # f32, without the bias
+    weights_TK: Float[Array, "T K"]
+    scores_TE: Float[Array, "T E"]
 
 
 def route(

@@ -120,7 +120,7 @@ def _init_ends(keys: Any, config: ModelConfig, rows: Sequence[Weight]) -> Variab
 
 
 def abstract_variables(config: ModelConfig, layout: Layout = ONE_DEVICE) -> Variables:
-    """`init_variables` as shapes and dtypes, with the shardings of a layout; allocates nothing.
+    """What `init` returns, as shapes and dtypes with the shardings of a layout; allocates nothing.
 
     Raises nothing of its own. Source: this project (docs/architecture.md).
 

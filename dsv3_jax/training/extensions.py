@@ -1,7 +1,7 @@
 """What an experiment changes of a run besides its config: functions in the place of the run's own.
 
 A Config is data, saved with every checkpoint; these are code, given to `init_state`, `train_step`,
-`batches` or train.py's `main`. What is left out stays as it is, to the same compiled program.
+`batches` or train.py's `main`. Without any the compiled program is the same as before.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,6 +51,14 @@ class Extensions:
     on_metrics: Callable[[int, dict[str, Any]], Any] = lambda step, values: None
     data: DataSource | None = None
 
+    def __repr__(self) -> str:
+        given = (f"{name}={getattr(self, name)!r}" for name in self._given)
+        return f"Extensions({', '.join(given)})"
+
+    @property
+    def _given(self) -> list[str]:
+        return [f.name for f in fields(self) if getattr(self, f.name) is not f.default]
+
     @property
     def of_pass(self) -> dict[str, Any]:
         """The fields of a `Pass`."""
@@ -64,10 +72,9 @@ class Extensions:
 
     def told(self) -> list[str]:
         """The lines in which a run says what of it is not in its config."""
-        changed = [f.name for f in fields(self) if getattr(self, f.name) is not f.default]
-        if not changed:
+        if not self._given:
             return []
-        lines = [f"extensions: {', '.join(changed)}; checkpoints do not hold them"]
+        lines = [f"extensions: {', '.join(self._given)}; checkpoints do not hold them"]
         if not self.generates:
             lines.append("no sample will be written: generation does not take these extensions")
         return lines

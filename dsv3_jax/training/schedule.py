@@ -18,15 +18,21 @@ from dsv3_jax.config import Config, OptimizerConfig, ScheduleConfig
 
 
 class StepSettings(NamedTuple):
-    """The numbers that a step takes from the schedules.
+    """The numbers that a step takes from the schedules, on the host or traced.
+
+    Fields:
+        learning_rate: f32 scalar; updates are multiplied by it.
+        bias_update_speed: f32 scalar, gamma: what a router's bias moves by in a step.
+        mtp_loss_weight: f32 scalar, lambda.
+        num_micro_batches: int32 scalar: how many of the A micro-batches given the step reads.
 
     Source: V3 report, section 4.2.
     """
 
-    learning_rate: Any  # f32 scalars, on the host or traced
-    bias_update_speed: Any  # gamma
-    mtp_loss_weight: Any  # lambda
-    num_micro_batches: Any  # int32
+    learning_rate: Any
+    bias_update_speed: Any
+    mtp_loss_weight: Any
+    num_micro_batches: Any
 
 
 class Position(NamedTuple):
