@@ -39,8 +39,9 @@ def kernel_flops(instruction: Instruction, types: Mapping[str, str]) -> float:
         return 2.0 * math.prod(outputs[0]) * 2 * (operands[0][-1] + operands[1][-1])
     if "attention_query_products" in instruction.source:
         return 2.0 * math.prod(operands[0]) * outputs[0][-1]
-    if "grouped_wgrad" in instruction.source and len(operands) > 1:
-        return _weight_gradient_flops(operands, outputs[0])
+    if "wgrad" in instruction.source and len(operands) > 1:
+        # Beside the gradient, or the array for all layers that it is left in: sums of its squares.
+        return _weight_gradient_flops(operands, max(outputs, key=math.prod))
     names = ("scaled_matmul", "grouped_matmul", "grouped_dgrad")
     if not any(name in instruction.source for name in names) or len(operands) < 2:
         return 0.0

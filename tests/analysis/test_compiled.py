@@ -166,6 +166,11 @@ def test_flops_of_kernels_are_those_of_their_shapes():
         result = f"f32[{leading}4,6,7]"
         wgrad = of("jit(grouped_wgrad)/kernel", result, a=f"{fp8}[6,256]", b=f"{fp8}[7,256]")
         assert wgrad == 2 * 6 * 7 * 256
+    # Left in an array for 3 layers, with its squares by tiles of 2 rows beside it; dense ones, too.
+    into = "(f32[4,3,2], f32[3,4,6,7])"
+    assert of("jit(grouped_wgrad_into)/kernel", into, a=f"{fp8}[6,256]", b=f"{fp8}[7,256]") == wgrad
+    into = "(f32[1,3,2], f32[3,1,6,7])"
+    assert of("jit(scaled_wgrad)/kernel", into, a=f"{fp8}[6,256]", b=f"{fp8}[7,256]") == wgrad
     # In BF16 rows are the first dim, as the products that made them left them.
     wgrad = of("jit(grouped_wgrad)/kernel", "f32[1,4,6,7]", a="bf16[256,6]", b="bf16[256,7]")
     assert wgrad == 2 * 6 * 7 * 256
