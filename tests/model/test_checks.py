@@ -16,6 +16,7 @@ from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.transformer import forward
 from dsv3_jax.quantization.block_scaled import quantize
 from dsv3_jax.quantization.recipe import recipe_named
+from tests.cases import matrix
 from tests.helpers import random_variables
 
 MODEL = ModelConfig(
@@ -111,8 +112,13 @@ def test_unknown_choices_of_a_config_made_in_python_are_listed():
     assert dataclasses.replace(config, quant=QuantConfig(), train=TrainConfig()).validate()
 
 
-@pytest.mark.parametrize("name", ["route", "balance_loss"])
-@pytest.mark.parametrize("modules", [(router,), (moe,), (router, moe)])
+WHERE = {"router": (router,), "moe": (moe,), "both": (router, moe)}
+
+
+@pytest.mark.parametrize(
+    "modules, name",
+    matrix([pytest.param(WHERE[one], id=one) for one in WHERE], ["route", "balance_loss"]),
+)
 def test_a_function_that_was_replaced_is_never_passed_over(modules, name, monkeypatch):
     traced()
     for module in modules:

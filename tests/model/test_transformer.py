@@ -16,6 +16,7 @@ from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.remat import POLICIES
 from dsv3_jax.model.transformer import forward, init_variables
 from tests import oracle
+from tests.cases import in_every_run
 from tests.helpers import TOLERANCE, random_tokens, random_variables, relative_error, tiny_model
 
 V3 = tiny_model(num_nextn_predict_layers=2)
@@ -42,7 +43,8 @@ V2 = tiny_model(
     n_shared_experts=0,
 )
 FAMILY = {"v3": V3, "v2_lite": V2_LITE, "v2": V2}
-LENGTH = 11
+# Rows of one shape for all: a model's forward pass is one program.
+ROWS, LENGTH = 3, 12
 
 run = jax.jit(forward, static_argnames="config")
 run_prefill = jax.jit(prefill, static_argnames="config")
@@ -51,10 +53,10 @@ run_decode = jax.jit(decode_step, static_argnames="config")
 
 @pytest.mark.parametrize("config", FAMILY.values(), ids=FAMILY)
 def test_forward_equals_the_oracle(config):
-    variables, tokens = random_variables(config), random_tokens(config, 2, LENGTH)
+    variables, tokens = random_variables(config), random_tokens(config, ROWS, LENGTH)
     out = run(variables, tokens, config=config)
     assert out.logits.dtype == jnp.float32
-    for b in range(2):
+    for b in range(ROWS):
         want = oracle.forward(variables, tokens[b], config)
         assert relative_error(out.logits[b], want.logits) < TOLERANCE["f32_model"]
         for layer, routed in enumerate(want.routed):
@@ -65,7 +67,7 @@ def test_forward_equals_the_oracle(config):
 
 
 def test_statistics_equal_the_oracle():
-    variables, tokens = random_variables(V3), random_tokens(V3, 2, LENGTH)
+    variables, tokens = random_variables(V3), random_tokens(V3, ROWS, LENGTH)
     out = run(variables, tokens, config=V3)
     rows = [oracle.forward(variables, row, V3) for row in tokens]
 
@@ -86,10 +88,10 @@ def test_statistics_equal_the_oracle():
 
 
 def test_masked_documents_equal_the_oracle():
-    tokens = random_tokens(V3, 1, LENGTH)
-    documents = np.array([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]])
+    tokens = random_tokens(V3, ROWS, LENGTH)
+    documents = np.array([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2]])
     variables = random_variables(V3)
-    out = run(variables, tokens, config=V3, segments=documents)
+    out = run(variables, tokens, config=V3, segments=np.repeat(documents, ROWS, axis=0))
     want = oracle.forward(variables, tokens[0], V3, documents[0])
     assert relative_error(out.logits[0], want.logits) < TOLERANCE["f32_model"]
     # MTP row i attends to rows of its own document: with module k that row holds token i + k.
@@ -104,20 +106,21 @@ def test_masked_documents_equal_the_oracle():
     assert relative_error(crossing[0, 3:], want.logits[3:]) > 0.05
 
 
-@pytest.mark.parametrize("name", ["v3", "v2_lite"])
-@pytest.mark.parametrize("chunk", [1, 2, 3, 4])
+# Chunks are the same code with and without query compression.
+CHUNKS = [("v3", 1), ("v3", 2), ("v3", 3), ("v3", 4), ("v2_lite", 1)]
+
+
+@pytest.mark.parametrize("name, chunk", in_every_run(CHUNKS, ("v3", 1), ("v3", 4), ("v2_lite", 1)))
 def test_prefill_and_decode_equal_forward(name, chunk):
     """Prompts of different lengths, then chunks of 1 to 4 tokens, from one ragged cache."""
-    if name == "v2_lite" and chunk > 1:
-        pytest.skip("chunks are the same code with and without query compression")
     config = FAMILY[name]
-    lengths, total = np.array([7, 1, 4]), 12
-    variables, tokens = random_variables(config), random_tokens(config, 3, total)
+    lengths, total = np.array([7, 1, 4]), LENGTH
+    variables, tokens = random_variables(config), random_tokens(config, ROWS, total)
     want = run(variables, tokens, config=config).logits
 
     # Padding holds other tokens than the sequence: they must leave no trace.
     padded = np.where(np.arange(8) < lengths[:, None], tokens[:, :8], 5).astype(np.int32)
-    cache = init_model_cache(config, 3, total + 4)
+    cache = init_model_cache(config, ROWS, total + 4)
     hidden, cache, *_ = run_prefill(variables, padded, cache, config=config)
     got = logits_of(variables["params"], hidden)
     for b, length in enumerate(lengths):
@@ -131,7 +134,7 @@ def test_prefill_and_decode_equal_forward(name, chunk):
         new = np.take_along_axis(tokens, rows, axis=1)
         hidden, cache, *_ = run_decode(variables, new, at.astype(np.int32), cache, config=config)
         got = logits_of(variables["params"], hidden)
-        for b in range(3):
+        for b in range(ROWS):
             if start[b] + chunk <= total:
                 expected = want[b, start[b] : start[b] + chunk]
                 assert relative_error(got[b], expected) < TOLERANCE["f32_model"]
@@ -140,7 +143,7 @@ def test_prefill_and_decode_equal_forward(name, chunk):
 
 def test_no_logit_sees_a_later_token():
     """Changing token j moves main logits from row j on, and depth k's from row j - k on."""
-    variables, tokens = random_variables(V3), random_tokens(V3, 1, LENGTH)
+    variables, tokens = random_variables(V3), random_tokens(V3, ROWS, LENGTH)
     before = run(variables, tokens, config=V3)
     for j in (0, 4, LENGTH - 1):
         changed = tokens.copy()
@@ -156,14 +159,7 @@ def test_no_logit_sees_a_later_token():
             np.testing.assert_array_equal(moved, np.arange(first, valid))
 
 
-@pytest.mark.parametrize(
-    "remat",
-    [
-        pytest.param(name, marks=() if name == "v3" else pytest.mark.slow)
-        for name in POLICIES
-        if name != "none"
-    ],
-)
+@pytest.mark.parametrize("remat", in_every_run([name for name in POLICIES if name != "none"], "v3"))
 def test_remat_changes_neither_loss_nor_gradients(remat, plain_gradient):
     loss, gradients = plain_gradient
     got_loss, got_gradients = gradient_of(remat)

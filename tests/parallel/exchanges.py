@@ -1,5 +1,7 @@
 """What tests of expert parallelism share: meshes, routings and the exchanged experts over them."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,9 +92,17 @@ def spread_over(*args, recipe=BF16, **options):
     )
 
 
-def over(*args, **options):
-    """The jitted (y, rounds, gradients) of all tokens; arguments as for `spread_over`."""
-    spread = spread_over(*args, **options)
+def over(mesh, config, per_token, **options):
+    """The jitted (y, rounds, gradients) of all tokens; arguments as for `spread_over`.
+
+    Tests that ask for the same get the same function, which is compiled once.
+    """
+    return _over(mesh, tuple(sorted(config.items())), per_token, tuple(sorted(options.items())))
+
+
+@cache
+def _over(mesh, config, per_token, options):
+    spread = spread_over(mesh, dict(config), per_token, **dict(options))
 
     @jax.jit
     def run(x, weights, gate_up, down, d_y, experts):

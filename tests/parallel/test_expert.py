@@ -12,6 +12,7 @@ from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.parallel.expert import _give_back, _send, dispatch
 from dsv3_jax.parallel.rounds import in_rounds
 from dsv3_jax.quantization.recipe import RECIPES
+from tests.cases import in_every_run
 from tests.parallel.exchanges import (
     AXES,
     DIM,
@@ -46,15 +47,16 @@ def check(run, kind, rounds=None):
 ROOMY = {"capacity_factor": 100.0}
 
 
-@pytest.mark.parametrize(
-    "transport, nodes, local",
-    [
-        pytest.param(transport, *topology, marks=() if topology == (2, 4) else pytest.mark.slow)
-        for transport in TRANSPORTS
-        for topology in TOPOLOGIES
-        if transport != "padded_flat" or 1 not in topology  # the same program as "padded"
-    ],
-)
+PLACES = [
+    (transport, *topology)
+    for transport in TRANSPORTS
+    for topology in TOPOLOGIES
+    if transport != "padded_flat" or 1 not in topology  # the same program as "padded"
+]
+
+
+# What follows has a first round, and those behind it, of every transport.
+@pytest.mark.parametrize("transport, nodes, local", in_every_run(PLACES, ("padded", 2, 4)))
 def test_values_and_gradients_equal_a_dense_reference(transport, nodes, local):
     run = over(mesh_of(nodes, local), TRANSPORTS[transport] | ROOMY, PER_TOKEN)
     check(run, "an_empty_device", rounds=1)
@@ -63,15 +65,20 @@ def test_values_and_gradients_equal_a_dense_reference(transport, nodes, local):
     check(run, "all_to_one_expert", rounds=1)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_rounds_lose_no_token(transport):
+OF_ONE = [(name, 1, "all_to_one_expert") for name in TRANSPORTS]
+OF_FOUR = [(name, PER_TOKEN, "even") for name in TRANSPORTS]
+
+
+@pytest.mark.parametrize(
+    "transport, per_token, kind", in_every_run(OF_FOUR + OF_ONE, *OF_FOUR, OF_ONE[1])
+)
+def test_rounds_lose_no_token(transport, per_token, kind):
     """Buffers for 0.7 of an even load: in every hop, and at the experts."""
     config = TRANSPORTS[transport] | {"capacity_factor": 0.7}
-    check(over(mesh_of(2, 4), config, PER_TOKEN), "even")
-    check(over(mesh_of(2, 4), config, 1), "all_to_one_expert")
+    check(over(mesh_of(2, 4), config, per_token), kind)
 
 
-@pytest.mark.parametrize("factor", [0.7, 2.0])
+@pytest.mark.parametrize("factor", in_every_run([0.7, 2.0], 0.7))
 def test_one_loop_over_all_rounds_is_half_the_program(factor):
     """The numbers of a first round with a loop behind it; each exchange stands in it once."""
     experts = jnp.asarray(routing_of("even"), jnp.int32)
