@@ -28,7 +28,7 @@ def render(path: Path) -> None:
     began = time.perf_counter()
     notebook = nbformat.read(path, as_version=4)
     exporter = MarkdownExporter()  # it fails where templates are missing: before minutes of running
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": FOLDER}}).execute()
+    NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": FOLDER}}).execute()
     text, resources = exporter.from_notebook_node(notebook)
     DOCS.mkdir(parents=True, exist_ok=True)
     for old in DOCS.glob(f"{path.stem}*"):

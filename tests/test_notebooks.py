@@ -57,11 +57,13 @@ def test_each_ends_with_one_thing_to_change_and_a_picture(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
-def test_the_rendered_copy_is_of_this_code_and_has_its_pictures(path):
+def test_the_rendered_copy_is_of_this_text_and_has_its_pictures(path):
     rendered = ROOT / "docs/notebooks" / f"{path.stem}.md"
     text = rendered.read_text()
     shown = re.findall(r"^```python\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL)
     assert shown == cells(path, "code"), "run notebooks/render.py"
+    for prose in cells(path, "markdown"):
+        assert re.sub(r"[ \t]+$", "", prose.strip(), flags=re.MULTILINE) in text, "render.py, again"
     pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
     assert pictures
     assert all((rendered.parent / name).stat().st_size < 120_000 for name in pictures)

@@ -8,6 +8,7 @@ import pytest
 
 from dsv3_jax.analysis import pipeline_cost
 from dsv3_jax.analysis.calibration import calibrate
+from dsv3_jax.analysis.charts import describe_plan
 from dsv3_jax.analysis.estimate import (
     DEFAULT_EFFICIENCY,
     estimate_step,
@@ -310,6 +311,7 @@ def test_all_problems_come_in_one_message():
 
 def test_planner_returns_the_best_fitting_plans_first():
     search = plan_training(TINY, H800, devices=16, best=5)
+    assert len({describe_plan(plan) for plan in search.plans}) == 5, "they are told apart"
     assert len(search.plans) == 5 and search.tried > 20
     scores = [plan.score for plan in search.plans]
     assert scores == sorted(scores, reverse=True)
