@@ -16,6 +16,7 @@ from dsv3_jax.data.mixture import batch_part
 from dsv3_jax.model.router import best_of_groups
 from dsv3_jax.training.feed import SourceRows
 from dsv3_jax.training.state import abstract_state
+from tests.cases import in_every_run
 from tests.helpers import (
     TOLERANCE,
     random_tokens,
@@ -28,6 +29,7 @@ from tests.helpers import (
 PAGE = (Path(__file__).parent.parent / "docs/extending.md").read_text()
 FIRST, *EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 MODEL = tiny_model(num_hidden_layers=2)
+WITHOUT_MTP = dataclasses.replace(MODEL, num_nextn_predict_layers=0)
 SETTINGS = ds.StepSettings(*map(np.float32, (1e-2, 1e-3, 0.3)), num_micro_batches=np.int32(1))
 
 
@@ -50,7 +52,8 @@ def test_the_defaults_given_as_functions_are_the_defaults(variables):
     """The own router's path against the fused one; with the same functions, the same numbers."""
     tokens = random_tokens(MODEL, 2, 12)
     how = ds.Pass(MODEL, score=jax.nn.sigmoid, select=best_of_groups)
-    own, plain = (ds.forward(variables, tokens, each) for each in (how, ds.Pass(MODEL)))
+    forward = jax.jit(ds.forward, static_argnums=2)
+    own, plain = (forward(variables, tokens, each) for each in (how, ds.Pass(MODEL)))
     np.testing.assert_array_equal(own.stats.experts, plain.stats.experts)
     assert relative_error(own.logits, plain.logits) <= TOLERANCE["f32_model"]
 
@@ -61,7 +64,8 @@ def test_own_scores_and_choices_reach_every_router(variables):
         chosen = jnp.arange(first, config.n_routed_experts)
         return jnp.broadcast_to(chosen, (len(scores), len(chosen)))
 
-    out = ds.forward(variables, random_tokens(MODEL, 2, 12), ds.Pass(MODEL, select=last))
+    how = ds.Pass(MODEL, select=last)
+    out = jax.jit(ds.forward, static_argnums=2)(variables, random_tokens(MODEL, 2, 12), how)
     for stats in (out.stats, *out.mtp_stats):
         assert set(np.unique(stats.experts)) == {5, 6, 7}
 
@@ -69,7 +73,7 @@ def test_own_scores_and_choices_reach_every_router(variables):
 def test_router_functions_of_other_shapes_are_refused(variables):
     how = ds.Pass(MODEL, select=lambda scores, bias, config: jnp.zeros((len(scores), 1), jnp.int32))
     with pytest.raises(ValueError, match=r"experts \(24, 1\): they must be .* \(24, 3\)"):
-        ds.forward(variables, random_tokens(MODEL, 2, 12), how)
+        jax.eval_shape(lambda v: ds.forward(v, random_tokens(MODEL, 2, 12), how), variables)
 
 
 @pytest.mark.parametrize("mesh", [None, {"context": 2}])
@@ -81,9 +85,11 @@ def test_a_bias_of_no_effect_changes_nothing_and_a_window_hides_the_past(variabl
         grid = ds.make_mesh(config, jax.devices()[: config.num_devices])
         layout = ds.make_layout(grid, ds.ShardingConfig(), ds.ExpertParallelConfig())
 
+    forward = jax.jit(ds.forward, static_argnums=2)
+
     def hidden(bias, ids=tokens):
-        how = ds.Pass(MODEL, layout=layout, attention_bias=bias)
-        return np.asarray(jax.jit(lambda v, t: ds.forward(v, t, how).hidden)(variables, ids))
+        how = ds.Pass(WITHOUT_MTP, layout=layout, attention_bias=bias)
+        return np.asarray(forward(variables, ids, how).hidden)
 
     plain = hidden(None)
 
@@ -103,7 +109,7 @@ def test_a_bias_of_no_effect_changes_nothing_and_a_window_hides_the_past(variabl
     assert np.abs(hidden(None, changed)[:, 3:] - plain[:, 3:]).max() > 1e-3
 
 
-@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("per_head", in_every_run([False, True], True))
 def test_a_bias_holds_when_decoding_too(variables, per_head):
     tokens = random_tokens(MODEL, 2, 12)
 
@@ -111,15 +117,16 @@ def test_a_bias_holds_when_decoding_too(variables, per_head):
         bias = -0.3 * (query - key).astype(jnp.float32)
         return bias * jnp.arange(3.0)[:, None, None] if per_head else bias
 
-    how = ds.Pass(MODEL, attention_bias=decay)
-    whole = ds.forward(variables, tokens, how).hidden
-    cache = ds.init_model_cache(MODEL, 2, 16)
-    ids = jnp.asarray(tokens)
-    start = ds.prefill(variables, ids[:, :7], cache, how)
-    steps = ds.decode_step(variables, ids[:, 7:], jnp.full(2, 7), start.cache, how)
+    how = ds.Pass(WITHOUT_MTP, attention_bias=decay)
+    forward = jax.jit(ds.forward, static_argnums=2)
+    whole = forward(variables, tokens, how).hidden
+    cache = ds.init_model_cache(WITHOUT_MTP, 2, 16)
+    start = jax.jit(ds.prefill, static_argnums=3)(variables, tokens[:, :7], cache, how)
+    decode = jax.jit(ds.decode_step, static_argnums=4)
+    steps = decode(variables, tokens[:, 7:], np.full(2, 7, np.int32), start.cache, how)
     got = jnp.concatenate([start.hidden, steps.hidden], axis=1)
     assert relative_error(got, whole) <= TOLERANCE["f32_model"]
-    plain = ds.forward(variables, tokens, MODEL).hidden
+    plain = forward(variables, tokens, ds.Pass(WITHOUT_MTP)).hidden
     assert relative_error(plain, whole) > 0.01
 
 
@@ -135,11 +142,11 @@ def test_what_cannot_take_a_bias_says_so(variables):
         jax.eval_shape(lambda v: ds.forward(v, random_tokens(MODEL, 2, 12), how), variables)
     with pytest.raises(ValueError, match=r"gave \(3,\): it must be \[T, S\] \(12, 12\)"):
         how = ds.Pass(MODEL, attention_bias=lambda q, k: jnp.zeros(3))
-        ds.forward(variables, random_tokens(MODEL, 2, 12), how)
+        jax.eval_shape(lambda v: ds.forward(v, random_tokens(MODEL, 2, 12), how), variables)
 
 
 def test_the_default_path_is_one_program_with_and_without_the_argument():
-    config = tiny_config(MODEL)
+    config = tiny_config(tiny_model(num_hidden_layers=1, first_k_dense_replace=0))
     state = abstract_state(config, ds.ONE_DEVICE)
     rows = jax.ShapeDtypeStruct((1, 4, 10), jnp.int32)
     arguments = (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state), rows)
@@ -152,7 +159,7 @@ def test_the_default_path_is_one_program_with_and_without_the_argument():
 
 
 def test_an_own_loss_is_the_loss_and_moves_the_weights():
-    config = tiny_config(MODEL)
+    config = tiny_config(WITHOUT_MTP)
     rows = random_tokens(MODEL, 1, 4, 10)
 
     def small_hidden(outputs, rows):

@@ -17,6 +17,7 @@ from dsv3_jax.model.transformer import forward
 from dsv3_jax.parallel.load_balancer import balance, logged_load, placement_of
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import Layout
+from tests.cases import in_every_run
 from tests.helpers import (
     TOLERANCE,
     random_tokens,
@@ -70,7 +71,7 @@ def test_prefill_and_decode_use_the_replicas():
     np.testing.assert_array_equal(list(generate(served, prompts, CONFIG, max_new_tokens=4)), want)
 
 
-@pytest.mark.parametrize("transport", ["allgather", "padded"])
+@pytest.mark.parametrize("transport", in_every_run(["allgather", "padded"], "padded"))
 def test_replicas_on_a_mesh_give_the_logits_of_one_device(run, transport):
     """Two nodes of two devices, three places on each; the plan keeps groups on their nodes."""
     mesh = make_mesh(ParallelConfig(node=2, local=2))
@@ -134,7 +135,10 @@ def test_measured_load_counts_what_the_router_chose(run):
     assert measure_load(VARIABLES, prompts, CONFIG).tolist() == want
 
 
-@pytest.mark.parametrize("sizes", [{}, {"node": 2, "local": 2}], ids=["one device", "mesh"])
+MESH = {"node": 2, "local": 2}
+
+
+@pytest.mark.parametrize("sizes", in_every_run([{}, MESH], MESH), ids=["one device", "mesh"])
 def test_generation_counts_what_a_pass_over_its_tokens_counts(run, sizes, tmp_path):
     """Not the copies that fill a mesh, not padding, and not the last tokens, which are not fed."""
     prompts = [TOKENS[0, :5].tolist(), TOKENS[1, :3].tolist()]

@@ -16,6 +16,7 @@ from dsv3_jax.model.stack import run_layers
 from dsv3_jax.model.transformer import forward
 from dsv3_jax.parallel.mesh import AXES
 from dsv3_jax.parallel.sharding import Layout, make_layout
+from tests.cases import in_every_run
 from tests.helpers import TOLERANCE, random_tokens, random_variables, relative_error, tiny_model
 
 MODEL = tiny_model(num_hidden_layers=4)
@@ -123,7 +124,7 @@ def test_a_stage_runs_inside_a_shard_map_over_pipe(sizes, whole):
     assert relative_error(got, want) < TOLERANCE["f32_gradient"]
 
 
-@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("paged", in_every_run([False, True], True))
 def test_an_mtp_module_drafts_from_a_cache_of_its_own(paged, whole):
     """A prompt of five tokens fills it, then one token at a time: `forward`'s logits."""
     how, params = Pass(MODEL), VARIABLES["params"]

@@ -14,6 +14,7 @@ from dsv3_jax.quantization.recipe import RECIPES
 from dsv3_jax.training import cross_entropy
 from dsv3_jax.training.cross_entropy import head_nats
 from tests import oracle
+from tests.cases import matrix
 from tests.helpers import TOLERANCE, relative_error
 
 ROWS, HEADS, TOKENS, DIM, VOCABULARY = 2, 2, 8, 16, 50
@@ -53,8 +54,14 @@ def differentiate(layout, hidden, head, targets, shares):
     return jax.jit(jax.value_and_grad(of, (0, 1), has_aux=True))(hidden, head)
 
 
-@pytest.mark.parametrize("piece", [1 << 29, 700, 50], ids=["whole", "ragged", "token by token"])
-@pytest.mark.parametrize("mesh", [{}, dict(data=2, context=2, tensor=2)], ids=["one", "mesh"])
+ONE = pytest.param({}, id="one")
+MESH = pytest.param(dict(data=2, context=2, tensor=2), id="mesh")
+PIECES = {"whole": 1 << 29, "ragged": 700, "token by token": 50}
+
+
+@pytest.mark.parametrize(
+    "piece, mesh", matrix([pytest.param(PIECES[one], id=one) for one in PIECES], [ONE, MESH])
+)
 def test_value_and_gradients_are_those_of_all_logits(mesh, piece, monkeypatch):
     monkeypatch.setattr(cross_entropy, "PIECE", piece)
     layout = ONE_DEVICE
@@ -106,8 +113,10 @@ FP8 = RECIPES["fp8_head"].lm_head
 FP8_GRADIENT = 0.06
 
 
-@pytest.mark.parametrize("share", [1.0, 2.0**-34], ids=["of a sum", "tiny"])
-@pytest.mark.parametrize("mesh", [{}, dict(data=2, context=2, tensor=2)], ids=["one", "mesh"])
+OF_A_SUM, TINY = pytest.param(1.0, id="of a sum"), pytest.param(2.0**-34, id="tiny")
+
+
+@pytest.mark.parametrize("share, mesh", matrix([TINY, OF_A_SUM], [ONE, MESH]))
 def test_a_head_in_fp8_has_gradients_as_near_as_fp8_is(mesh, share, monkeypatch):
     monkeypatch.setattr(cross_entropy, "PIECE", 700)
     layout = ONE_DEVICE
