@@ -235,11 +235,7 @@ class Layout:
                 return piece
             numbers = spec.numbers
             used = numbers.values if isinstance(numbers, BlockScaled) else numbers
-            cuts = cuts_between(used, spec.master)
-            if self.platform == "tpu":
-                # Slices of 28 rows are not whole tiles of 8: XLA for TPUs adds up such an array
-                # whole. An axis at a time, it does so with what the first axis has left.
-                cuts = tuple((dim, (axis,)) for dim, axes in cuts for axis in axes)
+            cuts = self.scattered_at_once(cuts_between(used, spec.master))
             carrier = carrier_of_slices(piece.master, cuts)
             return StepWeight(carrier, piece.numbers, piece.transposed)
 
@@ -249,6 +245,32 @@ class Layout:
             return function(*jax.tree.map(carried, specs, pieces, is_leaf=_is_spec))
 
         return self._mapped(of_device, specs, *how)(*operands)
+
+    def scattered_at_once(self, cuts: Cuts) -> Cuts:
+        """What of the cuts each reduce-scatter is over, in turn.
+
+        Slices of 28 rows are not whole tiles of 8: XLA for TPUs adds up such an array whole. An
+        axis at a time, it does so with what the first axis has left.
+        """
+        if self.platform != "tpu":
+            return cuts
+        return tuple((dim, (axis,)) for dim, axes in cuts for axis in axes)
+
+    def gathered_at_once(self, cuts: Cuts) -> Cuts:
+        """What of the cuts each all-gather is over, in turn.
+
+        Of one over all devices XLA for TPUs makes an all-reduce, twice the bytes: there the first
+        axis, which is the slowest, is gathered after the others.
+        """
+        if self.platform != "tpu":
+            return cuts
+        every = {axis for axis, size in self.mesh.shape.items() if size > 1}
+        return tuple(
+            (dim, part)
+            for dim, axes in cuts
+            for part in ((axes[1:], axes[:1]) if set(axes) == every else (axes,))
+            if part
+        )
 
     def stored_spec(
         self, spec: PartitionSpec, shape: tuple[int, ...], skip_dims: int = 0
@@ -308,7 +330,7 @@ class Layout:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _gather(x: jax.Array, layout: Layout, used: PartitionSpec, stored: PartitionSpec) -> jax.Array:
-    cuts = cuts_between(used, stored)
+    cuts = layout.gathered_at_once(cuts_between(used, stored))
     if not cuts:
         return layout.place(x, used)
     return layout.shard_map(partial(gather_slices, cuts=cuts), (stored,), used)(x)

@@ -155,3 +155,23 @@ def test_for_tpus_a_gradient_is_scattered_an_axis_at_a_time_to_the_same_slices(m
     assert (once, twice) == (1, 2)
     np.testing.assert_array_equal(got, want)
     np.testing.assert_array_equal(want, np.tile(np.asarray(rows).sum(0)[:, None], 3))
+
+
+def test_for_tpus_no_gather_is_over_all_devices(monkeypatch):
+    sizes = ParallelConfig(data=2, node=2, local=2)
+    layout = make_layout(make_mesh(sizes), ShardingConfig(state="fsdp"), ExpertParallelConfig())
+
+    def gathers(rows: int) -> int:
+        weight = jnp.arange(rows * 6.0).reshape(rows, 6)
+        used, held = (
+            NamedSharding(layout.mesh, spec) for spec in (P(), layout.stored_spec(P(), (rows, 6)))
+        )
+        gather = jax.jit(lambda piece: layout.gather(piece, used, held), out_shardings=used)
+        lowered = gather.lower(jax.device_put(weight, held))
+        np.testing.assert_array_equal(lowered.compile()(jax.device_put(weight, held)), weight)
+        return lowered.as_text().count('"stablehlo.all_gather"')
+
+    # Of 16 rows each device has two; of 4, two have a row, and half of its columns each.
+    assert (gathers(16), gathers(4)) == (1, 2)
+    monkeypatch.setattr(Layout, "platform", "tpu")
+    assert (gathers(16), gathers(4)) == (2, 2)
