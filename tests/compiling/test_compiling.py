@@ -34,7 +34,7 @@ from dsv3_jax.parallel.mesh import AXES
 from tests.helpers import tiny_config, tiny_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-TINY = tiny_model(num_hidden_layers=2, num_nextn_predict_layers=0)
+TINY = tiny_model(num_hidden_layers=2, first_k_dense_replace=0, num_nextn_predict_layers=0)
 
 
 @pytest.fixture(scope="module")

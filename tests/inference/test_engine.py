@@ -51,7 +51,8 @@ REQUESTS = [
 def engine_of(**options) -> Engine:
     """One engine for all examples: it must be as good as new whenever nothing is left to do."""
     engine = Engine(VARIABLES, CONFIG, dataclasses.replace(OPTIONS, **options))
-    engine.warm_up()
+    if engine.options.drafts:  # a plain one needs fewer programs than it may need
+        engine.warm_up()
     return engine
 
 
@@ -110,26 +111,28 @@ def check_a_schedule(arrivals, fewer_pages: int, fp8_cache: bool):
     return engine
 
 
-SETTINGS = settings(
-    max_examples=200,
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-    phases=[Phase.explicit, Phase.generate],  # an engine that failed is no engine to shrink with
-)
+def schedules(number: int):
+    """A test of (arrivals, fewer_pages) is run with so many."""
+    how = settings(
+        max_examples=number,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+        phases=[Phase.explicit, Phase.generate],  # an engine that failed is none to shrink with
+    )
+    return lambda test: how(given(ARRIVALS, st.integers(0, 30))(test))
 
 
-@SETTINGS
-@given(ARRIVALS, st.integers(0, 30))
+@schedules(50)
 def test_any_schedule_writes_what_each_request_writes_alone(arrivals, fewer_pages):
     check_a_schedule(arrivals, fewer_pages, fp8_cache=False)
 
 
 @pytest.mark.slow
-@SETTINGS
-@given(ARRIVALS, st.integers(0, 30))
-def test_any_schedule_with_an_fp8_cache_writes_what_each_request_writes_alone(arrivals, fewer):
-    check_a_schedule(arrivals, fewer, fp8_cache=True)
+@pytest.mark.parametrize("fp8_cache", [False, True])
+@schedules(200)
+def test_many_schedules_write_what_each_request_writes_alone(fp8_cache, arrivals, fewer_pages):
+    check_a_schedule(arrivals, fewer_pages, fp8_cache)
 
 
 def test_the_schedules_had_chunks_shared_prefixes_preemptions_and_cancellations():

@@ -22,6 +22,7 @@ from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import ONE_DEVICE, make_layout, serving_layouts
+from tests.cases import in_every_run
 from tests.helpers import TOLERANCE, random_tokens, random_variables, relative_error, tiny_model
 
 MODEL = tiny_model(
@@ -54,7 +55,7 @@ def tokens_of(layout, **options):
     return np.stack(list(generate(VARIABLES, PROMPTS, MODEL, layout=layout, **options)), 1)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", in_every_run([0.0, 1.0], 1.0))
 def test_a_mesh_writes_the_tokens_of_one_device(temperature):
     """Three prompts on four devices' batches: copies fill them up, and are not seen."""
     layout = layout_of("ring", node=2, context=2, tensor=2)
@@ -114,7 +115,7 @@ def test_prefill_and_decoding_equal_one_device():
     assert cache.sharding.shard_shape(cache.shape) == (1, 1, 8, 12), "its rows of its sequences"
 
 
-@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("fp8", in_every_run([False, True], True))
 def test_pages_on_a_mesh_hold_each_device_s_own_sequences(fp8):
     """Of one and of two pages, three on each of two groups; pages are whole over context."""
     layout, long = layout_of(local=2, context=2, tensor=2), random_tokens(MODEL, 1, 70)[0].tolist()

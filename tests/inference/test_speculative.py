@@ -16,6 +16,7 @@ from dsv3_jax.inference.options import EngineOptions
 from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.speculative import agreeing
 from dsv3_jax.model.transformer import forward
+from tests.cases import in_every_run
 from tests.helpers import random_tokens, random_variables, tiny_model
 
 CONFIG = tiny_model(num_hidden_layers=2, num_nextn_predict_layers=1, eos_token_id=())
@@ -52,7 +53,11 @@ def agreeing_variables(modules=1):
 
 @pytest.mark.parametrize(
     "modules, drafts, paged, temperature",
-    [(1, 1, False, 0.0), (2, 3, True, 0.8), (2, 3, False, 0.8)],
+    in_every_run(
+        [(1, 1, False, 0.0), (2, 3, True, 0.8), (2, 3, False, 0.8)],
+        (1, 1, False, 0.0),
+        (2, 3, True, 0.8),
+    ),
 )
 def test_speculation_changes_no_token(modules, drafts, paged, temperature):
     """Neither greedily nor drawn: the seed's text is the same with and without."""
@@ -62,7 +67,7 @@ def test_speculation_changes_no_token(modules, drafts, paged, temperature):
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("modules", [1, 2])
+@pytest.mark.parametrize("modules", in_every_run([1, 2], 1))
 def test_drafts_that_agree_are_all_kept(modules):
     config = CONFIG if modules == 1 else TWO
     model = agreeing_variables(modules)
@@ -135,6 +140,7 @@ def chi_square(variables, prompt, patch=None):
     return ((seen - want) ** 2 / want).sum(), len(want) - 1
 
 
+@pytest.mark.slow
 def test_draws_with_speculation_have_the_model_s_own_distribution():
     """Fixed seeds; 4 standard deviations of chi-square. Keeping a draft that is merely likely, not
     the model's draw, fails it."""

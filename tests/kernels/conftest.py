@@ -59,6 +59,20 @@ def lower_for_an_h200(function, *operands) -> None:
     assert "mosaic_gpu" in text, "no kernel, but plain JAX"
 
 
+def one_program(function, implementation: str):
+    """The function of (function, arrays, ...), compiled whole where nothing is interpreted.
+
+    Op by op it is some hundred programs. A kernel that is interpreted cannot be in one.
+    """
+    return jax.jit(function, static_argnums=0) if implementation == "reference" else function
+
+
+def differentiated(function, operands, d_out):
+    """(the results of function(*operands), the gradients of its operands)."""
+    out, pull_back = jax.vjp(function, *operands)
+    return out, pull_back(d_out)
+
+
 def normal(rng, *shape):
     """Standard normal numbers, float32."""
     return jnp.asarray(rng.normal(size=shape), jnp.float32)

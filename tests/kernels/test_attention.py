@@ -15,11 +15,14 @@ from dsv3_jax.kernels.attention import api, pallas_gpu, pallas_tpu, tile_order
 from dsv3_jax.kernels.attention.hopper_kept import Kept
 from dsv3_jax.kernels.attention.hopper_parts import Columns, Offset
 from dsv3_jax.kernels.attention.hopper_ring import BackwardTile, Given
+from tests.cases import matrix
 from tests.kernels import conftest
 from tests.kernels.conftest import (
     INTERPRETER_IS_NEWER,
+    differentiated,
     lower_for_an_h200,
     normal,
+    one_program,
     relative_error,
 )
 
@@ -62,14 +65,16 @@ def in_mla_form(q, kv, shared, value_dim):
     return jnp.concatenate([own, spread], axis=-1), kv[..., kv.shape[-1] - value_dim :]
 
 
-@pytest.mark.parametrize("offset_type", [int, jnp.int32])
 @pytest.mark.parametrize(
-    "implementation, kept_heads",
-    [
-        *((implementation, None) for implementation in ("reference", "pallas_tpu")),
-        # All three at once, two and then one, none: dQ's kernel forms the logits again.
-        *(pytest.param("pallas_gpu", heads, marks=INTERPRETER_IS_NEWER) for heads in (None, 2, 0)),
-    ],
+    "implementation, kept_heads, offset_type",
+    matrix(
+        [
+            *((implementation, None) for implementation in ("reference", "pallas_tpu")),
+            # All three at once, two and then one, none: dQ's kernel forms the logits again.
+            *(pytest.param("pallas_gpu", n, marks=INTERPRETER_IS_NEWER) for n in (None, 2, 0)),
+        ],
+        [int, jnp.int32],
+    ),
 )
 def test_mla_attention_of_a_chunk_of_packed_documents(
     implementation, kept_heads, offset_type, rng, running
@@ -108,8 +113,9 @@ def test_mla_attention_of_a_chunk_of_packed_documents(
         )
 
     with running(implementation):
-        (out, lse), vjp = jax.vjp(attend, q, kv, k_shared)
-        dq, dkv, dshared = vjp((dout, dlse))
+        (out, lse), (dq, dkv, dshared) = one_program(differentiated, implementation)(
+            attend, (q, kv, k_shared), (dout, dlse)
+        )
     k, v = in_mla_form(q, kv, k_shared, value)
     want, want_lse, (want_q, want_k, want_v) = exact(q, k, v, 0.2, offset, segments, dout, dlse)
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
@@ -121,21 +127,19 @@ def test_mla_attention_of_a_chunk_of_packed_documents(
     assert relative_error(dshared, want_k[..., own:].sum(2)) < LIMIT
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 def test_attention_errs_at_most_twice_as_much_as_bf16_products(implementation, rng, running):
     shape = (2, 256, 1, 64)
     q, k, v, dout = (bf16(rng, *shape) for _ in range(4))
     dlse = jnp.zeros((2, 1, 256))
 
     def run(implementation):
+        attend = functools.partial(api.attention, scale=0.125, implementation=implementation)
         with running(implementation):
-            (out, _), vjp = jax.vjp(
-                lambda *qkv: api.attention(*qkv, scale=0.125, implementation=implementation),
-                q,
-                k,
-                v,
+            (out, _), gradients = one_program(differentiated, implementation)(
+                attend, (q, k, v), (dout, dlse)
             )
-            return out, *vjp((dout, dlse))
+        return out, *gradients
 
     out, _, gradients = exact(q, k, v, 0.125, 0, None, dout, dlse)
     for got, plain, want in zip(run(implementation), run("reference"), (out, *gradients)):
@@ -162,16 +166,13 @@ def test_keys_before_all_queries_are_seen_from_their_document_only(implementatio
     numbers = api.ascending(jnp.asarray(np.repeat([3, 1, 4, 1], [40, 238, 60, 46])[None]))
     assert np.asarray(numbers[0, [0, 40, 278, 338]]).tolist() == [0, 1, 2, 3]
     documents = api.documents_between(numbers[:, 128:], numbers[:, :128])
+    attend = functools.partial(
+        api.attention, scale=0.2, offset=128, segments=documents, implementation=implementation
+    )
     with running(implementation):
-        (out, lse), vjp = jax.vjp(
-            lambda *qkv: api.attention(
-                *qkv, scale=0.2, offset=128, segments=documents, implementation=implementation
-            ),
-            q,
-            k,
-            v,
+        (out, lse), (dq, dk, dv) = one_program(differentiated, implementation)(
+            attend, (q, k, v), (dout, dlse)
         )
-        dq, dk, dv = vjp((dout, dlse))
     seeing, seen = slice(150), slice(40, None)
     want, want_lse, gradients = exact(
         *(q[:, seeing], k[:, seen], v[:, seen], 0.2, 128, None),
@@ -254,8 +255,9 @@ def test_kernels_lower_inside_shard_map_with_heads_and_tokens_cut(platform, kind
 
 
 @INTERPRETER_IS_NEWER
-@pytest.mark.parametrize("kept_bytes", [0, 1 << 20])
-@pytest.mark.parametrize("own, shared, value", [(32, 16, 32), (192, 64, 256)])
+@pytest.mark.parametrize(
+    "own, shared, value, kept_bytes", matrix([(32, 16, 32), (192, 64, 256)], [0, 1 << 20])
+)
 def test_all_kernels_lower_for_other_widths(own, shared, value, kept_bytes):
     tiles = pallas_gpu.tiles_for(own + shared, value)
     tiles = tiles._replace(backward=tiles.backward._replace(kept_bytes=kept_bytes))

@@ -9,6 +9,7 @@ import pytest
 
 from dsv3_jax.kernels.fused import api, pallas_gpu, reference
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled
+from tests.cases import matrix
 from tests.kernels.conftest import (
     IMPLEMENTATIONS,
     INTERPRETER_IS_NEWER,
@@ -27,8 +28,7 @@ def assert_same(out, expected):
         np.testing.assert_allclose(got, wanted, rtol=2e-7)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("scale_format", ["f32", "ue8m0"])
+@pytest.mark.parametrize("implementation, scale_format", matrix(IMPLEMENTATIONS, ["f32", "ue8m0"]))
 def test_rows_are_quantised_bit_for_bit(implementation, scale_format, rng, running):
     # 77 rows: the last block goes over some rows again.
     x = normal(rng, 77, 256).astype(jnp.bfloat16)
@@ -142,17 +142,18 @@ def test_each_token_is_sent_to_its_rows_and_the_rest_are_zeros(implementation, r
     assert_same(out, quantize(rows, PER_TOKEN))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+CHOICES = {
+    "groups by their best": (32, dict(top_k=4, n_group=8, topk_group=3, best_of_group=1)),
+    "V3's groups": (64, dict(top_k=8, n_group=8, topk_group=4)),
+    "no groups": (64, dict(top_k=6)),
+    "pairs": (16, dict(top_k=8, n_group=8, topk_group=4)),
+    "fewer than lanes": (12, dict(top_k=5, n_group=4, topk_group=2)),
+}
+
+
 @pytest.mark.parametrize(
-    "experts, choice",
-    [
-        (64, dict(top_k=8, n_group=8, topk_group=4)),
-        (32, dict(top_k=4, n_group=8, topk_group=3, best_of_group=1)),
-        (64, dict(top_k=6)),
-        (16, dict(top_k=8, n_group=8, topk_group=4)),
-        (12, dict(top_k=5, n_group=4, topk_group=2)),
-    ],
-    ids=["V3's groups", "groups by their best", "no groups", "pairs", "fewer than lanes"],
+    "experts, choice, implementation",
+    matrix([pytest.param(*CHOICES[name], id=name) for name in CHOICES], IMPLEMENTATIONS),
 )
 def test_the_router_chooses_as_by_sorting(implementation, experts, choice, rng, running):
     # Few different scores: many are equal, and the first must win.

@@ -10,6 +10,7 @@ from dsv3_jax.kernels.gemm.api import scaled_matmul, scaled_wgrad
 from dsv3_jax.kernels.gemm.hopper_matmul import Tile
 from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN
+from tests.cases import matrix
 from tests.kernels.conftest import (
     BF16_LIMIT,
     F32_LIMIT,
@@ -28,8 +29,9 @@ def exact(a, b):
     return a @ b.T
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
-@pytest.mark.parametrize("m, n, k", [(13, 72, 256), (130, 200, 128)])
+@pytest.mark.parametrize(
+    "implementation, m, n, k", matrix(GEMM_IMPLEMENTATIONS, [(13, 72, 256), (130, 200, 128)])
+)
 def test_activations_by_weights(implementation, m, n, k, rng, running):
     a, b = quantize(normal(rng, m, k), PER_TOKEN), quantize(normal(rng, n, k), PER_BLOCK)
     with running(implementation):
@@ -48,8 +50,7 @@ def test_weight_gradient_adds_to_what_is_there(implementation, rng, running):
     assert relative_error(out - before, exact(a, b)) < F32_LIMIT
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
-@pytest.mark.parametrize("adds", [True, False], ids=["adds", "puts"])
+@pytest.mark.parametrize("implementation, adds", matrix(GEMM_IMPLEMENTATIONS, [True, False]))
 def test_weight_gradient_is_left_in_a_layer_s_place(implementation, adds, rng, running):
     a, b = (quantize(normal(rng, rows, 256), PER_TOKEN) for rows in (72, 40))
     before = normal(rng, 2, 1, 72, 40)
@@ -91,8 +92,13 @@ def test_every_kind_of_tile(tile, rng, running):
 
 
 @INTERPRETER_IS_NEWER
-@pytest.mark.parametrize("b_tile", [PER_BLOCK, PER_TOKEN], ids=["by weights", "float32"])
-@pytest.mark.parametrize("m, n", [(7, 72), (4097, 200)], ids=["few rows", "many rows"])
+@pytest.mark.parametrize(
+    "m, n, b_tile",
+    matrix(
+        [pytest.param(7, 72, id="few rows"), pytest.param(4097, 200, id="many rows")],
+        [pytest.param(PER_BLOCK, id="by weights"), pytest.param(PER_TOKEN, id="float32")],
+    ),
+)
 def test_edges_that_cut_a_tile_lower_for_a_gpu(m, n, b_tile, rng):
     from dsv3_jax.kernels.gemm import pallas_gpu
 

@@ -12,6 +12,7 @@ from dsv3_jax.kernels.gemm.hopper_wgrad import wgrad
 from dsv3_jax.kernels.grouped_gemm import api
 from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN
+from tests.cases import matrix
 from tests.kernels.conftest import (
     BF16_LIMIT,
     F32_LIMIT,
@@ -49,8 +50,10 @@ def operands(rng, scaled, n=64, k=128):
     return rows.astype(jnp.bfloat16), weights.astype(jnp.bfloat16)
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
-@pytest.mark.parametrize("scaled", [True, False], ids=["fp8", "bf16"])
+BF16, FP8 = pytest.param(False, id="bf16"), pytest.param(True, id="fp8")
+
+
+@pytest.mark.parametrize("implementation, scaled", matrix(GEMM_IMPLEMENTATIONS, [BF16, FP8]))
 def test_each_group_meets_its_own_weights(implementation, scaled, rng, running):
     rows, weights = operands(rng, scaled)
     with running(implementation):
@@ -102,8 +105,7 @@ def test_columns_that_cut_a_tile_lower_for_a_gpu(rng):
     lower_for_an_h200(product, rows, weights, SIZES)
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
-@pytest.mark.parametrize("buffer", [64, 72])
+@pytest.mark.parametrize("implementation, buffer", matrix(GEMM_IMPLEMENTATIONS, [64, 72]))
 def test_masked_rows_of_each_expert(buffer, implementation, rng, running):
     sizes = jnp.array([3, 0, buffer], jnp.int32)
     rows = quantize(normal(rng, 3, buffer, 128), PER_TOKEN)
@@ -116,8 +118,10 @@ def test_masked_rows_of_each_expert(buffer, implementation, rng, running):
             assert relative_error(out[expert, :size], exact) < BF16_LIMIT
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
-@pytest.mark.parametrize("accumulated", [True, False], ids=["adds", "fresh"])
+ADDS, FRESH = pytest.param(True, id="adds"), pytest.param(False, id="fresh")
+
+
+@pytest.mark.parametrize("implementation, accumulated", matrix(GEMM_IMPLEMENTATIONS, [FRESH, ADDS]))
 def test_weight_gradients_sum_over_their_group(implementation, accumulated, rng, running):
     sizes = jnp.array([256, 0, 128], jnp.int32)
     a, b = (quantize(normal(rng, rows, 384), PER_TOKEN) for rows in (72, 40))
@@ -137,8 +141,9 @@ def test_weight_gradients_sum_over_their_group(implementation, accumulated, rng,
             assert not np.asarray(out[expert]).any()
 
 
-@pytest.mark.parametrize("implementation", [*GEMM_IMPLEMENTATIONS, "blocks"])
-@pytest.mark.parametrize("adds", [True, False], ids=["adds", "puts"])
+@pytest.mark.parametrize(
+    "implementation, adds", matrix([*GEMM_IMPLEMENTATIONS, "blocks"], [ADDS, FRESH])
+)
 def test_weight_gradients_are_left_in_a_layer_s_place(implementation, adds, rng, running):
     sizes, before = jnp.array([256, 0, 128], jnp.int32), normal(rng, 3, 3, 72, 40)
     a, b = (quantize(normal(rng, rows, 384), PER_TOKEN) for rows in (72, 40))

@@ -24,6 +24,7 @@ from dsv3_jax.model.cache import LatentCache
 from dsv3_jax.model.mla import mla_absorb
 from dsv3_jax.parallel.sharding import RULES, Layout
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
+from tests.cases import matrix
 from tests.kernels.conftest import IMPLEMENTATIONS, INTERPRETER_IS_NEWER, relative_error
 
 SCALE = 1 / math.sqrt(192)
@@ -87,12 +88,14 @@ def exact(work: Pages):
     return out, lse
 
 
-@pytest.mark.parametrize("implementation, cache", EVERY)
-@pytest.mark.parametrize(
-    "new, heads, lengths",
-    [(1, 16, (130, 0)), (2, 64, (70,)), (4, 8, (2, 67))],
-    ids=["ragged", "two rows of blocks", "verifying drafts"],
-)
+WORK = [
+    pytest.param(1, 16, (130, 0), id="ragged"),
+    pytest.param(2, 64, (70,), id="two rows of blocks"),
+    pytest.param(4, 8, (2, 67), id="verifying drafts"),
+]
+
+
+@pytest.mark.parametrize("implementation, cache, new, heads, lengths", matrix(EVERY, WORK))
 def test_new_tokens_see_what_came_before(implementation, cache, new, heads, lengths, rng, running):
     work = random_work(rng, new, heads, lengths, cache=cache)
     with running(implementation):

@@ -11,6 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.peers import api, pallas_gpu, reference
+from tests.cases import matrix
 from tests.kernels.conftest import IMPLEMENTATIONS, INTERPRETER_IS_NEWER
 
 PEERS, ROWS, CHOICES, SLOTS, DIM = 2, 5, 3, 40, 512
@@ -73,8 +74,7 @@ def test_rows_come_to_all_their_slots_and_free_rows_are_zeros(implementation, rn
             assert not out[me, first:end].any()
 
 
-@pytest.mark.parametrize("weighted", [True, False])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation, weighted", matrix(IMPLEMENTATIONS, [False, True]))
 def test_results_come_back_summed(implementation, weighted, rng, running, places):
     slots, needed = places
     rows = jnp.asarray(rng.normal(size=(PEERS, SLOTS, DIM)), jnp.bfloat16)

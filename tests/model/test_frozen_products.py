@@ -28,6 +28,7 @@ from dsv3_jax.quantization.block_scaled import (
 )
 from dsv3_jax.training.loss import training_loss
 from dsv3_jax.training.state import variables_of
+from tests.cases import in_every_run
 from tests.helpers import (
     TOLERANCE,
     random_tokens,
@@ -44,19 +45,21 @@ def normal(*shape, dtype=jnp.float32, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
 
 
-def both_forms(dtype, shape, multiply, x, dy):
-    """(got, want), product and gradient of x, of the second layer of three: where it lies among
-    the others, and dequantised whole."""
+def both_forms(dtype, shape, multiply):
+    """Two functions of (x, dy, ...) to (product, gradient of x), of the second layer of three.
+
+    One multiplies by it where it lies among the others, the other by it dequantised whole.
+    """
     stack = quantize(normal(3, *shape), PER_BLOCK)
     held = HeldAsBytes(InStack(as_bytes(stack), jnp.int32(1)), shape)
     plain = Plain(dequantize(jax.tree.map(lambda leaf: leaf[1], stack), dtype))
 
     def multiplied(weight):
-        def run(x, dy):
-            y, pull = jax.vjp(partial(multiply, weight), x)
+        def run(x, dy, *more):
+            y, pull = jax.vjp(lambda x: multiply(weight, x, *more), x)
             return y, pull(dy)[0]
 
-        return jax.jit(run)(x, dy)
+        return jax.jit(run)
 
     return multiplied(held), multiplied(plain)
 
@@ -76,7 +79,7 @@ def test_a_product_in_pieces(shape, pieces, dtype, limit, monkeypatch):
 
     held = InStack(as_bytes(quantize(normal(1, *shape), PER_BLOCK)), 0)
     assert frozen_products._Pieces(held, dtype).number == pieces
-    got, want = both_forms(dtype, shape, multiply, x, dy)
+    got, want = (form(x, dy) for form in both_forms(dtype, shape, multiply))
     assert got[0].dtype == got[1].dtype == dtype
     assert relative_error(got, want) < TOLERANCE[limit]
     if pieces == 1:
@@ -84,21 +87,22 @@ def test_a_product_in_pieces(shape, pieces, dtype, limit, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype, limit", DTYPES)
-@pytest.mark.parametrize("sizes", [[2, 2, 2, 2], [0, 3, 0, 1], [0, 0, 0, 8], [0, 0, 0, 0]], ids=str)
-def test_a_grouped_product_an_expert_at_a_time(sizes, dtype, limit):
+def test_a_grouped_product_an_expert_at_a_time(dtype, limit):
     shape, alignment = (4, 2, 24, 130), 4
     x = normal(8 * alignment, shape[-1], dtype=dtype)
     dy = normal(len(x), *shape[1:-1], dtype=dtype, seed=1)
-    group_sizes = alignment * jnp.asarray(sizes, jnp.int32)
 
-    def multiply(weight, x):
+    def multiply(weight, x, group_sizes):
         return weight.multiply_groups(x, group_sizes, alignment, None, None)
 
-    got, want = both_forms(dtype, shape, multiply, x, dy)
-    assert got[0].dtype == got[1].dtype == dtype
-    assert relative_error(got, want) < TOLERANCE[limit]
-    used = int(group_sizes.sum())
-    assert not any(np.asarray(each[used:], np.float32).any() for each in got)
+    forms = both_forms(dtype, shape, multiply)
+    for sizes in ([2, 2, 2, 2], [0, 3, 0, 1], [0, 0, 0, 8], [0, 0, 0, 0]):
+        group_sizes = alignment * jnp.asarray(sizes, jnp.int32)
+        got, want = (form(x, dy, group_sizes) for form in forms)
+        assert got[0].dtype == got[1].dtype == dtype
+        assert relative_error(got, want) < TOLERANCE[limit], sizes
+        used = int(group_sizes.sum())
+        assert not any(np.asarray(each[used:], np.float32).any() for each in got), sizes
 
 
 @pytest.mark.parametrize("columns", [1 << 15, (1 << 15) + 8], ids=["even", "left over"])
@@ -139,13 +143,10 @@ def in_bytes(tree):
     )
 
 
-SLOW = [pytest.param(remat, marks=pytest.mark.slow) for remat in ("none", "v3")]
-
-
-@pytest.mark.parametrize("remat", ["full", *SLOW])
+@pytest.mark.parametrize("remat", in_every_run(["full", "none", "v3"], "full"))
 def test_a_model_is_the_same_with_its_base_in_bytes(remat):
-    model = tiny_model(num_hidden_layers=3, num_nextn_predict_layers=0)
-    base = to_fp8_weights(random_variables(model), model)
+    model = tiny_model(num_hidden_layers=2, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    base = jax.jit(partial(to_fp8_weights, config=model))(random_variables(model))
     adapters = init_adapters(jax.random.key(0), model, LORA)
     adapters = jax.tree.map(lambda x: x + 0.1 * normal(*x.shape), adapters)
     run, rows = gradient_of(model, remat), random_tokens(model, 2, 10)
@@ -157,7 +158,8 @@ def test_a_model_is_the_same_with_its_base_in_bytes(remat):
 def test_no_layer_is_dequantised_whole():
     """Nor cut from its stack, nor widened to float16, which XLA:CPU does with float8."""
     model = tiny_model(
-        num_hidden_layers=3,
+        num_hidden_layers=2,
+        first_k_dense_replace=0,
         num_nextn_predict_layers=0,
         hidden_size=64,
         moe_intermediate_size=512,

@@ -18,6 +18,7 @@ from dsv3_jax.quantization.block_scaled import quantize
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import abstract_state
 from dsv3_jax.training.step import for_products, gradients
+from tests.cases import matrix
 from tests.helpers import (
     TOLERANCE,
     random_state,
@@ -37,8 +38,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("scale_format", ["f32", "ue8m0"])
-@pytest.mark.parametrize("case", WEIGHTS)
+@pytest.mark.parametrize("case, scale_format", matrix(WEIGHTS, ["f32", "ue8m0"]))
 def test_slices_have_the_numbers_of_the_whole_weight(case, scale_format):
     shape, dims, cut = WEIGHTS[case]
     dims = MatrixDims(*dims)

@@ -22,6 +22,7 @@ from dsv3_jax.quantization.block_scaled import (
     scales_shape,
     split_tiles,
 )
+from tests.cases import matrix
 
 # Half a unit in the last place of E4M3's 3 stored bits, relative to a number of its top binades;
 # an f32 scale adds 2^-24.
@@ -87,9 +88,14 @@ def test_quantize_equals_the_oracle_bit_for_bit(case, scale_format, data):
     assert_same_bits(got, *oracle_quantize(x, tile, scale_format))
 
 
-@pytest.mark.parametrize("scale_format", ["f32", "ue8m0"])
-@pytest.mark.parametrize("tile", [PER_TOKEN, PER_CHANNEL, PER_BLOCK])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+TILES = [
+    pytest.param(tile, id="x".join(map(str, tile))) for tile in (PER_TOKEN, PER_CHANNEL, PER_BLOCK)
+]
+
+
+@pytest.mark.parametrize(
+    "tile, scale_format, dtype", matrix(TILES, ["ue8m0", "f32"], ["float32", "bfloat16"])
+)
 def test_real_tiles_over_many_binades_equal_the_oracle(tile, scale_format, dtype):
     rng = np.random.default_rng(0)
     shape = (2, 130, 257)

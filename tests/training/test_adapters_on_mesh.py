@@ -81,12 +81,13 @@ def whole(start):
     return stepped(run_config(), start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "state, mesh",
     [
         ("fsdp", {"data": 2, "tensor": 2}),
-        pytest.param("zero1", {"pipe": 2}, marks=pytest.mark.slow),
-        pytest.param("fsdp", {"pipe": 2, "data": 2}, marks=pytest.mark.slow),
+        ("zero1", {"pipe": 2}),
+        ("fsdp", {"pipe": 2, "data": 2}),
     ],
     ids=str,
 )
@@ -118,6 +119,7 @@ def test_fp8_blocks_lie_in_slices_between_tiles():
         assert where["o_proj"].scales.shard_shape(held.scales.shape) == (1, rows // 128, 1)
 
 
+@pytest.mark.slow
 def test_the_average_is_of_the_adapters(start, whole):
     (after, _), begun = whole[0], start[0].opt_state[-1].average
     kept = after.opt_state[-1].average

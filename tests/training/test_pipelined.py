@@ -27,6 +27,7 @@ from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.stages import EMBEDDING, LOSS, NO_LAYER, plan_stages
 from dsv3_jax.training.state import abstract_state, init_state
 from dsv3_jax.training.step import eval_step, train_step
+from tests.cases import in_every_run
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 
 # More tokens a device than decoding has (projection.FEW_ROWS), which are summed in another order.
@@ -135,9 +136,12 @@ def test_a_pipelined_step_is_the_step(config, start, whole):
     check_equal(step(*start, settings(2)), whole(*start, settings(2)))
 
 
+IN_A_V = run_config("dualpipev", "none", "fsdp", pipe=2, data=2)
+
+
 @pytest.mark.parametrize(
     "config",
-    [run_config("dualpipev", "none", "fsdp", pipe=2, data=2), run_config("interleaved", pipe=2)],
+    in_every_run([IN_A_V, run_config("interleaved", pipe=2)], IN_A_V),
     ids=lambda c: c.pipeline.schedule,
 )
 def test_validation_passes_the_stages(config, start):
