@@ -43,7 +43,7 @@ from dsv3_jax.training.run_log import keep_log, set_up_logging
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.sinks import open_sinks
 from dsv3_jax.training.state import TrainState, abstract_state
-from dsv3_jax.training.step import jit_train_step
+from dsv3_jax.training.step_program import compiled_step
 from dsv3_jax.training.stopping import StopRequest
 from dsv3_jax.training.watchdog import Watchdog
 
@@ -61,8 +61,9 @@ def main(argv: Sequence[str], extensions: Extensions = NONE) -> int:
         config = fill_mesh(config)
         mesh = make_mesh(config.mesh)
         layout = make_layout(mesh, config.sharding, config.expert_parallel)
+        frozen = abstract_base(config, weights, layout)
     if config.dry_run:
-        print(dry_run_report(config, layout, abstract_base(config, weights, layout)))
+        print(dry_run_report(config, layout, frozen))
         return 0
     process, steps, run_dir = jax.process_index(), config.train.steps, Path(config.run_dir)
     with StopRequest(clock) as stop, RunFolder(run_dir) as folder:
@@ -88,11 +89,15 @@ def main(argv: Sequence[str], extensions: Extensions = NONE) -> int:
                 keep=config.checkpoint.keep,
             )
             checkpoints.probe(state_bytes(abstract))
-            restored, _ = checkpoints.resume_from(start, abstract._asdict())
+            step_fn = None
+            if (start or 0) < steps:  # before weights are read: XLA's memory never adds to theirs
+                with clock("compile"), Watchdog(config.watchdog, run_dir), stop.requests():
+                    step_fn = compiled_step(config, layout, abstract, frozen, corpus, extensions)
+            if stop.requested:
+                return stop.exit_code
+            saved, _ = checkpoints.resume_from(start, abstract._asdict())
             folder.claim(config, corpus.tokenizer, corpus.chat_template, new=start is None)
-            state = (
-                TrainState(**restored) if restored else origin.create_state(abstract, extensions)
-            )
+            state = TrainState(**saved) if saved else origin.create_state(abstract, extensions)
             base = load_base(config, weights, layout)
         sinks = open_sinks(config, start) if process == 0 else []
         metrics = MetricsLog(
@@ -103,7 +108,7 @@ def main(argv: Sequence[str], extensions: Extensions = NONE) -> int:
                 *(config, layout, corpus, schedule, checkpoints, metrics, clock, stop),
                 *(base, extensions),
             )
-            state = train(run, state, start or 0, losses)
+            state = train(run, step_fn, state, start or 0, losses)
             if stop.requested:
                 log.warning("stopped by signal %d at step %d", stop.signal, int(state.step))
                 metrics.record(int(state.step), {"seconds": clock.seconds()})
@@ -133,18 +138,17 @@ class Run(NamedTuple):
     extensions: Extensions
 
 
-def train(run: Run, state: TrainState, start: int, losses: list[float]) -> TrainState:
+def train(run: Run, step_fn: Any, state: TrainState, start: int, losses: list[float]) -> TrainState:
     """The loop, from step `start` on; returns the last state, which has been saved."""
     config, layout, corpus, schedule, checkpoints, metrics, clock, stop, base, extensions = run
     plan, mesh, run_dir = config.train, mesh_of(state.step), Path(config.run_dir)
-    step_fn = jit_train_step(config, layout, state, base, extensions)
     evaluate = Evaluation(config, mesh, layout, corpus, base, extensions)
     flops = training_flops_per_token(config.model, plan.seq_len, mtp=True, frozen=base is not None)
     throughput = Throughput(clock, flops, list(mesh.devices.flat))
     profile = ProfileWindow(run_dir / "profile", start, plan.steps, plan.profile_steps)
     feed = partial(batches, config, extensions.data or corpus, schedule, mesh, start)
     guard, last = LossGuard(checkpoints, plan.max_nonfinite_steps, losses), None
-    with prefetch(feed) as stream, Watchdog(config.watchdog, run_dir) as watchdog, stop.saving():
+    with prefetch(feed) as stream, Watchdog(config.watchdog, run_dir) as watchdog, stop.requests():
         for step in range(start, plan.steps):
             first, done = step == start, step + 1
             is_last = done == plan.steps
@@ -155,11 +159,12 @@ def train(run: Run, state: TrainState, start: int, losses: list[float]) -> Train
             watchdog.beat()
             with clock("data"):
                 batch = next(stream)
-            with clock("compile" if first else "step"):
-                previous, (state, last) = last, step_fn(state, batch, schedule.settings(step))
+            with clock("step"):
+                settings, previous = schedule.settings(step), last
+                state, last = step_fn(state, batch, settings, base=base)
                 # One step late unless this one is looked at, so that the device need not wait.
                 jax.block_until_ready(last if logs or evaluates else previous)
-            if not first:
+            if not first:  # which warms up
                 throughput.add(schedule.rows(step) * plan.seq_len)
             guard.see(step, last, ready=logs or evaluates)
             values = step_values(state, last, schedule, step) | throughput.read() if logs else {}

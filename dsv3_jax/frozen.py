@@ -46,6 +46,8 @@ def load_frozen(config: Config, weights: Weights, layout: Layout, stored: bool =
     stored: in slices, as a run holds its state.
     """
     ours, form, checkpoint = config.model, _form_of_base(config, weights), weights.checkpoint
+    if layout.platform == "cpu":
+        return_free_memory()  # what compiling has freed
     if checkpoint is None:
         variables = read_run(weights, placed(abstract_variables(ours), layout, stored=stored))
         if form == "bf16":

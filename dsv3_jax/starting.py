@@ -29,7 +29,12 @@ from dsv3_jax.data.tokenizer import (
     load_tokenizer,
     tokenizer_file,
 )
-from dsv3_jax.interop.checkpoint import Checkpoint, is_weights_folder, open_checkpoint
+from dsv3_jax.interop.checkpoint import (
+    Checkpoint,
+    is_weights_folder,
+    open_checkpoint,
+    refuse_copies_that_differ,
+)
 from dsv3_jax.interop.import_manifest import MANIFEST as IMPORT_MANIFEST
 from dsv3_jax.interop.load import load as load_checkpoint
 from dsv3_jax.interop.published_scales import SCALES_FILE, save_published_scales
@@ -123,6 +128,7 @@ class Origin:
 
     config: Config
     weights: Weights | None
+    sha256: str | None = None  # of the weights, where they are to be read
 
     def create_state(self, abstract: TrainState, extensions: Extensions = NONE) -> TrainState:
         """The state before the first step, each leaf where the abstract one lies.
@@ -153,7 +159,7 @@ class Origin:
 
     def _keep_files(self) -> None:
         assert self.weights is not None
-        origin = {"folder": str(self.weights.folder.resolve()), "sha256": fingerprint(self.weights)}
+        origin = {"folder": str(self.weights.folder.resolve()), "sha256": self.sha256}
         if jax.process_index():
             return
         run_dir, skipped = Path(self.config.run_dir), set(TOKENIZER_FILES)
@@ -209,11 +215,18 @@ def open_origin(config: Config, weights: Weights | None, start: int | None) -> O
     """Where the run begins; `start` is the step of its own checkpoint that it goes on from.
 
     `weights` are those of config.init_from, opened. UserError where the run goes on in a folder
-    that was begun from other weights.
+    that was begun from other weights, and for MTP's copies that differ; CheckpointError where the
+    weights are a run's and none of its checkpoints is good.
     """
-    if weights is not None and start is not None:
+    if weights is None:
+        return Origin(config, None)
+    if start is not None:
         _check_record(Path(config.run_dir), weights, moved=not config.lora.rank)
-    return Origin(config, weights)
+        if not config.lora.rank:
+            return Origin(config, weights)
+    if weights.checkpoint is not None:
+        refuse_copies_that_differ(with_depths_of(config.model, weights.checkpoint))
+    return Origin(config, weights, fingerprint(weights))
 
 
 def open_base(run_dir: Path, config: Config) -> Weights:

@@ -1,6 +1,7 @@
 """Runs that begin with weights: what comes along, what is refused, what comes out again."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -10,11 +11,11 @@ import orbax.checkpoint as orbax
 import pytest
 
 import train
-from dsv3_jax import cli, loading, saving, starting
+from dsv3_jax import cli, frozen, loading, saving, starting
 from dsv3_jax.config import UserError, load_config
 from dsv3_jax.data.tokenizer import train_tokenizer
 from dsv3_jax.interop.safetensors import load_file
-from dsv3_jax.training import saved
+from dsv3_jax.training import saved, step
 from dsv3_jax.training.restore import read_meta, restore, state_sha256
 from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
 from tests.helpers import write_small_run
@@ -133,6 +134,55 @@ def test_weights_are_opened_and_hashed_once(config_file, straight_run, tmp_path,
     assert begin(config_file, tmp_path / "run", tmp_path / "none", *more) == 0
     assert opened == [str(straight_run)]
     assert hashed == [straight_run / "checkpoints" / "2"]
+
+
+LORA = ("--lora.rank", 2, "--lora.base", "fp8", "--lora.targets", "q_b_proj")
+
+
+@pytest.mark.parametrize("more", [(), LORA], ids=["all weights", "adapters"])
+def test_a_step_is_compiled_once_and_before_weights_are_read(
+    config_file, bf16_folder, tmp_path, monkeypatch, more
+):
+    done = []
+
+    def watch(module, name, what):
+        was = getattr(module, name)
+        seen = functools.wraps(was)(lambda *a, **kw: [done.append(what), was(*a, **kw)][1])
+        monkeypatch.setattr(module, name, seen)
+
+    watch(step, "train_step", "step")
+    watch(starting, "load_checkpoint", "weights")
+    watch(frozen, "load_checkpoint", "weights")
+    assert begin(config_file, tmp_path, bf16_folder, *more) == 0
+    assert done == ["step", "weights"]
+    done.clear()
+    assert begin(config_file, tmp_path, bf16_folder, *more, "--train.steps", 3) == 0
+    assert done == ["step", *["weights"] * bool(more)]
+    done.clear()
+    assert begin(config_file, tmp_path / "none", bf16_folder, *more, "--train.steps", 0) == 0
+    assert done == ["weights"]
+
+
+def test_weights_that_cannot_be_loaded_are_told_before_a_step_is_compiled(
+    config_file, bf16_folder, straight_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(train, "compiled_step", lambda *_: pytest.fail("compiled"))
+    tensors = hf_tensors(MODEL, "bf16")
+    copy = next(n for n in tensors if n.endswith(".embed_tokens.weight") and "layers" in n)
+    tensors[copy] = tensors[copy] + tensors[copy].dtype.type(1)
+    other = write_hf(tmp_path / "other", MODEL, tensors)
+    shutil.copyfile(bf16_folder / "tokenizer.json", other / "tokenizer.json")
+    damaged = tmp_path / "damaged"
+    shutil.copytree(straight_run, damaged)
+    (damaged / "checkpoints" / "2" / "state" / "_METADATA").write_text("{}")
+    for folder, error, words in [
+        (other, UserError, f"{copy} differs from the main model's"),
+        (damaged, saved.CheckpointError, "damaged"),
+    ]:
+        for more in ((), LORA):
+            with pytest.raises(error, match=words):
+                begin(config_file, tmp_path / "run", folder, *more)
+            assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_what_lies_beside_a_tokenizer_goes_with_it_and_with_no_other(

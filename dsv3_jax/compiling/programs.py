@@ -26,10 +26,10 @@ from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import Layout, make_layout, serving_layouts
 from dsv3_jax.starting import Weights
-from dsv3_jax.training.dry_run import lowered_step
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.stages import plan_stages
 from dsv3_jax.training.state import abstract_state
+from dsv3_jax.training.step_program import lowered_step
 
 ROUNDS = r"/experts/.*while$"  # the loop over rounds of an exchange, by what it comes from
 

@@ -239,16 +239,17 @@ def from_variables(
     return Checkpoint(config, tensors, folder, scale_fmt)
 
 
-def copies_differ(checkpoint: Checkpoint) -> str | None:
-    """The name of an MTP copy of the embedding or head that differs from it, or None.
+def refuse_copies_that_differ(checkpoint: Checkpoint) -> None:
+    """Raises UserError where an MTP copy of the embedding or head differs from it; reads both.
 
     Our MTP modules share both with the main model, so such a checkpoint would lose numbers.
     """
     originals = {p.path: n for n, p in checkpoint.places.items() if not p.copy}
     for name, place in checkpoint.places.items():
         if place.copy and not same_numbers(checkpoint, name, originals[place.path]):
-            return name
-    return None
+            raise UserError(
+                f"{name} differs from the main model's; MTP modules share its numbers here"
+            )
 
 
 def same_numbers(checkpoint: Checkpoint, name: str, other: str, rows: int = 1024) -> bool:

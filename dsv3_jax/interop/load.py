@@ -19,8 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.config import ModelConfig, UserError
-from dsv3_jax.interop.checkpoint import FP8, Checkpoint, Tensor, copies_differ, open_checkpoint
+from dsv3_jax.config import ModelConfig
+from dsv3_jax.interop.checkpoint import (
+    FP8,
+    Checkpoint,
+    Tensor,
+    open_checkpoint,
+    refuse_copies_that_differ,
+)
 from dsv3_jax.interop.name_map import Leaf, Place, leaves, scale_name, scale_shape
 from dsv3_jax.interop.safetensors import DTYPES, num_bytes
 from dsv3_jax.interop.stored import common_dtype, count_non_finite
@@ -39,10 +45,11 @@ from dsv3_jax.quantization.block_scaled import PER_BLOCK, BlockScaled
 # update for every norm would take longer than the rest of a small model's load.
 HOST_BYTES = 16 << 20
 PIECE_BYTES = 64 << 20  # of a matrix that is read at once
-ON_THE_WAY_BYTES = 4 * PIECE_BYTES  # read, and not yet written
+# Read, and not yet written: to another device, and on CPUs, where writing is no more than copying.
+ON_THE_WAY_BYTES, ON_THE_WAY_HERE = 4 * PIECE_BYTES, PIECE_BYTES
 # After so many read, memory that is free goes back to the system: glibc keeps what was taken in
 # pieces of less than 32 MiB, half a gigabyte of it for a model of 10 GB.
-RETURNED_AFTER_BYTES = 512 << 20
+RETURNED_AFTER_BYTES = 128 << 20
 
 # "fp8": every projection in FP8, made so as it is read where it is not stored so; the rest as
 # "stored", or as "bf16" where nothing is stored in FP8.
@@ -104,8 +111,7 @@ def load(
     process reads the matrices that its own devices need. With `as_bytes` FP8 values are uint8, as
     `block_scaled.as_bytes` makes them.
     """
-    if name := copies_differ(checkpoint):
-        raise UserError(f"{name} differs from the main model's; MTP modules share its numbers here")
+    refuse_copies_that_differ(checkpoint)
     originals = {n: p for n, p in checkpoint.places.items() if not p.copy}
     targets = _targets(checkpoint, dtype)
     arrays: dict[tuple[str, ...], dict[str, _Growing]] = {}
@@ -137,6 +143,7 @@ class _OnTheWay:
 
     def __init__(self, returns: bool):
         self._returns, self._read = returns, 0
+        self._most = ON_THE_WAY_HERE if returns else ON_THE_WAY_BYTES
         self._pieces: deque[tuple[jax.Array, int]] = deque()
         self._bytes = 0
 
@@ -145,7 +152,7 @@ class _OnTheWay:
         self._pieces.append((written, size))
         self._bytes += size
         self._read += size
-        while self._bytes > ON_THE_WAY_BYTES:
+        while self._bytes > self._most:
             written, size = self._pieces.popleft()
             written.block_until_ready()
             self._bytes -= size

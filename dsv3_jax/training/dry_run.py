@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from dsv3_jax.analysis.prediction import predict
 from dsv3_jax.config import Config
 from dsv3_jax.data.checks import problems
 from dsv3_jax.model.placement import shardings
-from dsv3_jax.parallel.mesh import batch_sharding
 from dsv3_jax.parallel.picture import draw
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.training.continuation import refusal
 from dsv3_jax.training.manifest import steps_in
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import TrainState, abstract_state
-from dsv3_jax.training.step import jit_train_step
+from dsv3_jax.training.step_program import lowered_step
 
 # One weight of each kind of cut, shown in the report.
 DRAWN = ("lm_head", "moe_layers/self_attn/o_proj", "moe_layers/mlp/experts/down_proj")
@@ -150,18 +148,6 @@ def _pictures(config: Config, layout: Layout, state: TrainState) -> list[str]:
 def _by_name(tree: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def lowered_step(config: Config, layout: Layout, state: TrainState, base: Any = None) -> Any:
-    """The step of a full batch as `train.py` runs it, lowered for the layout's devices.
-
-    They may be devices that programs are only compiled for.
-    """
-    schedule = Schedule(config)
-    shape = (schedule.max_micro_batches, schedule.micro_batch_size, config.train.seq_len + 1)
-    rows = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(layout.mesh, 1))
-    step = jit_train_step(config, layout, state)
-    return step.lower(state, rows, schedule.settings(0), base=base)
 
 
 def _bytes(tree: Any) -> int:

@@ -7,7 +7,7 @@ import jax
 
 log = logging.getLogger(__name__)
 
-# Steps before the window: compilation and warm-up are not what one looks for.
+# Steps before the window: warm-up is not what one looks for.
 SKIPPED_STEPS = 10
 
 
@@ -15,7 +15,7 @@ class ProfileWindow:
     """Traces `steps` of the steps `start` to `end` - 1 into `folder`; 0 traces none.
 
     The window begins with the tenth step, earlier where it would not fit, and never with the first,
-    which is compiled. What is traced, and what cannot be, is told on the log.
+    which warms up. What is traced, and what cannot be, is told on the log.
     """
 
     def __init__(self, folder: Path, start: int, end: int, steps: int):
@@ -24,7 +24,7 @@ class ProfileWindow:
         self._last = min(self._first + steps, end)
         traced = self._last - self._first
         if steps and traced <= 0:
-            log.warning("nothing is traced: the run has one step left, and its time is compilation")
+            log.warning("nothing is traced: the run has one step left, and that warms up")
         elif steps:
             log.info("steps %d to %d are traced into %s", self._first + 1, self._last, folder)
             if traced < steps:

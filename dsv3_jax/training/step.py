@@ -55,7 +55,6 @@ def jit_train_step(
     config: Config,
     layout: Layout,
     state: TrainState,
-    base: Any = None,
     extensions: Extensions = NONE,
 ) -> Any:
     """`train_step` of this config, compiled on its first call; it takes over the state's memory.
@@ -75,13 +74,12 @@ def jit_train_step(
     >>> callable(step)
     True
     """
-    step = jax.jit(
+    return jax.jit(
         partial(train_step, config=config, layout=layout, extensions=extensions),
         donate_argnums=0,
         out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, state), state.step.sharding),
         compiler_options=compiler_options(layout) or None,
     )
-    return step if base is None else partial(step, base=base)
 
 
 def train_step(

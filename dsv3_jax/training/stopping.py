@@ -35,13 +35,13 @@ class StopRequest:
     Call `poll` once a step, and look at `requested` between steps and between validation batches.
     With several processes a signal to any of them stops all: they learn of it at the same `poll`,
     one or two steps later, so that none of them waits in a step for another that has stopped.
-    Outside of `saving()`, before and after the loop, a signal raises Stopped instead. Use as a
+    Outside of `requests()`, before and after the loop, a signal raises Stopped instead. Use as a
     context manager: the old handlers come back at its end.
     """
 
     def __init__(self, clock: Clock) -> None:
         self.signal: int | None = None
-        self._saving = False
+        self._requests = False
         self._clock = clock
         self._received: int | None = None
         self._told = threading.Event()
@@ -79,13 +79,13 @@ class StopRequest:
         return 128 + self.signal
 
     @contextmanager
-    def saving(self) -> Iterator[None]:
-        """Inside, a signal only requests: there is something to save."""
-        self._saving = True
+    def requests(self) -> Iterator[None]:
+        """Inside, a signal only requests: to end after a step, saved, or a compilation."""
+        self._requests = True
         try:
             yield
         finally:
-            self._saving = False
+            self._requests = False
 
     def poll(self) -> None:
         """Tells the other processes of a signal, and learns of theirs."""
@@ -111,18 +111,15 @@ class StopRequest:
         self._told.set()
 
     def _what_next(self) -> str:
-        if not self._saving:
+        if not self._requests:
             return "nothing is left to save, the run ends"
         what = "after this step the run saves its state and ends"
         if self._clock.phase == "compile":
-            what = (
-                "a step is being compiled, which cannot be interrupted; the run makes that step, "
-                "saves its state and ends"
-            )
+            what = "a step is being compiled, which cannot be interrupted; after that the run ends"
         return f"{what}. A second signal ends it at once, without saving"
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._saving:
+        if self._requests:
             return
         self._told.wait(20)  # on a machine short of memory 2 s were not enough
         if _would_not_arrive(frame):

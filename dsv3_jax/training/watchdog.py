@@ -23,7 +23,7 @@ class Watchdog:
     The run counts as stuck when no beat has come for both limits of its config. Then all threads'
     stacks go to RUN/stacks.txt (stacks.N.txt of process N), once until the next beat, and with
     `exit` the process ends with code 124: a hung collective cannot be interrupted. The first limit
-    counts from the start, so that it must be longer than compiling takes.
+    counts from the start; around a compilation, which has no beats, it must be longer than that.
     """
 
     def __init__(self, config: WatchdogConfig, run_dir: str | Path):
@@ -47,7 +47,7 @@ class Watchdog:
     def beat(self) -> None:
         """A step has been made."""
         now = time.monotonic()
-        if self._beats:  # the first interval is mostly compiling
+        if self._beats:  # what comes before the first one is no step
             self._intervals.append(now - self._last)
         self._last, self._told, self._beats = now, False, self._beats + 1
 

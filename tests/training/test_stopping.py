@@ -20,7 +20,7 @@ from dsv3_jax.training.stopping import StopRequest
 set_up_logging()
 sleep = ctypes.CDLL(None).usleep
 clock = Clock()
-with StopRequest(clock) as stop, stop.saving(), clock("compile"):
+with StopRequest(clock) as stop, stop.requests(), clock("compile"):
     print("compiling", flush=True)
     for _ in range({calls}):
         sleep(900_000)
