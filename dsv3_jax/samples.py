@@ -10,6 +10,7 @@ import jax
 from dsv3_jax.config import Config
 from dsv3_jax.data.corpus import Corpus
 from dsv3_jax.inference.generate import generate
+from dsv3_jax.interop.load import return_free_memory
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.training.state import TrainState, variables_of
 
@@ -35,6 +36,8 @@ def write_sample(
         return
     length = min(PROMPT_TOKENS, len(corpus.val), config.train.seq_len)
     prompt = corpus.val.slice(0, length).tolist()
+    if layout.platform == "cpu":
+        return_free_memory()  # what validation was compiled in: a text's programs are compiled now
     tokens = generate(
         variables_of(state.params, state.router, base, config),
         [prompt],
