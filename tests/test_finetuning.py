@@ -77,20 +77,6 @@ def prepare(chat, out, hf, *more):
     return cli.main([*map(str, argv)])
 
 
-def test_from_a_folder_and_conversations_to_a_lower_loss(hf, config_file, tmp_path):
-    chat = write_lines(tmp_path / "chat.jsonl", [talk("one", "two"), talk("three", "four of a")])
-    prepare(chat, tmp_path / "data", hf)
-    run = tmp_path / "run"
-    argv = ["--config", config_file, "--init-from", hf, "--data.path", tmp_path / "data"]
-    assert train.main([*map(str, argv), "--run-dir", str(run)]) == 0
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["ce"] for line in lines if "ce" in line]
-    assert len(losses) == 3 and losses[-1] < losses[0]
-    assert [line for line in lines if "val_loss" in line]
-    template = (run / "chat_template.jinja").read_text()
-    assert template == (tmp_path / "data" / "chat_template.jinja").read_text()
-
-
 @pytest.fixture(scope="module")
 def lora_run(hf, config_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lora")
@@ -366,6 +352,9 @@ def _first(command, argv):
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--train.steps 3 --train.seq-len 48 --train.batch-size 2 --optimizer.learning-rate 1e-2"
+SMALL += (
+    " --train.log-every 1 --train.eval-every 3 --train.eval-batches 1 --schedule.warmup-steps 0"
+)
 
 
 def documented_commands() -> list[list[str]]:
@@ -393,6 +382,16 @@ def by_the_docs(hf, tmp_path_factory):
                 assert words[:2] == ["-m", "dsv3_jax"]
                 cli.main(words[2:])
     return folder
+
+
+def test_the_documented_commands_lower_the_loss(by_the_docs):
+    run = by_the_docs / "RUN"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["ce"] for line in lines if "ce" in line]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert [line for line in lines if "val_loss" in line]
+    template = (run / "chat_template.jinja").read_text()
+    assert template == (by_the_docs / "chat" / "chat_template.jinja").read_text()
 
 
 def test_the_documented_commands_tune_and_export(by_the_docs):

@@ -117,10 +117,14 @@ def test_a_trained_block_gets_a_new_scale_and_the_others_keep_theirs(make_folder
     assert np.abs(dequantize_rows(*found, "F32") - rows).max() < 0.07 * np.abs(rows).max()
 
 
+AVERAGED = ("--optimizer.average-decay", 0.5)
+
+
 @pytest.fixture(scope="module")
 def straight_run(config_file, bf16_folder, tmp_path_factory):
+    """Two steps, with a moving average."""
     run = tmp_path_factory.mktemp("runs") / "straight"
-    assert begin(config_file, run, bf16_folder) == 0
+    assert begin(config_file, run, bf16_folder, *AVERAGED) == 0
     return run
 
 
@@ -203,23 +207,15 @@ def test_what_lies_beside_a_tokenizer_goes_with_it_and_with_no_other(
     assert (run / "chat_template.jinja").exists()
 
 
-@pytest.fixture(scope="module")
-def averaged_run(config_file, bf16_folder, tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "averaged"
-    more = ("--optimizer.average-decay", 0.5, "--train.steps", 1)
-    assert begin(config_file, run, bf16_folder, *more) == 0
-    return run
-
-
 @pytest.mark.parametrize(
     "read",
     [
         loading.load,
-        lambda run: loading.open_run(run, "1").read(),
+        lambda run: loading.open_run(run, "2").read(),
         lambda run: loading.open_run(run, "auto").read_average(),
     ],
 )
-def test_a_step_is_hashed_once_and_read_once(averaged_run, monkeypatch, read):
+def test_a_step_is_hashed_once_and_read_once(straight_run, monkeypatch, read):
     hashed, restored = [], []
     was_damage, was_restore = saved.damage, orbax.Checkpointer.restore
     monkeypatch.setattr(saved, "damage", lambda f: [hashed.append(f), was_damage(f)][1])
@@ -227,7 +223,7 @@ def test_a_step_is_hashed_once_and_read_once(averaged_run, monkeypatch, read):
         *(orbax.Checkpointer, "restore"),
         lambda *given, **more: [restored.append(given), was_restore(*given, **more)][1],
     )
-    read(averaged_run)
+    read(straight_run)
     assert len(hashed) == len(restored) == 1
 
 
@@ -253,7 +249,7 @@ def load_config_of(run):
 def test_resumed_is_bitwise_what_ran_through(config_file, bf16_folder, straight_run, tmp_path):
     run = tmp_path / "run"
     for steps in (0, 2):
-        assert begin(config_file, run, bf16_folder, "--train.steps", steps) == 0
+        assert begin(config_file, run, bf16_folder, *AVERAGED, "--train.steps", steps) == 0
     assert state_sha256(state_of(run, 2)) == state_sha256(state_of(straight_run, 2))
     assert int(read_meta(run / "checkpoints")[0]) == 2
 
@@ -388,9 +384,10 @@ def test_a_config_that_names_its_weights_says_the_model(bf16_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_moving_average_is_kept_and_exported(averaged_run, config_file, bf16_folder, tmp_path):
+def test_a_moving_average_is_kept_and_exported(config_file, bf16_folder, tmp_path):
     """With a decay of 0.5, after one step: the mean of the first weights and the last."""
-    run = averaged_run
+    run = tmp_path / "run"
+    assert begin(config_file, run, bf16_folder, *AVERAGED, "--train.steps", 1) == 0
     for name, options in (("last", []), ("average", ["--ema"])):
         cli.main(["export-hf", str(run), str(tmp_path / name), *options])
     first, last, average = (

@@ -19,6 +19,7 @@ from dsv3_jax.config import load_config
 from dsv3_jax.model.transformer import init_variables
 from dsv3_jax.training.manifest import steps_in
 from dsv3_jax.training.restore import read_meta, restore, state_sha256
+from tests.cases import in_every_run
 from tests.helpers import write_small_run
 
 ROOT = Path(__file__).parent.parent
@@ -99,13 +100,17 @@ def test_a_run_leaves_what_people_rely_on(finished_run):
     assert all(abs(sum(load) - 1) < 0.01 for load in loads)
 
 
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(config_file, finished_run, tmp_path):
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one_also_without_matplotlib(
+    config_file, finished_run, tmp_path, monkeypatch, caplog
+):
     run = tmp_path / "resumed"
     argv = ["--config", str(config_file), "--run-dir", str(run)]
     assert train.main(argv) == 0
     newest = run / "checkpoints" / "4"
     newest.rename(tmp_path / "set-aside")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert train.main(argv) == 0
+    assert "no plots: plots need matplotlib" in caplog.text
     first, second = lines_of(finished_run), lines_of(run)
     for line, again in zip(first[:4], second[:4], strict=True):
         assert line["loss"] == again["loss"]
@@ -162,7 +167,7 @@ def test_infer_streams_text_after_the_prompt(finished_run, capsys):
     assert capsys.readouterr().out == first, "the same seed writes the same text"
 
 
-@pytest.mark.parametrize("load", ["logged", "prompts"])
+@pytest.mark.parametrize("load", in_every_run(["logged", "prompts"], "prompts"))
 def test_infer_with_redundant_experts_says_the_same(load, finished_run, capsys):
     argv = ["--checkpoint", str(finished_run), "--max-new-tokens", "5", "--temperature", "0"]
     argv += ["--token-ids", "256,84,104"]
@@ -339,17 +344,6 @@ def test_another_batch_goes_on_behind_the_rows_that_were_read(
     rows = read_meta(finished_run / "checkpoints")[1]["position"]["row"] + 6
     assert meta["position"] == {"step": 7, "row": rows, "tokens": tokens[-1]}
     assert any((run / "tensorboard").iterdir())
-
-
-def test_a_finished_run_without_matplotlib_ends_well(
-    config_file, finished_run, tmp_path, monkeypatch, caplog
-):
-    run = tmp_path / "plain"
-    shutil.copytree(finished_run, run)
-    (run / "checkpoints" / "4").rename(tmp_path / "4")
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert train.main(["--config", str(config_file), "--run-dir", str(run)]) == 0
-    assert "no plots: plots need matplotlib" in caplog.text
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
