@@ -143,7 +143,10 @@ def test_weights_are_opened_and_hashed_once(config_file, straight_run, tmp_path,
 LORA = ("--lora.rank", 2, "--lora.base", "fp8", "--lora.targets", "q_b_proj")
 
 
-@pytest.mark.parametrize("more", [(), LORA], ids=["all weights", "adapters"])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param((), id="all weights", marks=pytest.mark.slow), pytest.param(LORA, id="adapters")],
+)
 def test_a_step_is_compiled_once_and_before_weights_are_read(
     config_file, bf16_folder, tmp_path, monkeypatch, more
 ):

@@ -123,7 +123,7 @@ def schedules(number: int):
     return lambda test: how(given(ARRIVALS, st.integers(0, 30))(test))
 
 
-@schedules(50)
+@schedules(15)
 def test_any_schedule_writes_what_each_request_writes_alone(arrivals, fewer_pages):
     check_a_schedule(arrivals, fewer_pages, fp8_cache=False)
 

@@ -96,6 +96,7 @@ def test_weights_held_as_fp8_are_cut_between_tiles():
     assert parts("mlp", "experts", "down_proj") == [(1, 2, 24, 256), (1, 2, 1, 2)]
 
 
+@pytest.mark.slow
 def test_prefill_and_decoding_equal_one_device():
     tokens = random_tokens(MODEL, 2, 8)
     new = random_tokens(MODEL, 2, 1, seed=5)

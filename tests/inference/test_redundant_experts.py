@@ -71,7 +71,7 @@ def test_prefill_and_decode_use_the_replicas():
     np.testing.assert_array_equal(list(generate(served, prompts, CONFIG, max_new_tokens=4)), want)
 
 
-@pytest.mark.parametrize("transport", in_every_run(["allgather", "padded"], "padded"))
+@pytest.mark.parametrize("transport", in_every_run(["allgather", "padded"]))
 def test_replicas_on_a_mesh_give_the_logits_of_one_device(run, transport):
     """Two nodes of two devices, three places on each; the plan keeps groups on their nodes."""
     mesh = make_mesh(ParallelConfig(node=2, local=2))
