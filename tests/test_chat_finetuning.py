@@ -42,7 +42,7 @@ TALKS = {
     "May I go?": "Yes, you may go now.",
     "Say nothing.": "...",
 }
-# The rate falls, so that no step near the end undoes what was learned: at 1e-2 throughout, one does.
+# The rate falls, so that no late step undoes what was learned: at 1e-2 throughout, one does.
 HOW = """--config configs/finetune.py --train.seq-len 96 --optimizer.learning-rate 1e-2
     --schedule.decay-start 0.4 --schedule.decay-end 0.95
     --schedule.bias-update-speed 0 --train.eval-every 80"""

@@ -49,10 +49,10 @@ def embed(
 
 @jax.custom_vjp
 def _take_few(table_VD: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """The tokens' rows of the table, one of fewer than V tokens' gradient read by its rows.
+    """The rows of fewer tokens than the table has rows, their gradient never written whole.
 
-    The table's gradient is zero but for as many rows as there are tokens. It is read from these,
-    and one of zeros, wherever XLA reads it; no array of V rows is filled and added to.
+    The table's gradient is zero but for as many rows as there are tokens. It is looked up among
+    these, and one of zeros, wherever XLA reads it; no array of V rows is filled and added to.
     """
     return jnp.take(table_VD, tokens, axis=0)
 
