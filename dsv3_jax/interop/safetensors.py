@@ -56,7 +56,7 @@ _MAX_DIMS = 16
 _PIECE, _MAX_PIECE = 1 << 16, 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """Where a tensor lies in a file: enough to read any of its rows, with nothing held open."""
 
@@ -277,7 +277,7 @@ def _checked_entry(path: Path, name: str, entry: Any, data: int) -> StoredTensor
 
 
 def _entry_problem(entry: Any) -> str | None:
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         return "must have dtype, shape and data_offsets"
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
@@ -293,11 +293,11 @@ def _entry_problem(entry: Any) -> str | None:
 
 def _check_layout(path: Path, tensors: dict[str, StoredTensor], data: int, file_size: int) -> None:
     expected = data
-    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].nbytes)):
-        if tensor.start != expected:
-            what = "overlaps the one before it" if tensor.start < expected else "leaves a gap"
+    for start, size, name in sorted((t.start, t.nbytes, name) for name, t in tensors.items()):
+        if start != expected:
+            what = "overlaps the one before it" if start < expected else "leaves a gap"
             raise UserError(f"{path}: tensor {shown(name)} {what}")
-        expected = tensor.start + tensor.nbytes
+        expected = start + size
     if expected != file_size:
         raise UserError(
             f"{path}: has {file_size} bytes, but its header describes {expected}: "
@@ -310,9 +310,12 @@ def _check_layout(path: Path, tensors: dict[str, StoredTensor], data: int, file_
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in values)
+    if not isinstance(values, list) or not {int}.issuperset(map(type, values)):
+        return False
+    return not values or (min(values) >= 0 and max(values) < 1 << 63)
 
 
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _DECODER = json.JSONDecoder(object_pairs_hook=no_duplicates)
 # Between two entries. Within a string it would need its quotation mark escaped.
 _BORDER = re.compile(r"\}\s*,\s*\"")

@@ -178,18 +178,21 @@ from dsv3_jax.interop.safetensors import read_header
 def most(): return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 before = most()
 start = time.process_time()
+for _ in range(10_000_000): pass
+unit = time.process_time() - start  # a quarter of a second on a core that nothing else slows
+start = time.process_time()
 try:
     read_header(sys.argv[1]) if sys.argv[1].endswith("safetensors") else read_json(
         Path(sys.argv[1]), 32 << 20)
 except UserError as error:
     print(str(error)[:200])
 after = most()
-print((after - before) >> 10, after >> 10, time.process_time() - start)
+print((after - before) >> 10, after >> 10, (time.process_time() - start) / unit)
 """
 
 
 def test_a_file_of_50_mb_takes_neither_memory_nor_time(tmp_path):
-    """1.8 GB and 37 s, when it was parsed first and looked at then."""
+    """1.8 GB and 37 s, when it was parsed first and looked at then. 20 units are about 5 s."""
     lists = b'{"a":[' + b"[]," * (31 << 20 >> 2) + b"[]]}"
     texts = {
         "long.safetensors": b'{"a":[' + b"[]," * (50 << 20 >> 2) + b"[]]}",
@@ -209,6 +212,6 @@ def test_a_file_of_50_mb_takes_neither_memory_nor_time(tmp_path):
         (tmp_path / name).write_bytes(header + text)
         command = [sys.executable, "-c", HOSTILE, str(tmp_path / name)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-        grown, most, seconds = map(float, done.stdout.splitlines()[-1].split())
-        assert most < 300 and seconds < 5, f"{name}: {done.stdout}, grew by {grown} MiB"
+        grown, most, units = map(float, done.stdout.splitlines()[-1].split())
+        assert most < 300 and units < 20, f"{name}: {done.stdout}, grew by {grown} MiB"
         (tmp_path / name).unlink()
