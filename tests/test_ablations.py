@@ -55,6 +55,7 @@ def test_variants_differ_in_one_choice_and_cache_the_same_bytes(ablations):
     assert all(config.validate() for config in configs.values())
 
 
+@pytest.mark.slow
 def test_grouped_queries_train_all_but_the_selection(ablations):
     config = ablations.BASELINE
     shapes = ds.abstract_variables(config.model)["params"]

@@ -76,7 +76,7 @@ def test_router_functions_of_other_shapes_are_refused(variables):
         jax.eval_shape(lambda v: ds.forward(v, random_tokens(MODEL, 2, 12), how), variables)
 
 
-@pytest.mark.parametrize("mesh", [None, {"context": 2}])
+@pytest.mark.parametrize("mesh", in_every_run([None, {"context": 2}], None))
 def test_a_bias_of_no_effect_changes_nothing_and_a_window_hides_the_past(variables, mesh):
     tokens = random_tokens(MODEL, 2, 12)
     layout = ds.ONE_DEVICE
@@ -109,7 +109,8 @@ def test_a_bias_of_no_effect_changes_nothing_and_a_window_hides_the_past(variabl
     assert np.abs(hidden(None, changed)[:, 3:] - plain[:, 3:]).max() > 1e-3
 
 
-@pytest.mark.parametrize("per_head", in_every_run([False, True], True))
+@pytest.mark.slow
+@pytest.mark.parametrize("per_head", [False, True])
 def test_a_bias_holds_when_decoding_too(variables, per_head):
     tokens = random_tokens(MODEL, 2, 12)
 
@@ -158,6 +159,7 @@ def test_the_default_path_is_one_program_with_and_without_the_argument():
     assert lowered[0] == lowered[1]
 
 
+@pytest.mark.slow
 def test_an_own_loss_is_the_loss_and_moves_the_weights():
     config = tiny_config(WITHOUT_MTP)
     rows = random_tokens(MODEL, 1, 4, 10)

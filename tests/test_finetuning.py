@@ -113,6 +113,7 @@ def test_a_lora_run_begins_with_an_own_optimizer(lora_run):
         abstract_state(averaging, layout, own)
 
 
+@pytest.mark.slow
 def test_a_lora_run_is_read_and_exported(lora_run, hf, tmp_path):
     """Its own logits, those of the merged export, and the adapter's matrices by peft's names."""
     run, _ = lora_run
@@ -267,6 +268,7 @@ def test_files_without_conversations(hf, tmp_path):
         prepare(text, tmp_path / "data", hf, "--chat-template", tmp_path / "t.jinja")
 
 
+@pytest.mark.slow
 def test_conversations_longer_than_a_row(hf, config_file, tmp_path):
     chat = write_lines(tmp_path / "chat.jsonl", [talk("one", "four " * 80)])
     prepare(chat, tmp_path / "data", hf)
@@ -384,6 +386,7 @@ def by_the_docs(hf, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_documented_commands_lower_the_loss(by_the_docs):
     run = by_the_docs / "RUN"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -394,6 +397,7 @@ def test_the_documented_commands_lower_the_loss(by_the_docs):
     assert template == (by_the_docs / "chat" / "chat_template.jinja").read_text()
 
 
+@pytest.mark.slow
 def test_the_documented_commands_tune_and_export(by_the_docs):
     before, after = (
         load_hf(by_the_docs / name, dtype="f32")[1]["params"] for name in ("MODEL", "TUNED")

@@ -39,6 +39,7 @@ def run(monkeypatch, tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_speculation_says_the_same_and_reports_what_it_accepted(run):
     prompts = ["--prompt", "a bad", "--temperature", "0.7"]
     want = run(*prompts).out
@@ -67,6 +68,7 @@ def test_chat_prompts_go_through_the_template_and_answers_stand_alone(run, tmp_p
     assert shown.out == bytes(int(i) for i in want).decode() + "\n"
 
 
+@pytest.mark.slow
 def test_without_a_prompt_chat_is_a_conversation_with_a_history(run, monkeypatch, tmp_path):
     template = tmp_path / "chat.jinja"
     template.write_text(
@@ -98,6 +100,7 @@ BATCH = [
 ]
 
 
+@pytest.mark.slow
 def test_a_file_of_requests_is_completed_and_goes_on_where_it_stopped(run, tmp_path):
     file, out = tmp_path / "requests.jsonl", tmp_path / "done.jsonl"
     file.write_text("\n".join(map(json.dumps, BATCH)))

@@ -42,6 +42,7 @@ def bytes_on(device, arrays) -> int:
     return sum({data.unsafe_buffer_pointer(): data.nbytes for data in there}.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fp8", [False, True])
 def test_no_device_ever_holds_more_than_its_part(folder, fp8, monkeypatch):
     monkeypatch.setattr(loader, "HOST_BYTES", 1 << 16)  # larger parts grow on their devices

@@ -143,9 +143,9 @@ def test_weights_are_opened_and_hashed_once(config_file, straight_run, tmp_path,
 LORA = ("--lora.rank", 2, "--lora.base", "fp8", "--lora.targets", "q_b_proj")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "more",
-    [pytest.param((), id="all weights", marks=pytest.mark.slow), pytest.param(LORA, id="adapters")],
+    "more", [pytest.param((), id="all weights"), pytest.param(LORA, id="adapters")]
 )
 def test_a_step_is_compiled_once_and_before_weights_are_read(
     config_file, bf16_folder, tmp_path, monkeypatch, more
@@ -249,6 +249,7 @@ def load_config_of(run):
     return config_from_dict(json.loads((run / "config.json").read_text()))
 
 
+@pytest.mark.slow
 def test_resumed_is_bitwise_what_ran_through(config_file, bf16_folder, straight_run, tmp_path):
     run = tmp_path / "run"
     for steps in (0, 2):

@@ -19,7 +19,6 @@ from dsv3_jax.config import load_config
 from dsv3_jax.model.transformer import init_variables
 from dsv3_jax.training.manifest import steps_in
 from dsv3_jax.training.restore import read_meta, restore, state_sha256
-from tests.cases import in_every_run
 from tests.helpers import write_small_run
 
 ROOT = Path(__file__).parent.parent
@@ -100,6 +99,7 @@ def test_a_run_leaves_what_people_rely_on(finished_run):
     assert all(abs(sum(load) - 1) < 0.01 for load in loads)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one_also_without_matplotlib(
     config_file, finished_run, tmp_path, monkeypatch, caplog
 ):
@@ -146,6 +146,7 @@ def test_sigterm_saves_and_exits_143_and_the_run_goes_on(config_file, tmp_path):
     assert steps[-1] == lines_of(run)[-1]["step"]
 
 
+@pytest.mark.slow
 def test_infer_continues_prompts_of_different_lengths(finished_run, capsys):
     argv = ["--checkpoint", str(finished_run), "--max-new-tokens", "5", "--temperature", "0"]
     assert infer.main([*argv, "--token-ids", "256,84,104", "--token-ids", "256,84"]) == 0
@@ -158,6 +159,7 @@ def test_infer_continues_prompts_of_different_lengths(finished_run, capsys):
     assert all(0 <= int(token) < 272 for line in alone for token in line.split(","))
 
 
+@pytest.mark.slow
 def test_infer_streams_text_after_the_prompt(finished_run, capsys):
     argv = ["--checkpoint", str(finished_run), "--max-new-tokens", "4", "--prompt", "The quick"]
     assert infer.main(argv) == 0
@@ -167,7 +169,8 @@ def test_infer_streams_text_after_the_prompt(finished_run, capsys):
     assert capsys.readouterr().out == first, "the same seed writes the same text"
 
 
-@pytest.mark.parametrize("load", in_every_run(["logged", "prompts"], "prompts"))
+@pytest.mark.slow
+@pytest.mark.parametrize("load", ["logged", "prompts"])
 def test_infer_with_redundant_experts_says_the_same(load, finished_run, capsys):
     argv = ["--checkpoint", str(finished_run), "--max-new-tokens", "5", "--temperature", "0"]
     argv += ["--token-ids", "256,84,104"]
@@ -190,6 +193,7 @@ def test_infer_with_redundant_experts_on_a_mesh_says_the_same(finished_run, monk
     assert "do not divide over 4 devices" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_infer_holds_a_run_in_fp8(finished_run, capsys):
     argv = ["--checkpoint", str(finished_run), "--max-new-tokens", "3", "--temperature", "0"]
     assert infer.main([*argv, "--token-ids", "256,84,104", "--fp8"]) == 0
@@ -210,6 +214,7 @@ def test_dry_run_shows_shapes_and_memory_and_trains_nothing(config_file, tmp_pat
     assert not run.exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_stops_and_says_so(config_file, tmp_path, monkeypatch, capsys):
     argv = ["--config", config_file, "--run-dir", tmp_path / "run", "--train.steps", 6]
     argv += ["--optimizer.learning-rate", "1e38", "--train.max-nonfinite-steps", 2]

@@ -191,6 +191,7 @@ print((after - before) >> 10, after >> 10, (time.process_time() - start) / unit)
 """
 
 
+@pytest.mark.slow
 def test_a_file_of_50_mb_takes_neither_memory_nor_time(tmp_path):
     """1.8 GB and 37 s, when it was parsed first and looked at then. 20 units are about 5 s."""
     lists = b'{"a":[' + b"[]," * (31 << 20 >> 2) + b"[]]}"

@@ -161,6 +161,7 @@ def measured(path):
     return "\n".join(said), int(most)
 
 
+@pytest.mark.slow
 def test_a_line_of_600_mib_in_a_small_file_takes_no_memory(tmp_path):
     path = tmp_path / "bomb.jsonl.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:
@@ -177,6 +178,7 @@ def test_many_commas_in_a_text_are_no_values(tmp_path):
     assert read(path) == ['",{[\\' * (1 << 20)]
 
 
+@pytest.mark.slow
 def test_parquet_that_would_swell_is_refused_or_read_in_little_memory(tmp_path):
     long = "x" * (8 << 20)
     told = {

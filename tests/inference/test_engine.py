@@ -123,6 +123,7 @@ def schedules(number: int):
     return lambda test: how(given(ARRIVALS, st.integers(0, 30))(test))
 
 
+@pytest.mark.slow
 @schedules(15)
 def test_any_schedule_writes_what_each_request_writes_alone(arrivals, fewer_pages):
     check_a_schedule(arrivals, fewer_pages, fp8_cache=False)
@@ -135,6 +136,7 @@ def test_many_schedules_write_what_each_request_writes_alone(fp8_cache, arrivals
     check_a_schedule(arrivals, fewer_pages, fp8_cache)
 
 
+@pytest.mark.slow
 def test_the_schedules_had_chunks_shared_prefixes_preemptions_and_cancellations():
     engine = engine_of(fp8_cache=False)
     for fewer_pages in (0, 30):

@@ -116,7 +116,8 @@ def test_prefill_and_decoding_equal_one_device():
     assert cache.sharding.shard_shape(cache.shape) == (1, 1, 8, 12), "its rows of its sequences"
 
 
-@pytest.mark.parametrize("fp8", in_every_run([False, True], True))
+@pytest.mark.slow
+@pytest.mark.parametrize("fp8", [False, True])
 def test_pages_on_a_mesh_hold_each_device_s_own_sequences(fp8):
     """Of one and of two pages, three on each of two groups; pages are whole over context."""
     layout, long = layout_of(local=2, context=2, tensor=2), random_tokens(MODEL, 1, 70)[0].tolist()
@@ -158,6 +159,7 @@ def test_weights_are_read_where_they_are_used():
     assert placed["lm_head"].sharding.shard_shape((40, 24)) == (20, 24)
 
 
+@pytest.mark.slow
 def test_two_micro_batches_write_the_tokens_of_one():
     """Each half of a device's sequences has its own exchange, and every text stays what it was."""
     layout = layout_of(node=2, local=2)

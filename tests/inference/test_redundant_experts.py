@@ -64,6 +64,7 @@ def test_any_order_of_places_gives_the_same_logits(run):
     assert relative_error(got, want) < TOLERANCE["f32_reordered"]
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_use_the_replicas():
     prompts = [row.tolist() for row in TOKENS]
     served = replicate_experts(VARIABLES, skewed_plan(LAYERS), CONFIG)
@@ -138,7 +139,8 @@ def test_measured_load_counts_what_the_router_chose(run):
 MESH = {"node": 2, "local": 2}
 
 
-@pytest.mark.parametrize("sizes", in_every_run([{}, MESH], MESH), ids=["one device", "mesh"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{}, MESH], ids=["one device", "mesh"])
 def test_generation_counts_what_a_pass_over_its_tokens_counts(run, sizes, tmp_path):
     """Not the copies that fill a mesh, not padding, and not the last tokens, which are not fed."""
     prompts = [TOKENS[0, :5].tolist(), TOKENS[1, :3].tolist()]
@@ -159,6 +161,7 @@ def test_generation_counts_what_a_pass_over_its_tokens_counts(run, sizes, tmp_pa
     np.testing.assert_allclose(logged_load(tmp_path / "load.jsonl"), fractions)
 
 
+@pytest.mark.slow
 def test_sequences_that_have_ended_count_no_more():
     prompts = [TOKENS[0, :5].tolist()]
     first = int(next(generate(VARIABLES, prompts, CONFIG, max_new_tokens=1))[0])

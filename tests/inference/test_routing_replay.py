@@ -17,6 +17,7 @@ CONFIG = tiny_model(eos_token_id=())
 VARIABLES = random_variables(CONFIG)
 PROMPTS = [row[:n].tolist() for row, n in zip(random_tokens(CONFIG, 2, 9), (9, 4), strict=True)]
 LENGTH = 16
+MESH = {"node": 2, "context": 2}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,8 @@ def logprobs_of(variables, ids, experts, how):
     return picked, outputs.stats.experts
 
 
-@pytest.mark.parametrize("sizes", [{}, {"node": 2, "context": 2}], ids=["one device", "mesh"])
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{}, MESH], ids=["one device", "mesh"])
 def test_replayed_log_probabilities_are_generation_s(sizes, completions):
     ids, experts = batch_of(completions)
     layout = Layout(make_mesh(ParallelConfig(**sizes)), expert=ExpertParallelConfig())
@@ -89,6 +91,7 @@ def test_other_experts_than_the_router_s_are_used_as_told(completions):
     assert np.abs(free - want).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_experts_of_more_groups_than_the_router_takes_are_replayed_on_a_mesh(completions):
     """Four nodes hold a group each; a token told three groups is sent to all three."""
     ids, experts = (np.concatenate([x, x], axis) for x, axis in zip(batch_of(completions), (0, 1)))

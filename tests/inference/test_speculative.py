@@ -66,7 +66,8 @@ def test_speculation_changes_no_token(modules, drafts, paged, temperature):
     np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("modules", in_every_run([1, 2], 1))
+@pytest.mark.slow
+@pytest.mark.parametrize("modules", [1, 2])
 def test_drafts_that_agree_are_all_kept(modules):
     config = CONFIG if modules == 1 else TWO
     model = agreeing_variables(modules)
@@ -78,6 +79,7 @@ def test_drafts_that_agree_are_all_kept(modules):
     assert done.drafted == done.accepted == [2, 2, 2]
 
 
+@pytest.mark.slow
 def test_the_first_draft_of_every_step_is_the_module_s_own():
     """Against `forward` of the whole text: its MTP logits at the row before the newest token."""
     checked, prompt = [], random_tokens(CONFIG, 1, 9, seed=3)[0].tolist()  # seven are accepted
@@ -160,6 +162,7 @@ def test_draws_with_speculation_have_the_model_s_own_distribution():
     assert statistic > 2 * limit
 
 
+@pytest.mark.slow
 def test_a_text_ends_within_a_step_that_wrote_more():
     """All drafts agree, and the second token of a step ends the text, or the number asked for."""
     model = agreeing_variables()

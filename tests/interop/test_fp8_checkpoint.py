@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 import infer
 from dsv3_jax import loading
@@ -35,6 +36,7 @@ def test_weights_held_here_are_those_of_an_fp8_export(make_hf, tmp_path):
         np.testing.assert_allclose(held[path].scales, expected.scales, rtol=1.2e-7, err_msg=path)
 
 
+@pytest.mark.slow
 def test_infer_keeps_a_published_fp8_checkpoint_in_fp8(make_hf, capsys):
     folder, _, tensors = make_hf("fp8")
     assert stores_fp8(open_hf(folder))

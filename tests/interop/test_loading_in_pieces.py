@@ -14,9 +14,11 @@ from dsv3_jax.model.fp8_weights import to_fp8_weights
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import make_layout
+from tests.cases import matrix
 from tests.fixtures.interop.tiny import TINY, hf_tensors, write_hf
 
 # More than one block of rows in most matrices.
+MESH = {"data": 2, "local": 2}
 MODEL = dataclasses.replace(TINY, hidden_size=320, num_hidden_layers=2)
 
 
@@ -26,8 +28,7 @@ def checkpoint(tmp_path_factory):
     return open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("dtype", ["fp8", "bf16"])
-@pytest.mark.parametrize("axes", [{}, {"data": 2, "local": 2}], ids=str)
+@pytest.mark.parametrize("dtype, axes", matrix(["fp8", "bf16"], [MESH, {}]), ids=str)
 def test_pieces_make_the_whole(checkpoint, monkeypatch, dtype, axes):
     want = load(checkpoint, dtype=dtype)
     mesh = make_mesh(ParallelConfig(**axes), jax.devices()[: 4 if axes else 1])
@@ -45,7 +46,8 @@ def test_pieces_make_the_whole(checkpoint, monkeypatch, dtype, axes):
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-@pytest.mark.parametrize("axes", [{}, {"data": 2, "local": 2}], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", [{}, MESH], ids=str)
 def test_fp8_made_of_pieces_is_fp8_made_of_the_whole(tmp_path, monkeypatch, caplog, axes):
     """No stack is there in BF16, and numbers that are not finite are told as ever."""
     tensors = hf_tensors(MODEL, "bf16")

@@ -64,6 +64,7 @@ def plain_gradient(params):
     )(params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["f32", "fp8"])
 def test_the_model_is_that_of_the_merged_weights(form):
     """Loss and gradients: those of A and B follow from the merged weights' by the chain rule."""

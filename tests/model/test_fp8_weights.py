@@ -142,6 +142,7 @@ def plain(variables, held):
     return dequantized(held, variables)
 
 
+@pytest.mark.slow
 def test_logits_are_near_those_of_the_dequantised_weights(model, held, plain, run):
     """The only difference is the activations' quantisation, some 2.6 % a product."""
     tokens = random_tokens(model, 4, 12)
@@ -150,6 +151,7 @@ def test_logits_are_near_those_of_the_dequantised_weights(model, held, plain, ru
         assert 0.005 < relative(logits, exact) < 0.15, relative(logits, exact)
 
 
+@pytest.mark.slow
 def test_tokens_are_those_of_the_dequantised_weights_but_for_near_ties(model, held, plain, run):
     """Where greedy choices part, the other token's logit lies within the format's error."""
     prompts = random_tokens(model, 4, 6)

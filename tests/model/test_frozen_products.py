@@ -28,7 +28,6 @@ from dsv3_jax.quantization.block_scaled import (
 )
 from dsv3_jax.training.loss import training_loss
 from dsv3_jax.training.state import variables_of
-from tests.cases import in_every_run
 from tests.helpers import (
     TOLERANCE,
     random_tokens,
@@ -143,7 +142,8 @@ def in_bytes(tree):
     )
 
 
-@pytest.mark.parametrize("remat", in_every_run(["full", "none", "v3"], "full"))
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "none", "v3"])
 def test_a_model_is_the_same_with_its_base_in_bytes(remat):
     model = tiny_model(num_hidden_layers=2, first_k_dense_replace=0, num_nextn_predict_layers=0)
     base = jax.jit(partial(to_fp8_weights, config=model))(random_variables(model))
@@ -155,6 +155,7 @@ def test_a_model_is_the_same_with_its_base_in_bytes(remat):
     assert relative_error(of_bytes, of_fp8) < TOLERANCE["f32_gradient"]
 
 
+@pytest.mark.slow
 def test_no_layer_is_dequantised_whole():
     """Nor cut from its stack, nor widened to float16, which XLA:CPU does with float8."""
     model = tiny_model(

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from dsv3_jax.config import Config
 from dsv3_jax.model.transformer import init_variables
@@ -11,6 +12,7 @@ from dsv3_jax.training.state import abstract_state, create_state
 from tests.helpers import tiny_model
 
 
+@pytest.mark.slow
 def test_init_is_one_program_with_the_numbers_of_a_run(caplog):
     config = Config(model=tiny_model(num_hidden_layers=2), seed=3)
     key = jax.random.key(config.seed)

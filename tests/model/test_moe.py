@@ -214,6 +214,7 @@ def test_expert_ffn_equals_all_experts(experts_TK):
     assert relative_error(got_gradients, want_gradients) < TOLERANCE["f32_gradient"]
 
 
+@pytest.mark.slow
 def test_expert_ffn_in_bf16_rounds_and_no_more():
     experts_TK = jnp.asarray(ROUTINGS["even"], jnp.int32)
     x, weights, gate_up, down = expert_inputs(experts_TK, dtype=jnp.bfloat16)

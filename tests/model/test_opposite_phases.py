@@ -42,6 +42,7 @@ def gradients(variables, x, d_y, counted, balance, how):
     return y, stats, *of_all
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "capacity_factor, remat", [(4.0, "full"), pytest.param(0.3, "none", marks=pytest.mark.slow)]
 )

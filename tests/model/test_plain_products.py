@@ -88,6 +88,7 @@ def test_nor_is_the_sum_over_devices():
     assert relative_error(d_weight, np.einsum("btn,btk->nk", dys, xs)) < TOLERANCE["f32_op"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", in_every_run(["bf16", "fp8_paper"], "bf16"))
 def test_no_matrix_of_a_step_has_a_gradient_of_bf16_numbers(preset):
     """One rounding of a sum over all tokens to BF16 is 2e-3 of it, as much as a product's own."""

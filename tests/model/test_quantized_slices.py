@@ -100,6 +100,7 @@ def run(state: str, preset: str = "fp8_paper", micro: int = 4, **sizes: int):
     return float(loss), jax.tree.map(np.asarray, grads), compiled.as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "state, preset",
     [

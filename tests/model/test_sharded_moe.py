@@ -66,7 +66,7 @@ def on_one_device():
 
 
 # Each axis is in two of these, and experts on it, if it has any.
-QUICK = "experts_and_tensor", "every_token_axis", "no_experts"
+QUICK = "experts_and_tensor", "no_experts"
 
 
 @pytest.mark.parametrize("name", in_every_run(MESHES, *QUICK))

@@ -55,6 +55,7 @@ def test_elsewhere_there_is_a_loop():
         assert _layers_a_step(layers(4), Pass(ModelConfig(), layout=of_gpus)) == 1
 
 
+@pytest.mark.slow
 def test_layers_in_turn_are_those_of_a_scan(monkeypatch):
     """Numbers that a step made of the weights are taken from their stacks inside of a layer."""
     model = tiny_model(num_hidden_layers=3, num_nextn_predict_layers=0)

@@ -226,6 +226,7 @@ def test_deepseek_v3_has_exactly_its_parameters():
     assert sizes == {"main": 671_026_419_200, "mtp": 11_610_068_224}
 
 
+@pytest.mark.slow
 def test_parameters_start_as_documented():
     config = tiny_model(initializer_range=0.05, vocab_size=997)
     variables = jax.jit(partial(init_variables, config=config))(jax.random.key(0))

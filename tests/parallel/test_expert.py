@@ -67,18 +67,18 @@ def test_values_and_gradients_equal_a_dense_reference(transport, nodes, local):
 
 OF_ONE = [(name, 1, "all_to_one_expert") for name in TRANSPORTS]
 OF_FOUR = [(name, PER_TOKEN, "even") for name in TRANSPORTS]
+QUICK = [("padded", 1, "all_to_one_expert"), OF_FOUR[1], OF_FOUR[4]]  # padded, pallas
 
 
-@pytest.mark.parametrize(
-    "transport, per_token, kind", in_every_run(OF_FOUR + OF_ONE, *OF_FOUR, OF_ONE[1])
-)
+@pytest.mark.parametrize("transport, per_token, kind", in_every_run(OF_FOUR + OF_ONE, *QUICK))
 def test_rounds_lose_no_token(transport, per_token, kind):
     """Buffers for 0.7 of an even load: in every hop, and at the experts."""
     config = TRANSPORTS[transport] | {"capacity_factor": 0.7}
     check(over(mesh_of(2, 4), config, per_token), kind)
 
 
-@pytest.mark.parametrize("factor", in_every_run([0.7, 2.0], 0.7))
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [0.7, 2.0])
 def test_one_loop_over_all_rounds_is_half_the_program(factor):
     """The numbers of a first round with a loop behind it; each exchange stands in it once."""
     experts = jnp.asarray(routing_of("even"), jnp.int32)
@@ -183,7 +183,7 @@ WIRE_LIMITS = {
 }
 
 
-@pytest.mark.parametrize("dispatch, combine", WIRE_LIMITS)
+@pytest.mark.parametrize("dispatch, combine", in_every_run(list(WIRE_LIMITS), ("fp8", "bf16")))
 def test_formats_cost_what_they_round(dispatch, combine):
     dim = 144
     formats = {"dispatch_format": dispatch, "combine_format": combine}
@@ -197,6 +197,7 @@ def test_formats_cost_what_they_round(dispatch, combine):
     assert distance(gradients, want_gradients) < gradient_limit
 
 
+@pytest.mark.slow
 def test_fp8_rows_are_multiplied_as_they_arrived():
     """The same results, bit for bit, as by way of BF16 and quantising again: but no such way."""
     experts = jnp.asarray(routing_of("even"), jnp.int32)

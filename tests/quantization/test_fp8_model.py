@@ -61,6 +61,7 @@ def test_every_operation_of_a_recipe_reaches_the_model(operation):
     assert casts_to_fp8(dataclasses.replace(BF16, **{operation: LinearRecipe()})) > 0
 
 
+@pytest.mark.slow
 def test_fp8_logits_are_near_those_of_bf16_and_not_the_same():
     variables = jax.jit(lambda key: init_variables(key, MODEL))(jax.random.key(1))
     run = jax.jit(

@@ -299,6 +299,7 @@ def test_a_slow_reader_holds_nobody_up_and_gets_all_of_its_text(engine, alone):
         assert texts == [alone(b"hello", 110, bos=True)] * 3
 
 
+@pytest.mark.slow
 def test_a_reader_that_never_reads_is_left_at_the_end_of_its_time(engine):
     with serving(engine, send_bytes=4096, seconds=2.0) as address:
         body = {"prompt": "hello", "max_tokens": 110, "n": 3, "temperature": 0}

@@ -291,6 +291,7 @@ def test_a_stranger_s_step_whose_manifest_fits_is_refused_in_a_line(folder, name
     assert len(str(error.value)) < 500 and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_reads_that_outlast_a_failed_one_show_no_traceback(folder):
     """Every array is cut in half, and the manifest fits."""
     for path in (folder / "30").glob("state/**/d/*"):

@@ -39,6 +39,7 @@ def test_the_paper_s_run_is_counted_without_allocating_it(one_device):
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.slow
 def test_the_report_names_every_parameter_and_adds_up(one_device):
     config = tiny_config(MODEL, batch_size=4, micro_batch_size=2, steps=7)
     half = dataclasses.replace(config.optimizer, moment_dtype="bfloat16")

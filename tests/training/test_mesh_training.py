@@ -95,6 +95,7 @@ def losses(metrics):
     return np.array([m.loss for m in metrics])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_MESHES)
 def test_twenty_steps_on_a_mesh_have_the_losses_of_one_device(name):
     (want_state, want), (got_state, got) = whole_run(None), whole_run(name)
@@ -110,6 +111,7 @@ def test_twenty_steps_on_a_mesh_have_the_losses_of_one_device(name):
             np.testing.assert_array_equal(shard.data, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_MESHES)
 def test_copies_of_one_weight_stay_equal(name):
     state, _ = whole_run(name)

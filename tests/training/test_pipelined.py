@@ -27,7 +27,6 @@ from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.stages import EMBEDDING, LOSS, NO_LAYER, plan_stages
 from dsv3_jax.training.state import abstract_state, init_state
 from dsv3_jax.training.step import eval_step, train_step
-from tests.cases import in_every_run
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 
 # More tokens a device than decoding has (projection.FEW_ROWS), which are summed in another order.
@@ -139,9 +138,10 @@ def test_a_pipelined_step_is_the_step(config, start, whole):
 IN_A_V = run_config("dualpipev", "none", "fsdp", pipe=2, data=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
-    in_every_run([IN_A_V, run_config("interleaved", pipe=2)], IN_A_V),
+    [IN_A_V, run_config("interleaved", pipe=2)],
     ids=lambda c: c.pipeline.schedule,
 )
 def test_validation_passes_the_stages(config, start):
@@ -218,6 +218,7 @@ def test_turns_of_a_tick_are_those_of_all_layers_and_micro_batches():
         assert turns == pytest.approx(want | dict.fromkeys(ends, 1))
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_pipelines(start, tmp_path):
     """Saved with one rank, with four and with two: the same bits, each a slice where it trains."""
     state, _ = start

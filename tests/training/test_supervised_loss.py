@@ -16,7 +16,6 @@ from dsv3_jax.training.schedule import StepSettings
 from dsv3_jax.training.state import TrainState
 from dsv3_jax.training.step import eval_step, gradients
 from tests import oracle
-from tests.cases import in_every_run
 from tests.helpers import (
     TOLERANCE,
     random_tokens,
@@ -150,6 +149,7 @@ def step_gradients(rows, config=ONE_MTP, layout=ONE_DEVICE):
     return compiled(state, rows, settings, config=config, layout=layout)
 
 
+@pytest.mark.slow
 def test_micro_batches_give_the_whole_batch_s_mean():
     """Though they hold different numbers of targets, one of them none."""
     whole = step_gradients(micro_batches(ROWS, 1))
@@ -162,7 +162,8 @@ def test_micro_batches_give_the_whole_batch_s_mean():
 MESHES = [{"data": 2, "local": 2}, {"context": 2, "local": 2}, {"pipe": 2}]
 
 
-@pytest.mark.parametrize("axes", in_every_run(MESHES, MESHES[0]), ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", MESHES, ids=str)
 def test_meshes_give_the_same_mean(axes):
     rows = micro_batches(ROWS, 1 if "data" in axes else 2)
     plain = step_gradients(rows)
