@@ -67,6 +67,7 @@ def test_replayed_log_probabilities_are_generation_s(sizes, completions):
         np.testing.assert_allclose(got[row, first : first + len(want)], want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_experts_are_the_router_s_own_choice_when_nothing_has_changed(completions):
     ids, experts = batch_of(completions)
     _, chosen = logprobs_of(VARIABLES, ids, None, Pass(CONFIG))

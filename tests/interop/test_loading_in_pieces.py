@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory):
     return open_checkpoint(folder)
 
 
-@pytest.mark.parametrize("dtype, axes", matrix(["fp8", "bf16"], [MESH, {}]), ids=str)
+@pytest.mark.parametrize("dtype, axes", matrix(["bf16", "fp8"], [MESH, {}]), ids=str)
 def test_pieces_make_the_whole(checkpoint, monkeypatch, dtype, axes):
     want = load(checkpoint, dtype=dtype)
     mesh = make_mesh(ParallelConfig(**axes), jax.devices()[: 4 if axes else 1])

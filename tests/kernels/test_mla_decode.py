@@ -24,7 +24,7 @@ from dsv3_jax.model.cache import LatentCache
 from dsv3_jax.model.mla import mla_absorb
 from dsv3_jax.parallel.sharding import RULES, Layout
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
-from tests.cases import matrix
+from tests.cases import in_every_run, matrix
 from tests.kernels.conftest import IMPLEMENTATIONS, INTERPRETER_IS_NEWER, relative_error
 
 SCALE = 1 / math.sqrt(192)
@@ -110,7 +110,7 @@ def test_new_tokens_see_what_came_before(implementation, cache, new, heads, leng
     assert np.abs(np.asarray(lse) - want_lse)[~unseen].max() < 1e-4
 
 
-@pytest.mark.parametrize("implementation, cache", EVERY)
+@pytest.mark.parametrize("implementation, cache", in_every_run(EVERY, EVERY[0], EVERY[3]))
 def test_pieces_of_a_cache_are_put_together_by_their_log_sum_exp(
     implementation, cache, rng, running
 ):

@@ -15,6 +15,7 @@ from dsv3_jax.model.fp8 import (
 )
 from dsv3_jax.quantization.block_scaled import StepWeight
 from dsv3_jax.quantization.recipe import RECIPES
+from tests.cases import in_every_run
 
 RECIPE = RECIPES["fp8_paper"]
 GROUPS = jnp.array([128, 256], jnp.int32)
@@ -41,7 +42,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", in_every_run(CASES, "linear", "feed-forward by group"))
 def test_values_are_the_copy_s_and_the_gradient_is_the_master_s(name):
     function, shapes = CASES[name]
     random = np.random.default_rng(7)

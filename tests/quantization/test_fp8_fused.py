@@ -175,6 +175,7 @@ class TestKernels:
         assert error < BY_SUMS
         assert {"swiglu_backward_quantize", "swiglu_quantize", "scaled_matmul"} <= ops
 
+    @pytest.mark.slow
     def test_of_grouped_feed_forwards_with_tiny_gradients(self, compare):
         sizes = jnp.asarray([128, 0, 128], jnp.int32)
         x = normal(384, 128).at[100:128].set(0).at[256:].set(0)
