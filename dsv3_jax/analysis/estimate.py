@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv3_jax.analysis import latency, pipeline_cost
+from dsv3_jax.analysis.activations import uses_fp8
 from dsv3_jax.analysis.hardware import Accelerator
 from dsv3_jax.analysis.memory import (
     Memory,
@@ -23,7 +24,6 @@ from dsv3_jax.analysis.memory import (
     tokens_per_micro_batch,
     train_micro_batches,
     training_memory,
-    uses_fp8,
 )
 from dsv3_jax.analysis.model_cost import (
     attention_core_flops,

@@ -11,6 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from dsv3_jax.analysis.activations import (
+    BYTES,
+    layer_bytes,
+    logits_bytes,
+    uses_fp8,
+    working_bytes,
+    working_bytes_of,
+)
 from dsv3_jax.analysis.model_cost import (
     attention_parameters,
     expert_parameters,
@@ -19,13 +27,7 @@ from dsv3_jax.analysis.model_cost import (
 from dsv3_jax.config import Config, ModelConfig, ParallelConfig
 from dsv3_jax.config.weights import CUT_OVER, weights
 
-BYTES = {"bfloat16": 2, "float32": 4}
 MASTER = 4  # bytes of a weight as it is trained, and of its gradient
-
-
-def uses_fp8(config: Config) -> bool:
-    """Whether the matmuls of this run are FP8; every preset that is, is named so."""
-    return config.quant.preset.startswith("fp8")
 
 
 def mesh_problems(config: Config, schedule: str) -> list[str]:
@@ -168,40 +170,6 @@ def rank_shards(model: ModelConfig, mesh: ParallelConfig, schedule: str) -> list
     return made
 
 
-def activation_bytes_per_token(
-    model: ModelConfig, moe: bool, remat: str, fp8: bool, tensor: int = 1
-) -> float:
-    """Bytes a layer keeps per token from its forward to its backward.
-
-    remat "none" keeps the input of every matmul, norm and SwiGLU; "dots" the matmul outputs; "v3"
-    those but the heads' queries, keys and values, and attention's result; "full" only the layer's
-    input. With `fp8`, matmul inputs are kept as E4M3 and SwiGLU's too, as V3 does
-    (section 3.3.3); the residual stream stays BF16. Softmax statistics and router scores are f32.
-    """
-    D, N, K = model.hidden_size, model.num_attention_heads, model.num_experts_per_tok
-    Q, C, R = model.q_lora_rank or 0, model.kv_lora_rank, model.qk_rope_head_dim
-    H, U = model.qk_nope_head_dim, model.v_head_dim
-    stream = 2 * 2 * D  # the two inputs of the residual blocks, BF16
-    if remat == "full":
-        return 2 * D
-    narrow = 1 if fp8 else 2
-    attention = N / tensor * (2 * (2 * (H + R) + U) + narrow * U + 4)  # q, k, v; o; statistics
-    latents = 2 * (Q + C + R)
-    wide, routed = model.intermediate_size / tensor, K + model.n_shared_experts
-    if moe:
-        wide = routed * model.moe_intermediate_size / tensor
-        rows = narrow * routed * D + 4 * model.n_routed_experts
-    else:
-        rows = narrow * D
-    if remat == "v3":
-        kept = 2 * (routed if moe else 1) * D  # what down projections return
-        return stream + N / tensor * (2 * U + 4) + latents + 2 * 2 * wide + kept
-    if remat == "dots":
-        return stream + attention + latents + narrow * 2 * wide + 2 * D
-    normed = narrow * (D + Q + C)
-    return stream + attention + latents + normed + rows + narrow * 3 * wide
-
-
 @dataclass(frozen=True)
 class Memory:
     """Bytes on the busiest device."""
@@ -219,13 +187,6 @@ class Memory:
         return sum(vars(self).values())
 
 
-# What the backward pass of one layer holds at once, over what the layer would keep without
-# rematerialisation, in BF16: its inputs, rows on their way to experts and back, and gradients of
-# both, as XLA's buffer assignment has them for V3 (1.1 MB a token).
-AT_ONCE = 2.47
-# Logits that the head has at a time (training/cross_entropy.py), and bytes of each: BF16, whose
-# place the gradient takes.
-LOGITS_AT_ONCE, LOGIT_BYTES = 1 << 30, 2
 # Bytes of an FP8 number that is gathered for a whole step. Of one micro-batch: of some weights, XLA
 # for GPUs makes the other orientation once a step as well, which the backward pass reads (V3's
 # compiled program). Of several all are turned, once for all their backward passes.
@@ -281,7 +242,10 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
         per_token += mtp * layer_bytes(config, moe=True)
         sliced = sliced_parameters(config, shard)
         in_layer, in_head = 0.0, logits_bytes(config, tokens)
-        if config.sharding.state == "replicated" or sliced == shard.total:
+        whole = config.sharding.state == "replicated" or sliced == shard.total
+        if whole and mesh.pipe == train_micro_batches(config) == 1:
+            return at_its_worst(config, held[0], state * sliced)
+        if whole:
             weights, gradients = shard.total * (2 if fp8 else width), 4 * shard.total
         else:
             tables = table * sum(s.embedding + s.head for s in held)
@@ -297,7 +261,7 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
             weights = once
             if config.sharding.state == "fsdp":  # slices of what is gathered, and both tables
                 weights = once * sliced / shard.total + plain * tables
-        in_layer += AT_ONCE * tokens * width / 2 * working_bytes(config)
+        in_layer += tokens * working_bytes(config)
         made = Memory(
             weights=weights,
             gradients=gradients,
@@ -311,11 +275,34 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
     return worst
 
 
-def logits_bytes(config: Config, tokens: float) -> float:
-    """Of the main head and each MTP depth, a piece at a time, with their gradient."""
-    model = config.model
-    logits = tokens * (1 + model.num_nextn_predict_layers) * model.vocab_size / config.mesh.tensor
-    return LOGIT_BYTES * min(logits, LOGITS_AT_ONCE)
+def at_its_worst(config: Config, stage: Stage, optimizer: float) -> Memory:
+    """Of a step of one micro-batch whose gradients are whole, where the backward pass holds most.
+
+    From the head to the embedding gradients come, and what a layer kept goes, with its weights in
+    the dtype that they are multiplied in.
+    """
+    model, tokens = config.model, tokens_per_micro_batch(config)
+    kept_width, copy = BYTES[model.dtype] / 2, 2 if uses_fp8(config) else BYTES[model.dtype]
+    mtp = model.num_nextn_predict_layers
+    head = max(logits_bytes(config, tokens), tokens * working_bytes_of(config, True) * (mtp > 0))
+    parts = [(Stage(0, 0, False, True), mtp * layer_bytes(config, True), head)]
+    for moe, count in ((True, stage.moe_layers), (False, stage.dense_layers)):
+        layer = Stage(int(not moe), int(moe), False, False)
+        working = tokens * working_bytes_of(config, moe)
+        parts += [(layer, layer_bytes(config, moe), working)] * count
+    parts.append((Stage(0, 0, True, False), 0.0, 0.0))
+    sizes = [stage_parameters(model, config.mesh, part).total for part, _, _ in parts]
+    moments = [
+        Memory(
+            weights=copy * sum(sizes[n:]),
+            gradients=MASTER * sum(sizes[: n + 1]),
+            optimizer=optimizer,
+            activations=tokens * kept_width * sum(kept for _, kept, _ in parts[n:]),
+            working=working,
+        )
+        for n, (_, _, working) in enumerate(parts)
+    ]
+    return max(moments, key=lambda moment: moment.total)
 
 
 def train_micro_batches(config: Config) -> int:
@@ -341,23 +328,6 @@ def largest_weight(config: Config) -> float:
     rows = [row for row in weights(config.model) if row.where != "model" and row.is_matrix]
     return max(
         row.size(config.model) / pieces.get(CUT_OVER.get(row.cut, ""), mesh.tensor) for row in rows
-    )
-
-
-def working_bytes(config: Config) -> float:
-    """A token's, in the layer that would keep most without rematerialisation, in BF16."""
-    model, tensor = config.model, config.mesh.tensor
-    return max(
-        activation_bytes_per_token(model, moe, "none", False, tensor)
-        for moe, layers in ((False, model.num_dense_layers), (True, model.num_moe_layers))
-        if layers
-    )
-
-
-def layer_bytes(config: Config, moe: bool) -> float:
-    """Bytes that a layer keeps of a token from its forward to its backward, in BF16."""
-    return activation_bytes_per_token(
-        config.model, moe, config.train.remat, uses_fp8(config), config.mesh.tensor
     )
 
 

@@ -11,23 +11,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsv3_jax.analysis.activations import BYTES, layer_bytes, logits_bytes, uses_fp8, working_bytes
 from dsv3_jax.analysis.memory import (
-    AT_ONCE,
-    BYTES,
     MASTER,
     Memory,
     Shard,
     Stage,
     in_slices,
     largest_weight,
-    layer_bytes,
-    logits_bytes,
     split_into_stages,
     stage_parameters,
     tokens_per_micro_batch,
     train_micro_batches,
-    uses_fp8,
-    working_bytes,
 )
 from dsv3_jax.config import Config
 from dsv3_jax.config.mesh import APART
@@ -83,7 +78,7 @@ def pipelined_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) 
     tables = 1 + (model.num_nextn_predict_layers > 0)
     in_head = logits_bytes(config, tokens) + tables * MASTER * table
     in_layer = 2 * MASTER * largest_weight(config)
-    in_layer += AT_ONCE * tokens * width / 2 * working_bytes(config)
+    in_layer += tokens * working_bytes(config)
     state = MASTER + 2 * BYTES[config.optimizer.moment_dtype]
     whole = mesh.tensor > 1 or config.sharding.state == "replicated"
     weights_held = MASTER * held.total

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dsv3_jax.analysis.activations import BYTES
 from dsv3_jax.analysis.memory import (
-    BYTES,
     MASTER,
     gathered_width,
     of_slices,

@@ -10,9 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv3_jax.analysis import latency
+from dsv3_jax.analysis.activations import uses_fp8
 from dsv3_jax.analysis.estimate import DEFAULT_EFFICIENCY, Efficiency, leaves_domain
 from dsv3_jax.analysis.hardware import Accelerator
-from dsv3_jax.analysis.memory import Memory, mesh_problems, serving_memory, uses_fp8
+from dsv3_jax.analysis.memory import Memory, mesh_problems, serving_memory
 from dsv3_jax.analysis.model_cost import (
     attention_parameters,
     expected_groups_hit,

@@ -42,6 +42,30 @@ def test_v3_on_2048_v5p_is_predicted_as_it_compiles():
     assert gpus.flops == pytest.approx(12_034e12 - 0.044 * 12_011e12, rel=0.001)
 
 
+# What `compile --config configs/h200_slice.py --topology h200:1x1` gave; GB.
+ON_ONE_H200 = [
+    ("bf16", {}, 66.37),
+    ("fp8_paper", {}, 66.57),
+    ("bf16", {"batch_size": 2, "micro_batch_size": 2}, 73.54),
+    ("fp8_paper", {"batch_size": 2, "micro_batch_size": 2}, 72.25),
+    ("bf16", {"batch_size": 4, "micro_batch_size": 4}, 75.75),
+    ("fp8_paper", {"remat": "none"}, 63.10),
+    ("bf16", {"batch_size": 2, "micro_batch_size": 1}, 81.59),
+    ("fp8_paper", {"batch_size": 2, "micro_batch_size": 1}, 80.90),
+]
+
+
+@pytest.mark.parametrize("preset, train, compiled", ON_ONE_H200)
+def test_one_device_holds_copies_until_their_gradients_come(preset, train, compiled):
+    """Of several micro-batches it holds both: sums of gradients, and what products read."""
+    config = load_config("h200_slice")
+    quant = dataclasses.replace(config.quant, preset=preset)
+    train = dataclasses.replace(config.train, **train)
+    found = predict(dataclasses.replace(config, quant=quant, train=train))
+    assert found.arguments == pytest.approx(42.78e9, rel=0.001)
+    assert found.peak == pytest.approx(compiled * 1e9, rel=0.15)
+
+
 def test_zero1_gathers_once_what_products_read_and_f32_where_it_has_no_tiles():
     def found(**mesh):
         config = preset("deepseek_v3_2048_h200", micro_batch_size=2048)
