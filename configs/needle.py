@@ -46,9 +46,9 @@ def get_config() -> Config:
             dtype="float32",
         ),
         data=DataConfig(path="runs/needle/data-256", tokenizer="byte", fim_rate=0.0),
-        train=TrainConfig(steps=400, batch_size=16, seq_len=256, eval_every=100, sample_tokens=0),
+        train=TrainConfig(steps=800, batch_size=16, seq_len=256, eval_every=100, sample_tokens=0),
         optimizer=OptimizerConfig(learning_rate=3e-3, weight_decay=0.0),
         schedule=ScheduleConfig(warmup_steps=20, batch_start_ratio=1.0),
-        checkpoint=CheckpointConfig(every_steps=400, keep=1),
+        checkpoint=CheckpointConfig(every_steps=800, keep=1),
         run_dir="runs/needle/256",
     )
