@@ -5,12 +5,16 @@ Constants that no config determines are those of compiled programs (docs/scale.m
 
 from __future__ import annotations
 
+import math
+
 from dsv3_jax.config import Config, ModelConfig
 
 BYTES = {"bfloat16": 2, "float32": 4}
-# What the backward pass of one layer holds at once, over what the layer would keep without
-# rematerialisation, in BF16: its inputs, rows on their way to experts and back, and gradients of
-# both, as XLA's buffer assignment has them for V3 (1.1 MB a token).
+TILE = 128  # rows of an expert's group are filled up to a multiple of it
+WIDE = 8  # times as many outputs as inputs, and a product is wide (model/remat.py)
+# What the backward pass of one layer holds at once, over what its products read, in BF16: its
+# inputs, rows on their way to experts and back, and gradients of both, as XLA's buffer assignment
+# has them for V3 (1.1 MB a token).
 AT_ONCE = 2.47
 # Logits that the head has at a time (training/cross_entropy.py), and bytes of each: BF16, whose
 # place the gradient takes.
@@ -22,38 +26,19 @@ def uses_fp8(config: Config) -> bool:
     return config.quant.preset.startswith("fp8")
 
 
-def activation_bytes_per_token(
-    model: ModelConfig, moe: bool, remat: str, fp8: bool, tensor: int = 1
-) -> float:
-    """Bytes a layer keeps per token from its forward to its backward.
-
-    remat "none" keeps the input of every matmul, norm and SwiGLU; "dots" the matmul outputs; "v3"
-    those but the heads' queries, keys and values, and attention's result; "full" only the layer's
-    input. With `fp8`, matmul inputs are kept as E4M3 and SwiGLU's too, as V3 does
-    (section 3.3.3); the residual stream stays BF16. Softmax statistics and router scores are f32.
-    """
+def read_by_products(model: ModelConfig, moe: bool, tensor: int = 1) -> float:
+    """Bytes a token of what the products, norms and SwiGLU of a layer read, in BF16."""
     D, N, K = model.hidden_size, model.num_attention_heads, model.num_experts_per_tok
     Q, C, R = model.q_lora_rank or 0, model.kv_lora_rank, model.qk_rope_head_dim
     H, U = model.qk_nope_head_dim, model.v_head_dim
-    stream = 2 * 2 * D  # the two inputs of the residual blocks, BF16
-    if remat == "full":
-        return 2 * D
-    narrow = 1 if fp8 else 2
-    attention = N / tensor * (2 * (2 * (H + R) + U) + narrow * U + 4)  # q, k, v; o; statistics
-    latents = 2 * (Q + C + R)
-    wide, routed = model.intermediate_size / tensor, K + model.n_shared_experts
+    attention = N / tensor * (2 * (2 * (H + R) + U) + 2 * U + 4)  # q, k, v; o; statistics
+    wide, rows = model.intermediate_size / tensor, 2 * D
     if moe:
+        routed = K + model.n_shared_experts
         wide = routed * model.moe_intermediate_size / tensor
-        rows = narrow * routed * D + 4 * model.n_routed_experts
-    else:
-        rows = narrow * D
-    if remat == "v3":
-        kept = 2 * (routed if moe else 1) * D  # what down projections return
-        return stream + N / tensor * (2 * U + 4) + latents + 2 * 2 * wide + kept
-    if remat == "dots":
-        return stream + attention + latents + narrow * 2 * wide + 2 * D
-    normed = narrow * (D + Q + C)
-    return stream + attention + latents + normed + rows + narrow * 3 * wide
+        rows = 2 * routed * D + 4 * model.n_routed_experts
+    latents = 2 * (Q + C + R) + 2 * (D + Q + C)
+    return 2 * 2 * D + attention + latents + rows + 2 * 3 * wide
 
 
 def working_bytes(config: Config) -> float:
@@ -65,15 +50,46 @@ def working_bytes(config: Config) -> float:
 
 def working_bytes_of(config: Config, moe: bool) -> float:
     """A token's, while the backward pass works on a dense layer, or a MoE layer."""
-    kept = activation_bytes_per_token(config.model, moe, "none", False, config.mesh.tensor)
-    return AT_ONCE * BYTES[config.model.dtype] / 2 * kept
+    read = read_by_products(config.model, moe, config.mesh.tensor)
+    return AT_ONCE * BYTES[config.model.dtype] / 2 * read
 
 
 def layer_bytes(config: Config, moe: bool) -> float:
-    """Bytes that a layer keeps of a token from its forward to its backward, in BF16."""
-    return activation_bytes_per_token(
-        config.model, moe, config.train.remat, uses_fp8(config), config.mesh.tensor
-    )
+    """Bytes that a layer keeps of a token from its forward to its backward, in BF16.
+
+    By `train.remat` (model/remat.py), as JAX's traces for GPUs have it: "full" keeps the layer's
+    input; "dots" with it what plain products return, which of ours only BF16's kv_b_proj is; "v3"
+    attention's result and what products return that are no plain ones and not wide, those of
+    experts among them. "none" keeps all that gradients read: in BF16 norms' inputs in f32, twice,
+    and six arrays of SwiGLU; in FP8 what is multiplied as E4M3, and o_proj's input as E5M6 besides.
+    """
+    model, tensor, fp8 = config.model, config.mesh.tensor, uses_fp8(config)
+    D, N = model.hidden_size, model.num_attention_heads / tensor
+    Q, C, R = model.q_lora_rank or 0, model.kv_lora_rank, model.qk_rope_head_dim
+    q = N * (model.qk_nope_head_dim + R)
+    kv, o = N * (model.qk_nope_head_dim + model.v_head_dim), N * model.v_head_dim
+    ffn, rows, F = model.intermediate_size / tensor, 0.0, model.moe_intermediate_size / tensor
+    if moe:
+        tokens = tokens_per_micro_batch(config)
+        here = model.n_routed_experts / (config.mesh.node * config.mesh.local)
+        ffn, rows = model.n_shared_experts * F, experts_rows(config, tokens, here) / tokens
+    remat = config.train.remat
+    if remat == "full":
+        return 2 * D
+    if remat == "dots":
+        return 2 * D + (0 if fp8 else 2 * kv)
+    if remat == "v3":
+        narrow = 2 * kv * (kv * tensor <= WIDE * C)
+        if fp8:
+            narrow += 2 * q * (q * tensor <= WIDE * (Q or D)) + 2 * (D + Q + C + R)
+            narrow += 4 * ffn * (2 * ffn * tensor <= WIDE * D)
+        return 2 * D + 2 * o + 4 * N + narrow + rows * (4 * F + 2 * D)
+    if fp8:
+        heads = 2 * (q + kv + o) + 1.5 * o + 4 * N
+        return heads + (19 if moe else 7) * D + 3 * (Q + C) + 2 * ffn + rows * (2 * F + 3 * D)
+    heads = 2 * (q + kv + 2 * o) + 4 * N
+    stream = (26 if moe else 24) * D
+    return heads + stream + 12 * (Q + C) + 12 * ffn + rows * (12 * F + 4 * D)
 
 
 def logits_bytes(config: Config, tokens: float) -> float:
@@ -81,3 +97,17 @@ def logits_bytes(config: Config, tokens: float) -> float:
     model = config.model
     logits = tokens * (1 + model.num_nextn_predict_layers) * model.vocab_size / config.mesh.tensor
     return LOGIT_BYTES * min(logits, LOGITS_AT_ONCE)
+
+
+def tokens_per_micro_batch(config: Config) -> float:
+    """Tokens of one micro-batch on one device."""
+    mesh, tokens = config.mesh, config.micro_batch_size * config.train.seq_len
+    return tokens / (mesh.data * mesh.node * mesh.local * mesh.context)
+
+
+def experts_rows(config: Config, tokens: float, here: float) -> float:
+    """Rows that a device's experts multiply in a layer, those that fill buffers and groups too."""
+    model, expert = config.model, config.expert_parallel
+    factor = expert.capacity_factor if config.mesh.node * config.mesh.local > 1 else 1.0
+    entries = math.ceil(factor * tokens * model.num_experts_per_tok)
+    return math.ceil((entries + here * (TILE - 1)) / TILE) * TILE

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv3_jax.analysis import latency, pipeline_cost
-from dsv3_jax.analysis.activations import uses_fp8
+from dsv3_jax.analysis.activations import tokens_per_micro_batch, uses_fp8
 from dsv3_jax.analysis.hardware import Accelerator
 from dsv3_jax.analysis.memory import (
     Memory,
@@ -21,7 +21,6 @@ from dsv3_jax.analysis.memory import (
     rank_shards,
     stage_parameters,
     stages_of_ranks,
-    tokens_per_micro_batch,
     train_micro_batches,
     training_memory,
 )

@@ -15,6 +15,7 @@ from dsv3_jax.analysis.activations import (
     BYTES,
     layer_bytes,
     logits_bytes,
+    tokens_per_micro_batch,
     uses_fp8,
     working_bytes,
     working_bytes_of,
@@ -224,7 +225,7 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
     and a layer are not worked on at the same time: what takes more counts.
     """
     model, mesh, fp8 = config.model, config.mesh, uses_fp8(config)
-    width = BYTES[model.dtype]  # activation_bytes_per_token counts in BF16
+    width = BYTES[model.dtype]  # layer_bytes counts in BF16
     state = 4 + 2 * BYTES[config.optimizer.moment_dtype]
     tokens = tokens_per_micro_batch(config)
     table = model.vocab_size * model.hidden_size / mesh.tensor
@@ -297,10 +298,10 @@ def at_its_worst(config: Config, stage: Stage, optimizer: float) -> Memory:
             weights=copy * sum(sizes[n:]),
             gradients=MASTER * sum(sizes[: n + 1]),
             optimizer=optimizer,
-            activations=tokens * kept_width * sum(kept for _, kept, _ in parts[n:]),
-            working=working,
+            activations=tokens * kept_width * sum(kept for _, kept, _ in parts[n + 1 :]),
+            working=max(working, tokens * kept_width * own),  # what it kept is some of that
         )
-        for n, (_, _, working) in enumerate(parts)
+        for n, (_, own, working) in enumerate(parts)
     ]
     return max(moments, key=lambda moment: moment.total)
 
@@ -329,12 +330,6 @@ def largest_weight(config: Config) -> float:
     return max(
         row.size(config.model) / pieces.get(CUT_OVER.get(row.cut, ""), mesh.tensor) for row in rows
     )
-
-
-def tokens_per_micro_batch(config: Config) -> float:
-    """Tokens of one micro-batch on one device."""
-    mesh, tokens = config.mesh, config.micro_batch_size * config.train.seq_len
-    return tokens / (mesh.data * mesh.node * mesh.local * mesh.context)
 
 
 def serving_memory(

@@ -11,7 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv3_jax.analysis.activations import BYTES, layer_bytes, logits_bytes, uses_fp8, working_bytes
+from dsv3_jax.analysis.activations import (
+    BYTES,
+    layer_bytes,
+    logits_bytes,
+    tokens_per_micro_batch,
+    uses_fp8,
+    working_bytes,
+)
 from dsv3_jax.analysis.memory import (
     MASTER,
     Memory,
@@ -21,7 +28,6 @@ from dsv3_jax.analysis.memory import (
     largest_weight,
     split_into_stages,
     stage_parameters,
-    tokens_per_micro_batch,
     train_micro_batches,
 )
 from dsv3_jax.config import Config

@@ -11,12 +11,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dsv3_jax.analysis.activations import BYTES
+from dsv3_jax.analysis.activations import BYTES, TILE, experts_rows, tokens_per_micro_batch
 from dsv3_jax.analysis.memory import (
     MASTER,
     gathered_width,
     of_slices,
-    tokens_per_micro_batch,
     train_micro_batches,
     training_memory,
 )
@@ -31,7 +30,6 @@ from dsv3_jax.config.weights import Weight, weights
 from dsv3_jax.parallel.schedules import make_schedule
 from dsv3_jax.parallel.ticks import tick_tables
 
-TILE = 128  # rows of an expert's group are filled up to a multiple of it
 TPU_ATTENTION_TILE = 512  # rows of queries and of keys
 
 
@@ -165,14 +163,6 @@ def _made_in_loop(config: Config) -> int:
         return 0
     again = model.num_moe_layers if config.train.remat != "full" else 0
     return again + model.num_nextn_predict_layers
-
-
-def experts_rows(config: Config, tokens: float, here: float) -> float:
-    """Rows that a device's experts multiply in a layer, those that fill buffers and groups too."""
-    model, expert = config.model, config.expert_parallel
-    factor = expert.capacity_factor if config.mesh.node * config.mesh.local > 1 else 1.0
-    entries = math.ceil(factor * tokens * model.num_experts_per_tok)
-    return math.ceil((entries + here * (TILE - 1)) / TILE) * TILE
 
 
 def exchange_traffic(config: Config) -> dict[str, float]:
