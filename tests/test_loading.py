@@ -75,6 +75,7 @@ def test_a_mesh_loads_the_numbers_of_one_device(folder):
     assert any(isinstance(node, BlockScaled) for node in blocks)
 
 
+@pytest.mark.slow
 def test_a_folder_is_opened_once_and_its_names_listed_once(folder, monkeypatch, capsys):
     opened = []
     open_hf = checkpoint.open_hf

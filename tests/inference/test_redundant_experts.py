@@ -42,7 +42,13 @@ def skewed_plan(layers: int):
     return balance(load, 12, num_groups=CONFIG.n_group, num_nodes=2, num_devices=4)
 
 
-@pytest.mark.parametrize("layers", [LAYERS, CONFIG.num_moe_layers], ids=["with MTP", "main model"])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        pytest.param(LAYERS, id="with MTP"),
+        pytest.param(CONFIG.num_moe_layers, id="main model", marks=pytest.mark.slow),
+    ],
+)
 def test_logits_and_loads_are_those_without_replicas(run, layers):
     served = replicate_experts(VARIABLES, skewed_plan(layers), CONFIG)
     experts = served["params"]["moe_layers"]["mlp"]["experts"]

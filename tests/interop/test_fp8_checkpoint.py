@@ -22,6 +22,7 @@ def blocks_of(variables):
     }
 
 
+@pytest.mark.slow
 def test_weights_held_here_are_those_of_an_fp8_export(make_hf, tmp_path):
     folder, _, _ = make_hf("f32")
     exported = export_hf(open_hf(folder), tmp_path / "out", "fp8")

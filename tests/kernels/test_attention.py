@@ -190,6 +190,7 @@ def test_keys_before_all_queries_are_seen_from_their_document_only(implementatio
     assert not np.asarray(dv, np.float32)[:, :40].any()
 
 
+@pytest.mark.slow
 def test_tpu_kernels_add_up_over_blocks(rng):
     q, k, v, dout = (bf16(rng, 1, 300, 1, 32) for _ in range(4))
     first = jnp.asarray(np.repeat([0, 140], [140, 160])[None], jnp.int32)

@@ -18,6 +18,7 @@ from dsv3_jax.model.projection import WHOLE, ProductLayout, as_projection
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import make_layout
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, quantize
+from tests.cases import in_every_run
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 
 RNG = np.random.default_rng(0)
@@ -95,7 +96,7 @@ def test_on_a_mesh_the_base_cuts_itself_and_the_adapter_is_cut_by_xla():
     assert got.sharding.shard_shape(got.shape)[2] == 2
 
 
-@pytest.mark.parametrize("local", [1, 2])
+@pytest.mark.parametrize("local", in_every_run([1, 2], 2))
 def test_every_expert_has_its_own_adapter_where_the_expert_is(local):
     config = tiny_model()
     layout = make_layout(
