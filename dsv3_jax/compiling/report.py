@@ -96,7 +96,8 @@ def compile_program(
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            asked = _memory_asked(str(error))
+            if asked is None:
                 raise RunError(f"XLA refuses the program for {target.name}: {error}") from error
             compiled, refusal = None, str(error)
         done = _cpu_seconds()
@@ -114,7 +115,7 @@ def compile_program(
     }
     names = WeightNames(_params(built.arguments), layout)
     if compiled is None:
-        return _refused(refusal, sum(held.values()), **costs)
+        return _refused(refusal, asked, sum(held.values()), **costs)
     text = compiled.as_text()
     if hlo is not None:
         hlo.parent.mkdir(parents=True, exist_ok=True)
@@ -144,17 +145,28 @@ def _params(arguments: dict[str, Any]) -> Any:
     return owner["params"]
 
 
-def _refused(refusal: str, arguments: int, **costs: Any) -> Report:
-    """XLA:TPU refuses what does not fit, and says how much it is and what is large."""
-    sizes = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
-    def size(number: str, unit: str) -> int:
-        return int(float(number) * sizes[unit])
 
+def _size(number: str, unit: str) -> int:
+    return int(float(number) * _UNITS[unit])
+
+
+def _memory_asked(refusal: str) -> int | None:
+    """The bytes of a device's memory that XLA says it would need; None where it ends otherwise.
+
+    A kernel that exceeds a core's own memory (VMEM) is RESOURCE_EXHAUSTED to it, too.
+    """
+    if "RESOURCE_EXHAUSTED" not in refusal:
+        return None
     used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", refusal)
     needed = re.search(r"requirements?.*?\(?([\d.]+)([KMGT])\)? ?exceeds", refusal, re.S)
     found = used or needed
-    peak = size(found[1], found[2]) if found else 0
+    return _size(found[1], found[2]) if found else None
+
+
+def _refused(refusal: str, peak: int, arguments: int, **costs: Any) -> Report:
+    """XLA:TPU refuses what does not fit, and says how much it is and what is large."""
     buffers = []
     for block in re.split(r"\n\s*\d+\. (?=Size: )", refusal)[1:]:
         shape = re.search(r"Shape: (\S+)", block)
@@ -162,7 +174,7 @@ def _refused(refusal: str, arguments: int, **costs: Any) -> Report:
         if shape and amount:
             source = re.search(r"op_name=\"([^\"]+)\"", block)
             what = source[1] if source else "an argument"
-            buffers.append(Finding(size(amount[1], amount[2]), shape[1], what))
+            buffers.append(Finding(_size(amount[1], amount[2]), shape[1], what))
     finding = refusal.split("\n")[0]
     costs["findings"] = [finding, *costs["findings"]]
     return Report(

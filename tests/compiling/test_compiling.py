@@ -20,7 +20,7 @@ from dsv3_jax.compiling.apart import Task, _why, compile_apart
 from dsv3_jax.compiling.command import CompileOptions
 from dsv3_jax.compiling.naming import WeightNames, describe, pass_of
 from dsv3_jax.compiling.picture import draw
-from dsv3_jax.compiling.report import Report, _refused, compile_program
+from dsv3_jax.compiling.report import Report, _memory_asked, _refused, compile_program
 from dsv3_jax.compiling.text import leaves_host, lines
 from dsv3_jax.config import (
     ExpertParallelConfig,
@@ -107,7 +107,9 @@ def test_a_program_that_a_tpu_refuses_is_told_by_its_allocations():
         "choices": [],
         "findings": [],
     }
-    report = _refused(said, 5, **costs)
+    asked = _memory_asked(said)
+    assert asked == int(26.44 * 2**30)
+    report = _refused(said, asked, 5, **costs)
     assert not report.fits and report.peak == int(26.44 * 2**30)
     found = [(each.num_bytes, each.type, each.what) for each in report.buffers]
     assert found == [
@@ -115,6 +117,17 @@ def test_a_program_that_a_tpu_refuses_is_told_by_its_allocations():
         (2.5 * 2**30, "bf16[1024]{0}", "jit(train_step)/jvp()/head/dot"),
     ]
     assert "does not" not in "\n".join(lines(report, ACCELERATORS["tpu-v5e"]))
+
+
+def test_a_kernel_that_exceeds_a_core_s_own_memory_is_no_program_that_does_not_fit():
+    """It is an error that names the kernel: no mesh and no smaller batch mends it."""
+    said = (
+        "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space "
+        "vmem while allocating on stack for %scaled_matmul.1. Scoped allocation with size 18.00M "
+        "and limit 16.00M exceeded scoped vmem limit by 2.00M."
+    )
+    assert _memory_asked(said) is None
+    assert _memory_asked("INTERNAL: 3.00G exceeds the requirements") is None
 
 
 def test_remedies_come_cheapest_first_and_are_valid():

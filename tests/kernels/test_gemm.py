@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.kernels.gemm import tiles
+from dsv3_jax.kernels.gemm import tiles, tpu_matmul
 from dsv3_jax.kernels.gemm.api import scaled_matmul, scaled_wgrad
 from dsv3_jax.kernels.gemm.hopper_matmul import Tile
 from dsv3_jax.kernels.sums import GradientSum
@@ -135,3 +135,12 @@ def test_the_tile_grows_with_the_product():
     assert tiles.dense(64, 2112, 7168, 132).n < decode.n
     # 16 x 17 tiles of 256 x 128 are 3 rounds where 2.06 would do; 192 rows waste less.
     assert tiles.dense(4096, 2112, 7168, 132).m == 192
+
+
+def test_tpu_blocks_of_wide_sums_ask_for_the_vmem_of_two_buffers():
+    """E4M3 sums over V3's heads (32,768) and a dense layer's gate and up (36,864)."""
+    assert tpu_matmul._columns(512, 32_768) == tpu_matmul._columns(512, 36_864) == 128
+    with pytest.raises(NotImplementedError, match="exceeds VMEM"):
+        tpu_matmul._columns(512, 65_537)
+    asked = [tpu_matmul._with_vmem(n << 20).vmem_limit_bytes for n in (4, 8, 9)]
+    assert asked == [16 << 20, 18 << 20, 20 << 20]

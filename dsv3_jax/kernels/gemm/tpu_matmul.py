@@ -21,8 +21,11 @@ from dsv3_jax.kernels import manual, tpu
 from dsv3_jax.kernels.tpu import pltpu
 
 SLAB = 128  # of K under one scale
-# Two buffers of a weight block; a kernel may use 16 MiB of VMEM unless it asks for more.
-WEIGHT_BYTES = 4 << 20
+# A weight block, of which there are two buffers, and the largest that 128 columns may be.
+WEIGHT_BYTES, LARGEST_BYTES = 4 << 20, 8 << 20
+# A kernel may use 16 MiB of VMEM unless it asks for more; what scales, results and the compiler
+# take beside the blocks, of which there are two each.
+VMEM_BYTES, BESIDE_BYTES = 16 << 20, 2 << 20
 
 
 def require(*dtypes: Any) -> None:
@@ -113,6 +116,7 @@ def matmul(
             ),
             scratch_shapes=[pltpu.VMEM((rows, columns) if scaled else (8, 128), jnp.float32)],
         ),
+        compiler_params=_with_vmem(k * (rows * a.dtype.itemsize + columns * b.dtype.itemsize)),
     )(tile_expert, used_tiles, *inputs)
 
 
@@ -192,10 +196,16 @@ def expert_of_tile(
 
 def _columns(n: int, column_bytes: int) -> int:
     """Columns of a weight block: as many of 512, 256, 128 as fit."""
-    for columns in (512, 256, 128):
-        if columns * column_bytes <= WEIGHT_BYTES:
+    for columns, most in ((512, WEIGHT_BYTES), (256, WEIGHT_BYTES), (128, LARGEST_BYTES)):
+        if columns * column_bytes <= most:
             return min(columns, pl.cdiv(n, 128) * 128)
     raise NotImplementedError(f"a block of 128 columns of {column_bytes} bytes exceeds VMEM")
+
+
+def _with_vmem(block_bytes: int) -> Any:
+    """Parameters that ask for two buffers of blocks, where VMEM is not given as much."""
+    needed = 2 * block_bytes + BESIDE_BYTES
+    return pltpu.CompilerParams(vmem_limit_bytes=max(needed, VMEM_BYTES))
 
 
 def _dot(a: Any, b: Any, contract: Any) -> Any:
