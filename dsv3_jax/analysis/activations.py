@@ -55,7 +55,12 @@ def working_bytes_of(config: Config, moe: bool) -> float:
 
 
 def layer_bytes(config: Config, moe: bool) -> float:
-    """Bytes that a layer keeps of a token from its forward to its backward, in BF16.
+    """Bytes that a layer keeps of a token from its forward to its backward."""
+    return BYTES[config.model.dtype] / 2 * _kept_in_bf16(config, moe)
+
+
+def _kept_in_bf16(config: Config, moe: bool) -> float:
+    """What a layer of a BF16 model keeps of a token.
 
     By `train.remat` (model/remat.py), as JAX's traces for GPUs have it: "full" keeps the layer's
     input; "dots" with it what plain products return, which of ours only BF16's kv_b_proj is; "v3"

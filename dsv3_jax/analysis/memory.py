@@ -224,14 +224,16 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
     gathers. A replicated state needs no copy but that in the dtype it is multiplied in. The head
     and a layer are not worked on at the same time: what takes more counts.
     """
-    model, mesh, fp8 = config.model, config.mesh, uses_fp8(config)
-    width = BYTES[model.dtype]  # layer_bytes counts in BF16
+    model, mesh = config.model, config.mesh
     state = 4 + 2 * BYTES[config.optimizer.moment_dtype]
     tokens = tokens_per_micro_batch(config)
     table = model.vocab_size * model.hidden_size / mesh.tensor
     worst = None
     held_by_rank = stages_of_ranks(model, mesh.pipe, schedule)
     shards = rank_shards(model, mesh, schedule)
+    whole = [sliced_parameters(config, shard) == shard.total for shard in shards]
+    if mesh.pipe == train_micro_batches(config) == 1 and whole[0]:
+        return _of_one_pass(config, held_by_rank[0][0], state * shards[0].total)
     for rank, (held, shard) in enumerate(zip(held_by_rank, shards)):
         per_token = max(
             s.dense_layers * layer_bytes(config, moe=False)
@@ -243,11 +245,8 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
         per_token += mtp * layer_bytes(config, moe=True)
         sliced = sliced_parameters(config, shard)
         in_layer, in_head = 0.0, logits_bytes(config, tokens)
-        whole = config.sharding.state == "replicated" or sliced == shard.total
-        if whole and mesh.pipe == train_micro_batches(config) == 1:
-            return at_its_worst(config, held[0], state * sliced)
-        if whole:
-            weights, gradients = shard.total * (2 if fp8 else width), 4 * shard.total
+        if whole[rank]:
+            weights, gradients = shard.total * copied_width(config), MASTER * shard.total
         else:
             tables = table * sum(s.embedding + s.head for s in held)
             plain = gathered_width(config, False)
@@ -267,7 +266,7 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
             weights=weights,
             gradients=gradients,
             optimizer=state * sliced,
-            activations=in_flight[rank] * tokens * per_token * width / 2,
+            activations=in_flight[rank] * tokens * per_token,
             working=max(in_head * head, in_layer),
         )
         if worst is None or made.total > worst.total:
@@ -276,14 +275,18 @@ def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -
     return worst
 
 
-def at_its_worst(config: Config, stage: Stage, optimizer: float) -> Memory:
+def copied_width(config: Config) -> int:
+    """Bytes of a weight as products read it, where a device has all of its state."""
+    return 2 if uses_fp8(config) else BYTES[config.model.dtype]
+
+
+def _of_one_pass(config: Config, stage: Stage, optimizer: float) -> Memory:
     """Of a step of one micro-batch whose gradients are whole, where the backward pass holds most.
 
     From the head to the embedding gradients come, and what a layer kept goes, with its weights in
     the dtype that they are multiplied in.
     """
     model, tokens = config.model, tokens_per_micro_batch(config)
-    kept_width, copy = BYTES[model.dtype] / 2, 2 if uses_fp8(config) else BYTES[model.dtype]
     mtp = model.num_nextn_predict_layers
     head = max(logits_bytes(config, tokens), tokens * working_bytes_of(config, True) * (mtp > 0))
     parts = [(Stage(0, 0, False, True), mtp * layer_bytes(config, True), head)]
@@ -295,11 +298,11 @@ def at_its_worst(config: Config, stage: Stage, optimizer: float) -> Memory:
     sizes = [stage_parameters(model, config.mesh, part).total for part, _, _ in parts]
     moments = [
         Memory(
-            weights=copy * sum(sizes[n:]),
+            weights=copied_width(config) * sum(sizes[n:]),
             gradients=MASTER * sum(sizes[: n + 1]),
             optimizer=optimizer,
-            activations=tokens * kept_width * sum(kept for _, kept, _ in parts[n + 1 :]),
-            working=max(working, tokens * kept_width * own),  # what it kept is some of that
+            activations=tokens * sum(kept for _, kept, _ in parts[n + 1 :]),
+            working=max(working, tokens * own),  # what it kept is some of that
         )
         for n, (_, own, working) in enumerate(parts)
     ]

@@ -75,7 +75,7 @@ def pipelined_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) 
     tokens, width = tokens_per_micro_batch(config), BYTES[model.dtype]
     saved = pending = 0.0
     for moe, count in ((False, slots.dense), (True, slots.moe)):
-        saved += count * layer_bytes(config, moe) * width / 2
+        saved += count * layer_bytes(config, moe)
         pending += count * _pending(config, moe) * width
     waiting = mesh.pipe if schedule in APART else 1  # for as many acts as there are ranks
     message = width * model.hidden_size

@@ -205,7 +205,7 @@ def _columns(n: int, column_bytes: int) -> int:
 def _with_vmem(block_bytes: int) -> Any:
     """Parameters that ask for two buffers of blocks, where VMEM is not given as much."""
     needed = 2 * block_bytes + BESIDE_BYTES
-    return pltpu.CompilerParams(vmem_limit_bytes=max(needed, VMEM_BYTES))
+    return pltpu.CompilerParams(vmem_limit_bytes=needed if needed > VMEM_BYTES else None)
 
 
 def _dot(a: Any, b: Any, contract: Any) -> Any:
