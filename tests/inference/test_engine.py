@@ -111,28 +111,17 @@ def check_a_schedule(arrivals, fewer_pages: int, fp8_cache: bool):
     return engine
 
 
-def schedules(number: int):
-    """A test of (arrivals, fewer_pages) is run with so many."""
-    how = settings(
-        max_examples=number,
-        derandomize=True,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.explicit, Phase.generate],  # an engine that failed is none to shrink with
-    )
-    return lambda test: how(given(ARRIVALS, st.integers(0, 30))(test))
-
-
-@pytest.mark.slow
-@schedules(15)
-def test_any_schedule_writes_what_each_request_writes_alone(arrivals, fewer_pages):
-    check_a_schedule(arrivals, fewer_pages, fp8_cache=False)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("fp8_cache", [False, True])
-@schedules(200)
-def test_many_schedules_write_what_each_request_writes_alone(fp8_cache, arrivals, fewer_pages):
+@settings(
+    max_examples=200,
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.generate],  # an engine that failed is none to shrink with
+)
+@given(ARRIVALS, st.integers(0, 30))
+def test_any_schedule_writes_what_each_request_writes_alone(fp8_cache, arrivals, fewer_pages):
     check_a_schedule(arrivals, fewer_pages, fp8_cache)
 
 
