@@ -96,7 +96,7 @@ def compile_program(
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            asked = _memory_asked(str(error))
+            asked = _memory_asked(str(error), sum(held.values()))
             if asked is None:
                 raise RunError(f"XLA refuses the program for {target.name}: {error}") from error
             compiled, refusal = None, str(error)
@@ -152,17 +152,20 @@ def _size(number: str, unit: str) -> int:
     return int(float(number) * _UNITS[unit])
 
 
-def _memory_asked(refusal: str) -> int | None:
-    """The bytes of a device's memory that XLA says it would need; None where it ends otherwise.
+def _memory_asked(refusal: str, arguments: int) -> int | None:
+    """The bytes of a device's memory that XLA says it would need, 0 where it does not say how many.
 
-    A kernel that exceeds a core's own memory (VMEM) is RESOURCE_EXHAUSTED to it, too.
+    None where it refuses for another reason: a kernel that exceeds a core's own memory (VMEM) is
+    RESOURCE_EXHAUSTED to it, too.
     """
-    if "RESOURCE_EXHAUSTED" not in refusal:
+    if "RESOURCE_EXHAUSTED" not in refusal or "memory space vmem" in refusal:
         return None
+    if beside := re.search(r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds", refusal):
+        return arguments + _size(beside[1], beside[2])
     used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", refusal)
     needed = re.search(r"requirements?.*?\(?([\d.]+)([KMGT])\)? ?exceeds", refusal, re.S)
     found = used or needed
-    return _size(found[1], found[2]) if found else None
+    return _size(found[1], found[2]) if found else 0
 
 
 def _refused(refusal: str, peak: int, arguments: int, **costs: Any) -> Report:

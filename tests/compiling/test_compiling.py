@@ -107,7 +107,7 @@ def test_a_program_that_a_tpu_refuses_is_told_by_its_allocations():
         "choices": [],
         "findings": [],
     }
-    asked = _memory_asked(said)
+    asked = _memory_asked(said, 5)
     assert asked == int(26.44 * 2**30)
     report = _refused(said, asked, 5, **costs)
     assert not report.fits and report.peak == int(26.44 * 2**30)
@@ -126,8 +126,17 @@ def test_a_kernel_that_exceeds_a_core_s_own_memory_is_no_program_that_does_not_f
         "vmem while allocating on stack for %scaled_matmul.1. Scoped allocation with size 18.00M "
         "and limit 16.00M exceeded scoped vmem limit by 2.00M."
     )
-    assert _memory_asked(said) is None
-    assert _memory_asked("INTERNAL: 3.00G exceeds the requirements") is None
+    assert _memory_asked(said, 5) is None
+    assert _memory_asked("INTERNAL: 3.00G exceeds the requirements", 5) is None
+
+
+def test_temporaries_that_alone_exceed_a_device_are_added_to_its_arguments():
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (35.50G) exceeds available HBM (15.75G). HLO module: jit_train_step"
+    )
+    assert _memory_asked(said, 5) == 35.5 * 2**30 + 5
+    assert _memory_asked("RESOURCE_EXHAUSTED: of something else", 5) == 0
 
 
 def test_remedies_come_cheapest_first_and_are_valid():
