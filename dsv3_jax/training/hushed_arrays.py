@@ -1,6 +1,8 @@
 """What orbax's reads and writes of arrays print when they outlast one that failed: nothing."""
 
 import functools
+import logging
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ def hush_other_arrays() -> None:
     """From now on, shows no traceback of arrays' reads and writes that outlast one that failed.
 
     TensorStore's threads tell their ends to orbax's event loop, which is closed by then: a
-    RuntimeError, or the cause of another error.
+    RuntimeError, or the cause of another error. Those that end before it is closed fail unheard:
+    asyncio logs them.
     """
     shown, shown_unraisable = sys.excepthook, sys.unraisablehook
 
@@ -26,6 +29,13 @@ def hush_other_arrays() -> None:
             shown_unraisable(unraisable)
 
     sys.excepthook, sys.unraisablehook = excepthook, unraisablehook
+    logging.getLogger("asyncio").addFilter(_is_no_unheard_array)
+
+
+def _is_no_unheard_array(record: logging.LogRecord) -> bool:
+    message = record.getMessage()
+    unheard = message.startswith("Task exception was never retrieved")
+    return not (unheard and re.search(r"defined at [^>]*/orbax/", message))
 
 
 def _of_closed_loop(error: BaseException | None) -> bool:

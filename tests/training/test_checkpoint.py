@@ -3,7 +3,9 @@
 Saves of tiny trees take about 0.1 s each; those that many tests look at are made once.
 """
 
+import asyncio
 import dataclasses
+import gc
 import json
 import logging
 import os
@@ -11,6 +13,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,7 @@ import pytest
 
 from dsv3_jax.config import UserError
 from dsv3_jax.training.checkpoint import Checkpoints
+from dsv3_jax.training.hushed_arrays import hush_other_arrays
 from dsv3_jax.training.manifest import MANIFEST, begin_save, damage, steps_in, write_manifest
 from dsv3_jax.training.restore import (
     latest_valid,
@@ -308,6 +312,23 @@ def read_cut(folder: Path) -> None:
     time.sleep(1)
     sys.excepthook(RuntimeError, RuntimeError("Event loop is closed"), None)
     raise RuntimeError("told, and other errors are still shown")
+
+
+@pytest.mark.parametrize("file, shown", [("/x/orbax/read.py", False), ("/x/read.py", True)])
+def test_a_read_that_nobody_awaits_fails_unheard(file, shown, caplog):
+    """Of several arrays that fail, orbax hears the first; asyncio logs the others, if any end."""
+    hush_other_arrays()
+    of_file: dict[str, Any] = {}
+    exec(compile("async def read(): raise OSError('cut')", file, "exec"), of_file)
+
+    async def await_nothing():
+        reading = asyncio.ensure_future(of_file["read"]())
+        await asyncio.sleep(0)
+        del reading
+
+    asyncio.run(await_nothing())
+    gc.collect()
+    assert ("never retrieved" in caplog.text and "OSError: cut" in caplog.text) == shown
 
 
 def test_only_an_empty_folder_starts_at_zero(tmp_path):
