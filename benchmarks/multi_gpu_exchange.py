@@ -28,7 +28,8 @@ from dsv3_jax.model.linear import group_alignment
 from dsv3_jax.model.router import route
 from dsv3_jax.parallel.collectives import exchange as all_to_all
 from dsv3_jax.parallel.collectives import vary
-from dsv3_jax.parallel.expert import combine, dispatch, make_exchange
+from dsv3_jax.parallel.exchange import make_exchange
+from dsv3_jax.parallel.expert import combine, dispatch
 from dsv3_jax.quantization.block_scaled import BlockScaled, StraightThrough, dequantize
 
 SPLIT = PartitionSpec(AXES)

@@ -14,7 +14,8 @@ from benchmarks.multi_gpu_exchange import SPLIT
 from benchmarks.multi_gpu_timing import AXES, Options, compile_all, failure, mesh_of
 from dsv3_jax.config import ExpertParallelConfig
 from dsv3_jax.parallel.collectives import vary
-from dsv3_jax.parallel.expert import combine, dispatch, make_exchange
+from dsv3_jax.parallel.exchange import make_exchange
+from dsv3_jax.parallel.expert import combine, dispatch
 
 EXPERTS, CHOICES = 256, 8
 TOGETHER = 25  # exchanges before the results are looked at

@@ -5,18 +5,31 @@ All inside shard_map (or on one device): arrays are a device's own. `parallel/ex
 one in opposite phases.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.model.linear import group_alignment, grouped_feed_forward
 from dsv3_jax.model.projection import Projection, as_projection
 from dsv3_jax.model.quantized_inputs import gather_for
 from dsv3_jax.model.router import Routing
-from dsv3_jax.parallel.expert import Exchange, combine, dispatch, may_overflow
-from dsv3_jax.parallel.phases import tied
+from dsv3_jax.parallel.exchange import Exchange, may_overflow
+from dsv3_jax.parallel.expert import arrange, combine, dispatch, rows_left
+from dsv3_jax.parallel.grouping import sum_rows
+from dsv3_jax.parallel.phases import after
+from dsv3_jax.parallel.round_trip import (
+    Sent,
+    gradients_of,
+    gradients_there,
+    no_gradients,
+    rows_back,
+    send_rows,
+)
 from dsv3_jax.parallel.rounds import Before, fits_or_nan, in_one_loop, in_rounds
 from dsv3_jax.quantization.block_scaled import StepWeight
 from dsv3_jax.quantization.recipe import BF16, Recipe
@@ -55,11 +68,12 @@ def exchanged_expert_ffn(
     else:
         weights = tuple(of_half.weights_TK for of_half in routing)
         experts = tuple(of_half.experts_TK for of_half in routing)
-        piece = partial(_pair_round, recipe=recipe, exchange=exchange)
+        piece = PairRound(recipe, exchange)
     operands = (x_TD, weights, gate_up_E2FD, down_EDF)
     per_token = (routing if isinstance(routing, Routing) else routing[0]).experts_TK.shape[1]
     if not may_overflow(exchange, per_token):
-        return piece(operands, experts, None)[0], jnp.ones((), jnp.int32)
+        only = jnp.zeros(exchange.levels, jnp.int32)
+        return piece(operands, experts, only)[0], jnp.ones((), jnp.int32)
     run = {"rounds": in_rounds, "loop": in_one_loop, "error": fits_or_nan}[exchange.overflow]
     return run(piece, exchange.token_axes, exchange.levels, operands, experts)
 
@@ -75,59 +89,143 @@ def _expert_round(
 ) -> tuple[Float[Array, "T D"], Bool[Array, " levels"]]:
     """`expert_ffn` for the entries of one window, and at which levels others are left."""
     x_TD, weights_TK, *of_experts = operands
-    arrive, multiply = _acts(of_experts, experts_TK.size, recipe, exchange)
-    rows_MD, group_sizes, handle = arrive(
-        x_TD, weights_TK, experts_TK, window=window, before=before
+    alignment, gather, multiply = _acts(of_experts, experts_TK.size, recipe, exchange)
+    rows_MD, group_sizes, handle = dispatch(
+        x_TD, weights_TK, experts_TK, exchange, alignment, window, gather, before
     )
     out_MD = multiply(rows_MD, group_sizes)
     return combine(out_MD, handle, exchange), handle.left
 
 
-def _pair_round(
-    operands: tuple[Any, ...],
-    experts: tuple[Int[Array, "T K"], Int[Array, "T K"]],
-    window: Int[Array, " levels"] | None,
-    before: Before | None = None,
-    *,
-    recipe: Recipe,
-    exchange: Exchange,
-) -> tuple[tuple[Array, Array], Bool[Array, " levels"]]:
+@dataclass(frozen=True)
+class PairRound:
     """`_expert_round` of two halves in opposite phases; a window is one of both.
 
     The first half's rows travel to their experts while whoever calls this makes the second x; the
     second's while the first's experts multiply, the first's back while the second's do. The
-    second's travel back over what follows. `tied` says whose products come first; the backward pass
-    has the mirrored order.
+    second's travel back over what follows. The backward pass has the mirrored order. `after` says
+    that nothing is made of what arrived before the products that it travels over are done: XLA's
+    scheduler, which goes from the end to the start, would take them in any order.
     """
-    (x, other_x), weights, *of_experts = operands
-    arrive, multiply = _acts(of_experts, experts[0].size, recipe, exchange)
-    rows, sizes, handle = arrive(x, weights[0], experts[0], window=window)
-    (rows, sizes), other_x = tied((rows, sizes), other_x)
-    out = multiply(rows, sizes)
-    # Else XLA packs both halves' rows in one kernel, and sends none before all are there.
-    other_experts, _ = tied(experts[1], sizes)
-    other_rows, other_sizes, other = arrive(other_x, weights[1], other_experts, window=window)
-    (other_rows, other_sizes), out = tied((other_rows, other_sizes), out)
-    # Further rounds, which are rare, would otherwise come before the first half's products.
-    left, out = tied(handle.left | other.left, out)
-    if before is not None:
-        other_sizes = before(left, other_sizes)
-    other_out = multiply(other_rows, other_sizes)
-    return (combine(out, handle, exchange), combine(other_out, other, exchange)), left
+
+    recipe: Recipe
+    exchange: Exchange
+
+    def __call__(self, operands, experts, window, before=None):
+        """As `rounds.Piece` says."""
+        if before is None:
+            return _differentiable(self, operands, experts, window)
+        return self._there_and_back(operands, experts, window, before, _without_pullback)[:2]
+
+    def with_pullback(self, operands, experts, window, before):
+        """As `rounds.Piece` says."""
+        y, left, kept = self._there_and_back(operands, experts, window, before, jax.vjp)
+        return y, Partial(self._pulled_back, kept), left
+
+    def _there_and_back(self, operands, experts, window, before, run):
+        """(outputs of both halves, what is left, what the backward pass needs)."""
+        (x, other_x), weights, *of_experts = operands
+        exchange, hops = self.exchange, len(self.exchange.hops)
+        assert 1 <= hops <= 2 and exchange.reading is None
+        over = (None, other_x)[-hops:]
+        sent = send_rows(x, weights[0], experts[0], window, exchange, over)
+        out, pull_back, mark = self._multiplied(sent, of_experts, experts[0].size, window, run)
+        # Else XLA packs both halves' rows in one kernel, and sends none before all are there.
+        other_experts = after(experts[1], sent.rows)
+        over = (mark, out)[-hops:]
+        other = send_rows(other_x, weights[1], other_experts, window, exchange, over)
+        left = rows_left(sent, exchange, window) | rows_left(other, exchange, window)
+        if before is not None:
+            # Further rounds, which are rare, would else come before the first half's products.
+            other = other._replace(rows=before(after(left, out), other.rows))
+        other_out, other_pull, other_mark = self._multiplied(
+            other, of_experts, experts[1].size, window, run
+        )
+        over = (other_mark, other_out)[-hops:]
+        y = rows_back((out,), sent.plans, exchange, over)
+        other_y = rows_back((other_out,), other.plans, exchange)
+        kept = (pull_back, sent.plans, mark), (other_pull, other.plans, other_mark)
+        return (*y, *other_y), left, kept
+
+    def _multiplied(self, sent: Sent, of_experts, entries: int, window, run):
+        """(sums of what experts make of rows that arrived, pullback, mark of the first product).
+
+        `run` is jax.vjp, or like it without a pullback.
+        """
+
+        def multiplied(x, weights, gate_up, down):
+            alignment, gather, multiply = _acts((gate_up, down), entries, self.recipe, exchange)
+            carried = sent._replace(x=x, weights=weights)
+            rows, sizes, handle = arrange(carried, exchange, alignment, window, gather)
+            out, mark = multiply(rows, sizes, marked=True)
+            return sum_rows(out, handle.weights, handle.groups), mark
+
+        exchange = self.exchange
+        return run(multiplied, sent.x, sent.weights, *of_experts, has_aux=True)
+
+    def _pulled_back(self, kept, d_both):
+        """Gradients of the operands; the other half's come first, those of inputs before weights'.
+
+        A mark of the forward pass is one of what is computed again, or long there.
+        """
+        (pull_back, plans, mark), (other_pull, other_plans, other_mark) = kept
+        d_y, other_d_y = d_both
+        exchange, hops = self.exchange, len(self.exchange.hops)
+        over = (mark, other_mark)[-hops:]
+        other_rows = gradients_there(other_d_y, other_plans, exchange, over)
+        other_d = other_pull(gradients_of(other_rows, other_d_y, exchange))
+        over = (other_d[0], other_d[2])[:hops]
+        rows = gradients_there(after(d_y, other_rows), plans, exchange, over)
+        d = pull_back(gradients_of(rows, d_y, exchange))
+        over = (d[0], d[2])[:hops]
+        other_d_x, other_d_weights = rows_back(other_d[:2], other_plans, exchange, over)
+        over = (d[3], None)[: hops - 1]
+        d_x, d_weights = rows_back(d[:2], plans, exchange, over)
+        of_experts = jax.tree.map(_added, d[2:], other_d[2:])
+        return (((d_x, other_d_x), (d_weights, other_d_weights), *of_experts),)
 
 
-def _acts(of_experts: Any, entries: int, recipe: Recipe, exchange: Exchange) -> tuple[Any, Any]:
-    """`dispatch` and `grouped_feed_forward`, told what weights, recipe and exchange say."""
+def _without_pullback(function, *arguments, has_aux):
+    assert has_aux
+    y, aux = function(*arguments)
+    return y, None, aux
+
+
+def _added(gradient, other):
+    return gradient if gradient.dtype == jax.dtypes.float0 else gradient + other
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(piece: PairRound, operands, experts, window):
+    return piece._there_and_back(operands, experts, window, None, _without_pullback)[:2]
+
+
+def _forward(piece: PairRound, operands, experts, window):
+    y, pull_back, left = piece.with_pullback(operands, experts, window, None)
+    return (y, left), (pull_back, experts, window)
+
+
+def _backward(piece: PairRound, residuals, cotangents):
+    del piece
+    pull_back, *integers = residuals
+    return *pull_back(cotangents[0]), *no_gradients(integers)
+
+
+_differentiable.defvjp(_forward, _backward)
+
+
+def _acts(
+    of_experts: Any, entries: int, recipe: Recipe, exchange: Exchange
+) -> tuple[int, Any, Any]:
+    """(alignment of groups, how rows are gathered into them, `grouped_feed_forward` of rows)."""
     gate_up_E2FD, down_EDF = of_experts
     gate_up, down = recipe.experts_gate_up_proj, recipe.experts_down_proj
     entries = entries if exchange.entries is None else exchange.entries
     alignment = group_alignment(entries, exchange.experts, gate_up, down)
     arrives = gate_up if as_projection(gate_up_E2FD).takes_quantized_rows else None
-    gather = partial(gather_for, recipe=arrives)
 
-    def multiply(rows_MD, group_sizes):
-        return grouped_feed_forward(
-            rows_MD, gate_up_E2FD, down_EDF, group_sizes, alignment, (gate_up, down)
-        )
+    def multiply(rows_MD, group_sizes, marked=False):
+        operands = rows_MD, gate_up_E2FD, down_EDF, group_sizes
+        return grouped_feed_forward(*operands, alignment, (gate_up, down), marked)
 
-    return partial(dispatch, exchange=exchange, alignment=alignment, gather=gather), multiply
+    return alignment, partial(gather_for, recipe=arrives), multiply

@@ -37,6 +37,7 @@ from dsv3_jax.model.fp8_operands import (
 )
 from dsv3_jax.model.remat import named_product
 from dsv3_jax.parallel.collectives import vary_together
+from dsv3_jax.parallel.phases import mark_of
 from dsv3_jax.quantization import e5m6
 from dsv3_jax.quantization.block_scaled import (
     PER_CHANNEL,
@@ -125,7 +126,7 @@ def fp8_feed_forward(
     x_T, arrived = _carrier_and_numbers(x_T, None)
     (gate_up, wide), (down, narrow) = _matrix(gate_up, -1), _matrix(down, -1)
     operands = x_T, gate_up, down, None
-    y: Array = _feed_forward(*operands, recipes, leaving, arrived, (wide, narrow))
+    y: Array = _feed_forward(*operands, recipes, leaving, False, arrived, (wide, narrow))
     return y.reshape(*batch, -1)
 
 
@@ -135,13 +136,17 @@ def fp8_grouped_feed_forward(
     down: Float[Array, "E D F"] | StepWeight,
     group_sizes: Int[Array, " E"],
     recipes: tuple[LinearRecipe, LinearRecipe],
-) -> Float[Array, "M D"]:
-    """`fp8_feed_forward` of each row by its group's weights, as `fp8_grouped_linear`."""
+    marked: bool = False,
+) -> Any:
+    """`fp8_feed_forward` of each row by its group's weights, as `fp8_grouped_linear`.
+
+    marked: a pair of that and of `phases.mark_of` what gate_up gives.
+    """
     x, arrived = _carrier_and_numbers(rows, None)
     experts = len(gate_up)
     (gate_up, wide), (down, narrow) = _matrix(gate_up, experts, -1), _matrix(down, experts, -1)
     operands = x, gate_up, down, group_sizes
-    return _feed_forward(*operands, recipes, None, arrived, (wide, narrow))
+    return _feed_forward(*operands, recipes, None, marked, arrived, (wide, narrow))
 
 
 def _flat(x: Any, batch: tuple[int, ...]) -> Any:
@@ -260,28 +265,34 @@ def _no_gradient(group_sizes: Any) -> Any:
 backend.define_vjp(_linear, _forward, _backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _feed_forward(x, gate_up, down, group_sizes, recipes, leaving, arrived=None, made=(None, None)):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _feed_forward(
+    x, gate_up, down, group_sizes, recipes, leaving, marked, arrived=None, made=(None, None)
+):
     def forward(*operands):
-        return _both_products(recipes, *operands)[0]
+        return _both_products(recipes, marked, *operands)[0]
 
     return beside(forward, leaving)(x, gate_up, down, group_sizes, arrived, made)
 
 
-def _feed_forward_fwd(x, gate_up, down, group_sizes, recipes, leaving, arrived=None, made=None):
-    forward = functools.partial(_both_products, recipes)
+def _feed_forward_fwd(
+    x, gate_up, down, group_sizes, recipes, leaving, marked, arrived=None, made=None
+):
+    forward = functools.partial(_both_products, recipes, marked)
     return beside(forward, leaving)(x, gate_up, down, group_sizes, arrived, made or (None, None))
 
 
-def _both_products(recipes, x, gate_up, down, group_sizes, arrived, made):
+def _both_products(recipes, marked, x, gate_up, down, group_sizes, arrived, made):
     hidden, wide = _forward(x, gate_up, group_sizes, recipes[0], None, arrived, made[0])
+    mark = mark_of(hidden) if marked else None
     hidden = hidden.reshape(len(hidden), 2, -1)
     y, narrow = _forward(hidden, down, group_sizes, recipes[1], swiglu, made=made[1])
-    return y, (wide, narrow)
+    return (y, mark) if marked else y, (wide, narrow)
 
 
-def _feed_forward_bwd(recipes, leaving, residuals, dy):
+def _feed_forward_bwd(recipes, leaving, marked, residuals, dy):
     del leaving  # of the forward pass alone
+    dy = dy[0] if marked else dy
     wide, narrow = residuals
     kept, like, *_, group_sizes, _ = narrow
     used = _used(group_sizes)

@@ -13,6 +13,7 @@ from dsv3_jax.kernels.grouped_gemm.api import KERNEL_ALIGNMENT, row_alignment
 from dsv3_jax.model.activation import swiglu
 from dsv3_jax.model.fp8 import can_fuse, fp8_feed_forward, fp8_grouped_feed_forward
 from dsv3_jax.model.projection import WHOLE, ProductLayout, Projection, add_up, as_projection
+from dsv3_jax.parallel.phases import mark_of
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.block_scaled import StepWeight, StraightThrough
 from dsv3_jax.quantization.recipe import LinearRecipe
@@ -78,13 +79,19 @@ def grouped_feed_forward(
     group_sizes: Int[Array, " E"],
     alignment: int,
     recipes: Recipes,
-) -> Float[Array, "M D"]:
-    """`feed_forward` of each row with the weights of its group, as `grouped_linear`."""
+    marked: bool = False,
+) -> Any:
+    """`feed_forward` of each row with the weights of its group, as `grouped_linear`: [M, D].
+
+    marked: a pair of that and of `phases.mark_of` what gate_up gives, for what comes after that
+    product and before the other.
+    """
     if _is_one_operation(rows, gate_up, down, recipes, ONE_DEVICE):
         both: Any = fp8_grouped_feed_forward
-        return both(rows, gate_up, down, group_sizes, recipes)
+        return both(rows, gate_up, down, group_sizes, recipes, marked)
     hidden = grouped_linear(rows, gate_up, group_sizes, alignment, recipes[0])
-    return grouped_linear(hidden, down, group_sizes, alignment, recipes[1], swiglu)
+    y = grouped_linear(hidden, down, group_sizes, alignment, recipes[1], swiglu)
+    return (y, mark_of(hidden)) if marked else y
 
 
 def _is_one_operation(x, gate_up, down, recipes: Recipes, layout: Layout) -> bool:

@@ -24,7 +24,7 @@ from dsv3_jax.model.parameters import parameters
 from dsv3_jax.model.projection import Projection, as_projection
 from dsv3_jax.model.router import Routing, balance_loss, route
 from dsv3_jax.parallel.collectives import total, vary
-from dsv3_jax.parallel.expert import Exchange, make_exchange
+from dsv3_jax.parallel.exchange import Exchange, make_exchange
 from dsv3_jax.parallel.hops import NOBODY
 from dsv3_jax.parallel.phases import tied
 from dsv3_jax.parallel.sharding import Layout

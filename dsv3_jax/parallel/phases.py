@@ -18,20 +18,20 @@ _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 @jax.custom_vjp
 def tied(held: Any, other: Any) -> tuple[Any, Any]:
-    """Both as they are, bit for bit; who reads all of `held` waits for `other`.
+    """Both as they are, bit for bit; who reads the first array of `held` waits for `other`.
 
     In the backward pass who reads the gradient of `other` waits for that of `held`, so that its
     order is the mirrored one. Trees of arrays; inside shard_map, or on one device, as a device's
     zero is of its own array.
     """
-    return _after(held, other), other
+    return after(held, other), other
 
 
 def _backward(_: None, gradients: tuple[Any, Any]) -> tuple[Any, Any]:
     d_held, d_other = gradients
     if not _with_gradient(d_held) or not _with_gradient(d_other):
         return d_held, d_other
-    return d_held, _after(d_other, _with_gradient(d_held))
+    return d_held, after(d_other, _with_gradient(d_held))
 
 
 tied.defvjp(lambda held, other: (tied(held, other), None), _backward)
@@ -43,18 +43,20 @@ def _with_gradient(tree: Any) -> list[Array]:
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1]
 
 
-def _after(held: Any, other: Any) -> Any:
-    """held, whose smallest array that something can be made of is not there before `other` is."""
+def after(held: Any, other: Any) -> Any:
+    """held, whose first array that something can be made of is not there before `other` is.
+
+    Carries no gradient.
+    """
     leaves, structure = jax.tree.flatten(held)
-    open_to = [i for i, x in enumerate(leaves) if x.size and x.dtype != jax.dtypes.float0]
-    smallest = min(open_to, key=lambda i: leaves[i].size)
+    first = next(i for i, x in enumerate(leaves) if x.size and x.dtype != jax.dtypes.float0)
     largest = max(jax.tree.leaves(other), key=lambda x: x.size)
-    leaves[smallest] = _with_zero(leaves[smallest], _zero_of(largest))
+    leaves[first] = _with_zero(leaves[first], mark_of(largest))
     return jax.tree.unflatten(structure, leaves)
 
 
-def _zero_of(x: Array) -> UInt[Array, ""]:
-    """0, by way of an element of x: no number of 32 bits has 64 of them set."""
+def mark_of(x: Array) -> UInt[Array, ""]:
+    """0, by way of an element of x, for `after`: no number of 32 bits has 64 of them set."""
     bits = _bits(x[(0,) * x.ndim])
     return lax.population_count(bits).astype(jnp.uint32) >> 6
 

@@ -23,8 +23,12 @@ from dsv3_jax.parallel.collectives import vary
 
 # (operands, constants, window, before) to (y, whether rows are left at each level). It may call
 # before(left, rest) as soon as it knows what is left, and then reads what that returns for `rest`.
+# None: no others follow from this round. One that has an order for its backward pass as well has a
+# method with_pullback, of the same arguments, to (y, pullback as of jax.vjp, what is left).
 Before = Callable[[Any, Any], Any]
-Piece = Callable[[Any, Any, Int[Array, " levels"], Before], tuple[Any, Bool[Array, " levels"]]]
+Piece = Callable[
+    [Any, Any, Int[Array, " levels"], Before | None], tuple[Any, Bool[Array, " levels"]]
+]
 
 
 def in_rounds(
@@ -54,7 +58,7 @@ def fits_or_nan(
     piece: Piece, axes: Sequence[str], levels: int, operands: Any, constants: Any
 ) -> tuple[Any, Int[Array, ""]]:
     """The first round; NaN throughout, and two rounds said to be needed, when it is not enough."""
-    y, left = piece(operands, constants, jnp.zeros(levels, jnp.int32), _no_loop)
+    y, left = piece(operands, constants, jnp.zeros(levels, jnp.int32), None)
     overflow = _agree(left, axes).any()
     y = jax.tree.map(lambda y: jnp.where(overflow, jnp.nan, y), y)
     return y, 1 + overflow.astype(jnp.int32)
@@ -70,11 +74,18 @@ def _in_rounds(piece, axes, levels, operands, constants):
 
 def _forward(piece, axes, levels, operands, constants):
     first, further = jnp.zeros(levels, jnp.int32), _Further(piece, axes, operands, constants)
-    y, pull_back, left = jax.vjp(
-        lambda operands: piece(operands, constants, first, further.before), operands, has_aux=True
-    )
+    y, pull_back, left = _with_pullback(piece, operands, constants, first, further.before)
     out = further.added_to(y, left)
     return out, (pull_back, further.left, operands, constants)
+
+
+def _with_pullback(piece: Any, operands, constants, window, before: Before | None):
+    """(y, pullback, what is left) of a round."""
+    if hasattr(piece, "with_pullback"):
+        return piece.with_pullback(operands, constants, window, before)
+    return jax.vjp(
+        lambda operands: piece(operands, constants, window, before), operands, has_aux=True
+    )
 
 
 class _Further:
@@ -107,7 +118,7 @@ class _Further:
         self.left = _agree(left, axes)
 
         def one_round(window):
-            more, left = piece(operands, constants, window, _no_loop)
+            more, left = piece(operands, constants, window, None)
             return (more, 1), left
 
         window, total = jnp.zeros_like(left, jnp.int32), (start, jnp.ones((), jnp.int32))
@@ -117,12 +128,6 @@ class _Further:
 
 def _first(operands: Any) -> Any:
     return operands[0] if isinstance(operands, tuple) else operands
-
-
-def _no_loop(left: Any, rest: Any) -> Any:
-    """`before` of a round that no others follow from."""
-    del left
-    return rest
 
 
 def _backward(piece, axes, levels, residuals, cotangents):
@@ -140,7 +145,7 @@ _in_rounds.defvjp(_forward, _backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _in_one_loop(piece, axes, levels, operands, constants):
     def one_round(window):
-        more, left = piece(operands, constants, window, _no_loop)
+        more, left = piece(operands, constants, window, None)
         return (more, 1), left
 
     total = _zeros_varying_as(_first(operands)), jnp.zeros((), jnp.int32)
@@ -184,9 +189,7 @@ def _pulled_back(piece: Piece, operands: Any, constants: Any, d_y: Any) -> Calla
     """window to (the operands' gradients of its round, computed again, and what is left)."""
 
     def one_round(window):
-        _, pull_back, left = jax.vjp(
-            lambda operands: piece(operands, constants, window, _no_loop), operands, has_aux=True
-        )
+        _, pull_back, left = _with_pullback(piece, operands, constants, window, None)
         return pull_back(d_y)[0], left
 
     return one_round

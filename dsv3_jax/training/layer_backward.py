@@ -6,6 +6,7 @@ would otherwise hold a copy of its stage's weights.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import Config
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.forward_pass import Pass, Tokens
+from dsv3_jax.model.micro_batches import cut, in_opposite_phases
+from dsv3_jax.model.micro_batches import joined as whole
 from dsv3_jax.model.stack import DENSE
 from dsv3_jax.parallel.split_backward import SplitBackward, made_of_first, split_backward
 from dsv3_jax.training.state import variables_of
@@ -75,8 +78,14 @@ class LayerBackward:
     def output(self, weights: Weights, x, of_tokens: Tokens) -> tuple[Any, LayerStats]:
         """(y, statistics), for no backward pass."""
         variables = self.how.gathered(joined(*weights, self.config))
-        outputs: Any = self.block.apply(variables, x, of_tokens, None)
-        y, _, stats = outputs
+        apply: Any = partial(self.block.apply, variables)
+        if self.how.micro_batches == 2 and not self.block.dense:
+            layout = self.how.layout
+            halves = cut(x, layout, "residual")
+            halves, stats = in_opposite_phases(apply, halves, of_tokens, layout)
+            y = whole(*halves, layout, "residual")
+        else:
+            y, _, stats = apply(x, of_tokens, None)
         y = self.how.layout.constrain(y, "batch", "residual")
         if stats is None:
             return y, LayerStats(jnp.zeros(()), jnp.zeros(0, jnp.int32), jnp.zeros(()))

@@ -145,7 +145,6 @@ OVERLAP = ExpertParallelConfig(transport="padded", overlap=True)
         (MESH, replace(OVERLAP, transport="pallas"), 8, "'pallas' moves .*transport padded"),
         (MESH, replace(OVERLAP, transport="auto"), 8, "may be 'pallas', which .*transport padded"),
         (MESH, replace(OVERLAP, overflow="loop"), 8, "overflow='loop' .*overflow rounds"),
-        (replace(MESH, pipe=2), OVERLAP, 8, "mesh.pipe=2: use --mesh.pipe 1"),
     ],
 )
 def test_what_cannot_overlap_is_refused_with_what_can(mesh, expert, micro_batch, said):
@@ -171,7 +170,10 @@ def test_xla_is_told_for_accelerators_that_overlap_and_else_nothing():
         layout: Any = SimpleNamespace(platform=platform, expert=replace(OVERLAP, overlap=overlap))
         return compiler_options(layout)
 
-    latency_hiding = {"xla_gpu_enable_latency_hiding_scheduler": True}
+    latency_hiding = {
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+        "xla_gpu_experimental_parallel_collective_overlap_limit": 8,
+    }
     assert options_for("gpu", True) == options_for("cuda", True) == latency_hiding
     assert options_for("tpu", True) == {"xla_tpu_enable_async_all_to_all": True}
     assert options_for("gpu", False) == options_for("tpu", False) == {}

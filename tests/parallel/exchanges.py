@@ -11,7 +11,7 @@ from dsv3_jax.config import ExpertParallelConfig
 from dsv3_jax.model.expert_ffn import exchanged_expert_ffn
 from dsv3_jax.model.router import Routing
 from dsv3_jax.parallel.collectives import vary
-from dsv3_jax.parallel.expert import make_exchange
+from dsv3_jax.parallel.exchange import make_exchange
 from dsv3_jax.quantization.recipe import BF16
 
 AXES = ("node", "local")

@@ -9,7 +9,8 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dsv3_jax.parallel.collectives import vary
-from dsv3_jax.parallel.expert import _give_back, _send, dispatch
+from dsv3_jax.parallel.expert import dispatch
+from dsv3_jax.parallel.round_trip import give_back, send, unpacked
 from dsv3_jax.parallel.rounds import in_rounds
 from dsv3_jax.quantization.recipe import RECIPES
 from tests.cases import in_every_run
@@ -159,11 +160,11 @@ def test_sending_and_giving_back_are_adjoint():
         window = jnp.zeros(exchange.levels, jnp.int32)
 
         def there(x):
-            sent = _send(x, weights, experts, window, exchange)
-            return sent.x, sent.plans
+            sent = send(x, weights, experts, window, exchange)
+            return unpacked(sent, exchange).x, sent.plans
 
         sent, pull_back, plans = jax.vjp(there, x, has_aux=True)
-        back, push = jax.vjp(lambda y: _give_back(y, plans, exchange), y)
+        back, push = jax.vjp(lambda y: give_back(y, plans, exchange), y)
         return sent, pull_back(y)[0], back, push(x)[0]
 
     spread = jax.shard_map(per_device, mesh=mesh, in_specs=(split,) * 3, out_specs=(split,) * 4)

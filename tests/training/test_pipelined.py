@@ -38,14 +38,22 @@ MODEL = tiny_model(
 
 
 def run_config(
-    schedule="1f1b", remat="none", state="replicated", factor=2.0, backward="apart", **mesh
+    schedule="1f1b",
+    remat="none",
+    state="replicated",
+    factor=2.0,
+    backward="apart",
+    overlap=False,
+    **mesh,
 ) -> Config:
     return Config(
         model=MODEL,
         mesh=ParallelConfig(**mesh),
         pipeline=PipelineConfig(schedule, backward),
         sharding=ShardingConfig(state=state),
-        expert_parallel=ExpertParallelConfig(transport="padded", capacity_factor=factor),
+        expert_parallel=ExpertParallelConfig(
+            transport="padded", capacity_factor=factor, overlap=overlap
+        ),
         train=TrainConfig(
             batch_size=MICROBATCHES * ROWS, micro_batch_size=ROWS, seq_len=LENGTH, remat=remat
         ),
@@ -103,6 +111,8 @@ CONFIGS = [
     run_config("eager_1f1b", "full", "fsdp", backward="whole", pipe=2),
     run_config("eager_1f1b", "none", pipe=4, local=2),
     run_config("interleaved", "full", backward="whole", pipe=2),
+    run_config("zb1p", "full", "fsdp", overlap=True, pipe=2, local=2),
+    run_config("dualpipev", "none", "zero1", factor=0.6, overlap=True, pipe=2, local=2),
 ]
 
 
@@ -113,6 +123,7 @@ CONFIGS = [
     ids=lambda c: (
         f"{c.pipeline.schedule}-{c.mesh.pipe}-{c.sharding.state}-{c.train.remat}"
         + ("-whole" if c.pipeline.takes_backward_whole() else "")
+        + ("-overlap" if c.expert_parallel.overlap else "")
     ),
 )
 def test_a_pipelined_step_is_the_step(config, start, whole):
