@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import dsv3_jax as ds
+from tests.cases import in_every_run
 
 FUNCTIONS = [
     name for name in ds.__all__ if inspect.isfunction(inspect.unwrap(getattr(ds, name, None)))
@@ -58,7 +59,11 @@ def no_log():
     logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+# Their examples compile for three seconds and more.
+LONG = ("export", "generate", "save")
+
+
+@pytest.mark.parametrize("name", in_every_run(FUNCTIONS, *(n for n in FUNCTIONS if n not in LONG)))
 def test_its_example_runs_as_a_reader_would_paste_it(name, no_log):
     example = doctest.DocTestParser().get_doctest(doc_of(name), {}, name, None, None)
     assert example.examples, "no example"

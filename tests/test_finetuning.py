@@ -90,6 +90,7 @@ def lora_run(hf, config_file, tmp_path_factory):
     return folder / "run", [*map(str, argv)]
 
 
+@pytest.mark.slow
 def test_a_lora_run_holds_adapters_alone_and_lowers_the_loss(lora_run, hf):
     run, _ = lora_run
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -100,6 +101,7 @@ def test_a_lora_run_holds_adapters_alone_and_lowers_the_loss(lora_run, hf):
     assert kinds == {"lora_a", "lora_b"} and not any(n.startswith("router") for n in saved)
 
 
+@pytest.mark.slow
 def test_a_lora_run_begins_with_an_own_optimizer(lora_run):
     averaging, weights = cli.parse_run(lora_run[1], description="")
     optimizer = dataclasses.replace(averaging.optimizer, average_decay=0.0)
@@ -132,6 +134,7 @@ def test_a_lora_run_is_read_and_exported(lora_run, hf, tmp_path):
             cli.main(["export-hf", str(run), str(tmp_path / "x"), "--adapter", *option])
 
 
+@pytest.mark.slow
 def test_adapters_and_their_average_are_exported_by_peft_s_names(lora_run, tmp_path):
     """Of feed-forwards as parameters, which peft would else take for those of routed experts."""
     run, _ = lora_run
@@ -157,6 +160,7 @@ def test_adapters_and_their_average_are_exported_by_peft_s_names(lora_run, tmp_p
     np.testing.assert_allclose(merged.read(row, row + 1), want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compile_opens_the_weights_and_has_the_frozen_base(lora_run, hf, monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(cli, "run_compile", lambda *args: given.extend(args) or 0)
@@ -199,6 +203,7 @@ def run_config(run):
     return config_from_dict(json.loads((run / "config.json").read_text()))
 
 
+@pytest.mark.slow
 def test_a_base_is_found_from_wherever_the_run_is_read(lora_run, hf, tmp_path, monkeypatch):
     run, _ = lora_run
     config = run_config(run)
@@ -207,6 +212,7 @@ def test_a_base_is_found_from_wherever_the_run_is_read(lora_run, hf, tmp_path, m
     assert open_base(run, relative).folder.samefile(hf)
 
 
+@pytest.mark.slow
 def test_an_adapter_does_not_go_on_another_base(lora_run, hf, tmp_path):
     _, argv = lora_run
     other = write_hf(tmp_path / "other", MODEL, hf_tensors(MODEL, "bf16", seed=5))

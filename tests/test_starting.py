@@ -128,6 +128,7 @@ def straight_run(config_file, bf16_folder, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_weights_are_opened_and_hashed_once(config_file, straight_run, tmp_path, monkeypatch):
     """By the options, the record of where the run begins, and the load; the last of two counts."""
     opened, hashed = [], []
@@ -170,6 +171,7 @@ def test_a_step_is_compiled_once_and_before_weights_are_read(
     assert done == ["weights"]
 
 
+@pytest.mark.slow
 def test_weights_that_cannot_be_loaded_are_told_before_a_step_is_compiled(
     config_file, bf16_folder, straight_run, tmp_path, monkeypatch
 ):
@@ -210,6 +212,7 @@ def test_what_lies_beside_a_tokenizer_goes_with_it_and_with_no_other(
     assert (run / "chat_template.jinja").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "read",
     [
@@ -258,6 +261,7 @@ def test_resumed_is_bitwise_what_ran_through(config_file, bf16_folder, straight_
     assert int(read_meta(run / "checkpoints")[0]) == 2
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_another_run_s_weights(config_file, straight_run, tmp_path):
     run = tmp_path / "run"
     assert begin(config_file, run, straight_run, "--train.steps", 0) == 0
@@ -339,6 +343,7 @@ def test_folders_that_are_none_or_of_another_architecture(config_file, bf16_fold
     assert "model_type='llama'" in refused(config_file, tmp_path / "run", other)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_only_from_the_weights_it_began_with(
     config_file, bf16_folder, straight_run, tmp_path
 ):

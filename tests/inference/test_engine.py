@@ -50,10 +50,7 @@ REQUESTS = [
 @cache
 def engine_of(**options) -> Engine:
     """One engine for all examples: it must be as good as new whenever nothing is left to do."""
-    engine = Engine(VARIABLES, CONFIG, dataclasses.replace(OPTIONS, **options))
-    if engine.options.drafts:  # a plain one needs fewer programs than it may need
-        engine.warm_up()
-    return engine
+    return Engine(VARIABLES, CONFIG, dataclasses.replace(OPTIONS, **options))
 
 
 PLAIN = dict(drafts=0, slots=1, chunks=(24,), share_prefixes=False, fp8_cache=False)
@@ -136,8 +133,10 @@ def test_the_schedules_had_chunks_shared_prefixes_preemptions_and_cancellations(
     assert counts.drafted[0] > counts.accepted[0] > 0
 
 
+@pytest.mark.slow
 def test_nothing_compiles_while_serving(monkeypatch):
     engine, compiled = engine_of(fp8_cache=False), []
+    engine.warm_up()
     listen = lambda name, *_, **__: compiled.append(name) if "compile" in name else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:

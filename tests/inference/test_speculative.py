@@ -55,7 +55,7 @@ def agreeing_variables(modules=1):
     "modules, drafts, paged, temperature",
     in_every_run(
         [(1, 1, False, 0.0), (2, 3, True, 0.8), (2, 3, False, 0.8)],
-        (2, 3, True, 0.8),
+        (1, 1, False, 0.0),
     ),
 )
 def test_speculation_changes_no_token(modules, drafts, paged, temperature):
