@@ -64,7 +64,9 @@ class LayerBackward:
     def first(self, weights: Weights, saved, dy, d_balance):
         """(dx, gradients of weights made on the way, by their place, what `second` needs)."""
         inputs = (jax.tree.leaves(weights), saved, dy, d_balance)
-        self.parts = split_backward(self._pullback, *inputs, num_weights=1)
+        # Where W follows at once, what shard_maps would leave for it only takes room.
+        within = not self.config.pipeline.takes_backward_whole()
+        self.parts = split_backward(self._pullback, *inputs, num_weights=1, within=within)
         (dx,), early, frontier = self.parts.first(*inputs)
         return dx, early, (frontier, dy)
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec
 
 from dsv3_jax.parallel.split_backward import made_of_first, split_backward
 
@@ -44,32 +45,107 @@ def test_both_parts_together_are_the_whole(remat):
     }
     x, dy = jax.random.normal(next(keys), (4, 6)), jax.random.normal(next(keys), (4, 6))
     stage = jax.checkpoint(two_layers) if remat else two_layers
+    counts, _, got, want = parts_and_whole(stage, params, x, dy)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
 
-    @jax.jit
-    def whole(params, x, dy):
-        d_params, dx = jax.vjp(stage, params, x)[1](dy)
-        return dx, jax.tree.leaves(d_params)
+    # One product for each of the four weights in both parts. Under remat the forward's four are
+    # computed again, three of them where the input's gradient needs them.
+    assert counts == ((7, 5, 12) if remat else (4, 4, 8))
 
-    _, pull = jax.vjp(stage, params, x)
+
+def parts_and_whole(function, params, x, dy, **how):
+    """(products of the parts and of the whole, frontier, gradients in parts, in one)."""
+    _, pull = jax.vjp(function, params, x)
     saved, structure = jax.tree.flatten(pull)
 
     def pullback(saved, dy):
         d_params, dx = jax.tree.unflatten(structure, saved)(dy)
         return [dx], jax.tree.leaves(d_params)
 
-    parts = split_backward(pullback, saved, dy)
-    (dx,), early, frontier = jax.jit(parts.first)(saved, dy)
+    parts = split_backward(pullback, saved, dy, **how)
+    of_input, early, frontier = jax.jit(parts.first)(saved, dy)
     late = jax.jit(parts.second)(frontier, saved, dy)
     got = [early[i] if value is None else value for i, value in enumerate(late)]
-    want_dx, want = whole(params, x, dy)
-    for a, b in zip([dx, *got], [want_dx, *want], strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
-
-    # One product for each of the four weights in both parts. Under remat the forward's four are
-    # computed again, three of them where the input's gradient needs them.
+    d_params, dx = jax.jit(lambda *inputs: jax.vjp(function, *inputs[:2])[1](inputs[2]))(
+        params, x, dy
+    )
     first, second = products(parts.first, saved, dy), products(parts.second, frontier, saved, dy)
-    assert (first, second) == ((7, 5) if remat else (4, 4))
-    assert first + second == products(pullback, saved, dy)
+    counts = first, second, products(pullback, saved, dy)
+    return counts, frontier, [*of_input, *got], [dx, *jax.tree.leaves(d_params)]
+
+
+def mesh_of_four():
+    auto = (AxisType.Auto,) * 2
+    return jax.make_mesh((2, 2), ("node", "local"), axis_types=auto, devices=jax.devices()[:4])
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_shard_map_becomes_two(checked):
+    """One weight lies whole on all devices, one in slices; what is handed on stays where it is."""
+    mesh, keys = mesh_of_four(), jax.random.split(jax.random.key(0), 4)
+    params = {
+        "up": jax.random.normal(keys[0], (6, 10)),
+        "down": jax.random.normal(keys[1], (2, 10, 6)),
+    }
+    x, dy = (jax.random.normal(key, (8, 6)) for key in keys[2:])
+    rows = PartitionSpec(("node", "local"))
+
+    @jax.jit  # a call, which is gone into
+    def on_device(params, x):
+        assert x.shape == (2, 6)
+        return jnp.tanh(x @ params["up"]) @ params["down"][0]
+
+    function = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=({"up": PartitionSpec(), "down": PartitionSpec("local")}, rows),
+        out_specs=rows,
+        check_vma=checked,
+    )
+    counts, frontier, got, want = parts_and_whole(function, params, x, dy)
+    assert counts == (2, 2, 4)
+    assert [leaf.shape for leaf in frontier] == [(4, 2, 10)]  # the cotangent of tanh's input
+    assert {shard.data.shape for shard in frontier[0].addressable_shards} == {(1, 2, 10)}
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert parts_and_whole(function, params, x, dy, within=False)[0] == (4, 0, 4)
+
+
+@pytest.mark.parametrize("start, later", [("made", 3), ("zeros", 0)])
+def test_a_loop_becomes_two_where_it_goes_on_from_what_was_made(start, later):
+    """As that of further rounds, which mostly makes no turn; others would multiply twice."""
+    w, x, dy = (jax.random.normal(jax.random.key(i), (3, 3)) for i in range(3))
+
+    def pullback(w, x, dy):
+        first = dy @ w, (x.T @ dy if start == "made" else jnp.zeros((3, 3)))
+
+        def turn(carry):
+            number, dx, d_w = carry
+            more = jnp.tanh(dx) @ w
+            return number - 1, dx + more, d_w + x.T @ more
+
+        _, dx, d_w = jax.lax.while_loop(lambda carry: carry[0] > 0, turn, (2, *first))
+        return [dx], [d_w]
+
+    parts = split_backward(pullback, w, x, dy)
+    (dx,), early, frontier = jax.jit(parts.first)(w, x, dy)
+    (late,) = jax.jit(parts.second)(frontier, w, x, dy)
+    (want_dx,), (want,) = jax.jit(pullback)(w, x, dy)
+    np.testing.assert_array_equal(dx, want_dx)
+    np.testing.assert_array_equal(early.get(0, late), want)
+    assert products(parts.second, frontier, w, x, dy) == later
+
+
+def test_what_is_widened_is_handed_on_as_it_was():
+    w, x, dy = (jnp.ones((3, 3), jnp.bfloat16) for _ in range(3))
+
+    def pullback(w, x, dy):
+        wide = (dy * dy).astype(jnp.float32)
+        return [wide @ w.astype(jnp.float32)], [x.T.astype(jnp.float32) @ wide]
+
+    parts = split_backward(pullback, w, x, dy)
+    assert [leaf.dtype for leaf in parts.first(w, x, dy)[2]] == ["bfloat16"]
 
 
 def test_what_is_written_through_references_is_in_the_part_that_reads_it():
@@ -85,13 +161,13 @@ def test_what_is_written_through_references_is_in_the_part_that_reads_it():
         jax.jit(kernel)(refs[0], refs[1], w, dy)
         refs[2][...] = x.T @ dy
         dx, d_scale, d_w = map(jax.freeze, refs)
-        return [dx], [d_w, d_scale + 1]
+        return [dx], [d_w, d_scale @ w]
 
     parts = split_backward(pullback, x, w, dy)
     (dx,), early, frontier = jax.jit(parts.first)(x, w, dy)
     d_w, d_scale = jax.jit(parts.second)(frontier, x, w, dy)
     assert not early
-    for got, want in ((dx, dy @ w.T), (d_w, x.T @ dy), (d_scale, dy * 2 + 1)):
+    for got, want in ((dx, dy @ w.T), (d_w, x.T @ dy), (d_scale, dy * 2 @ w)):
         np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
