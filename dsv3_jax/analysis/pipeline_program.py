@@ -16,7 +16,6 @@ from dsv3_jax.analysis.activations import (
     layer_bytes,
     logits_bytes,
     tokens_per_micro_batch,
-    uses_fp8,
     working_bytes,
 )
 from dsv3_jax.analysis.memory import (
@@ -30,6 +29,7 @@ from dsv3_jax.analysis.memory import (
     stage_parameters,
     train_micro_batches,
 )
+from dsv3_jax.analysis.pending import pending_bytes
 from dsv3_jax.config import Config
 from dsv3_jax.config.mesh import APART
 from dsv3_jax.config.weights import weights
@@ -76,7 +76,7 @@ def pipelined_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) 
     saved = pending = 0.0
     for moe, count in ((False, slots.dense), (True, slots.moe)):
         saved += count * layer_bytes(config, moe)
-        pending += count * _pending(config, moe) * width
+        pending += count * pending_bytes(config, schedule, moe)
     waiting = mesh.pipe if schedule in APART else 1  # for as many acts as there are ranks
     message = width * model.hidden_size
     table = model.vocab_size * model.hidden_size / mesh.tensor
@@ -98,22 +98,6 @@ def pipelined_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) 
         activations=tokens * (max(in_flight) * saved + waiting * pending + MAIL * message),
         working=max(in_head, in_layer),
     )
-
-
-def _pending(config: Config, moe: bool) -> float:
-    """Numbers that a layer keeps of a token from its gradient's pass to its weights'.
-
-    What products read, and the gradients of what they return. The FP8 kernels make both gradients
-    of a weight at once: those of norms are left.
-    """
-    model, tensor = config.model, config.mesh.tensor
-    D, C, N = model.hidden_size, model.kv_lora_rank, model.num_attention_heads / tensor
-    if uses_fp8(config):
-        return 2 * D + 2 * C
-    U, H, R = model.v_head_dim, model.qk_nope_head_dim, model.qk_rope_head_dim
-    wide = model.n_shared_experts * model.moe_intermediate_size if moe else model.intermediate_size
-    latents = 2 * C + C + R + 2 * (model.q_lora_rank or 0)
-    return 7 * D + N * (4 * U + H + R) + latents + 4 * wide / tensor
 
 
 def _of_state(config: Config, every: Shard) -> float:

@@ -167,8 +167,7 @@ class PipelineConfig:
     # Ranks meet after each act. apart: the gradient of the input and that of the weights are two
     # acts; whole: one act, with a third fewer meetings, which zb1p and dualpipev cannot; auto:
     # whole where the schedule can. apart is faster where the weights' gradient takes more than
-    # about half of a forward, which on GPUs it does not: their kernels make most of it with the
-    # input's.
+    # about half of a forward, and keeps what it reads until its act.
     backward: Literal["auto", "apart", "whole"] = "auto"
 
     @property

@@ -6,13 +6,14 @@ alone make. `opened` takes equations with a body apart before: a `shard_map` of 
 needs some results becomes two over the same devices, a while loop two that turn as often.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.parallel.equations import (
     Equation,
     Program,
@@ -28,7 +29,12 @@ from dsv3_jax.parallel.equations import (
 )
 
 # What is made again from what it reads, and not handed on.
-_VIEWS = ("reshape", "squeeze", "expand_dims", "transpose", "convert_element_type", "pvary")
+_VIEWS = (
+    *("reshape", "squeeze", "expand_dims", "transpose", "convert_element_type"),
+    *("pvary", "sharding_constraint"),
+)
+# Whose results may be alike on devices whose operands are not, as their types say.
+_AGREEING = ("psum", "pmax", "pmin", "all_gather", "while", "scan", "cond", "custom_", "opt")
 
 
 class Parts(NamedTuple):
@@ -45,11 +51,16 @@ class Parts(NamedTuple):
 
 
 def parted(
-    program: Program, of_first: Iterable[Any], of_second: list[Any], bound: Iterable[Any]
+    program: Program,
+    of_first: Iterable[Any],
+    of_second: list[Any],
+    bound: Iterable[Any],
+    gone: Sequence[Value] = (),
 ) -> Parts:
     """The parts of a program of two kinds of results.
 
-    Inputs that are not `bound` are free: what they alone make is made in both parts.
+    Inputs that are not `bound` are free: what they alone make is made in both parts. Inputs that
+    are `gone` are handed on where the second part reads them.
     """
     eqns, makers = program.eqns, makers_of(program.eqns)
     first, inputs = reached(eqns, makers, of_first), set(program.invars) & set(bound)
@@ -72,9 +83,10 @@ def parted(
 
     def handed_on() -> list[Value]:
         wanted = read(second) | variables(late)
-        return [v for n in sorted(in_first_alone - second) for v in eqns[n].outvars if v in wanted]
+        made = [v for n in sorted(in_first_alone - second) for v in eqns[n].outvars]
+        return [v for v in (*gone, *made) if v in wanted]
 
-    while views := {n for v in handed_on() for n in makers[v] if _is_view(eqns[n])}:
+    while views := {n for v in handed_on() for n in makers.get(v, ()) if _is_view(eqns[n])}:
         second |= views
     return Parts(sorted(first), sorted(second), handed_on(), early)
 
@@ -129,7 +141,8 @@ def _shard_maps(
     parts = parted(body, of_first, of_rest, inner_bound)
     if len(parts.early) == len(rest):
         return [eqn]
-    handed = {v: Value(None) for v in parts.frontier}
+    axes = _axes_of(body, eqn.params)
+    handed = {v: (Value(None), axes[v]) for v in parts.frontier}
     first = sorted([*first, *(rest[i] for i in parts.early)])
     late = [i for i in rest if i not in first]
     return [
@@ -142,19 +155,19 @@ def _shard_map(
     eqn: Equation,
     body: Program,
     results: list[int],
-    arriving: dict[Value, Value],
-    leaving: dict[Value, Value],
+    arriving: dict[Value, tuple[Value, tuple[str, ...]]],
+    leaving: dict[Value, tuple[Value, tuple[str, ...]]],
 ) -> Equation:
-    """The shard_map of this body, with these of the results and what is handed on."""
-    mesh, params = eqn.params["mesh"], eqn.params
-    wanted = [body.outvars[i] for i in results]
+    """The shard_map of this body, with these of the results and what is handed on.
+
+    arriving, leaving: what a Value of the body is outside, and the axes that it lies on there.
+    """
+    params, wanted = eqn.params, [body.outvars[i] for i in results]
     read = _read_by(body, [*wanted, *leaving])
     used = [i for i, v in enumerate(body.invars) if v in read]
 
-    def cut(v: Value) -> PartitionSpec:
-        differs = v.aval.manual_axis_type.varying if params["check_vma"] else mesh.axis_names
-        manual = params["newly_manual_axes"]
-        return PartitionSpec(tuple(a for a in mesh.axis_names if a in manual and a in differs))
+    def cuts(handed) -> list[PartitionSpec]:
+        return [PartitionSpec(axes) for _, axes in handed.values()]
 
     def of_device(*operands):
         known = dict(zip([body.invars[i] for i in used], operands))
@@ -162,21 +175,49 @@ def _shard_map(
         known |= {v: lax.squeeze(piece, (0,)) for v, piece in slices}
         values = evaluate(body, known, [*wanted, *leaving])
         alone, handed = values[: len(wanted)], values[len(wanted) :]
+        if params["check_vma"]:
+            handed = [vary(x, axes) for x, (_, axes) in zip(handed, leaving.values())]
         return [*alone, *(lax.expand_dims(x, (0,)) for x in handed)]
 
     def run(*operands):
         return jax.shard_map(
             of_device,
-            mesh=mesh,
-            in_specs=(*(params["in_specs"][i] for i in used), *map(cut, arriving)),
-            out_specs=[*(params["out_specs"][i] for i in results), *map(cut, leaving)],
+            mesh=params["mesh"],
+            in_specs=(*(params["in_specs"][i] for i in used), *cuts(arriving)),
+            out_specs=[*(params["out_specs"][i] for i in results), *cuts(leaving)],
             axis_names=params["newly_manual_axes"],
             check_vma=params["check_vma"],
         )(*operands)
 
-    invars = [*(eqn.invars[i] for i in used), *arriving.values()]
-    outvars = [*(eqn.outvars[i] for i in results), *leaving.values()]
+    invars = [*(eqn.invars[i] for i in used), *(v for v, _ in arriving.values())]
+    outvars = [*(eqn.outvars[i] for i in results), *(v for v, _ in leaving.values())]
     return Equation(invars, outvars, run, is_product=True)
+
+
+def _axes_of(body: Program, params: dict[str, Any]) -> dict[Value, tuple[str, ...]]:
+    """The axes of a shard_map along which devices may hold different numbers of each Value.
+
+    A type may say less: `plgpu.kernel`'s results (jax 0.11) have to be marked as different first
+    (`kernels.manual`), and what is handed on may not be yet.
+    """
+    manual = [axis for axis in params["mesh"].axis_names if axis in params["newly_manual_axes"]]
+    differ: dict[Value, set[str]] = {}
+
+    def typed(v: Value) -> set[str]:
+        if not params["check_vma"]:
+            return set(manual)
+        typed = getattr(v.aval, "manual_axis_type", None)
+        return set(typed.varying) if typed is not None else set()
+
+    for v in (*body.invars, *body.constants):
+        differ[v] = typed(v)
+    for eqn in body.eqns:
+        read = set[str]().union(*(differ[v] for v in variables(eqn.invars)))
+        agree = not eqn.primitive or eqn.primitive.startswith(_AGREEING)
+        differ |= {v: typed(v) | (set() if agree else read) for v in eqn.outvars}
+        for v in filter(is_reference, eqn.invars):
+            differ[v] |= read
+    return {v: tuple(a for a in manual if a in axes) for v, axes in differ.items()}
 
 
 def _loops(eqn: Equation, first: list[int], rest: list[int], bound: set[Any]) -> list[Equation]:

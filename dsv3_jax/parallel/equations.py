@@ -13,6 +13,8 @@ import jax
 from jax.extend import core as jcore
 from jax.ref import AbstractRef
 
+from dsv3_jax.parallel.collectives import vary
+
 # Calls whose body is gone into.
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "remat2", "remat", "checkpoint")
 _PRODUCTS = ("dot_general", "ragged_dot", "conv_general_dilated", "ffi_call")
@@ -97,6 +99,8 @@ def _is_product(eqn: Any) -> bool:
 
 
 def _bind(eqn: Any, scope: str, *operands: Any) -> list[Any]:
+    if eqn.primitive.name == "pvary":  # of what may be marked already (`apart._axes_of`)
+        return [vary(x, eqn.params["axes"]) for x in operands]
     parameters = eqn.primitive.get_bind_params(eqn.params)
     # Else a compiled program says nothing of where its operations come from.
     with jax.named_scope(scope) if scope else contextlib.nullcontext():

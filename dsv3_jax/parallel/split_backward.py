@@ -22,7 +22,7 @@ class SplitBackward(NamedTuple):
 
     first(*inputs) gives (gradients of the input, early, frontier): early are the gradients of
     weights that the first part makes anyway, by their place among all; the frontier is what
-    second(frontier, *inputs) needs besides the inputs for the others, None in the place of those.
+    second(frontier, *kept inputs) needs besides for the others, None in the place of those.
     """
 
     first: Callable[..., tuple[list[Any], dict[int, Any], list[Any]]]
@@ -33,13 +33,15 @@ def split_backward(
     pullback: Callable[..., tuple[list[Any], list[Any]]],
     *inputs: Any,
     num_weights: int = 0,
+    num_kept: int | None = None,
     within: bool = True,
 ) -> SplitBackward:
     """The parts of pullback(*inputs) -> (gradients of the input, gradients of the weights).
 
     Both are lists of arrays; `inputs` are arrays or their shapes. What the first num_weights inputs
-    alone make is made in both parts, and not handed on. A weight's gradient that needs no product
-    after the first part is made there. Unless `within`, shard_maps and loops are in one piece, in
+    alone make is made in both parts, and not handed on. The first num_kept inputs (None: all) are
+    there for the second part, too. A weight's gradient that needs no product after the first part
+    is made there. Unless `within`, shard_maps and loops are in one piece, in
     the first part if the input's gradient needs any of their results; `apart.opened` says which are
     in any case.
     """
@@ -55,9 +57,10 @@ def split_backward(
     program = program_of(jax.make_jaxpr(flat_pullback)(*flat))
     of_input, of_weights = program.outvars[: counts[0]], program.outvars[counts[0] :]
     bound = program.invars[len(jax.tree.leaves(inputs[:num_weights])) :]
+    gone = program.invars[len(jax.tree.leaves(inputs[:num_kept])) :]
     if within:
         program = opened(program, of_input, bound)
-    first, second, frontier, early = parted(program, of_input, of_weights, bound)
+    first, second, frontier, early = parted(program, of_input, of_weights, bound, gone)
     of_first, of_second = program.only(first), program.only(second)
 
     def run_first(*inputs):
@@ -67,8 +70,8 @@ def split_backward(
         gradients, rest = values[: len(of_input)], values[len(of_input) :]
         return gradients, dict(zip(early, rest)), rest[len(early) :]
 
-    def run_second(frontier_values, *inputs):
-        known = dict(zip(program.invars, jax.tree.leaves(inputs)))
+    def run_second(frontier_values, *kept):
+        known = dict(zip(program.invars, jax.tree.leaves(kept)))
         known |= zip(frontier, frontier_values)
         late = [v for i, v in enumerate(of_weights) if i not in early]
         values = iter(evaluate(of_second, known, late))

@@ -66,15 +66,16 @@ class LayerBackward:
         inputs = (jax.tree.leaves(weights), saved, dy, d_balance)
         # Where W follows at once, what shard_maps would leave for it only takes room.
         within = not self.config.pipeline.takes_backward_whole()
-        self.parts = split_backward(self._pullback, *inputs, num_weights=1, within=within)
-        (dx,), early, frontier = self.parts.first(*inputs)
-        return dx, early, (frontier, dy)
+        self.parts = split_backward(
+            self._pullback, *inputs, num_weights=1, num_kept=2, within=within
+        )
+        (dx,), early, pending = self.parts.first(*inputs)
+        return dx, early, pending
 
-    def second(self, weights: Weights, saved, pending, d_balance) -> dict[int, Any]:
+    def second(self, weights: Weights, saved, pending) -> dict[int, Any]:
         """The other gradients of weights, by their place."""
         assert self.parts is not None
-        frontier, dy = pending
-        late = self.parts.second(frontier, jax.tree.leaves(weights), saved, dy, d_balance)
+        late = self.parts.second(pending, jax.tree.leaves(weights), saved)
         return {i: gradient for i, gradient in enumerate(late) if gradient is not None}
 
     def output(self, weights: Weights, x, of_tokens: Tokens) -> tuple[Any, LayerStats]:

@@ -290,7 +290,7 @@ class Rank:
         weights = self.weights(kind, place.chunk, i)
         saved = read_slot(kept.saved[kind], place.saved, i)
         pending = read_slot(kept.pending[kind], place.pending, i)
-        late = self.layers[kind].second(weights, saved, pending, self.d_balance)
+        late = self.layers[kind].second(weights, saved, pending)
         return self._add_at(totals, kind, late, place.chunk, i), kept, x
 
     def _zero_sums(self, kind: str) -> Any:

@@ -7,6 +7,7 @@ import pytest
 
 from dsv3_jax.analysis import activations
 from dsv3_jax.analysis.activations import layer_bytes
+from dsv3_jax.analysis.pending import pending_bytes
 from dsv3_jax.analysis.prediction import Prediction, exchange_traffic, predict, step_flops
 from dsv3_jax.config import ParallelConfig, PipelineConfig, ShardingConfig, load_config
 from dsv3_jax.model import remat
@@ -100,6 +101,45 @@ def test_a_layer_keeps_what_its_trace_keeps(name, recipe, remat):
     config = dataclasses.replace(config, mesh=ParallelConfig(data=1), train=train, quant=quant)
     for moe, traced in enumerate(KEPT[name, recipe, remat]):
         assert layer_bytes(config, bool(moe)) == pytest.approx(traced, rel=0.03)
+
+
+# Bytes that a token's I leaves for its W in a dense and a MoE layer, traced likewise: Moonlight
+# over data 8, and V3 over local 8, which exchanges tokens. The last two take backward passes whole.
+PENDING = {
+    ("moonlight", "bf16", "none", "zb1p"): (77_952, 122_240),
+    ("moonlight", "bf16", "full", "zb1p"): (127_104, 192_896),
+    ("moonlight", "bf16", "v3", "zb1p"): (123_008, 156_088),
+    ("moonlight", "fp8_paper", "none", "zb1p"): (36_532, 63_588),
+    ("moonlight", "fp8_paper", "full", "zb1p"): (68_676, 118_436),
+    ("moonlight", "fp8_paper", "v3", "zb1p"): (65_972, 96_780),
+    ("v3", "bf16", "none", "zb1p"): (254_080, 392_320),
+    ("v3", "bf16", "full", "zb1p"): (360_576, 613_568),
+    ("v3", "bf16", "v3", "zb1p"): (327_808, 566_756),
+    ("v3", "fp8_paper", "none", "zb1p"): (115_204, 215_652),
+    ("v3", "fp8_paper", "full", "zb1p"): (201_348, 386_948),
+    ("v3", "fp8_paper", "v3", "zb1p"): (182_980, 354_244),
+    ("v3", "bf16", "full", "1f1b"): (294_016, 162_944),
+    ("v3", "fp8_paper", "none", "1f1b"): (1_024, 15_360),
+}
+
+
+@pytest.mark.parametrize("name, recipe, remat, schedule", PENDING)
+def test_what_waits_for_the_weights_gradients_is_what_its_trace_leaves(
+    name, recipe, remat, schedule
+):
+    config = load_config(MOONLIGHT if name == "moonlight" else "deepseek_v3")
+    mesh = ParallelConfig(data=8) if name == "moonlight" else ParallelConfig(local=8)
+    train = dataclasses.replace(
+        config.train, remat=remat, batch_size=8, micro_batch_size=8, seq_len=4096
+    )
+    quant = dataclasses.replace(config.quant, preset=recipe)
+    expert = dataclasses.replace(config.expert_parallel, capacity_factor=1.0)
+    config = dataclasses.replace(
+        config, mesh=mesh, train=train, quant=quant, expert_parallel=expert
+    )
+    for moe, traced in enumerate(PENDING[name, recipe, remat, schedule]):
+        found = pending_bytes(config, schedule, bool(moe))
+        assert found == pytest.approx(traced, rel=0.03)
 
 
 def test_zero1_gathers_once_what_products_read_and_f32_where_it_has_no_tiles():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from dsv3_jax.parallel.collectives import vary
 from dsv3_jax.parallel.split_backward import made_of_first, split_backward
 
 
@@ -110,6 +111,33 @@ def test_a_shard_map_becomes_two(checked):
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
     assert parts_and_whole(function, params, x, dy, within=False)[0] == (4, 0, 4)
+
+
+def test_what_a_kernel_calls_alike_on_all_devices_is_each_devices_own():
+    """As GPU kernels' results are typed until they are marked (`kernels.manual.result`)."""
+    mesh, rows = mesh_of_four(), PartitionSpec(("node", "local"))
+
+    def on_device(w, x, dy):
+        result = jax.new_ref(jnp.zeros(dy.shape))
+        result[...] = dy * 2
+        d = vary(jax.freeze(result), ("node", "local"))
+        w = vary(w, ("node", "local"))
+        return d @ w.T, jax.lax.psum(x.T @ d, ("node", "local"))
+
+    def pullback(w, x, dy):
+        specs = (PartitionSpec(), rows, rows)
+        function = jax.shard_map(
+            on_device, mesh=mesh, in_specs=specs, out_specs=(rows, PartitionSpec())
+        )
+        dx, d_w = function(w, x, dy)
+        return [dx], [d_w]
+
+    w, x, dy = jnp.ones((5, 6)), jnp.ones((8, 5)), jnp.ones((8, 6))
+    parts = split_backward(pullback, w, x, dy)
+    _, early, frontier = jax.eval_shape(parts.first, w, x, dy)
+    assert not early and [leaf.shape for leaf in frontier] == [(4, 2, 6)]
+    (late,) = jax.eval_shape(parts.second, frontier, w, x, dy)
+    assert late.shape == jax.eval_shape(pullback, w, x, dy)[1][0].shape
 
 
 @pytest.mark.parametrize("start, later", [("made", 3), ("zeros", 0)])

@@ -57,7 +57,7 @@ def layer_of(preset="bf16", backward="apart", **exchange) -> SimpleNamespace:
     _, saved, stats = jax.eval_shape(forward, weights, x)
     first, given = layer.first, (weights, saved, x, stats.balance)
     _, early, pending = jax.eval_shape(first, *given)
-    later = (weights, saved, pending, stats.balance)
+    later = (weights, saved, pending)
     return SimpleNamespace(
         **{"layer": layer, "forward": forward, "of_tokens": of_tokens, "how": how},
         **{"first": jax.make_jaxpr(first)(*given), "early": early, "weights": weights, "x": x},
@@ -120,7 +120,7 @@ def test_both_parts_make_the_layers_gradients():
     def in_parts(weights, x, dy):
         _, saved, stats = parts.forward(weights, x)
         dx, early, pending = parts.layer.first(weights, saved, dy, d_balance)
-        late = parts.layer.second(weights, saved, pending, d_balance)
+        late = parts.layer.second(weights, saved, pending)
         return [dx, *(value for _, value in sorted((early | late).items()))], stats.rounds
 
     @jax.jit
