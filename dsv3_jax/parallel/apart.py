@@ -25,6 +25,7 @@ from dsv3_jax.parallel.equations import (
     makers_of,
     program_of,
     reached,
+    scoped,
     variables,
 )
 
@@ -41,7 +42,7 @@ class Parts(NamedTuple):
     """Equations of the two parts by number, and what the first hands on to the second.
 
     early: which results of the second kind, by place, the first part makes: those that need no
-    product and no input besides. (A view of an input is none: it takes room, and no time.)
+    product and no input besides; but no views of inputs, which take room and no time.
     """
 
     first: list[int]
@@ -180,14 +181,16 @@ def _shard_map(
         return [*alone, *(lax.expand_dims(x, (0,)) for x in handed)]
 
     def run(*operands):
-        return jax.shard_map(
+        mapped = jax.shard_map(
             of_device,
             mesh=params["mesh"],
             in_specs=(*(params["in_specs"][i] for i in used), *cuts(arriving)),
             out_specs=[*(params["out_specs"][i] for i in results), *cuts(leaving)],
             axis_names=params["newly_manual_axes"],
             check_vma=params["check_vma"],
-        )(*operands)
+        )
+        with scoped(eqn.scope):
+            return mapped(*operands)
 
     invars = [*(eqn.invars[i] for i in used), *(v for v, _ in arriving.values())]
     outvars = [*(eqn.outvars[i] for i in results), *(v for v, _ in leaving.values())]
@@ -231,9 +234,11 @@ def _loops(eqn: Equation, first: list[int], rest: list[int], bound: set[Any]) ->
     condition, body = (program_of(eqn.params[f"{name}_jaxpr"]) for name in ("cond", "body"))
     of_first, carried = _carried(eqn, condition, body, first)
     late = [i for i in rest if i not in carried]
+    if not late:
+        return [eqn]
     of_rest, carried_later = _carried(eqn, condition, body, late)
     goes_on = all(is_variable(starts[i]) and starts[i] in bound for i in late)
-    if not late or (_products(of_first) & _products(of_rest) and not goes_on):
+    if _products(of_first) & _products(of_rest) and not goes_on:
         return [eqn]
     return [
         _loop(eqn, condition, of_first, carried, carried),
@@ -267,28 +272,29 @@ def _loop(
     eqn: Equation, condition: Program, body: Program, carried: list[int], results: list[int]
 ) -> Equation:
     """The loop of this body, with these of what it carries as results."""
-    of_condition, of_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    num_tested, num_constants = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     read = _read_by(body, body.outvars)
-    used = [i for i, v in enumerate(body.invars[:of_body]) if v in read]
+    used = [i for i, v in enumerate(body.invars[:num_constants]) if v in read]
 
     def run(*operands):
-        known = dict(zip(condition.invars, operands[:of_condition]))
-        constants = dict(zip([body.invars[i] for i in used], operands[of_condition:]))
+        tested = dict(zip(condition.invars, operands[:num_tested]))
+        constants = dict(zip([body.invars[i] for i in used], operands[num_tested:]))
 
         def test(carry):
-            now = dict(zip([condition.invars[of_condition + i] for i in carried], carry))
-            return evaluate(condition, known | now, condition.outvars)[0]
+            now = dict(zip([condition.invars[num_tested + i] for i in carried], carry))
+            return evaluate(condition, tested | now, condition.outvars)[0]
 
         def turn(carry):
-            now = dict(zip([body.invars[of_body + i] for i in carried], carry))
+            now = dict(zip([body.invars[num_constants + i] for i in carried], carry))
             return evaluate(body, constants | now, body.outvars)
 
-        last = lax.while_loop(test, turn, list(operands[of_condition + len(used) :]))
+        with scoped(eqn.scope):
+            last = lax.while_loop(test, turn, list(operands[num_tested + len(used) :]))
         return [value for i, value in zip(carried, last) if i in results]
 
-    constants = eqn.invars[of_condition : of_condition + of_body]
-    starts = eqn.invars[of_condition + of_body :]
-    invars = [*eqn.invars[:of_condition], *(constants[i] for i in used)]
+    constants = eqn.invars[num_tested : num_tested + num_constants]
+    starts = eqn.invars[num_tested + num_constants :]
+    invars = [*eqn.invars[:num_tested], *(constants[i] for i in used)]
     return Equation(
         [*invars, *(starts[i] for i in carried)],
         [eqn.outvars[i] for i in results],

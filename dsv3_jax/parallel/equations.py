@@ -36,6 +36,7 @@ class Equation(NamedTuple):
         run: the function of arrays, in those orders.
         is_product: whether it multiplies, or has a body of its own, as a kernel and a loop have.
         primitive, params: of the operation; "" and None of what is left of one.
+        scope: where the program says that it comes from.
     """
 
     invars: list[Any]
@@ -44,6 +45,7 @@ class Equation(NamedTuple):
     is_product: bool
     primitive: str = ""
     params: Any = None
+    scope: str = ""
 
 
 class Program(NamedTuple):
@@ -75,11 +77,14 @@ def program_of(body: Any) -> Program:
             where = "/".join(filter(None, (scope, str(eqn.source_info.name_stack))))
             if eqn.primitive.name in _CALLS:
                 inner = eqn.params.get("jaxpr") or eqn.params["call_jaxpr"]
+                if name := eqn.params.get("name"):  # by which `compile` knows a kernel
+                    where = f"{where}/jit({name})" if where else f"jit({name})"
                 results = add(*_without_constants(inner), inputs, where)
             else:
                 results: list[Any] = [Value(v.aval) for v in eqn.outvars]
                 run, name = partial(_bind, eqn, where), eqn.primitive.name
-                eqns.append(Equation(inputs, results, run, _is_product(eqn), name, eqn.params))
+                says = _is_product(eqn), name, eqn.params, where
+                eqns.append(Equation(inputs, results, run, *says))
             names |= zip(eqn.outvars, results)
         return [names[v] if is_variable(v) else v for v in jaxpr.outvars]
 
@@ -102,10 +107,17 @@ def _bind(eqn: Any, scope: str, *operands: Any) -> list[Any]:
     if eqn.primitive.name == "pvary":  # of what may be marked already (`apart._axes_of`)
         return [vary(x, eqn.params["axes"]) for x in operands]
     parameters = eqn.primitive.get_bind_params(eqn.params)
-    # Else a compiled program says nothing of where its operations come from.
-    with jax.named_scope(scope) if scope else contextlib.nullcontext():
+    with scoped(scope):
         results = eqn.primitive.bind(*operands, **parameters)
     return list(results) if eqn.primitive.multiple_results else [results]
+
+
+def scoped(scope: str) -> Any:
+    """A context in which operations are said to come from there.
+
+    Without it a compiled program says nothing of where its own come from.
+    """
+    return jax.named_scope(scope) if scope else contextlib.nullcontext()
 
 
 def evaluate(program: Program, known: dict[Any, Any], wanted: Iterable[Any]) -> list[Any]:

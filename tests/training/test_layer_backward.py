@@ -90,6 +90,9 @@ def test_experts_weight_gradients_are_in_the_second_part(preset, overflow):
     first, second = products(parts.first.jaxpr), products(parts.second.jaxpr)
     if preset == "bf16":  # in FP8 all are of whole tiles
         assert not EXPERTS & set(first) and set(second) >= EXPERTS
+    # By this `compile` knows the loop of further rounds, and profiles whose products these are.
+    names = [str(eqn.source_info.name_stack) for eqn in parts.second.eqns]
+    assert any(name.endswith("mlp/experts") for name in names)
     if overflow == "error":  # with further rounds, these are in both parts
         whole = layer_of(preset, "whole", overflow=overflow, capacity_factor=1.0)
         together = len(products(whole.first.jaxpr)) + len(products(whole.second.jaxpr))
