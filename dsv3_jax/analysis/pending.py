@@ -16,10 +16,10 @@ E5M6 = 1.5
 def pending_bytes(config: Config, schedule: str, moe: bool) -> float:
     """A token's, in a dense layer or a MoE layer.
 
-    Where a schedule takes backward passes whole, what is in a shard_map is made with I: all FP8
-    products, those of routed experts and of the attention's kv_b_proj.
+    Unless pipeline.experts_apart, and where a schedule takes backward passes whole, what is in a
+    shard_map is made with I: all FP8 products, those of routed experts and of kv_b_proj.
     """
-    apart = not config.pipeline.takes_backward_whole(schedule)
+    apart = config.pipeline.takes_experts_apart(schedule)
     if uses_fp8(config):
         return _in_fp8(config, apart, moe)
     return BYTES[config.model.dtype] * _in_bf16(config, apart, moe)

@@ -73,10 +73,12 @@ def pipelined_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) 
     layers, ends = held_parameters(config, schedule)
     held, slots = layers + ends, slots_of(config, schedule)
     tokens, width = tokens_per_micro_batch(config), BYTES[model.dtype]
-    saved = pending = 0.0
+    saved = pending = of_layer = 0.0
     for moe, count in ((False, slots.dense), (True, slots.moe)):
         saved += count * layer_bytes(config, moe)
-        pending += count * pending_bytes(config, schedule, moe)
+        left = pending_bytes(config, schedule, moe)
+        pending += count * left
+        of_layer = max(of_layer, left * bool(count))
     waiting = mesh.pipe if schedule in APART else 1  # for as many acts as there are ranks
     message = width * model.hidden_size
     table = model.vocab_size * model.hidden_size / mesh.tensor
@@ -85,6 +87,10 @@ def pipelined_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) 
     in_head = logits_bytes(config, tokens) + tables * MASTER * table
     in_layer = 2 * MASTER * largest_weight(config)
     in_layer += tokens * working_bytes(config)
+    if mesh.node * mesh.local > 1 and config.pipeline.takes_experts_apart(schedule):
+        # A further round works beside what the first has left for W, which is put away and read.
+        in_layer += tokens * (working_bytes(config) + 2 * of_layer)
+        in_layer += MASTER * stage_parameters(model, mesh, Stage(0, 1, False, False)).expert
     state = MASTER + 2 * BYTES[config.optimizer.moment_dtype]
     whole = mesh.tensor > 1 or config.sharding.state == "replicated"
     weights_held = MASTER * held.total

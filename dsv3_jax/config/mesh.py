@@ -169,6 +169,9 @@ class PipelineConfig:
     # whole where the schedule can. apart is faster where the weights' gradient takes more than
     # about half of a forward, and keeps what it reads until its act.
     backward: Literal["auto", "apart", "whole"] = "auto"
+    # Where these are two acts: whether those of FP8 products and routed experts are, too. They fill
+    # bubbles then, and what they read waits for them, as many times as there are ranks.
+    experts_apart: bool = True
 
     @property
     def stages_per_rank(self) -> int:
@@ -178,6 +181,10 @@ class PipelineConfig:
     def takes_backward_whole(self, schedule: str = "") -> bool:
         """Whether both gradients are one act; under another schedule, if one is given."""
         return self.backward != "apart" and (schedule or self.schedule) not in APART
+
+    def takes_experts_apart(self, schedule: str = "") -> bool:
+        """Whether gradients inside of shard_maps are two acts; the schedule as above."""
+        return self.experts_apart and not self.takes_backward_whole(schedule)
 
     def misfits(self, ranks: int, microbatches: int, layers: int) -> list[str]:
         """Why so many ranks cannot run the schedule, each with the nearest that works."""

@@ -65,7 +65,7 @@ class LayerBackward:
         """(dx, gradients of weights made on the way, by their place, what `second` needs)."""
         inputs = (jax.tree.leaves(weights), saved, dy, d_balance)
         # Where W follows at once, what shard_maps would leave for it only takes room.
-        within = not self.config.pipeline.takes_backward_whole()
+        within = self.config.pipeline.takes_experts_apart()
         self.parts = split_backward(
             self._pullback, *inputs, num_weights=1, num_kept=2, within=within
         )

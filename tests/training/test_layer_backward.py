@@ -29,7 +29,7 @@ ROWS, LENGTH = 4, 20
 EXPERTS = {(24, 36), (18, 24)}
 
 
-def layer_of(preset="bf16", backward="apart", **exchange) -> SimpleNamespace:
+def layer_of(preset="bf16", experts_apart=True, **exchange) -> SimpleNamespace:
     """The layer, with shapes of all that its parts are given and hand on."""
     dtype = "bfloat16" if preset == "fp8_paper" else "float32"
     config = Config(
@@ -38,7 +38,7 @@ def layer_of(preset="bf16", backward="apart", **exchange) -> SimpleNamespace:
         ),
         mesh=ParallelConfig(node=2, local=2),
         quant=QuantConfig(preset=preset),
-        pipeline=PipelineConfig("1f1b", backward),
+        pipeline=PipelineConfig("1f1b", "apart", experts_apart),
         expert_parallel=ExpertParallelConfig(**{"transport": "padded"} | exchange),
         train=TrainConfig(batch_size=ROWS, micro_batch_size=ROWS, seq_len=LENGTH),
     ).validate()
@@ -94,7 +94,7 @@ def test_experts_weight_gradients_are_in_the_second_part(preset, overflow):
     names = [str(eqn.source_info.name_stack) for eqn in parts.second.eqns]
     assert any(name.endswith("mlp/experts") for name in names)
     if overflow == "error":  # with further rounds, these are in both parts
-        whole = layer_of(preset, "whole", overflow=overflow, capacity_factor=1.0)
+        whole = layer_of(preset, False, overflow=overflow, capacity_factor=1.0)
         together = len(products(whole.first.jaxpr)) + len(products(whole.second.jaxpr))
         assert len(first) + len(second) == together
         assert of_experts(whole.weights, whole.early) == {"gate_up_proj", "down_proj"}
