@@ -81,7 +81,11 @@ def _wide(config: Config, moe: bool) -> float:
 
 def _rows(config: Config, moe: bool) -> float:
     """Rows of a token that routed experts multiply, of those whose gradient waits for W."""
-    if not moe or (_is_exchanged(config) and config.expert_parallel.overflow == "loop"):
+    mesh, expert = config.mesh, config.expert_parallel
+    by_two_hops = mesh.node > 1 and mesh.local > 1 and expert.hierarchical
+    if not moe or (_is_exchanged(config) and expert.overflow == "loop"):
+        return 0.0
+    if expert.overlap and by_two_hops:  # rows of the second hop travel over these products, in I
         return 0.0
     tokens = tokens_per_micro_batch(config)
     here = config.model.n_routed_experts / (config.mesh.node * config.mesh.local)
