@@ -13,7 +13,7 @@ import numpy as np
 
 from dsv3_jax.config import Config, UserError
 from dsv3_jax.frozen import abstract_base
-from dsv3_jax.inference.acts import advance, feed
+from dsv3_jax.inference.acts import advance_of, feed
 from dsv3_jax.inference.kv_cache import NO_PAGE
 from dsv3_jax.inference.slots import Chunk, Program, Slots, closed_slots
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
@@ -150,7 +150,10 @@ def serving(config: Config, layout: Layout, what: Serving, decode: bool) -> Buil
         pool = dataclasses.replace(cache, block_table=integers(0))
         slots = Slots(pool, None, *rest)
         return Built(
-            lambda: advance.lower(variables, slots, table, program), arguments, layout, trips
+            lambda: advance_of(program).lower(variables, slots, table, program),
+            arguments,
+            layout,
+            trips,
         )
     numbers = [integers() for _ in range(5)]
     last: Any = jax.ShapeDtypeStruct((what.batch,), jnp.bool_, sharding=by_sequence)

@@ -6,7 +6,8 @@ launched before the host has seen what the last one wrote.
 """
 
 import dataclasses
-from functools import partial
+import inspect
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from dsv3_jax.model.cache import LatentCache, PagedCache
 from dsv3_jax.model.decode import Decoded, decode_step, prefill
 from dsv3_jax.model.ends import logits_of
 from dsv3_jax.model.transformer import Variables
+from dsv3_jax.parallel.compiler_options import overlap_options
 from dsv3_jax.parallel.sharding import Layout
 
 
@@ -78,6 +80,23 @@ def advance(
         open=is_open & (first_end >= made),
     )
     return _pinned(slots, layout), _written(written, drawn, logits, out, program)
+
+
+def advance_of(program: Program) -> Any:
+    """`advance` for this program: with two micro-batches XLA is told what training's overlap is."""
+    steps = program.steps
+    options = overlap_options(steps.layout.platform) if steps.micro_batches == 2 else {}
+    return _advance_told(tuple(options.items())) if options else advance
+
+
+@cache
+def _advance_told(options: tuple[tuple[str, Any], ...]) -> Any:
+    return jax.jit(
+        inspect.unwrap(advance),
+        static_argnames="program",
+        donate_argnames="slots",
+        compiler_options=dict(options),
+    )
 
 
 @partial(jax.jit, static_argnames=("program", "fresh"), donate_argnames="slots")

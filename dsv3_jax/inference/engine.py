@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 from dsv3_jax.config import ModelConfig, UserError
-from dsv3_jax.inference.acts import advance, copy_page, feed
+from dsv3_jax.inference.acts import advance_of, copy_page, feed
 from dsv3_jax.inference.expert_load import ExpertLoad
 from dsv3_jax.inference.kv_cache import NO_PAGE, OutOfPages, PagePool
 from dsv3_jax.inference.options import EngineOptions, Statistics
@@ -155,7 +155,7 @@ class Engine:
                         self._slots, _ = feed(*args, fresh)
             nobody = np.full((self.options.slots, self._width), NO_PAGE, np.int32)
             table = jax.device_put(nobody) if self._alone else nobody
-            self._slots, _ = advance(self.variables, self._slots, table, program)
+            self._slots, _ = advance_of(program)(self.variables, self._slots, table, program)
         if self._copies:
             self._slots = copy_page(self._slots, *np.zeros((2,), np.int32))
         jax.block_until_ready(self._slots.lengths)
@@ -358,7 +358,8 @@ class Engine:
                     table[slot] = NO_PAGE
             self._table = jax.device_put(table) if self._alone else table
         program = self._program(writing)
-        self._slots, written = advance(self.variables, self._slots, self._table, program)
+        step = advance_of(program)
+        self._slots, written = step(self.variables, self._slots, self._table, program)
         for sequence in writing:
             sequence.flights += 1
             sequence.promised += 1

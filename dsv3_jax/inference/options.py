@@ -26,8 +26,8 @@ class EngineOptions:
             being written.
         fp8_cache: latents as E4M3 with scales.
         share_prefixes: sequences that begin alike share pages.
-        micro_batches: 2 takes a step of one half of the sequences and then of the other, so that
-            one computes while the other's tokens are on their way to experts; on a mesh.
+        micro_batches: 2 takes both halves of the sequences through a layer together, so that one
+            computes while the other's tokens are on their way to experts; on a mesh.
         top: of the likeliest tokens returned with each.
         experts: return each token's experts. Prefixes are then not shared, as what is shared is not
             computed.

@@ -1,12 +1,10 @@
 """One transformer layer: x += MLA(norm(x)); x += feed-forward(norm(x))."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array
 
 from dsv3_jax.model.cache import LatentCache, PagedCache
 from dsv3_jax.model.forward_pass import Pass
@@ -31,14 +29,13 @@ class Block(nn.Module):
         self,
         x: Any,  # [B, T, D]
         tokens: Any,
-        cache: LatentCache | PagedCache | None = None,
-        between: Callable[[Array], Array] | None = None,
+        cache: Any = None,  # LatentCache or PagedCache
     ) -> tuple[Any, LatentCache | PagedCache | None, Any]:
         """The layer's output, its updated cache, and a MoE layer's statistics.
 
-        `between` is given x after attention and returns it; see micro_batches.py. Of a MoE layer x
-        may be a pair of halves of a batch, without a cache; tokens are a pair then, and so are
-        output and statistics. They go through the layer in opposite phases.
+        Of a MoE layer x may be a pair of halves of a batch; tokens are a pair then, the cache one
+        with the pages of each half, and so are output and statistics; the cache that is returned
+        has both. They go through the layer in opposite phases (micro_batches.py).
         """
         how, eps = self.how, self.how.config.rms_norm_eps
         w = parameters(self, how.config, "layer")
@@ -52,18 +49,22 @@ class Block(nn.Module):
         norm = w.post_attention_layernorm
         if isinstance(x, tuple):
             x = tuple(token_by_token(each, how.layout) for each in x)
-            first, _ = attend(x[0], tokens[0])
+            first_cache, second_cache = (None, None) if cache is None else cache
+            first, held = attend(x[0], tokens[0], first_cache)
+            if second_cache is not None:
+                assert isinstance(held, PagedCache)
+                second_cache = held.with_table(second_cache.block_table)
             # The first half's rows are on their way to the experts meanwhile.
             rows = how.layout.spec("batch", "residual")
             tie = how.layout.shard_map(tied, (rows, rows), (rows, rows))
             second, first = tie(x[1], first)
-            x = first, attend(second, tokens[1])[0]
+            second, cache = attend(second, tokens[1], second_cache)
+            x = first, second
             masks = (tuple(getattr(of, name) for of in tokens) for name in ("counted", "experts"))
             normed = tuple(rms_norm(each, norm, eps) for each in x)
             y, stats = MoE(how, name="mlp")(normed, *masks)
             return jax.tree.map(jnp.add, x, y), cache, stats
-        attended, cache = attend(token_by_token(x, how.layout), tokens, cache)
-        x = attended if between is None else between(attended)
+        x, cache = attend(token_by_token(x, how.layout), tokens, cache)
         if self.dense:
             mlp = MLP(how, name="mlp")
             return x + mlp(norm_for(x, norm, eps, how.recipe.gate_up_proj, how.layout)), cache, None

@@ -31,10 +31,10 @@ class Pass:
         remat: what each layer saves for its backward pass, a key of remat.POLICIES.
         prefill: a cache that comes along is empty: the tokens attend to each other alone, in the
             expanded form of MLA, and not to the cache in the absorbed form.
-        micro_batches: 2 computes each layer for one half of every device's sequences and for the
-            other, so that the rows of one travel while the other computes: MoE layers of training,
-            whose sequences must be even in number, and of decoding, where they can be cut and lie
-            in pages; see micro_batches.py.
+        micro_batches: 2 takes both halves of every device's sequences through a MoE layer together,
+            so that the rows of one travel while the other computes: layers of training, whose
+            sequences must be even in number, and of decoding, where they can be cut and lie in
+            pages; see micro_batches.py.
         mtp_detached: MTP modules send no gradient to the hidden states and embeddings they read.
         score, select: the router's own functions, see `route`; None: those of the config.
         attention_bias: see `mla_attention`; called with positions, None: causal attention alone.

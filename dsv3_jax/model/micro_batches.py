@@ -1,15 +1,13 @@
 """Two half-batches through a layer: one computes while the other's tokens are on their way.
 
 V3 report, section 3.4.2, and ISCA paper, section 2.3.1: decoding on many devices spends as long on
-the experts' exchange as on attention. Each device's sequences are cut in two. Neither half reads
-what the other has computed, so that XLA may lay the exchange of one over what the other computes;
-the second begins its attention when the first has ended its own. How much XLA does lay over is its
-scheduler's choice: docs/log.md (2026-11-29) has what it made of it. `in_halves` is of decoding;
-training's layers take both halves together (`in_opposite_phases`), so that their experts alternate.
+the experts' exchange as on attention. Each device's sequences are cut in two, which go through a
+MoE layer together, so that their attention and their experts alternate (`Block`, `PairRound` in
+expert_ffn.py, which also say what comes first). How much XLA lays over is its scheduler's choice:
+docs/parallelism.md. Training and decoding are the same but for the cache.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +19,7 @@ from dsv3_jax.model.forward_pass import Tokens
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.parallel.sharding import Layout
 
-# Of (x, tokens, cache, between); returns as a Block does.
+# Of pairs of (x, tokens, cache); returns as a Block does.
 Layer = Callable[..., Any]
 
 
@@ -48,42 +46,39 @@ def check_micro_batches(
             "two micro-batches need a cache in pages, and experts on several devices: without an "
             "exchange there is nothing to overlap"
         )
+    if count == 2 and layout.expert.transport == "pallas":
+        raise UserError(
+            "two micro-batches exchange over each other's products, but transport='pallas' moves "
+            "rows by kernels that take turns with them: use --expert-parallel.transport padded"
+        )
 
 
 def in_halves(
     layer: Layer, x: jax.Array, tokens: Tokens, cache: PagedCache, layout: Layout
-) -> tuple[jax.Array, PagedCache, MoEStats | None]:
-    """What `layer(x, tokens, cache)` returns for the whole batch, computed for one half and the
-    other; x is [B, T, D] and B a multiple of twice the layout's devices."""
-    assert tokens.decode_schedule is None, "a schedule is of all sequences, on one device"
-    table, done, attended = cache.block_table, [], []
-
-    def between(x: jax.Array) -> jax.Array:
-        attended.append(x)
-        return x
-
-    for half in (0, 1):
-        take = partial(_half, half=half, layout=layout)
-        of_half = take(x)
-        if attended:
-            of_half, _ = jax.lax.optimization_barrier((of_half, attended[0]))
-        held = cache.with_table(take(table))
-        y, cache, stats = layer(of_half, jax.tree.map(take, tokens), held, between)
-        done.append((y, stats))
-    (y, stats), (other_y, other_stats) = done
-    stats = None if stats is None else _of_both(stats, other_stats, layout)
-    return joined(y, other_y, layout), cache.with_table(table), stats
+) -> tuple[jax.Array, PagedCache, MoEStats]:
+    """What `layer(x, tokens, cache)` returns for the whole batch, computed for both halves; x is
+    [B, T, D] and B a multiple of twice the layout's devices."""
+    tables = cut(cache.block_table, layout)
+    halves = _of_halves(tokens, layout)
+    caches = tuple(cache.with_table(table) for table in tables)
+    both, new_cache, (stats, other) = layer(cut(x, layout, "residual"), halves, caches)
+    y = joined(both[0], both[1], layout, "residual")
+    return y, new_cache.with_table(cache.block_table), _of_both(stats, other, layout)
 
 
 def in_opposite_phases(
     layer: Layer, halves: tuple[jax.Array, jax.Array], tokens: Tokens, layout: Layout
 ) -> tuple[tuple[jax.Array, jax.Array], MoEStats]:
     """A MoE layer of training: (its outputs, statistics of both), of what `cut` made of x."""
-    assert tokens.decode_schedule is None
+    y, _, (stats, other) = layer(halves, _of_halves(tokens, layout))
+    return y, _of_both(stats, other, layout)
+
+
+def _of_halves(tokens: Tokens, layout: Layout) -> tuple[Tokens, Tokens]:
+    assert tokens.decode_schedule is None, "a schedule is of all sequences, on one device"
     by_field = (_cut_tokens(of_token, layout) for of_token in tokens)
-    of_halves = tuple(Tokens._make(each) for each in zip(*by_field))
-    y, _, (stats, other_stats) = layer(halves, of_halves)
-    return y, _of_both(stats, other_stats, layout)
+    first, second = (Tokens._make(each) for each in zip(*by_field))
+    return first, second
 
 
 def _cut_tokens(of_token: Any, layout: Layout) -> tuple[Any, Any]:

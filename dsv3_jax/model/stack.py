@@ -79,6 +79,8 @@ def _scan(
     """((x, paged), (layer_caches, stats)) after the layers of one kind."""
     block = Block(how, dense)
     overlapped = how.micro_batches == 2 and paged is None and layer_caches is None and not dense
+    in_two = how.micro_batches == 2 and paged is not None and divides(len(x), how.layout)
+    in_two = in_two and not dense  # without an exchange there is nothing to lie over
     if overlapped:
         x = cut(x, how.layout, "residual")
     layers, sums = _without_sums(layers)
@@ -105,7 +107,7 @@ def _scan(
                 )
             )
             x, stats = apply(layer, x, None)
-        elif how.micro_batches == 2 and paged is not None and divides(len(x), how.layout):
+        elif in_two:
             of_half = partial(block.apply, held(layer))
             x, layer_cache, stats = in_halves(of_half, x, told, layer_cache, how.layout)
         else:

@@ -8,7 +8,7 @@ import jax
 
 from dsv3_jax.analysis.hardware import peak_bf16_flops
 from dsv3_jax.config import Config
-from dsv3_jax.training.compiler_options import overlap_options
+from dsv3_jax.parallel.compiler_options import overlap_options
 from dsv3_jax.training.dry_run import parameter_counts
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import TrainState

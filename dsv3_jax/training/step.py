@@ -14,9 +14,9 @@ from dsv3_jax.kernels import backend
 from dsv3_jax.model.placement import gathered, gathered_for_step, shardings
 from dsv3_jax.model.router import update_router_bias
 from dsv3_jax.model.step_weights import StepWeights, as_they_are, made_for_step, made_of_slices
+from dsv3_jax.parallel.compiler_options import compiler_options
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.recipe import BF16, recipe_named
-from dsv3_jax.training.compiler_options import compiler_options
 from dsv3_jax.training.extensions import NONE, Extensions
 from dsv3_jax.training.loss import (
     LossTerms,

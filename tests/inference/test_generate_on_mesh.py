@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ExpertParallelConfig, ParallelConfig, ShardingConfig, UserError
+from dsv3_jax.inference import acts
 from dsv3_jax.inference.acts import advance
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.inference.options import EngineOptions
 from dsv3_jax.inference.requests import Request
+from dsv3_jax.inference.slots import Program
 from dsv3_jax.model.cache import init_model_cache
 from dsv3_jax.model.decode import decode_step, prefill
 from dsv3_jax.model.forward_pass import Pass
 from dsv3_jax.model.fp8_weights import to_fp8_weights
+from dsv3_jax.model.micro_batches import check_micro_batches
 from dsv3_jax.model.placement import shardings
 from dsv3_jax.model.transformer import abstract_variables
 from dsv3_jax.parallel.mesh import make_mesh
@@ -194,3 +197,16 @@ def test_micro_batches_that_cannot_overlap_are_refused(change, message):
         Engine(VARIABLES, MODEL, EngineOptions(**options), layout_of(node=2, local=2))
     with pytest.raises(UserError, match="experts on several devices"):
         Engine(VARIABLES, MODEL, EngineOptions(slots=2, max_length=16, micro_batches=2))
+    expert = ExpertParallelConfig(transport="pallas")
+    by_kernels = make_layout(make_mesh(ParallelConfig(local=2)), ShardingConfig(), expert)
+    with pytest.raises(UserError, match=r"'pallas' moves rows by kernels .*transport padded"):
+        check_micro_batches(2, 8, by_kernels)
+
+
+def test_xla_is_told_of_two_micro_batches_and_else_nothing(monkeypatch):
+    told = {"xla_gpu_enable_latency_hiding_scheduler": True}
+    monkeypatch.setattr(acts, "overlap_options", lambda platform: told)
+    monkeypatch.setattr(acts, "_advance_told", dict)
+    one, two = (Program(Pass(MODEL), Pass(MODEL, micro_batches=n), sampled=False) for n in (1, 2))
+    assert acts.advance_of(two) == told
+    assert acts.advance_of(one) is advance

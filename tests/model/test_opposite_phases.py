@@ -15,10 +15,10 @@ from dsv3_jax.model.micro_batches import cut, in_opposite_phases, joined
 from dsv3_jax.model.moe import MoEStats
 from dsv3_jax.model.stack import run_layers
 from dsv3_jax.model.transformer import init_variables
+from dsv3_jax.parallel.compiler_options import compiler_options
 from dsv3_jax.parallel.mesh import fill_mesh, make_mesh
 from dsv3_jax.parallel.phases import tied
 from dsv3_jax.parallel.sharding import Layout
-from dsv3_jax.training.compiler_options import compiler_options
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 
 MODEL = tiny_model(num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
