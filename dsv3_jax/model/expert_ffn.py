@@ -179,7 +179,7 @@ class PairRound:
         d = pull_back(gradients_of(rows, d_y, exchange))
         over = (d[0], d[2])[:hops]
         other_d_x, other_d_weights = rows_back(other_d[:2], other_plans, exchange, over)
-        over = (d[3], None)[: hops - 1]
+        over = (d[3],)[: hops - 1]
         d_x, d_weights = rows_back(d[:2], plans, exchange, over)
         of_experts = jax.tree.map(_added, d[2:], other_d[2:])
         return (((d_x, other_d_x), (d_weights, other_d_weights), *of_experts),)

@@ -44,15 +44,21 @@ def _with_gradient(tree: Any) -> list[Array]:
 
 
 def after(held: Any, other: Any) -> Any:
-    """held, whose first array that something can be made of is not there before `other` is.
+    """held, whose first array that holds anything is not there before the largest of `other` is.
 
-    Carries no gradient.
+    Carries no gradient. As it is where nothing of `other` holds anything, as of frozen weights.
     """
     leaves, structure = jax.tree.flatten(held)
-    first = next(i for i, x in enumerate(leaves) if x.size and x.dtype != jax.dtypes.float0)
-    largest = max(jax.tree.leaves(other), key=lambda x: x.size)
-    leaves[first] = _with_zero(leaves[first], mark_of(largest))
+    first = next(i for i, x in enumerate(leaves) if _holds(x))
+    waited_for = list(filter(_holds, jax.tree.leaves(other)))
+    if waited_for:
+        mark = mark_of(max(waited_for, key=lambda x: x.size))
+        leaves[first] = _with_zero(leaves[first], mark)
     return jax.tree.unflatten(structure, leaves)
+
+
+def _holds(x: Any) -> bool:
+    return x.size > 0 and x.dtype != jax.dtypes.float0
 
 
 def mark_of(x: Array) -> UInt[Array, ""]:

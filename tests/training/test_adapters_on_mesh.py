@@ -63,7 +63,7 @@ def start():
     return state._replace(params=drawn), base, rows
 
 
-def stepped(config: Config, start):
+def stepped(config: Config, start, settings=SETTINGS):
     """(state, metrics) after a step, validation loss, and what the step was given."""
     state, base, rows = start
     layout = make_layout(make_mesh(config.mesh), config.sharding, config.expert_parallel)
@@ -73,7 +73,7 @@ def stepped(config: Config, start):
     step = jax.jit(partial(train_step, config=config, layout=layout))
     loss = jax.jit(partial(eval_step, config=config, layout=layout))
     measured = loss(state.params, state.router, rows[0], base=base)
-    return step(state, rows, SETTINGS, base=base), measured, base
+    return step(state, rows, settings, base=base), measured, base
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,31 @@ def test_a_step_is_that_of_one_device(start, whole, state, mesh):
         np.testing.assert_array_equal(metrics.terms.load[name], load)
     head = base["params"]["lm_head"]
     assert head.addressable_shards[0].data.size < head.size
+
+
+@pytest.mark.slow
+def test_halves_of_a_micro_batch_travel_over_products_of_adapters(start):
+    """The base has no gradient that the order of the backward pass could wait for."""
+    state, base, rows = start
+    config, mesh = run_config(), ParallelConfig(node=2, local=2)
+    train = dataclasses.replace(config.train, batch_size=8, micro_batch_size=8)
+    rows = np.concatenate([rows.reshape(1, 4, 9)] * 2, axis=1)
+    got, want = (
+        stepped(
+            dataclasses.replace(
+                config,
+                mesh=mesh,
+                train=train,
+                expert_parallel=ExpertParallelConfig(transport="padded", overlap=overlap),
+            ).validate(),
+            (state, base, rows),
+            SETTINGS._replace(num_micro_batches=np.int32(1)),
+        )[0]
+        for overlap in (True, False)
+    )
+    assert relative_error(got[1].loss, want[1].loss) < TOLERANCE["f32_model"]
+    moments = zip(*(jax.tree.leaves(s.opt_state[1].mu) for s, _ in (got, want)), strict=True)
+    assert max(relative_error(a, b) for a, b in moments) < TOLERANCE["f32_gradient"]
 
 
 def test_fp8_blocks_lie_in_slices_between_tiles():
