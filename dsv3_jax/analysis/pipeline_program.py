@@ -137,7 +137,8 @@ def pipelined_weight_traffic(config: Config, schedule: str) -> tuple[float, floa
     f32 is gathered once a step, on each rank that of all its slots and of both ends. Gradients are
     scattered where they are made, in each micro-batch: of the embedding, twice where MTP looks up
     in it as well. XLA adds up a weight whole, and then cuts it, which is twice the bytes, where the
-    slices are cut from more than one of its dims.
+    slices are cut from more than one of its dims. Of two halves in opposite phases the gradients of
+    what attention and shared experts read are added up over devices one by one.
     """
     model, mesh = config.model, config.mesh
     layers, ends = held_parameters(config, schedule)
@@ -147,10 +148,18 @@ def pipelined_weight_traffic(config: Config, schedule: str) -> tuple[float, floa
     reduced = every.total - in_slices(config, every)
     devices = mesh.data * mesh.context * mesh.node * mesh.local
     for row in weights(model):
-        count = sum(row.count(model)) * row.is_matrix * (not row.of_expert and not row.copy)
-        times = int(_cut_dims(config, row.dims_of(model)) > 1)
-        times += row.part == "embedding" and model.num_nextn_predict_layers > 0
-        reduced += times * count * row.size(model) * (devices - 1) / devices
+        if not row.is_matrix or row.of_expert or row.copy:
+            continue
+        whole = int(_cut_dims(config, row.dims_of(model)) > 1)
+        looked_up = row.part == "embedding" and model.num_nextn_predict_layers > 0
+        times = (whole + looked_up) * sum(row.count(model))
+        if (
+            config.expert_parallel.overlap
+            and row.where in ("layer", "moe")
+            and row.part != "router"
+        ):
+            times += (1 + whole) * model.num_moe_layers
+        reduced += times * row.size(model) * (devices - 1) / devices
     return MASTER * gathered, MASTER * reduced * train_micro_batches(config) / mesh.pipe
 
 
