@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 import dsv3_jax as ds
-from tests.cases import in_every_run
 
 FUNCTIONS = [
     name for name in ds.__all__ if inspect.isfunction(inspect.unwrap(getattr(ds, name, None)))
@@ -63,7 +62,10 @@ def no_log():
 LONG = ("export", "generate", "save")
 
 
-@pytest.mark.parametrize("name", in_every_run(FUNCTIONS, *(n for n in FUNCTIONS if n not in LONG)))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in FUNCTIONS],
+)
 def test_its_example_runs_as_a_reader_would_paste_it(name, no_log):
     example = doctest.DocTestParser().get_doctest(doc_of(name), {}, name, None, None)
     assert example.examples, "no example"

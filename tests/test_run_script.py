@@ -430,4 +430,4 @@ def test_the_slow_tests_that_ci_names_are_there():
         path, _, name = line.partition("::")
         text = (ROOT / path).read_text()  # fails where there is none
         assert not name or f"def {name.partition('[')[0]}(" in text, line
-        assert "mark.slow" in text or "in_every_run(" in text, line
+        assert "mark.slow" in text, line

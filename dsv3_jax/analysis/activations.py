@@ -73,11 +73,8 @@ def _kept_in_bf16(config: Config, moe: bool) -> float:
     Q, C, R = model.q_lora_rank or 0, model.kv_lora_rank, model.qk_rope_head_dim
     q = N * (model.qk_nope_head_dim + R)
     kv, o = N * (model.qk_nope_head_dim + model.v_head_dim), N * model.v_head_dim
-    ffn, rows, F = model.intermediate_size / tensor, 0.0, model.moe_intermediate_size / tensor
-    if moe:
-        tokens = tokens_per_micro_batch(config)
-        here = model.n_routed_experts / (config.mesh.node * config.mesh.local)
-        ffn, rows = model.n_shared_experts * F, experts_rows(config, tokens, here) / tokens
+    ffn, F = ffn_width(config, moe), model.moe_intermediate_size / tensor
+    rows = rows_of_token(config) if moe else 0.0
     remat = config.train.remat
     if remat == "full":
         return 2 * D
@@ -108,6 +105,20 @@ def tokens_per_micro_batch(config: Config) -> float:
     """Tokens of one micro-batch on one device."""
     mesh, tokens = config.mesh, config.micro_batch_size * config.train.seq_len
     return tokens / (mesh.data * mesh.node * mesh.local * mesh.context)
+
+
+def ffn_width(config: Config, moe: bool) -> float:
+    """The width of a dense layer's feed-forward, or of a MoE layer's shared experts."""
+    model = config.model
+    wide = model.n_shared_experts * model.moe_intermediate_size if moe else model.intermediate_size
+    return wide / config.mesh.tensor
+
+
+def rows_of_token(config: Config) -> float:
+    """Rows that routed experts multiply in a MoE layer, for each token of a micro-batch."""
+    tokens = tokens_per_micro_batch(config)
+    here = config.model.n_routed_experts / (config.mesh.node * config.mesh.local)
+    return experts_rows(config, tokens, here) / tokens
 
 
 def experts_rows(config: Config, tokens: float, here: float) -> float:

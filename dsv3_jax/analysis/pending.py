@@ -6,7 +6,7 @@ where the forward has not kept that. The formulas follow JAX's traces for GPUs (
 
 from __future__ import annotations
 
-from dsv3_jax.analysis.activations import BYTES, experts_rows, tokens_per_micro_batch, uses_fp8
+from dsv3_jax.analysis.activations import BYTES, ffn_width, rows_of_token, uses_fp8
 from dsv3_jax.config import Config
 
 E4M3 = 33 / 32  # bytes of a number, with a scale in f32 for 128 of them
@@ -30,7 +30,7 @@ def _in_bf16(config: Config, apart: bool, moe: bool) -> float:
     model, remat, tensor = config.model, config.train.remat, config.mesh.tensor
     D, Q, C, N = model.hidden_size, model.q_lora_rank or 0, model.kv_lora_rank, _heads(config)
     H, R, U = model.qk_nope_head_dim, model.qk_rope_head_dim, model.v_head_dim
-    wide, rows, F = _wide(config, moe), _rows(config, moe), model.moe_intermediate_size / tensor
+    wide, rows, F = ffn_width(config, moe), _rows(config, moe), model.moe_intermediate_size / tensor
     gradients = 2 * wide + 2 * D + C + R + N * (H + R) + Q
     gradients += apart * N * (H + U) + rows * apart * (D + 2 * F)
     gradients += apart * moe * 2 * model.n_routed_experts  # the router's, in f32
@@ -52,7 +52,7 @@ def _in_fp8(config: Config, apart: bool, moe: bool) -> float:
     norms = 2 * C + 2 * D * moe if remat == "none" else 0
     if not apart:
         return norms
-    wide, rows, F = _wide(config, moe), _rows(config, moe), model.moe_intermediate_size / tensor
+    wide, rows, F = ffn_width(config, moe), _rows(config, moe), model.moe_intermediate_size / tensor
     latent = -(-(C + R) // 128) * 128
     gradients = 2 * wide + 2 * D + latent + N * (H + R) + N * (H + U) + Q
     gradients = E4M3 * (gradients + rows * (D + 2 * F)) + 4 * model.n_routed_experts * moe
@@ -72,13 +72,6 @@ def _heads(config: Config) -> float:
     return config.model.num_attention_heads / config.mesh.tensor
 
 
-def _wide(config: Config, moe: bool) -> float:
-    """The width of a dense layer's feed-forward, or of a MoE layer's shared experts."""
-    model = config.model
-    wide = model.n_shared_experts * model.moe_intermediate_size if moe else model.intermediate_size
-    return wide / config.mesh.tensor
-
-
 def _rows(config: Config, moe: bool) -> float:
     """Rows of a token that routed experts multiply, of those whose gradient waits for W."""
     mesh, expert = config.mesh, config.expert_parallel
@@ -87,9 +80,7 @@ def _rows(config: Config, moe: bool) -> float:
         return 0.0
     if expert.overlap and by_two_hops:  # rows of the second hop travel over these products, in I
         return 0.0
-    tokens = tokens_per_micro_batch(config)
-    here = config.model.n_routed_experts / (config.mesh.node * config.mesh.local)
-    return experts_rows(config, tokens, here) / tokens
+    return rows_of_token(config)
 
 
 def _is_exchanged(config: Config) -> bool:

@@ -25,8 +25,10 @@ from dsv3_jax.model.transformer import Variables
 from dsv3_jax.parallel.compiler_options import overlap_options
 from dsv3_jax.parallel.sharding import Layout
 
+_of_slots = partial(jax.jit, static_argnames="program", donate_argnames="slots")
 
-@partial(jax.jit, static_argnames="program", donate_argnames="slots")
+
+@_of_slots
 def advance(
     variables: Variables, slots: Slots, table: Int[Array, "B S"], program: Program
 ) -> tuple[Slots, Written]:
@@ -91,12 +93,7 @@ def advance_of(program: Program) -> Any:
 
 @cache
 def _advance_told(options: tuple[tuple[str, Any], ...]) -> Any:
-    return jax.jit(
-        inspect.unwrap(advance),
-        static_argnames="program",
-        donate_argnames="slots",
-        compiler_options=dict(options),
-    )
+    return _of_slots(inspect.unwrap(advance), compiler_options=dict(options))
 
 
 @partial(jax.jit, static_argnames=("program", "fresh"), donate_argnames="slots")

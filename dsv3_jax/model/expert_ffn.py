@@ -18,6 +18,7 @@ from dsv3_jax.model.linear import group_alignment, grouped_feed_forward
 from dsv3_jax.model.projection import Projection, as_projection
 from dsv3_jax.model.quantized_inputs import gather_for
 from dsv3_jax.model.router import Routing
+from dsv3_jax.parallel.collectives import no_gradients
 from dsv3_jax.parallel.exchange import Exchange, may_overflow
 from dsv3_jax.parallel.expert import arrange, combine, dispatch, rows_left
 from dsv3_jax.parallel.grouping import sum_rows
@@ -26,7 +27,6 @@ from dsv3_jax.parallel.round_trip import (
     Sent,
     gradients_of,
     gradients_there,
-    no_gradients,
     rows_back,
     send_rows,
 )

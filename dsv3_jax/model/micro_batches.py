@@ -54,24 +54,30 @@ def check_micro_batches(
 
 
 def in_halves(
-    layer: Layer, x: jax.Array, tokens: Tokens, cache: PagedCache, layout: Layout
-) -> tuple[jax.Array, PagedCache, MoEStats]:
+    layer: Layer, x: jax.Array, tokens: Tokens, cache: PagedCache | None, layout: Layout
+) -> tuple[jax.Array, Any, MoEStats]:
     """What `layer(x, tokens, cache)` returns for the whole batch, computed for both halves; x is
     [B, T, D] and B a multiple of twice the layout's devices."""
-    tables = cut(cache.block_table, layout)
-    halves = _of_halves(tokens, layout)
-    caches = tuple(cache.with_table(table) for table in tables)
-    both, new_cache, (stats, other) = layer(cut(x, layout, "residual"), halves, caches)
-    y = joined(both[0], both[1], layout, "residual")
-    return y, new_cache.with_table(cache.block_table), _of_both(stats, other, layout)
+    halves = cut(x, layout, "residual")
+    both, cache, stats = in_opposite_phases(layer, halves, tokens, layout, cache)
+    return joined(both[0], both[1], layout, "residual"), cache, stats
 
 
 def in_opposite_phases(
-    layer: Layer, halves: tuple[jax.Array, jax.Array], tokens: Tokens, layout: Layout
-) -> tuple[tuple[jax.Array, jax.Array], MoEStats]:
-    """A MoE layer of training: (its outputs, statistics of both), of what `cut` made of x."""
-    y, _, (stats, other) = layer(halves, _of_halves(tokens, layout))
-    return y, _of_both(stats, other, layout)
+    layer: Layer,
+    halves: tuple[jax.Array, jax.Array],
+    tokens: Tokens,
+    layout: Layout,
+    cache: PagedCache | None = None,
+) -> tuple[tuple[jax.Array, jax.Array], PagedCache | None, MoEStats]:
+    """A MoE layer of what `cut` made of x: its outputs, the cache, and statistics of both."""
+    caches = None
+    if cache is not None:
+        caches = tuple(cache.with_table(table) for table in cut(cache.block_table, layout))
+    both, new_cache, (stats, other) = layer(halves, _of_halves(tokens, layout), caches)
+    if cache is not None:
+        new_cache = new_cache.with_table(cache.block_table)
+    return both, new_cache, _of_both(stats, other, layout)
 
 
 def _of_halves(tokens: Tokens, layout: Layout) -> tuple[Tokens, Tokens]:

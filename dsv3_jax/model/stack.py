@@ -78,9 +78,9 @@ def _scan(
 ) -> Any:
     """((x, paged), (layer_caches, stats)) after the layers of one kind."""
     block = Block(how, dense)
-    overlapped = how.micro_batches == 2 and paged is None and layer_caches is None and not dense
-    in_two = how.micro_batches == 2 and paged is not None and divides(len(x), how.layout)
-    in_two = in_two and not dense  # without an exchange there is nothing to lie over
+    halved = how.micro_batches == 2 and not dense  # without an exchange nothing lies over it
+    overlapped = halved and paged is None and layer_caches is None
+    in_two = halved and paged is not None and divides(len(x), how.layout)
     if overlapped:
         x = cut(x, how.layout, "residual")
     layers, sums = _without_sums(layers)
@@ -106,7 +106,7 @@ def _scan(
                     partial(block.apply, held(v)), x, told, how.layout
                 )
             )
-            x, stats = apply(layer, x, None)
+            x, _, stats = apply(layer, x, None)
         elif in_two:
             of_half = partial(block.apply, held(layer))
             x, layer_cache, stats = in_halves(of_half, x, told, layer_cache, how.layout)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
@@ -37,6 +38,11 @@ def vary_together(*operands: Any) -> tuple[Any, ...]:
     """
     leaves = jax.tree.leaves(operands)
     return vary(operands, [a for leaf in leaves for a in jax.typeof(leaf).manual_axis_type.varying])
+
+
+def no_gradients(tree: Any) -> Any:
+    """The cotangents of integers, such as a plan of what is sent where."""
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tree)
 
 
 def total(x: Array, axes: Sequence[str]) -> Array:

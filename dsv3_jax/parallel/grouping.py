@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.parallel.collectives import no_gradients
 from dsv3_jax.quantization.block_scaled import StraightThrough
 
 _BLOCK = 128  # entries that are compared with each other, at most
@@ -124,7 +124,7 @@ def _rows_of(x, groups: Groups):
 
 def _gather_bwd(groups, d_rows):
     d_x = _sum_of_entries(d_rows, jnp.ones(groups.slot_TK.shape, jnp.float32), groups)
-    return d_x, _no_gradient(groups)
+    return d_x, no_gradients(groups)
 
 
 _gather.defvjp(lambda x, groups: (_gather(x, groups), groups), _gather_bwd)
@@ -165,7 +165,7 @@ def _sum_rows_bwd(residuals, d_y):
         ],
         axis=1,
     )
-    return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), _no_gradient(groups)
+    return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), no_gradients(groups)
 
 
 sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
@@ -185,7 +185,3 @@ def _entry(rows, k: int, groups: Groups):
     if groups.complete:
         return rows[slot_T]
     return jnp.take(rows, slot_T, axis=0, mode="fill", fill_value=0)
-
-
-def _no_gradient(groups: Groups):
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), groups)

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from dsv3_jax.kernels.fused.api import quantize_rows
 from dsv3_jax.kernels.peers.api import gather_rows, return_rows, sum_slots_backward
+from dsv3_jax.parallel.collectives import no_gradients
 from dsv3_jax.parallel.grouping import Groups
 from dsv3_jax.parallel.hops import Hop, needs
 from dsv3_jax.quantization.block_scaled import BlockScaled, StraightThrough, dequantize
@@ -134,7 +134,7 @@ def _taken(x, places: Places, reading: Reading):
 
 
 def _read_bwd(reading: Reading, places: Places, d_rows):
-    return reading.sum_back(d_rows, None, places), _no_gradient(places)
+    return reading.sum_back(d_rows, None, places), no_gradients(places)
 
 
 _read.defvjp(lambda x, places, *static: (_read(x, places, *static), places), _read_bwd)
@@ -164,11 +164,7 @@ def _return_bwd(reading: Reading, residuals, d_y):
     rows, weights, places = residuals
     d_sums = reading.of_each(d_y, places)
     d_rows, d_weights = sum_slots_backward(rows, d_sums, weights, places.slots, places.free)
-    return d_rows, d_weights.astype(weights.dtype), _no_gradient(places)
+    return d_rows, d_weights.astype(weights.dtype), no_gradients(places)
 
 
 return_sums.defvjp(_return_fwd, _return_bwd)
-
-
-def _no_gradient(places: Places):
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), places)

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from dsv3_jax.parallel import wire
+from dsv3_jax.parallel.collectives import no_gradients
 from dsv3_jax.parallel.exchange import Exchange
 from dsv3_jax.parallel.hops import HopPlan, copies, plan_hop, send_back
 from dsv3_jax.parallel.hops import send as send_by_hop
@@ -208,8 +208,3 @@ def _give_back_backward(exchange: Exchange, plans, d_y):
 give_back.defvjp(
     lambda y, plans, exchange: (give_back(y, plans, exchange), plans), _give_back_backward
 )
-
-
-def no_gradients(tree: Any) -> Any:
-    """The cotangents of integers."""
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), tree)

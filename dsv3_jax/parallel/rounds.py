@@ -15,11 +15,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from dsv3_jax.parallel.collectives import vary
+from dsv3_jax.parallel.collectives import no_gradients, vary
 
 # (operands, constants, window, before) to (y, whether rows are left at each level). It may call
 # before(left, rest) as soon as it knows what is left, and then reads what that returns for `rest`.
@@ -136,7 +135,7 @@ def _backward(piece, axes, levels, residuals, cotangents):
     one_round = _pulled_back(piece, operands, constants, d_y)
     first = jnp.zeros(levels, jnp.int32)
     gradients = _loop(one_round, axes, first, left, pull_back(d_y)[0])
-    return gradients, _no_gradients(constants)
+    return gradients, no_gradients(constants)
 
 
 _in_rounds.defvjp(_forward, _backward)
@@ -162,7 +161,7 @@ def _loop_backward(piece, axes, levels, residuals, cotangents):
     one_round = _pulled_back(piece, operands, constants, d_y)
     zeros = _zeros_varying_as(operands)
     gradients = _loop(one_round, axes, *_before_the_first(levels), zeros)
-    return gradients, _no_gradients(constants)
+    return gradients, no_gradients(constants)
 
 
 _in_one_loop.defvjp(_loop_forward, _loop_backward)
@@ -193,10 +192,6 @@ def _pulled_back(piece: Piece, operands: Any, constants: Any, d_y: Any) -> Calla
         return pull_back(d_y)[0], left
 
     return one_round
-
-
-def _no_gradients(constants: Any) -> Any:
-    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), constants)
 
 
 def _zeros_varying_as(like: Any) -> Any:

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import Config
 from dsv3_jax.model.block import Block
 from dsv3_jax.model.forward_pass import Pass, Tokens
-from dsv3_jax.model.micro_batches import cut, in_opposite_phases
-from dsv3_jax.model.micro_batches import joined as whole
+from dsv3_jax.model.micro_batches import in_halves
 from dsv3_jax.model.stack import DENSE
 from dsv3_jax.parallel.split_backward import SplitBackward, made_of_first, split_backward
 from dsv3_jax.training.state import variables_of
@@ -83,10 +82,7 @@ class LayerBackward:
         variables = self.how.gathered(joined(*weights, self.config))
         apply: Any = partial(self.block.apply, variables)
         if self.how.micro_batches == 2 and not self.block.dense:
-            layout = self.how.layout
-            halves = cut(x, layout, "residual")
-            halves, stats = in_opposite_phases(apply, halves, of_tokens, layout)
-            y = whole(*halves, layout, "residual")
+            y, _, stats = in_halves(apply, x, of_tokens, None, self.how.layout)
         else:
             y, _, stats = apply(x, of_tokens, None)
         y = self.how.layout.constrain(y, "batch", "residual")

@@ -111,7 +111,8 @@ def test_positions_of_each_row_and_documents_are_cut_with_it():
     tokens = Tokens(jnp.arange(4)[:, None], segments=jnp.arange(4)[:, None] + 10)
     seen = []
 
-    def layer(halves, of_halves):
+    def layer(halves, of_halves, cache):
+        assert cache is None
         seen.extend(of_halves)
         return halves, None, (empty_stats(), empty_stats())
 
