@@ -39,6 +39,7 @@ from dsv3_jax.loading import (
 )
 from dsv3_jax.model.fp8_weights import describe_weights
 from dsv3_jax.parallel import hosts
+from dsv3_jax.parallel.compiler_options import rounding_line
 from dsv3_jax.verifying import verify
 
 CHAT_LENGTH = 8192  # tokens of a conversation, where the model can take as many
@@ -76,6 +77,8 @@ def write(options: InferOptions) -> int:
         names = ", ".join(unread)
         told = f"generation_config.json also has {names}: not read, use infer.py's options"
         print(told, file=sys.stderr)
+    if line := rounding_line(jax.default_backend(), model.config.model.dtype):
+        print(f"products {line}", file=sys.stderr)
     if options.fp8:
         print(describe_weights(model.variables), file=sys.stderr)
     prompts, template = read_prompts(options, tokenizer)

@@ -52,6 +52,7 @@ def start(devices: int | None = None) -> Path:
 
     plt.rcParams.update({"figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 9})
     found = jax.devices()
+    _multiply_exactly(jax, found[0].platform)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"jax {jax.__version__} on {len(found)} x {found[0].device_kind}; {cores} CPU cores")
     if cores == 1 and found[0].platform == "cpu":
@@ -59,15 +60,24 @@ def start(devices: int | None = None) -> Path:
     return folder
 
 
+def _multiply_exactly(jax, platform: str) -> None:
+    """Has products of float32 numbers made in float32, whatever the device, and says where."""
+    from dsv3_jax.parallel.compiler_options import rounded_operands
+
+    if rounded := rounded_operands(platform, "float32"):
+        jax.config.update("jax_default_matmul_precision", "highest")
+        print(f"Products of float32 numbers are exact here as on a CPU; XLA would take {rounded}.")
+
+
 def _use_cache(folder: Path) -> None:
     """Puts caches into `folder` where the home folder cannot be written, and says so."""
     from dsv3_jax.data.corpus import default_cache_dir
 
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.environ.get("HOME") or Path.home())
-    # ~/.cache may be another user's where the home folder is one's own.
+    # ~/.cache may be another user's where the home folder is one's own, and may not be there yet.
     caches = default_cache_dir()
     there = next(path for path in (caches, *caches.parents) if path.exists())
-    closed = next((path for path in (home, there) if not _takes_files(path)), None)
+    home = [] if os.environ.get("XDG_CACHE_HOME") else [Path(os.environ.get("HOME") or Path.home())]
+    closed = next((path for path in (*home, there) if not _takes_files(path)), None)
     if closed is not None:
         cache = folder / "cache"
         cache.mkdir()

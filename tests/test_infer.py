@@ -39,6 +39,11 @@ def run(monkeypatch, tmp_path, capsys):
     return run
 
 
+def test_what_float32_is_rounded_to_is_told(run, monkeypatch):
+    monkeypatch.setattr(infer, "rounding_line", lambda platform, dtype: f"of {dtype} on {platform}")
+    assert "products of float32 on cpu\n" in run("--prompt", "a").err
+
+
 @pytest.mark.slow
 def test_speculation_says_the_same_and_reports_what_it_accepted(run):
     prompts = ["--prompt", "a bad", "--temperature", "0.7"]

@@ -121,6 +121,13 @@ def test_an_unwritable_home_and_one_core_are_a_line_each():
     assert files == "['cache']"
 
 
+def test_caches_may_be_sent_where_nothing_is_yet(tmp_path):
+    caches = str(tmp_path / "not" / "yet")
+    done = first_cell("start()", HOME="/nonexistent", XDG_CACHE_HOME=caches)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("jax "), done.stdout
+
+
 def test_a_cache_folder_of_somebody_else_is_one_line(tmp_path, monkeypatch, capsys):
     """A home folder that can be written says nothing of the .cache in it."""
     (tmp_path / ".cache").touch()  # takes no files, whoever asks

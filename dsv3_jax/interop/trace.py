@@ -6,6 +6,7 @@ so that another runtime's first wrong layer can be found.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,17 @@ def trace(
     hidden [L + 1, B, T, D] f32: the embedding and the output of each layer; final_hidden [B, T, D]
     after the final norm; experts [Lm, B, T, K] int32 with weights f32 of the MoE layers, and
     mtp_hidden_0, mtp_experts_0, mtp_weights_0 ... of the MTP modules.
+
+    A float32 model is multiplied in float32 on GPUs and TPUs, too.
     """
+    exactly = jax.default_matmul_precision("highest")
+    with exactly if config.dtype == "float32" else contextlib.nullcontext():
+        return _trace(variables, tokens, config)
+
+
+def _trace(
+    variables: Variables, tokens: Int[Array | np.ndarray, "B T"], config: ModelConfig
+) -> dict[str, np.ndarray]:
     how, params = Pass(config), variables["params"]
     of_tokens = Tokens(jnp.arange(tokens.shape[1])[None])
     embedded = _embed(params, tokens, how)

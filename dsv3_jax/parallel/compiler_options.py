@@ -1,5 +1,7 @@
 """What XLA is told when a step is compiled: on the devices here, and for those that are not."""
 
+import jax
+
 from dsv3_jax.parallel.sharding import Layout
 
 # Eigen multiplies rather than YNNPACK (docs/log.md). Where one device has all cores, independent
@@ -34,3 +36,24 @@ def compiler_options(layout: Layout) -> dict[str, bool | int | str]:
 def overlap_options(platform: str | None) -> dict[str, bool | int | str]:
     """Those that `expert_parallel.overlap` needs; none on CPUs, which exchange as they go."""
     return OVERLAP_OPTIONS.get({"cuda": "gpu"}.get(platform or "", platform or ""), {})
+
+
+def rounded_operands(platform: str, dtype: str) -> str | None:
+    """What XLA rounds operands of plain products of this dtype to on a platform; None: nothing.
+
+    float32 is multiplied as TF32 (11 bits) on GPUs and as bfloat16 (8 bits) on TPUs, unless JAX is
+    told otherwise: `jax.config.jax_default_matmul_precision`, `jax.default_matmul_precision`.
+    """
+    told = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    if dtype != "float32" or told is not None:
+        return None
+    return {"gpu": "TF32", "tpu": "bfloat16"}.get(platform)
+
+
+def rounding_line(platform: str, dtype: str) -> str | None:
+    """One line for people where `rounded_operands` is something, and how to have float32."""
+    rounded = rounded_operands(platform, dtype)
+    return rounded and (
+        f"of float32 numbers, which XLA rounds to {rounded} here: "
+        "JAX_DEFAULT_MATMUL_PRECISION=highest keeps them"
+    )

@@ -17,6 +17,7 @@ from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.options import EngineOptions
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 from dsv3_jax.loading import find_tokenizer, load
+from dsv3_jax.parallel.compiler_options import rounding_line
 from dsv3_jax.serving.options import ServeOptions
 
 log = logging.getLogger(__name__)
@@ -88,6 +89,8 @@ def _load(options: ServeOptions) -> Any:
         ),
         model.layout,
     )
+    if line := rounding_line(jax.default_backend(), config.dtype):
+        print(f"products {line}", file=sys.stderr)
     print("compiling", file=sys.stderr, flush=True)
     engine.warm_up()
     name = options.model_name or options.checkpoint.resolve().name

@@ -8,7 +8,7 @@ import jax
 
 from dsv3_jax.analysis.hardware import peak_bf16_flops
 from dsv3_jax.config import Config
-from dsv3_jax.parallel.compiler_options import overlap_options
+from dsv3_jax.parallel.compiler_options import overlap_options, rounding_line
 from dsv3_jax.training.dry_run import parameter_counts
 from dsv3_jax.training.schedule import Schedule
 from dsv3_jax.training.state import TrainState
@@ -33,11 +33,18 @@ def banner(config: Config, abstract: TrainState) -> list[str]:
         f"mfu         of {peak / 1e12:,.1f} TFLOP/s, a device's dense BF16 peak; MTP counts"
         if peak
         else f"mfu         none: the peak of {kind} is not known",
+        *_products_line(config),
         *_weights_line(config),
         *_warmup_line(config),
         *_overlap_line(config),
         f"run         {config.run_dir}, seed {config.seed}",
     ]
+
+
+def _products_line(config: Config) -> list[str]:
+    """Where a float32 model is not multiplied in float32."""
+    line = rounding_line(jax.default_backend(), config.model.dtype)
+    return [f"products    {line}"] if line else []
 
 
 def _weights_line(config: Config) -> list[str]:
