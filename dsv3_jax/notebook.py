@@ -30,6 +30,8 @@ class NotebookError(UserError):
 def start(devices: int | None = None) -> Path:
     """A fresh folder for what the notebook writes; prints in a line or two what it runs on.
 
+    Products of float32 are exact from then on, on GPUs and TPUs, too.
+
     devices: run on this many virtual CPU devices, whatever else the machine has; None: on what JAX
     finds. To be called before anything else uses JAX.
 

@@ -26,6 +26,8 @@ def kernel_flops(instruction: Instruction, types: Mapping[str, str]) -> float:
     """
     outputs = [shape(part) for part in re.findall(r"\w+\[[\d,]*\]", instruction.type)]
     if "tpu_custom_call" in instruction.attributes:
+        if any("quantize" in part for part in instruction.source.split("/")[-2:]):
+            return 0.0
         read = [types.get(name, "") for name in instruction.operands]
         return _tpu_kernel_flops(
             instruction.source, [shape(each) for each in read if each[:1] != "s"], outputs
@@ -92,6 +94,6 @@ def kernel_name(instruction: Instruction) -> str:
     named = re.search(r'kernel_name\s*[=:]\s*\\?"([\w.\-]+)', instruction.attributes)
     if named is not None:
         return named[1]
-    parts = [part for part in instruction.source.split("/") if part]
+    parts = [part for part in instruction.source.split("/") if part not in ("", "pallas_call")]
     functions = re.findall(r"jit\((\w+)\)", instruction.source)
     return functions[-1] if functions else (parts[-1] if parts else "kernel")

@@ -196,13 +196,17 @@ def round_to_e4m3(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[A
     x and scale: float32; the scale is `scale_of_amax` of the largest finite magnitude. What is not
     finite becomes NaN.
     """
+    # XLA:GPU takes a cast and the cast back for excess precision and drops both: without this,
+    # what is dequantised in the same program would never have been rounded.
+    return jax.lax.optimization_barrier(over_scale(x, scale).astype(jnp.float8_e4m3fn))
+
+
+def over_scale(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
+    """What `round_to_e4m3` casts, float32: numbers that E4M3 reaches, and NaN."""
     # The rounding of `scale` can leave amax one part in 2^23 above 448, hence the clip: on its own
     # the cast turns what is too large into NaN.
     scaled = jnp.clip(x * (1 / scale), -E4M3_MAX, E4M3_MAX)
-    values = jnp.where(jnp.isfinite(x), scaled, jnp.nan).astype(jnp.float8_e4m3fn)
-    # XLA:GPU takes a cast and the cast back for excess precision and drops both: without this,
-    # what is dequantised in the same program would never have been rounded.
-    return jax.lax.optimization_barrier(values)
+    return jnp.where(jnp.isfinite(x), scaled, jnp.nan)
 
 
 def as_bytes(x: BlockScaled) -> BlockScaled:

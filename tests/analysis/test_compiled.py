@@ -208,6 +208,8 @@ def test_flops_of_kernels_for_tpus_are_those_of_their_shapes():
     assert of("attention_key_gradients", f"({kv}, {shared})", *backward) == 2 * forward
     assert of("attention_query_gradients", q, *backward) == 2 * scores * (2 * 24 + 16)
     assert of("copy", "bf16[8]", groups) == 0
+    turned, kept = "(f8e4m3fn[128,256], f32[2,1,128])", ("f8e4m3fn[256,128]", "f32[1,1,256]")
+    assert of("jit(quantize_transposed)/quantize_tiles/pallas_call", turned, groups, *kept) == 0
 
 
 def test_a_loop_of_a_tpu_program_is_counted_by_its_condition():

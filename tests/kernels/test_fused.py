@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.kernels.fused import api, pallas_gpu, reference
+from dsv3_jax.kernels import backend
+from dsv3_jax.kernels.fused import api, pallas_gpu, reference, tpu_tiles
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled
 from tests.cases import matrix
 from tests.kernels.conftest import (
+    GEMM_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
     INTERPRETER_IS_NEWER,
     dequantize,
@@ -28,7 +30,9 @@ def assert_same(out, expected):
         np.testing.assert_allclose(got, wanted, rtol=2e-7)
 
 
-@pytest.mark.parametrize("implementation, scale_format", matrix(IMPLEMENTATIONS, ["f32", "ue8m0"]))
+@pytest.mark.parametrize(
+    "implementation, scale_format", matrix(GEMM_IMPLEMENTATIONS, ["f32", "ue8m0"])
+)
 def test_rows_are_quantised_bit_for_bit(implementation, scale_format, rng, running):
     # 77 rows: the last block goes over some rows again.
     x = normal(rng, 77, 256).astype(jnp.bfloat16)
@@ -38,7 +42,7 @@ def test_rows_are_quantised_bit_for_bit(implementation, scale_format, rng, runni
     assert_same(out, quantize(x, PER_TOKEN, scale_format))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
 def test_one_read_gives_both_directions(implementation, rng, running):
     x = normal(rng, 128, 256).astype(jnp.bfloat16).at[3, 5].set(jnp.nan).at[:, 7].set(0)
     with running(implementation):
@@ -46,9 +50,12 @@ def test_one_read_gives_both_directions(implementation, rng, running):
     assert_same(out, (quantize(x, PER_TOKEN), quantize(x.mT, PER_TOKEN)))
 
 
-@INTERPRETER_IS_NEWER
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize("op", ["rows", "both_ways", "transposed", "swiglu", "swiglu_backward"])
-def test_rows_in_use_are_quantised_and_no_tile_beyond_them(op, rng, running):
+def test_rows_in_use_are_quantised_and_no_tile_beyond_them(
+    op, implementation, rng, running, monkeypatch
+):
+    monkeypatch.setattr(tpu_tiles, "ROWS", 1)  # of a block: it is left out whole
     rows, used = 384, 130  # a tile, and two rows of the next
     gate_up = quantize(normal(rng, rows, 256).astype(jnp.bfloat16), PER_TOKEN)
     x = normal(rng, rows, 128).astype(jnp.bfloat16)
@@ -59,8 +66,8 @@ def test_rows_in_use_are_quantised_and_no_tile_beyond_them(op, rng, running):
         "swiglu": (partial(api.swiglu_quantize, transposed=True), gate_up),
         "swiglu_backward": (api.swiglu_backward_quantize, gate_up, x),
     }[op]
-    with running("pallas_gpu"):
-        function = partial(quantise[0], implementation="pallas_gpu")
+    with running(implementation):
+        function = partial(quantise[0], implementation=implementation)
         some = function(*quantise[1:], used=jnp.int32(used))
         every = function(*quantise[1:])
     for got, wanted in zip(jax.tree.leaves(some), jax.tree.leaves(every), strict=True):
@@ -70,14 +77,17 @@ def test_rows_in_use_are_quantised_and_no_tile_beyond_them(op, rng, running):
                 made = used if got.shape[dim] == rows else 2
                 got, wanted = np.moveaxis(got, dim, 0), np.moveaxis(wanted, dim, 0)
                 np.testing.assert_array_equal(got[:made], wanted[:made])
-                if jax.default_backend() != "gpu":  # there it is what memory held
-                    assert np.isnan(got[256 if made == used else 2 :]).all()
+                beyond = slice(256 if made == used else 2, None)
+                if implementation == "pallas_tpu":  # what the block before left in VMEM
+                    assert (got[beyond] != wanted[beyond]).any()
+                elif jax.default_backend() != "gpu":  # there it is what memory held
+                    assert np.isnan(got[beyond]).all()
                 break
         else:
             raise AssertionError(got.shape)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "shape, dtype, scale_format",
     [((256, 128), "float32", "f32"), ((2, 128, 256), "bfloat16", "ue8m0")],
@@ -95,7 +105,7 @@ def test_a_weight_and_its_transpose_share_scales(
     assert transposed.tile == PER_BLOCK and transposed.shape == (*shape[:-2], shape[-1], shape[-2])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
 def test_numbers_kept_in_either_form_are_quantised_along_tokens(implementation, rng, running):
     as_bf16 = normal(rng, 128, 256).astype(jnp.bfloat16)
     kept = quantize(as_bf16, PER_TOKEN)
@@ -108,7 +118,7 @@ def test_numbers_kept_in_either_form_are_quantised_along_tokens(implementation, 
     assert_same(plain, quantize(as_bf16.mT, PER_TOKEN))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
 @pytest.mark.parametrize("kept", [False, True], ids=["bf16", "fp8"])
 def test_swiglu_and_its_gradient_along_tokens(implementation, kept, rng, running):
     gate_up, d_out = (normal(rng, 128, width).astype(jnp.bfloat16) for width in (256, 128))
@@ -129,7 +139,7 @@ def test_swiglu_and_its_gradient_along_tokens(implementation, kept, rng, running
         assert relative_error(dequantize(got, jnp.float32), exact) < 1 / 30
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
 def test_each_token_is_sent_to_its_rows_and_the_rest_are_zeros(implementation, rng, running):
     x = normal(rng, 9, 1024).astype(jnp.bfloat16)
     slots = jnp.asarray(rng.permutation(21)[:18].reshape(9, 2), jnp.int32)
@@ -177,7 +187,7 @@ def test_the_router_chooses_as_by_sorting(implementation, experts, choice, rng, 
         np.testing.assert_array_equal(weights[token], scores[token, best])
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
 def test_swiglu_is_rounded_once_and_quantised(implementation, rng, running):
     gate_up = normal(rng, 64, 256).astype(jnp.bfloat16)
     with running(implementation):
@@ -190,7 +200,7 @@ def test_swiglu_is_rounded_once_and_quantised(implementation, rng, running):
     assert relative_error(dequantize(out, jnp.float32), expected) < 1e-3
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "tokens, dim, scale_format", [(61, 384, "ue8m0"), (3, 3072, "f32")], ids=["narrow", "wide"]
 )
@@ -227,12 +237,16 @@ def test_what_threads_do_with_their_registers_lowers_for_a_gpu(rng):
     lower_for_an_h200(choose, gate[:, :16], gate[0, :16])
 
 
-def test_a_tpu_runs_the_reference():
+def test_a_tpu_quantises_by_kernels_and_leaves_the_router_to_xla():
+    x, bias = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((128, 256), (256,)))
     device = jax.sharding.AbstractDevice(device_kind="TPU v5p", num_cores=1, platform="tpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
-        out = jax.eval_shape(api.quantize_rows, jax.ShapeDtypeStruct((128, 256), jnp.bfloat16))
-    assert out.values.shape == (128, 256)
+        jax.eval_shape(api.quantize_rows, x)
+        jax.eval_shape(partial(api.route_top_k, top_k=8), x, bias)
+    made = backend.choices()
+    assert backend.Choice("quantize_rows", "tpu", "pallas_tpu") in made
+    assert backend.Choice("route_top_k", "tpu", "reference") in made
 
 
 @pytest.mark.misuse

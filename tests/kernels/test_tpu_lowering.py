@@ -1,10 +1,13 @@
 """TPU kernels are lowered by Mosaic ahead of time: shapes and operations that a TPU has."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from dsv3_jax.kernels import tpu
+from dsv3_jax.kernels.fused import pallas_tpu as fused
 from dsv3_jax.kernels.gemm import pallas_tpu as dense
 from dsv3_jax.kernels.grouped_gemm import pallas_tpu as grouped
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled, scales_shape
@@ -53,6 +56,17 @@ OPERATIONS = {
         scaled((7168, 2048), PER_TOKEN),
         SIZES,
     ),
+    "inputs, odd rows": (fused.quantize_rows, bf16(77, 576)),
+    "gradients, both ways": (fused.quantize_both_ways, bf16(4096, 7168)),
+    "kept inputs, turned": (fused.quantize_transposed, scaled((4096, 1536), PER_TOKEN)),
+    "experts' weights": (fused.quantize_blocks, bf16(4, 4096, 7168)),
+    "SwiGLU of experts": (fused.swiglu_quantize, bf16(2048, 4096)),
+    "its gradient": (
+        fused.swiglu_backward_quantize,
+        scaled((2048, 4096), PER_TOKEN),
+        bf16(2048, 2048),
+    ),
+    "a norm": (partial(fused.rms_norm_quantize, eps=1e-6), bf16(4096, 7168), bf16(7168)),
 }
 
 

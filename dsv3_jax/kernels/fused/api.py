@@ -13,7 +13,8 @@ from dsv3_jax.kernels.partition import Cut
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat
 
 PACKAGE = "dsv3_jax.kernels.fused"
-ORDER = {**backend.DEFAULT_ORDER, "tpu": ("reference",)}
+# The router has no kernel on TPUs, and needs none there: XLA makes one of it.
+ROUTER_ORDER = {**backend.DEFAULT_ORDER, "tpu": ("reference",)}
 
 # Dims of values and scales, and what of them may not be cut apart: see `kernels.partition`.
 BY_TOKEN = (("t", "d"), ("t", "d/128"))
@@ -267,6 +268,7 @@ def route_top_k(
         n_group=n_group,
         topk_group=topk_group,
         best_of_group=best_of_group,
+        order=ROUTER_ORDER,
     )
 
 
@@ -287,6 +289,4 @@ def _check_gate_up(gate_up: Array | BlockScaled) -> None:
 def _run(op: str, *arrays, implementation: str | None, cut: Cut | None, **options):
     if options.get("used") is not None:
         cut = None  # rows of experts are one device's
-    return backend.run(
-        PACKAGE, op, *arrays, order=ORDER, implementation=implementation, cut=cut, **options
-    )
+    return backend.run(PACKAGE, op, *arrays, implementation=implementation, cut=cut, **options)
