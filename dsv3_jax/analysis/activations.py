@@ -64,9 +64,9 @@ def _kept_in_bf16(config: Config, moe: bool) -> float:
 
     By `train.remat` (model/remat.py), as JAX's traces for GPUs have it: "full" keeps the layer's
     input; "dots" with it what plain products return, which of ours only BF16's kv_b_proj is; "v3"
-    attention's result and what products return that are no plain ones and not wide, those of
-    experts among them. "none" keeps all that gradients read: in BF16 norms' inputs in f32, twice,
-    and six arrays of SwiGLU; in FP8 what is multiplied as E4M3, and o_proj's input as E5M6 besides.
+    attention's result and what products return that are not wide, those of experts among them.
+    "none" keeps all that gradients read: in BF16 norms' inputs in f32, twice, and six arrays of
+    SwiGLU; in FP8 what is multiplied as E4M3, and o_proj's input as E5M6 besides.
     """
     model, tensor, fp8 = config.model, config.mesh.tensor, uses_fp8(config)
     D, N = model.hidden_size, model.num_attention_heads / tensor
@@ -81,10 +81,8 @@ def _kept_in_bf16(config: Config, moe: bool) -> float:
     if remat == "dots":
         return 2 * D + (0 if fp8 else 2 * kv)
     if remat == "v3":
-        narrow = 2 * kv * (kv * tensor <= WIDE * C)
-        if fp8:
-            narrow += 2 * q * (q * tensor <= WIDE * (Q or D)) + 2 * (D + Q + C + R)
-            narrow += 4 * ffn * (2 * ffn * tensor <= WIDE * D)
+        narrow = 2 * kv * (kv * tensor <= WIDE * C) + 2 * q * (q * tensor <= WIDE * (Q or D))
+        narrow += 2 * (D + Q + C + R) + 4 * ffn * (2 * ffn * tensor <= WIDE * D)
         return 2 * D + 2 * o + 4 * N + narrow + rows * (4 * F + 2 * D)
     if fp8:
         heads = 2 * (q + kv + o) + 1.5 * o + 4 * N

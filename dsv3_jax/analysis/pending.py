@@ -41,6 +41,8 @@ def _in_bf16(config: Config, apart: bool, moe: bool) -> float:
     read += apart * rows * (F + D * bool(remat != "v3" or exchanged))
     if apart and exchanged:  # what further rounds begin from
         read += D + 4 * model.num_experts_per_tok
+        if remat == "v3" and config.expert_parallel.dispatch_format == "fp8":  # as they arrived
+            read += config.expert_parallel.capacity_factor * model.num_experts_per_tok * D / 2
     return gradients + read
 
 

@@ -112,11 +112,13 @@ class Plain:
             return multiply_on_mesh(of_device, x, weight, of_weight, where)
         assert not isinstance(x, StraightThrough)
         x = x if activation is None else activation(x)
+        matrix_shape = math.prod(weight.shape[:-1]), weight.shape[-1]
         if isinstance(weight, StepWeight):  # on a mesh its gradient is scattered by ourselves
-            return multiply_on_mesh(product, x, weight, of_weight, where)
+            y = multiply_on_mesh(product, x, weight, of_weight, where)
+            return named_product(y, matrix_shape)
         if not where.layout.one_device or math.prod(x.shape[:-1]) > FEW_ROWS:
-            return product(x, weight)
-        rows, matrix = x.reshape(-1, x.shape[-1]), weight.reshape(-1, weight.shape[-1])
+            return named_product(product(x, weight), matrix_shape)
+        rows, matrix = x.reshape(-1, x.shape[-1]), weight.reshape(matrix_shape)
         y = row_by_row(lambda rows: product(rows, matrix), rows, 1)
         return y.reshape(*x.shape[:-1], *weight.shape[:-1])
 

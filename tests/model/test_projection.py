@@ -17,7 +17,7 @@ from dsv3_jax.model.moe import MoEWeights, routed_experts
 from dsv3_jax.model.projection import WHOLE, ProductLayout, as_projection
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import make_layout
-from dsv3_jax.quantization.block_scaled import PER_BLOCK, quantize
+from dsv3_jax.quantization.block_scaled import PER_BLOCK, StepWeight, quantize
 from tests.cases import in_every_run
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 
@@ -115,3 +115,19 @@ def test_every_expert_has_its_own_adapter_where_the_expert_is(local):
 def merged(weight):
     flat = weight.up.reshape(len(weight), -1, 3)
     return weight.base + jnp.einsum("enr,erk->enk", flat, weight.down).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("outputs, kept", [(24, True), (200, False)], ids=["narrow", "wide"])
+@pytest.mark.parametrize("copied", [True, False], ids=["a step's copy", "an array"])
+def test_v3_keeps_what_a_product_returns_unless_it_is_wide(outputs, kept, copied):
+    master, x = normal(outputs, 16), normal(512, 16).astype(jnp.bfloat16)
+
+    def loss(master, x):
+        weight = StepWeight(master, master.astype(x.dtype)) if copied else master
+        # The gradient of a sine reads what the product returned.
+        return jnp.sum(jnp.sin(linear(x, weight)))
+
+    layer = Pass(tiny_model(), remat="v3").saving(loss)
+    _, pull_back = jax.eval_shape(functools.partial(jax.vjp, layer), master, x)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(pull_back)]
+    assert ((512, outputs) in shapes) == kept
