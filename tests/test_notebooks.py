@@ -123,7 +123,7 @@ def test_an_unwritable_home_and_one_core_are_a_line_each():
 
 def test_caches_may_be_sent_where_nothing_is_yet(tmp_path):
     caches = str(tmp_path / "not" / "yet")
-    done = first_cell("start()", HOME="/nonexistent", XDG_CACHE_HOME=caches)
+    done = first_cell("start()", HOME=str(tmp_path), XDG_CACHE_HOME=caches)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("jax "), done.stdout
 
