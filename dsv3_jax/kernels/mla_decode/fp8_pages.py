@@ -1,243 +1,307 @@
-"""E4M3 pages on their way from memory, through registers, to the bfloat16 tiles that wgmma reads.
+"""E4M3 pages as TMA leaves them in shared memory, turned into wgmma's fragments in registers.
 
-Shared memory is full of bfloat16, so that FP8 waits in registers. A warpgroup of its own loads a
-page by halves, 256 columns of the latent and their scales: while it converts one half, and stores
-it where TMA would have put bfloat16, the next half is on its way. A thread that waits for one of
-its loads waits for all that it has begun (ptxas counts them on one scoreboard), those begun last
-included; so the loads of a half begin when those of the half before are done, and none begins
-between. Pages are fetched into the L2 cache two pages earlier, which makes that time short enough.
+A page stays FP8: four groups of 128 columns, [4, 64 tokens, 128] bytes, swizzled over 128. It is
+the first operand of both products, which wgmma takes from registers, so that the warpgroups that
+multiply convert what they need on the way, and nothing is stored again. E4M3 becomes float16
+exactly.
 
-E4M3 becomes float16, then float32, both exactly; the product with the scale is rounded once to
-bfloat16, as `dequantize` does.
+A token has a scale for each group. Its `unit` is 1/32 of the power of two under the largest of
+them: numbers are multiplied by ratio = scale / unit (below 64, both float16) as they are converted,
+and whoever adds products up multiplies by the unit in float32. So the largest number is 448 * 64 =
+28,672, below float16's 65,504; a scale loses bits from 2^-20 of its token's largest one down.
 
-A half has two units of 128 columns, which fill two 64 x 64 tiles each. Eight lanes in a row, which
-store 16 bytes each at a time, have half of row r and half of row r ^ 5 of a group of eight: the
-swizzle then keeps them in different banks. What a thread has of a unit is nobody else's business:
-the arrays between `fetch` and `store` have the size of the data, and no meaning as arrays.
+Keys [64 tokens, 64 columns] are fragments of the scores. `ldmatrix` gives a lane four neighbouring
+bytes of a row's 16, of which wgmma takes the first two for numbers 2 q and 2 q + 1 of a step of 16
+along the contracted dim, the last two for 2 q + 8 and 2 q + 9: `prepare_queries` puts their columns
+in that order. Values [64 columns, 64 tokens] are fragments of the output; `ldmatrix` transposes
+pairs of bytes, so that rows j and j + 8 of a warp's 16 are columns 2 j and 2 j + 1: `in_order`
+undoes that.
 """
 
 from typing import Any
 
-import jax.experimental.pallas as pl
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu import fragmented_array, utils
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith
 
-from dsv3_jax.kernels.hopper import interpreted, plgpu
+from dsv3_jax.kernels.hopper import WGMMA, interpreted, plgpu, swizzled
 from dsv3_jax.kernels.hopper_integers import constant, plus, times
-from dsv3_jax.kernels.mla_decode.wgmma import REF, TILE_BYTES
+from dsv3_jax.kernels.mla_decode import wgmma
+from dsv3_jax.kernels.mla_decode.registers import (
+    array,
+    assemble,
+    held,
+    names,
+    row_and_column,
+    shared_address,
+    tile_address,
+    warp_and_lane,
+    words,
+)
 
-UNITS = 4  # of a page
-THREADS = 128
-PIECES = 4  # of 16 bytes, that a thread has of a unit: two rows, half a row apart
-WORDS = 4 * PIECES
+GROUPS = 4  # of 128 columns, that share a token's scale
+GROUP_BYTES = 64 * 128
+HEADROOM = 5  # a unit is 2^5 below the power of two under its token's largest scale
+SMALLEST = 2.0**-60  # of the largest scales: a unit, and one over it, are far from float32's ends
+
+E4M3 = swizzled(jnp.float8_e4m3fn)
+RAW = plgpu.RefType(E4M3)
+PLAIN = plgpu.RefType()
+ROWS = WGMMA.reduce(1)
+FRAGMENT = plgpu.ShapeDtypeStruct((64, 64), jnp.float16, layout=WGMMA)
+ROPE_FRAGMENT = plgpu.ShapeDtypeStruct((64, 64), jnp.bfloat16, layout=WGMMA)
+UNIT = plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=ROWS)
 
 
-def prefetch(pool: Any, rope: Any, page: Any) -> None:
-    """Begins to fetch a page of FP8 numbers, scales and rope into the L2 cache."""
+def prepare_queries(tiles: Any) -> None:
+    """Makes bfloat16 queries, tiles [4, 64, 64], float16 in the order of `keys`, in place.
+
+    Beyond float16's largest number, 65,504, they are that; below 2^-17 they lose bits.
+    """
     if interpreted():
+        for tile in range(4):
+            most = jnp.float32(jnp.finfo(jnp.float16).max)
+            numbers = jnp.clip(tiles[tile].astype(jnp.float32), -most, most)
+            ordered = _in_steps(numbers).astype(jnp.float16)
+            tiles[tile] = lax.bitcast_convert_type(ordered, jnp.bfloat16)
         return
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
-    def prefetch(_, *parts):
-        i64 = ir.IntegerType.get_signless(64)
-        addresses = [llvm.ptrtoint(i64, utils.memref_ptr(part)) for part in parts]
-        sizes = (64 * 512, 64 * 4 * UNITS, 64 * 128)
-        lines = ["{ .reg .pred p; setp.eq.u32 p, $3, 0;"]
-        lines += [
-            f"@p cp.async.bulk.prefetch.L2.global [${i}], {size};" for i, size in enumerate(sizes)
-        ]
-        _run("\n".join([*lines, "}"]), [*addresses, _thread()], "l,l,l,r")
+    @plgpu.inline_mgpu(arg_types=(wgmma.REF,))
+    def prepare(_, tiles):
+        warp, lane = warp_and_lane()
+        # A thread has a row of two tiles.
+        row = plus(times(arith.andi(warp, constant(1)), 32), lane)
+        first = times(arith.shrui(warp, constant(1)), 2 * wgmma.TILE_BYTES)
+        chunk = times(arith.andi(row, constant(7)), 16)
+        address = plus(shared_address(tiles), first, times(row, 128), chunk)
+        # A loop, because code that runs once is waited for.
+        lines = ["{ .reg .b32 a, b, w<8>, h<8>, x, tile, i; .reg .f32 low, high; .reg .pred p;"]
+        lines += ["mov.u32 i, 0;", "AGAIN: shr.u32 tile, i, 2; and.b32 x, i, 3; shl.b32 x, x, 5;"]
+        lines.append(f"xor.b32 a, $0, x; mad.lo.u32 a, tile, {wgmma.TILE_BYTES}, a;")
+        lines.append("xor.b32 b, a, 16;")
+        for half, start in enumerate("ab"):
+            four = ", ".join(f"w{4 * half + i}" for i in range(4))
+            lines.append(f"ld.shared.v4.b32 {{{four}}}, [{start}];")
+        for i in range(8):
+            lines += [
+                f"shl.b32 x, w{i}, 16; mov.b32 low, x;",
+                f"and.b32 x, w{i}, 0xFFFF0000; mov.b32 high, x;",
+                f"cvt.rn.satfinite.f16x2.f32 h{i}, high, low;",
+            ]
+        for half, start in enumerate("ab"):
+            four = ", ".join(f"h{2 * i + half}" for i in range(4))
+            lines.append(f"st.shared.v4.b32 [{start}], {{{four}}};")
+        lines += ["add.u32 i, i, 1; setp.lt.u32 p, i, 8;", "@p bra AGAIN;"]
+        assemble("", [address], "r", [*lines, "}"])
 
-    values, scales = pool
-    prefetch(values.at[page], scales.at[page], rope.at[page])
+    prepare(tiles)
 
 
-def fetch(pool: Any, page: Any, half: int, after: Any = None) -> Any:
-    """Half of a page's numbers, and their scales, on their way into registers; for `store`.
+def in_order(rows: Any) -> Any:
+    """Rows [64, ...] of a product with `values`, in the order of the columns they stand for."""
+    parts = rows.reshape(4, 2, 8, *rows.shape[1:])
+    return jnp.swapaxes(parts, 1, 2).reshape(rows.shape)
 
-    pool: values [P, 64, 512] and scales [P, 64, 4] in memory. Loads begin when the half `after` is
-    there, so that whoever needs that one does not wait for this one.
-    """
-    values, scales = pool
+
+def units(scales: Any) -> tuple[Any, Any]:
+    """Ratios, for `keys` and `share`, and the unit of each token; from a page's scales [256]."""
     if interpreted():
-        columns, groups = pl.ds(256 * half, 256), pl.ds(2 * half, 2)
-        return values[page, :, columns], scales[page, :, groups]
-    types = (_bits(WORDS), _bits(WORDS), _bits(4))
+        four = scales[...].reshape(64, GROUPS)
+        largest = jnp.maximum(jnp.max(four, axis=1), jnp.float32(SMALLEST))
+        bits = lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
+        unit = lax.bitcast_convert_type(bits - (HEADROOM << 23), jnp.float32)
+        return (four / unit[:, None]).astype(jnp.float16), unit
 
-    @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.RefType(), *[x.layout for x in types if after]),
-        return_type=types,
-    )
-    def fetch(_, values, scales, *after):
-        warp, row, chunk = _lane(fresh=True)
-        row = plus(times(warp, 16), row)
-        i32 = ir.IntegerType.get_signless(32)
-        # Two registers of each of its loads will do.
-        arrived = [llvm.bitcast(i32, x) for array in after for x in list(array.registers.flat)[::2]]
-        zero = _zero_after(arrived) if arrived else constant(0)
-        first = _address(values, plus(times(row, 512), times(chunk, 16), zero))
-        out = []
-        for unit in range(2):
-            lines = []
-            for piece in range(PIECES):
-                j, side = divmod(piece, 2)
-                place = 8 * 512 * j + 128 * (2 * half + unit) + 64 * side
-                lines.append(_load(4 * piece, f"${WORDS}+{place}"))
-            out.append(_registers(WORDS, lines, first))
-        lines = [
-            f"ld.global.v2.b32 {{${2 * j}, ${2 * j + 1}}}, [$4+{128 * j + 8 * half}];"
-            for j in range(2)
-        ]
-        out.append(_registers(4, lines, _address(scales, plus(times(row, 4 * UNITS), zero))))
-        return tuple(out)
-
-    return fetch(values.at[page], scales.at[page], *(after or ()))
-
-
-def _zero_after(words):
-    """Zero, as soon as these registers are loaded; the compiler cannot know."""
-    lines = ["{ .reg .b32 t; mov.u32 t, %lanemask_lt; shr.u32 t, t, 31;", "mov.b32 $0, $1;"]
-    lines += [f"or.b32 $0, $0, ${i + 2};" for i in range(len(words) - 1)]
-    lines += ["and.b32 $0, $0, t; }"]
-    return llvm.inline_asm(
-        ir.IntegerType.get_signless(32),
-        words,
-        "\n".join(lines),
-        ",".join(["=r"] + ["r"] * len(words)),
-        asm_dialect=0,
-        has_side_effects=True,
-    )
-
-
-def store(tiles: Any, unit: int, fetched: Any) -> None:
-    """Writes a unit, in bfloat16, to its two of a page's tiles [9, 64, 64].
-
-    `fetched` is the half that it belongs to. wgmma does not see it before the next `commit_smem`.
-    """
-    first = 2 * unit
-    if interpreted():
-        values, scales = fetched
-        side = unit % 2
-        values = values[:, 128 * side : 128 * side + 128]
-        factor = lax.broadcast_in_dim(scales[:, side], values.shape, [0])
-        numbers = (values.astype(jnp.float32) * factor).astype(jnp.bfloat16)
+    @plgpu.inline_mgpu(arg_types=(PLAIN,), return_type=(words(4), UNIT))
+    def read(_, scales):
+        warp, row, _ = row_and_column()
+        address = plus(shared_address(scales), times(warp, 16 * 16), times(row, 16))
+        # $0 to $3: ratios of rows j and j + 8; $4 and $5: their units.
+        lines = ["{ .reg .f32 s<8>, m<2>, r<2>; .reg .b32 b<2>, i<2>;"]
         for half in range(2):
-            tiles[first + half] = numbers[:, 64 * half : 64 * half + 64]
+            four = ", ".join(f"s{4 * half + g}" for g in range(4))
+            lines.append(f"ld.shared.v4.f32 {{{four}}}, [$6+{128 * half}];")
+        for half in range(2):
+            m, b, i, s = f"m{half}", f"b{half}", f"i{half}", 4 * half
+            lines += [
+                f"max.f32 {m}, s{s}, s{s + 1};",
+                f"max.f32 {m}, {m}, s{s + 2}; max.f32 {m}, {m}, s{s + 3};",
+                f"max.f32 {m}, {m}, 0f21800000;",  # 2^-60
+                f"mov.b32 {b}, {m}; and.b32 {b}, {b}, 0x7F800000;",
+                f"sub.u32 {b}, {b}, {HEADROOM << 23}; mov.b32 ${4 + half}, {b};",
+                f"sub.u32 {i}, 0x7F000000, {b}; mov.b32 r{half}, {i};",  # one over it
+            ]
+        for g in range(4):
+            lines += [
+                f"mul.f32 s{g}, s{g}, r0; mul.f32 s{4 + g}, s{4 + g}, r1;",
+                f"cvt.rn.f16x2.f32 ${g}, s{4 + g}, s{g};",
+            ]
+        out = assemble("rrrrff", [address], "r", [*lines, "}"])
+        return array(out[:4], words(4)), array(out[4:], UNIT)
+
+    return read(scales)
+
+
+def share(ratios: Any, table: Any) -> None:
+    """Writes a page's ratios to shared memory, [128] words, for `factors`.
+
+    A word is that of two neighbouring tokens; a thread of `factors` finds its eight in a row.
+    """
+    if interpreted():
+        table[...] = ratios
         return
 
-    @plgpu.inline_mgpu(arg_types=(REF, _bits(WORDS).layout, _bits(4).layout))
-    def put(_, tiles, numbers, scales):
-        i32 = ir.IntegerType.get_signless(32)
-        words, factors = (
-            [llvm.bitcast(i32, x) for x in array.registers.flat] for array in (numbers, scales)
+    @plgpu.inline_mgpu(arg_types=(PLAIN, words(4).layout))
+    def write(_, table, ratios):
+        warp, row, group = row_and_column()
+        # Of lane 4 j + q: group q, rows j and j + 8, which are the first or second of a word.
+        place = plus(times(arith.shrui(row, constant(1)), 32), times(warp, 8))
+        address = plus(
+            shared_address(table),
+            times(group, 128),
+            place,
+            times(arith.andi(row, constant(1)), 2),
         )
-        _, row, chunk = _lane()
-        twice = times(chunk, 2)
-        low = _in_tile(tiles, arith.xori(twice, row))
-        for piece in range(PIECES):
-            j, half = divmod(piece, 2)
-            text = _convert_and_store((first + half) * TILE_BYTES + 1024 * j)
-            four = words[4 * piece : 4 * piece + 4]
-            _run(text, [*four, factors[2 * j + unit % 2], low], ",".join(["r"] * 6))
+        lines = ["{ .reg .pred p; .reg .b32 x; .reg .b16 a, b;", "mov.b32 x, $0;"]
+        for g in range(1, 4):
+            lines.append(f"setp.eq.u32 p, $5, {g}; selp.b32 x, ${g}, x, p;")
+        lines.append("mov.b32 {a, b}, x; st.shared.b16 [$4], a; st.shared.b16 [$4+4], b; }")
+        assemble("", [*held(ratios), address, group], "rrrrrr", lines)
 
-    put(tiles, fetched[unit % 2], fetched[-1])
+    write(table, ratios)
 
 
-def _convert_and_store(offset: int) -> str:
-    """16 E4M3 numbers ($0 to $3) times a scale ($4), to 16 bytes at $5 and to those beside."""
-    lines = ["{ .reg .b16 a, b, c, d; .reg .b32 x, y; .reg .f32 p, q, r, s, m;"]
-    lines += [".reg .b32 o<8>, beside;", "mov.b32 m, $4; xor.b32 beside, $5, 16;"]
-    for word in range(4):
-        lines += [
-            f"mov.b32 {{a, b}}, ${word};",
-            "cvt.rn.f16x2.e4m3x2 x, a; cvt.rn.f16x2.e4m3x2 y, b;",
-            "mov.b32 {a, b}, x; mov.b32 {c, d}, y;",
-            "cvt.f32.f16 p, a; cvt.f32.f16 q, b; cvt.f32.f16 r, c; cvt.f32.f16 s, d;",
-            "mul.rn.f32 p, p, m; mul.rn.f32 q, q, m; mul.rn.f32 r, r, m; mul.rn.f32 s, s, m;",
-            f"cvt.rn.bf16x2.f32 o{2 * word}, q, p; cvt.rn.bf16x2.f32 o{2 * word + 1}, s, r;",
+def factors(table: Any, group: int) -> Any:
+    """The ratios of a page's tokens, as `values` of a group need them."""
+    if interpreted():
+        return table[...][:, group]
+
+    @plgpu.inline_mgpu(arg_types=(PLAIN,), return_type=words(8))
+    def read(_, table):
+        _, _, column = row_and_column()
+        address = plus(shared_address(table), times(column, 32))
+        lines = [
+            f"ld.shared.v4.b32 {names(4 * i, 4)}, [$8+{128 * group + 16 * i}];" for i in range(2)
         ]
-    for half, address in enumerate(("$5", "beside")):
-        four = ", ".join(f"o{4 * half + i}" for i in range(4))
-        lines.append(f"st.shared.v4.b32 [{address}+{offset}], {{{four}}};")
-    return "\n".join([*lines, "}"])
+        return array(assemble("r" * 8, [address], "r", lines), words(8))
+
+    return read(table)
 
 
-def _lane(fresh: bool = False):
-    """A thread's warp, its row of eight, and which 16 of 64 columns it has.
+def fetch_keys(page: Any, half: int) -> Any:
+    """A thread's bytes of 64 columns of keys, half of a group; for `keys`."""
+    group, odd = divmod(half, 2)
+    if interpreted():
+        return _in_steps(page[group][:, 64 * odd : 64 * odd + 64])
 
-    `fresh`: worked out here, and not kept in registers from one time to the next.
-    """
-    thread: Any = _thread()
-    if fresh:
-        i32 = ir.IntegerType.get_signless(32)
-        thread = llvm.inline_asm(
-            i32, [], "mov.u32 $0, %tid.x;", "=r", asm_dialect=0, has_side_effects=True
-        )
-        thread = arith.andi(thread, constant(THREADS - 1))
-    lane = arith.andi(thread, constant(31))
-    odd = arith.andi(arith.shrui(lane, constant(2)), constant(1))
-    row = arith.xori(arith.shrui(lane, constant(3)), times(odd, 5))
-    return arith.shrui(thread, constant(5)), row, arith.andi(lane, constant(3))
+    @plgpu.inline_mgpu(arg_types=(RAW,), return_type=words(8))
+    def fetch(_, page):
+        lines = ["{ .reg .b32 a;"]
+        for i in range(2):
+            lines.append(f"xor.b32 a, $8, {64 * odd + 32 * i};")
+            four = names(4 * i, 4)
+            lines.append(
+                f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {four}, [a+{GROUP_BYTES * group}];"
+            )
+        return array(assemble("r" * 8, [tile_address(page)], "r", [*lines, "}"]), words(8))
 
-
-def _in_tile(tiles, chunk):
-    """The address of 16 bytes, by number as they lie, of a thread's row of the first tile."""
-    warp, row, _ = _lane()
-    base = llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(tiles))
-    return plus(base, times(warp, 16 * 128), times(row, 128), times(chunk, 16))
+    return fetch(page)
 
 
-def _bits(words: int) -> Any:
-    layout = plgpu.Layout.WG_STRIDED((words * THREADS,), vec_size=1)
-    return plgpu.ShapeDtypeStruct((words * THREADS,), jnp.int32, layout=layout)
+def keys(fetched: Any, ratios: Any, half: int) -> Any:
+    """Fragments [64 tokens, 64 columns] of keys, each over its token's unit."""
+    group = half // 2
+    if interpreted():
+        ratio = lax.broadcast_in_dim(ratios[:, group], (64, 64), [0])
+        return fetched.astype(jnp.float16) * ratio
+
+    @plgpu.inline_mgpu(arg_types=(words(8).layout, words(4).layout), return_type=FRAGMENT)
+    def convert(_, fetched, ratios):
+        lines = ["{ .reg .b16 a, b; .reg .b32 r<2>; mov.b32 {a, b}, $24;"]
+        lines.append("mov.b32 r0, {a, a}; mov.b32 r1, {b, b};")
+        for step in range(4):
+            for row in range(2):
+                place = 4 * step + row
+                lines += _converted(f"${16 + 2 * step + row}", place, place + 2, f"r{row}")
+        operands = [*held(fetched), held(ratios)[group]]
+        return array(assemble("r" * 16, operands, "r" * 9, [*lines, "}"]), FRAGMENT)
+
+    return convert(fetched, ratios)
 
 
-def _load(register: int, address: str) -> str:
-    four = ", ".join(f"${register + i}" for i in range(4))
-    return f"ld.global.L1::no_allocate.v4.b32 {{{four}}}, [{address}];"
+def rope_keys(tile: Any, unit: Any) -> Any:
+    """Fragments [64 tokens, 64] of rotated keys [64, 64] in bfloat16, over the units: exactly."""
+    if interpreted():
+        return tile[...] * lax.broadcast_in_dim(1 / unit, (64, 64), [0]).astype(jnp.bfloat16)
+
+    @plgpu.inline_mgpu(arg_types=(wgmma.REF, ROWS), return_type=ROPE_FRAGMENT)
+    def fetch(_, tile, unit):
+        lines = ["{ .reg .b32 a, r<2>;"]
+        for step in range(4):
+            lines.append(f"xor.b32 a, $16, {32 * step};")
+            four = names(4 * step, 4)
+            lines.append(f"ldmatrix.sync.aligned.m8n8.x4.shared.b16 {four}, [a];")
+        for half in range(2):  # one over the unit, twice
+            lines.append(f"mov.b32 r{half}, ${17 + half}; sub.u32 r{half}, 0x7F000000, r{half};")
+            lines.append(f"prmt.b32 r{half}, r{half}, r{half}, 0x3232;")
+        lines += [f"mul.rn.bf16x2 ${i}, ${i}, r{i % 2};" for i in range(16)]
+        operands = [tile_address(tile), *held(unit)]
+        return array(assemble("r" * 16, operands, "rff", [*lines, "}"]), ROPE_FRAGMENT)
+
+    return fetch(tile, unit)
 
 
-def _address(ref, offset) -> Any:
-    """The 64-bit address of what lies `offset` bytes from the start of `ref`."""
-    i64 = ir.IntegerType.get_signless(64)
-    return arith.addi(llvm.ptrtoint(i64, utils.memref_ptr(ref)), arith.extui(i64, offset))
+def fetch_values(page: Any, tile: int) -> Any:
+    """A thread's bytes of 64 columns of values, by number; for `values`."""
+    group, odd = divmod(tile, 2)
+    if interpreted():
+        rows = page[group][:, 64 * odd : 64 * odd + 64].T
+        return jnp.swapaxes(rows.reshape(4, 8, 2, 64), 1, 2).reshape(64, 64)
+
+    @plgpu.inline_mgpu(arg_types=(RAW,), return_type=words(8))
+    def fetch(_, page):
+        warp, lane = warp_and_lane()
+        chunk = arith.xori(warp, arith.andi(lane, constant(7)))
+        address = plus(shared_address(page), times(lane, 128), times(chunk, 16))
+        address = arith.xori(address, constant(64 * odd))
+        lines = [
+            f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {names(4 * i, 4)}, "
+            f"[$8+{GROUP_BYTES * group + 32 * 128 * i}];"
+            for i in range(2)
+        ]
+        return array(assemble("r" * 8, [address], "r", lines), words(8))
+
+    return fetch(page)
 
 
-def _run(text: str, operands, constraints: str) -> None:
-    llvm.inline_asm(
-        ir.Type.parse("!llvm.void"),
-        operands,
-        text,
-        constraints,
-        asm_dialect=0,
-        has_side_effects=True,
-    )
+def values(fetched: Any, factors: Any) -> Any:
+    """Fragments [64 columns, 64 tokens] of values, each over its token's unit."""
+    if interpreted():
+        return fetched.astype(jnp.float16) * lax.broadcast_in_dim(factors, (64, 64), [1])
+
+    @plgpu.inline_mgpu(arg_types=(words(8).layout,) * 2, return_type=FRAGMENT)
+    def convert(_, fetched, factors):
+        lines = ["{ .reg .b16 a, b; .reg .b32 t;"]
+        for i in range(8):
+            # Bytes of two tokens' two columns become two columns of two tokens.
+            lines.append(f"prmt.b32 t, ${16 + i}, 0, 0x3120;")
+            lines += _converted("t", 2 * i, 2 * i + 1, f"${24 + i}")
+        operands = [*held(fetched), *held(factors)]
+        return array(assemble("r" * 16, operands, "r" * 16, [*lines, "}"]), FRAGMENT)
+
+    return convert(fetched, factors)
 
 
-def _thread():
-    """This thread's number in its warpgroup."""
-    return arith.andi(utils.thread_idx(), constant(THREADS - 1))
+def _converted(word: str, low: int, high: int, ratio: str) -> list[str]:
+    """Both halves of four E4M3 numbers, as float16 times a ratio, to two results."""
+    return [
+        f"mov.b32 {{a, b}}, {word};",
+        f"cvt.rn.f16x2.e4m3x2 ${low}, a; mul.f16x2 ${low}, ${low}, {ratio};",
+        f"cvt.rn.f16x2.e4m3x2 ${high}, b; mul.f16x2 ${high}, ${high}, {ratio};",
+    ]
 
 
-def _registers(words: int, lines, address) -> Any:
-    """What so many outputs of a piece of assembly hold, as an array of `_bits`."""
-    i32 = ir.IntegerType.get_signless(32)
-    result: Any = llvm.inline_asm(
-        llvm.StructType.get_literal([i32] * words),
-        [address],
-        "\n".join(lines),
-        ",".join(["=r"] * words + ["l"]),
-        asm_dialect=0,
-        has_side_effects=True,
-    )
-    one = ir.VectorType.get((1,), i32)
-    registers = [llvm.bitcast(one, llvm.extractvalue(i32, result, [i])) for i in range(words)]
-    return fragmented_array.FragmentedArray(
-        _registers=np.array(registers, dtype=object),
-        _layout=_bits(words).layout.to_mgpu(),
-        _is_signed=True,
-    )
+def _in_steps(numbers: Any) -> Any:
+    """Columns of numbers [64, 64] in the order in which a fragment of keys has them."""
+    parts = numbers.reshape(64, 4, 4, 2, 2)  # step, lane, half, number
+    return jnp.swapaxes(parts, 2, 3).reshape(64, 64)

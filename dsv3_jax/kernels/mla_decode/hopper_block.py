@@ -1,8 +1,9 @@
 """One block of Hopper's paged attention: its sizes, and what its three warpgroups share.
 
 A block has 64 rows (heads x new tokens) and the pages of one part of the schedule. Two slots of
-shared memory hold a page each. A warpgroup loads (`hopper_load`); each of the two others scores the
-pages of one slot and holds half of the output's columns (`hopper_softmax`).
+shared memory hold a page each, or three an FP8 page. A warpgroup loads (`hopper_load`); each of the
+two others scores every other page and holds half of the output's columns (`hopper_softmax`, and
+`hopper_fp8` where pages are FP8).
 """
 
 from collections.abc import Callable
@@ -21,6 +22,8 @@ TILES = 9  # of 64 columns each: latent, then rope
 ROPE_TILE = 8
 ORDER = (ROPE_TILE, *range(8))  # rope first, whose place is the first to be free
 GROUPS = (8, 0, 4)  # the first tile of each group that is handed back at once
+SLOTS = 3  # of FP8 pages
+HALVES = (0, 1)  # the same of FP8 pages: two groups of 128 columns each
 HALF = 4  # tiles of the output that a math warpgroup holds
 
 
@@ -82,9 +85,30 @@ class Shared(NamedTuple):
     q_full: Any
     q_empty: Any
     k_full: Any
-    k_ready: Any
     k_empty: Any
     weights_ready: Any
+
+
+class SharedFp8(NamedTuple):
+    """The same where pages are FP8; `hopper_fp8` says who uses what."""
+
+    q: Any  # [LATENT_TILES, ROWS, 64], float16 after `prepare_queries`
+    q_rope: Any  # [1, ROWS, 64]
+    k: Any  # [SLOTS, 4 groups, PAGE, 128] bytes
+    rope: Any  # [SLOTS, PAGE, 64]
+    scales: Any  # [SLOTS, 4 PAGE]
+    weights: Any  # [2, PAGE, ROWS] float16, of the last even and odd page
+    ratios: Any  # [2, 2 PAGE], theirs; `fp8_pages.share`
+    columns: Any  # [2, warps, ROWS], what each warp has of a vector of columns
+    top: Any  # [ROWS], the running maxima
+    decay: Any  # [ROWS], what they make of earlier weights, where the last page raised one
+    risen: Any  # [2], whether the last even and odd page did
+    q_full: Any
+    q_empty: Any
+    k_full: Any  # of each slot
+    weights_ready: Any  # of each of `weights`
+    k_empty: Any  # of each slot, and each half of the groups
+    met: Any  # where the interpreter has no named barrier
 
 
 @dataclass(frozen=True)
@@ -105,7 +129,7 @@ class Block:
     call: Call
     inputs: Inputs
     outputs: Outputs
-    shared: Shared
+    shared: Any  # Shared or SharedFp8
     part: Any
     row: Any  # the first of its rows
     low: Any  # the part's pages on the line of all pages: from here
@@ -113,19 +137,29 @@ class Block:
 
     def for_each_piece(self, body: Callable[[Any, Any, Any], Any]) -> None:
         """body(sequence, first page, one past the last page) for each of this part's pieces."""
+
+        def step(sequence, begin, end, carry):
+            body(sequence, begin, end)
+            return carry
+
+        self.fold_pieces(step, 0)
+
+    def fold_pieces(self, body: Callable[..., Any], init: Any) -> Any:
+        """The same with something carried along: body(sequence, first page, last page, carry)."""
         starts, first, last = self.inputs.starts, self.inputs.first, self.inputs.last
 
         def step(sequence, carry):
             start = starts[sequence]
             begin = lax.max(self.low, start) - start
             end = lax.min(self.high, starts[sequence + 1]) - start
-            body(sequence, begin, end)
-            return carry
+            return body(sequence, begin, end, carry)
 
         part = self.part
         some = (self.high > self.low).astype(jnp.int32)
-        lax.fori_loop(first[part], first[part] + (last[part] - first[part]) * some, step, 0)
+        end = first[part] + (last[part] - first[part]) * some
+        return lax.fori_loop(first[part], end, step, init)
 
     def room(self, slot: Any, group: int) -> Any:
         """The barrier of a slot's group of tiles, named by its first: that they may be written."""
-        return self.shared.k_empty.at[slot * len(GROUPS) + GROUPS.index(group)]
+        groups = HALVES if self.call.fp8 else GROUPS
+        return self.shared.k_empty.at[slot * len(groups) + groups.index(group)]

@@ -1,17 +1,18 @@
 """The warpgroup of a block of Hopper's paged attention that brings queries and pages."""
 
 import jax.experimental.pallas as pl
+import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax.kernels.hopper import plgpu
-from dsv3_jax.kernels.mla_decode import fp8_pages
+from dsv3_jax.kernels.mla_decode.fp8_pages import GROUPS as FP8_GROUPS
 from dsv3_jax.kernels.mla_decode.hopper_block import (
     GROUPS,
-    HALF,
+    HALVES,
     LATENT_TILES,
     ORDER,
-    ROPE_TILE,
     ROWS,
+    SLOTS,
     TILES,
     Block,
 )
@@ -37,82 +38,62 @@ def load(block: Block) -> None:
                         source = latent.at[page, :, pl.ds(t * 64, 64)]
                     else:
                         source = rope.at[page]
-                    _copy(block, source, slot, t)
+                    full = block.shared.k_full.at[slot * TILES + t]
+                    _copy(block, source, block.shared.k.at[slot, t], full)
 
     _await_the_end(block)
 
 
-def load_and_convert(block: Block) -> None:
-    """Brings FP8 pages; a half of one is converted while the next one is loaded."""
+def load_fp8(block: Block) -> None:
+    """Brings FP8 pages, each with its scales and rope, as slots become free."""
     inputs, shared = block.inputs, block.shared
-    pool, rope, table = inputs.pool, inputs.rope, inputs.table
+    values, scales = inputs.pool
 
-    @block.for_each_piece
-    def _(sequence, begin, end):
+    def piece(sequence, begin, end, turn):
         def number(place):
-            page = table[sequence, lax.min(place, end - 1)]
-            # An empty sequence has none, and a load, unlike TMA, must not miss the pool.
-            return lax.clamp(0, page, rope.shape[0] - 1)
+            return inputs.table[sequence, lax.min(begin + place, end - 1)]
 
-        def copy_rope(page, slot):
-            plgpu.barrier_wait(block.room(slot, ROPE_TILE))
-            _copy(block, rope.at[page], slot, ROPE_TILE)
+        def copy(place, page):
+            following = number(place + 1)
+            slot = lax.rem(turn + place, SLOTS)
+            for half in HALVES:
+                plgpu.barrier_wait(block.room(slot, half))
+            full = shared.k_full.at[slot]
+            for group in range(FP8_GROUPS):
+                columns = pl.ds(group * 128, 128)
+                _copy(block, values.at[page, :, columns], shared.k.at[slot, group], full)
+            _copy(block, scales.at[page], shared.scales.at[slot], full)
+            _copy(block, inputs.rope.at[page], shared.rope.at[slot], full)
+            return following
 
-        def convert(index, carry):
-            page, following, next_but_one, low_half = carry
-            slot = lax.rem(index, 2)
-
-            def store(half, numbers):
-                plgpu.barrier_wait(block.room(slot, HALF * half))
-                for unit in (2 * half, 2 * half + 1):
-                    fp8_pages.store(shared.k.at[slot], unit, numbers)
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(shared.k_ready.at[slot * TILES + 2 * unit])
-
-            # Used two turns from now: by then the loads that it would wait for are done.
-            coming = number(begin + index + 3)
-            high_half = fp8_pages.fetch(pool, page, 1, low_half)
-            fp8_pages.prefetch(pool, rope, next_but_one)
-            store(0, low_half)
-            low_half = fp8_pages.fetch(pool, following, 0, high_half)
-            store(1, high_half)
-
-            @pl.when(index + 1 < count)
-            def _():
-                copy_rope(following, 1 - slot)
-
-            return following, next_but_one, coming, low_half
-
-        count = 2 * pl.cdiv(end - begin, 2)  # the last one twice, where it has no partner
-        numbers = [number(begin + i) for i in range(3)]
-        low_half = fp8_pages.fetch(pool, numbers[0], 0)
-        fp8_pages.prefetch(pool, rope, numbers[1])
         _copy_queries(block, sequence)
-        copy_rope(numbers[0], 0)
-        lax.fori_loop(0, count, convert, (*numbers, low_half))
+        count = 2 * pl.cdiv(end - begin, 2)  # the last one twice, where it has no partner
+        lax.fori_loop(0, count, copy, number(0))
+        return lax.rem(turn + count, SLOTS)
 
-    _await_the_end(block)
+    block.fold_pieces(piece, jnp.int32(0))
+    plgpu.barrier_wait(shared.q_empty)
+    for slot in range(SLOTS):
+        for half in HALVES:
+            plgpu.barrier_wait(block.room(slot, half))
 
 
 def _copy_queries(block: Block, sequence) -> None:
-    plgpu.barrier_wait(block.shared.q_empty)
+    shared, inputs = block.shared, block.inputs
+    plgpu.barrier_wait(shared.q_empty)
     for t in range(TILES):
-        source = block.inputs.q_latent if t < LATENT_TILES else block.inputs.q_rope
-        columns = pl.ds(t * 64 if t < LATENT_TILES else 0, 64)
-        plgpu.copy_gmem_to_smem(
-            source.at[sequence, pl.ds(block.row, ROWS), columns],
-            block.shared.q.at[t],
-            block.shared.q_full,
-        )
+        if t < LATENT_TILES:
+            source, columns, tile = inputs.q_latent, pl.ds(t * 64, 64), shared.q.at[t]
+        else:
+            source, columns = inputs.q_rope, pl.ds(0, 64)
+            tile = shared.q_rope.at[0] if block.call.fp8 else shared.q.at[t]
+        rows = source.at[sequence, pl.ds(block.row, ROWS), columns]
+        plgpu.copy_gmem_to_smem(rows, tile, shared.q_full)
 
 
-def _copy(block: Block, source, slot, tile) -> None:
-    plgpu.copy_gmem_to_smem(
-        source,
-        block.shared.k.at[slot, tile],
-        block.shared.k_full.at[slot * TILES + tile],
-        collective_axes=("cluster",) if block.call.tuning.cluster > 1 else None,
-    )
+def _copy(block: Block, source, room, full) -> None:
+    axes = ("cluster",) if block.call.tuning.cluster > 1 else None
+    plgpu.copy_gmem_to_smem(source, room, full, collective_axes=axes)
 
 
 def _await_the_end(block: Block) -> None:

@@ -18,7 +18,6 @@ from dsv3_jax.kernels.mla_decode import wgmma
 from dsv3_jax.kernels.mla_decode.combine import LOWEST
 from dsv3_jax.kernels.mla_decode.hopper_block import (
     HALF,
-    LATENT_TILES,
     ORDER,
     ROPE_TILE,
     ROWS,
@@ -83,12 +82,9 @@ class _Warpgroup:
         -inf where a token must not look, and all over from page `end` on.
         """
         call, shared, me = self.block.call, self.block.shared, self.me
-        awaited = (ROPE_TILE, *range(0, 8, 2)) if call.fp8 else ORDER  # a unit of FP8 fills two
         s = (_zeros(),)
         for t in ORDER:
-            if t in awaited:
-                ready = shared.k_ready if call.fp8 and t < LATENT_TILES else shared.k_full
-                plgpu.barrier_wait(ready.at[me * TILES + t])
+            plgpu.barrier_wait(shared.k_full.at[me * TILES + t])
             s = wgmma.multiply(
                 s,
                 shared.q.at[t],

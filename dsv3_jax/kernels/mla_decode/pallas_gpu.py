@@ -1,7 +1,6 @@
 """Paged latent attention for Hopper, in Pallas Mosaic GPU: split over the keys, then combined."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.experimental.pallas as pl
@@ -10,21 +9,26 @@ from jax import lax
 
 from dsv3_jax.kernels import hopper, manual
 from dsv3_jax.kernels.hopper import plgpu, swizzled
+from dsv3_jax.kernels.mla_decode import columns, hopper_fp8
 from dsv3_jax.kernels.mla_decode.combine import combine
 from dsv3_jax.kernels.mla_decode.hopper_block import (
     GROUPS,
+    HALVES,
+    LATENT_TILES,
     ROWS,
+    SLOTS,
     TILES,
     Block,
     Call,
     Inputs,
     Outputs,
     Shared,
+    SharedFp8,
     Tuning,
     parts_of,
     row_tiles,
 )
-from dsv3_jax.kernels.mla_decode.hopper_load import load, load_and_convert
+from dsv3_jax.kernels.mla_decode.hopper_load import load, load_fp8
 from dsv3_jax.kernels.mla_decode.hopper_softmax import LOG2_E, attend
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE, KVSplits, split_kv
 from dsv3_jax.kernels.mla_decode.operands import Pages, Results, Rows
@@ -32,7 +36,7 @@ from dsv3_jax.quantization.block_scaled import BlockScaled
 
 # Of a thread that loads, and of one that multiplies. A thread starts with 168: asking for more than
 # three times that in all would wait for ever.
-REGISTERS, FP8_REGISTERS = (40, 232), (104, 200)  # with 192 ptxas serialises the products
+REGISTERS, FP8_REGISTERS = (40, 232), (24, 240)
 
 
 def mla_decode(
@@ -50,8 +54,10 @@ def mla_decode(
         raise NotImplementedError(
             f"latent and rope widths {width} and {q_rope.shape[-1]} must be 512 and 64"
         )
-    pool = (latent.values, latent.scales) if isinstance(latent, BlockScaled) else (latent,)
-    fp8 = len(pool) == 2
+    if isinstance(latent, BlockScaled):
+        pool, fp8 = (latent.values, latent.scales.reshape(latent.shape[0], -1)), True
+    else:
+        pool, fp8 = (latent,), False
     dtypes = {x.dtype for x in (q_latent, q_rope, rope, *(() if fp8 else pool))}
     if dtypes != {jnp.dtype(jnp.bfloat16)}:
         raise NotImplementedError(f"{q_latent.dtype} by {latent.dtype} must be bfloat16 throughout")
@@ -65,7 +71,7 @@ def mla_decode(
         schedule = split_kv(here, parts_of(rows))
     q_latent, q_rope = (q.reshape(batch, rows, -1) for q in (q_latent, q_rope))
     tuning = tuning or Tuning()
-    if fp8 or row_tiles(rows) % tuning.cluster:
+    if row_tiles(rows) % tuning.cluster:
         tuning = dataclasses.replace(tuning, cluster=1)
     operands = (q_latent, q_rope, pool, rope, block_table, lengths, schedule)
     whole, partial = _attend(*operands, scale, new, tuning)
@@ -97,14 +103,14 @@ def _attend(
     batch, rows, width = q_latent.shape
     tiles, parts = row_tiles(rows), schedule.parts
     padded = tiles * ROWS
-    interpreted = hopper.interpreted()
-    if interpreted:  # TMA reads zeros past the edge, and the interpreter nothing
+    if hopper.interpreted():  # TMA reads zeros past the edge, and the interpreter nothing
         q_latent, q_rope = (
             jnp.pad(q, ((0, 0), (0, padded - rows), (0, 0))) for q in (q_latent, q_rope)
         )
     cluster = tuning.cluster
     call = Call(scale, new, rows // new, len(pool) == 2, tuning)
     registers = FP8_REGISTERS if call.fp8 else REGISTERS
+    bring, multiply = (load_fp8, hopper_fp8.attend) if call.fp8 else (load, attend)
 
     def kernel(*refs):
         inputs, refs = Inputs(*refs[: len(Inputs._fields)]), refs[len(Inputs._fields) :]
@@ -114,31 +120,24 @@ def _attend(
         tile = lax.axis_index("tile") * cluster + lax.axis_index("cluster")
         row = pl.multiple_of(tile * ROWS, ROWS)
         low, high = inputs.cuts[part], inputs.cuts[part + 1]
-        block = Block(call, inputs, outputs, Shared(*refs), part, row, low, high)
+        shared = (SharedFp8 if call.fp8 else Shared)(*refs)
+        block = Block(call, inputs, outputs, shared, part, row, low, high)
 
         @pl.when(warpgroup == 2)
         def _load():
             plgpu.set_max_registers(registers[0], action="decrease")
-            if call.fp8:
-                load_and_convert(block)
-            else:
-                plgpu.warp_map(lambda warp: pl.when(warp == 0)(lambda: load(block)))
+            plgpu.warp_map(lambda warp: pl.when(warp == 0)(lambda: bring(block)))
 
         @pl.when(warpgroup == 0)
         def _even():
             plgpu.set_max_registers(registers[1], action="increase")
-            attend(block, 0)
+            multiply(block, 0)
 
         @pl.when(warpgroup == 1)
         def _odd():
             plgpu.set_max_registers(registers[1], action="increase")
-            attend(block, 1)
+            multiply(block, 1)
 
-    # A barrier over a cluster is arrived at by one thread, one over a block by all 128.
-    released = functools.partial(plgpu.ClusterBarrier, collective_axes=("cluster",))
-    signal = functools.partial(plgpu.ClusterBarrier, collective_axes=("alone",))
-    transforms = swizzled(jnp.bfloat16)
-    tile_of = functools.partial(plgpu.SMEM, dtype=jnp.bfloat16, transforms=transforms)
     struct = jax.ShapeDtypeStruct
     out, lse, partial, partial_lse = hopper.kernel(
         kernel,
@@ -154,19 +153,7 @@ def _attend(
         cluster_names=("cluster", "alone"),
         num_threads=3,
         thread_name="warpgroup",
-        scratch_types=(
-            tile_of((TILES, ROWS, 64)),
-            tile_of((2, TILES, PAGE, 64)),
-            tile_of((ROWS, PAGE)),
-            tile_of((2, ROWS, PAGE)) if interpreted else plgpu.SMEM((32,), jnp.float32),
-            plgpu.SMEM((4, ROWS), jnp.float32),
-            plgpu.Barrier(num_arrivals=TILES),
-            signal(num_arrivals=2),
-            plgpu.Barrier(num_barriers=2 * TILES),
-            signal(num_barriers=2 * TILES),
-            released(num_barriers=2 * len(GROUPS)),
-            signal(num_barriers=4),
-        ),
+        scratch_types=tuple((_scratch_fp8 if call.fp8 else _scratch)()),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             reduction_scratch_bytes=0,
@@ -179,3 +166,56 @@ def _attend(
         schedule.starts, schedule.cuts, schedule.first, schedule.last,
     )  # fmt: skip
     return (out, lse), (partial, partial_lse)
+
+
+# A barrier over a cluster is arrived at by one thread, one over a block by all 128.
+def _released(**sizes):
+    return plgpu.ClusterBarrier(collective_axes=("cluster",), **sizes)
+
+
+def _signal(**sizes):
+    return plgpu.ClusterBarrier(collective_axes=("alone",), **sizes)
+
+
+def _tiles(shape, dtype=jnp.bfloat16):
+    return plgpu.SMEM(shape, dtype, transforms=swizzled(dtype))
+
+
+def _scratch() -> Shared:
+    interpreted = hopper.interpreted()
+    return Shared(
+        q=_tiles((TILES, ROWS, 64)),
+        k=_tiles((2, TILES, PAGE, 64)),
+        weights=_tiles((ROWS, PAGE)),
+        own_weights=_tiles((2, ROWS, PAGE)) if interpreted else plgpu.SMEM((32,), jnp.float32),
+        rows=plgpu.SMEM((4, ROWS), jnp.float32),
+        q_full=plgpu.Barrier(num_arrivals=TILES),
+        q_empty=_signal(num_arrivals=2),
+        k_full=plgpu.Barrier(num_barriers=2 * TILES),
+        k_empty=_released(num_barriers=2 * len(GROUPS)),
+        weights_ready=_signal(num_barriers=4),
+    )
+
+
+def _scratch_fp8() -> SharedFp8:
+    # Interpreted, ratios are numbers where they lie, and no words.
+    ratios = ((PAGE, 4), jnp.float16) if hopper.interpreted() else ((2 * PAGE,), jnp.int32)
+    return SharedFp8(
+        q=_tiles((LATENT_TILES, ROWS, 64)),
+        q_rope=_tiles((1, ROWS, 64)),
+        k=_tiles((SLOTS, 4, PAGE, 128), jnp.float8_e4m3fn),
+        rope=_tiles((SLOTS, PAGE, 64)),
+        scales=plgpu.SMEM((SLOTS, 4 * PAGE), jnp.float32),
+        weights=_tiles((2, PAGE, ROWS)),
+        ratios=plgpu.SMEM((2, *ratios[0]), ratios[1]),
+        columns=plgpu.SMEM((2, columns.partials(), ROWS), jnp.float32),
+        top=plgpu.SMEM((ROWS,), jnp.float32),
+        decay=plgpu.SMEM((ROWS,), jnp.float32),
+        risen=plgpu.SMEM((2,), jnp.int32),
+        q_full=plgpu.Barrier(num_arrivals=TILES),
+        q_empty=_signal(num_arrivals=2),
+        k_full=plgpu.Barrier(num_arrivals=6, num_barriers=SLOTS),
+        weights_ready=_signal(num_barriers=2),
+        k_empty=_released(num_barriers=SLOTS * len(HALVES)),
+        met=_signal(num_arrivals=2),
+    )

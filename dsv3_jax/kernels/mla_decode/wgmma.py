@@ -1,4 +1,4 @@
-"""Hopper's asynchronous matrix products (wgmma) of bfloat16, issued without waiting.
+"""Hopper's asynchronous matrix products (wgmma) of 16-bit numbers, issued without waiting.
 
 Pallas's own `wgmma` ties an accumulator to a scope at whose end it waits, and hoists descriptors
 out of loops until registers spill. Attention wants two accumulators in flight while the softmax
@@ -13,10 +13,12 @@ import functools
 import itertools
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import ShapedArray
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
@@ -31,12 +33,15 @@ ACCUMULATOR = fragmented_array.WGMMA_LAYOUT_ACC_32BIT
 def multiply(accumulator, a, b, *, b_rows_first: bool, clear: bool = False, registers=False):
     """accumulator + a @ b for one tile of 64 along the contracted dim; not complete on return.
 
-    a: a tile in shared memory, or, with `registers`, a (64, 64) bfloat16 array. b: `count` tiles
-    side by side, [count, 64, 64]; rows of a tile run along the contracted dim (`b_rows_first`), or
-    along the result's columns, as keys do. `clear` starts from zero, not from the accumulator.
+    a: a tile in shared memory of bfloat16, or, with `registers`, a (64, 64) array, whose dtype b's
+    bits are taken for. b: `count` tiles side by side, [count, 64, 64]; rows of a tile run along the
+    contracted dim (`b_rows_first`), or along the result's columns, as keys do. `clear` starts from
+    zero, not from the accumulator.
     """
     count = len(accumulator)
     if interpreted():
+        if isinstance(a, jax.Array) and isinstance(jax.typeof(a), ShapedArray):
+            return _interpreted_array(accumulator, a, b, b_rows_first, clear)
         return _interpreted(accumulator, a, b, b_rows_first, clear)
 
     @plgpu.inline_mgpu(
@@ -65,6 +70,16 @@ def wait(pending: int, *accumulators):
 
     done = iter(finish(flat))
     return tuple(tuple(itertools.islice(done, count)) for count in counts)
+
+
+def allow(pending: int) -> None:
+    """Waits until all but the last `pending` calls of `multiply` are complete.
+
+    Their operands' registers may be written again; accumulators are still to be waited for.
+    """
+    if not interpreted():
+        text = f"wgmma.wait_group.sync.aligned {pending};"
+        plgpu.inline_mgpu()(lambda _: _assembly((), [], [], text) and None)()
 
 
 def scale_rows(accumulator, factor):
@@ -114,12 +129,22 @@ def _interpreted(accumulator, a, b, b_rows_first: bool, clear: bool):
     return tuple(old + new for old, new in zip(accumulator, products))
 
 
+def _interpreted_array(accumulator, a, b, b_rows_first: bool, clear: bool):
+    out = []
+    for tile, old in enumerate(accumulator):
+        numbers = lax.bitcast_convert_type(b[tile], a.dtype).astype(jnp.float32)
+        product = jnp.dot(a.astype(jnp.float32), numbers if b_rows_first else numbers.T)
+        out.append(product if clear else old + product)
+    return tuple(out)
+
+
 def _issue(accumulator, a, b, b_rows_first: bool, clear: bool):
     count = len(accumulator)
     total = 32 * count  # registers of all accumulators, a thread
     in_registers = isinstance(a, fragmented_array.FragmentedArray)
-    operands, constraints = [], []
+    operands, constraints, kind = [], [], "bf16"
     if in_registers:
+        kind = str(a.mlir_dtype)
         i32 = ir.IntegerType.get_signless(32)
         for step in range(4):
             for register in a[:, step * 16 : (step + 1) * 16].registers.flat:
@@ -145,8 +170,8 @@ def _issue(accumulator, a, b, b_rows_first: bool, clear: bool):
             lines.append(f"add.s64 a, ${first}, {step * 32 >> 4};")
             a_name, a_flags = "a", "0, "
         lines.append(
-            f"wgmma.mma_async.sync.aligned.m64n{64 * count}k16.f32.bf16.bf16 {names}, {a_name}, b, "
-            f"keep, 1, 1, {a_flags}{int(b_rows_first)};"
+            f"wgmma.mma_async.sync.aligned.m64n{64 * count}k16.f32.{kind}.{kind} {names}, "
+            f"{a_name}, b, keep, 1, 1, {a_flags}{int(b_rows_first)};"
         )
     lines.append("wgmma.commit_group.sync.aligned; }")
     return _assembly(accumulator, operands, constraints, "\n".join(lines))
@@ -158,8 +183,9 @@ def _assembly(arrays, operands, constraints, text: str):
     registers = [register for array in held for register in array.registers.flat]
     total = len(registers)
     one = ir.VectorType.get((1,), ir.F32Type.get())
+    kind = llvm.StructType.get_literal([one] * total) if total else ir.Type.parse("!llvm.void")
     result: Any = llvm.inline_asm(
-        llvm.StructType.get_literal([one] * total),
+        kind,
         [*registers, *operands],
         text,
         ",".join(["=f"] * total + [str(i) for i in range(total)] + constraints),
