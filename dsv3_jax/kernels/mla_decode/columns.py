@@ -50,39 +50,52 @@ def across(vector: Any) -> Any:
     return lax.broadcast_in_dim(vector, (64, 64), [1])
 
 
-def publish(weights: Any, p: Any, limit: float) -> Any:
-    """Writes weights [64 tokens, 64 columns] as float16; 1 if one of this thread's exceeds `limit`.
+def exceeds(x: Any, top: Any, rise: float) -> Any:
+    """1 if a number of this thread's, of x [64 tokens, columns], exceeds its column's by `rise`."""
+    if interpreted():
+        return (jnp.max(x - across(top)) > rise).astype(jnp.int32)
 
-    The tile [64, 64] is named as bfloat16, which its room also holds.
+    @plgpu.inline_mgpu(arg_types=(WGMMA, LAYOUT), return_type=SCALAR)
+    def compare(_, x, top):
+        limit = np.float32(rise).view(np.uint32)
+        lines = ["{ .reg .pred p; .reg .f32 m, t; mov.f32 m, 0fFF800000;"]
+        for column in range(16):
+            first = 1 + column // 2 * 4 + column % 2
+            lines.append(f"max.f32 t, ${first}, ${first + 2}; sub.f32 t, t, ${33 + column};")
+            lines.append("max.f32 m, m, t;")
+        lines.append(f"setp.gt.f32 p, m, 0f{limit:08X}; selp.b32 $0, 1, 0, p; }}")
+        operands = [*_accumulator(x), *held(top)]
+        return _scalar(assemble("r", operands, "f" * 48, lines)[0])
+
+    return compare(x, top)
+
+
+def publish(weights: Any, p: Any) -> None:
+    """Writes weights [64 tokens, 64 columns] as float16.
+
+    The tile [64, 64] is named as bfloat16.
     """
     if interpreted():
         weights[...] = lax.bitcast_convert_type(p.astype(jnp.float16), jnp.bfloat16)
-        return (jnp.max(p) > limit).astype(jnp.int32)
+        return
 
-    @plgpu.inline_mgpu(arg_types=(wgmma.REF, WGMMA), return_type=SCALAR)
+    @plgpu.inline_mgpu(arg_types=(wgmma.REF, WGMMA))
     def write(_, weights, p):
-        address = tile_address(weights)
-        lines = ["{ .reg .b32 h<16>, a, m; .reg .b16 x, y; .reg .pred p, q;"]
-        lines += [f"cvt.rn.f16x2.f32 h{i}, ${2 * i + 2}, ${2 * i + 1};" for i in range(16)]
+        lines = ["{ .reg .b32 h<16>, a;"]
         for pair in range(4):
-            four = ", ".join(f"h{4 * pair + i}" for i in range(4))
-            lines.append(f"xor.b32 a, $33, {32 * pair};")
+            numbers = range(4 * pair, 4 * pair + 4)
+            lines += [f"cvt.rn.f16x2.f32 h{i}, ${2 * i + 1}, ${2 * i};" for i in numbers]
+            lines.append(f"xor.b32 a, $32, {32 * pair};")
+            four = ", ".join(f"h{i}" for i in numbers)
             lines.append(f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [a], {{{four}}};")
-        lines.append("max.f16x2 m, h0, h1;")
-        lines += [f"max.f16x2 m, m, h{i};" for i in range(2, 16)]
-        most = int(np.float16(limit).view(np.uint16))
-        lines += [
-            f"mov.b32 {{x, y}}, m; max.f16 x, x, y; mov.b16 y, {most};",
-            "setp.gt.f16 p, x, y; selp.b32 $0, 1, 0, p; }",
-        ]
-        (flag,) = assemble("r", [*_accumulator(p), address], "f" * 32 + "r", lines)
-        return _scalar(flag)
+        operands = [*_accumulator(p), tile_address(weights)]
+        assemble("", operands, "f" * 32 + "r", [*lines, "}"])
 
-    return write(weights, p)
+    write(weights, p)
 
 
 def agree(flag: Any, me: int) -> Any:
-    """Whether a thread of this warpgroup has a flag; what they have published is there."""
+    """Whether a thread of this warpgroup has a flag."""
     if interpreted():
         return flag
 
@@ -90,7 +103,6 @@ def agree(flag: Any, me: int) -> Any:
     def vote(_, flag):
         lines = [
             "{ .reg .pred p, q; setp.ne.b32 p, $1, 0;",
-            "fence.proxy.async.shared::cta;",
             f"bar.red.or.pred q, {MEETING + 1 + me}, {THREADS}, p; selp.b32 $0, 1, 0, q; }}",
         ]
         (any_flag,) = assemble("r", [flag.registers.item()], "r", lines)
@@ -103,6 +115,19 @@ def meet() -> None:
     """Waits for both warpgroups; wgmma sees what they have written."""
     text = ["fence.proxy.async.shared::cta;", f"bar.sync {MEETING}, {2 * THREADS};"]
     plgpu.inline_mgpu()(lambda _: assemble("", [], "", text) and None)()
+
+
+def together(me: int, commit: bool = False) -> None:
+    """Waits for the four warps of warpgroup `me`; its barrier's number takes no register.
+
+    `commit`: wgmma sees what they have written.
+    """
+    if interpreted():
+        return plgpu.commit_smem() if commit else None
+    text = [f"bar.sync {MEETING + 1 + me}, {THREADS};"]
+    if commit:
+        text = ["fence.proxy.async.shared::cta;", *text]
+    return plgpu.inline_mgpu()(lambda _: assemble("", [], "", text) and None)()
 
 
 def add(total: Any, p: Any, factor: Any) -> Any:

@@ -98,7 +98,7 @@ class SharedFp8(NamedTuple):
     rope: Any  # [SLOTS, PAGE, 64]
     scales: Any  # [SLOTS, 4 PAGE]
     weights: Any  # [2, PAGE, ROWS] float16, of the last even and odd page
-    ratios: Any  # [2, 2 PAGE], theirs; `fp8_pages.share`
+    ratios: Any  # [SLOTS, 2 PAGE]; `fp8_pages.share`
     columns: Any  # [2, warps, ROWS], what each warp has of a vector of columns
     top: Any  # [ROWS], the running maxima
     decay: Any  # [ROWS], what they make of earlier weights, where the last page raised one

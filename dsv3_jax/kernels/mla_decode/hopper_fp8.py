@@ -9,9 +9,12 @@ half a turn apart, and one has the tensor cores while the other works out weight
 
 A weight is published times its token's unit, over a power of two that a head's largest one sets: it
 is at most 2^`rise`, and values are over their token's unit. That power moves only when a weight
-exceeds 2^`rise`, which a vote of a warpgroup's threads finds out: a maximum over tokens is across
-lanes and warps, and so is worked out only then. Pages are published in order, and what was held
-before is changed to a page's power before that page is added.
+would exceed 2^`rise`, which a vote of a warpgroup's threads finds out: a maximum over tokens is
+across lanes and warps, and so is worked out only then. Pages are published in order, and what was
+held before is changed to a page's power before that page is added.
+
+Registers are as scarce as can be: beside 220 KB of shared memory a spill costs a trip to the L2
+cache. So the vote comes before the weights, and not with them; ratios are in shared memory.
 """
 
 import functools
@@ -77,7 +80,7 @@ class _Warpgroup:
 
     def release(self, slot: Any) -> None:
         """Hands this warpgroup's half of a slot back to whoever loads."""
-        wgmma.synchronize()  # one thread speaks for all
+        columns.together(self.me)  # one thread speaks for all
         plgpu.barrier_arrive(self.block.room(slot, self.me))
 
     def pair(self, piece: _Piece, number, held):
@@ -87,6 +90,7 @@ class _Warpgroup:
         slot = lax.rem(turn, SLOTS)
         plgpu.barrier_wait(shared.k_full.at[slot])
         ratios, unit = fp8_pages.units(shared.scales.at[slot])
+        fp8_pages.share(ratios, shared.ratios.at[slot])
         s = self.scores(slot, ratios, unit)
         weigh_other = functools.partial(self.weigh_other, turn)
         if me == 0:
@@ -94,8 +98,6 @@ class _Warpgroup:
         else:
             held = weigh_other(held)
         s = self.masked(s, piece.length, piece.begin + 2 * number + me, piece.end)
-        # What this warpgroup published last the other has weighed, before what was weighed here.
-        fp8_pages.share(ratios, shared.ratios.at[me])
         out, total = self.publish(number, s, unit, *held)
         return self.weigh(out, slot, me), total
 
@@ -105,33 +107,29 @@ class _Warpgroup:
         # Logits in log2, those of weights times units.
         scale = jnp.float32(self.block.call.scale * LOG2_E)
         x = s * _down(unit * scale) + _down(jnp.log2(unit))
-        p = jnp.exp2(x - columns.across(self.top(number)))
-        flag = columns.publish(shared.weights.at[me], p, 2.0**rise)
-        added = columns.add(total, p, 1 / unit)
+        top = self.top(number)
+        risen = columns.agree(columns.exceeds(x, top, rise), me)
 
-        def keep(out, total, added, x, unit):
-            return out, added
+        def keep(out, total, top, x):
+            return out, total, top
 
-        def raise_top(out, total, added, x, unit):
-            top, left = self.top(number), shared.columns.at[me]
+        def raise_top(out, total, top, x):
+            left = shared.columns.at[me]
             columns.leave_largest(x, left)
-            wgmma.synchronize()
+            columns.together(me)
             new = functools.reduce(jnp.maximum, _partials(left))
             new = jnp.where(new > top + rise, new, top)
             decay = jnp.exp2(top - new)
-            p = jnp.exp2(x - columns.across(new))
-            columns.publish(shared.weights.at[me], p, 2.0**rise)
             shared.top[...] = new
             shared.decay[...] = decay
-            plgpu.commit_smem()
-            wgmma.synchronize()
-            return _decayed(out, decay), columns.add(total * decay, p, 1 / unit)
+            return _decayed(out, decay), total * decay, new
 
-        risen = columns.agree(flag, me)
-        out, total = lax.cond(risen > 0, raise_top, keep, out, total, added, x, unit)
+        out, total, top = lax.cond(risen > 0, raise_top, keep, out, total, top, x)
+        p = jnp.exp2(x - columns.across(top))
+        columns.publish(shared.weights.at[me], p)
+        total = columns.add(total, p, 1 / unit)
         shared.risen[me] = risen
-        if interpreted():
-            plgpu.commit_smem()
+        columns.together(me, commit=True)
         plgpu.barrier_arrive(shared.weights_ready.at[me])
         return out, total
 
@@ -204,7 +202,7 @@ class _Warpgroup:
         fetched = fp8_pages.fetch_values(page, HALF * me)
         for tile in range(HALF):
             if tile % 2 == 0:
-                factors = fp8_pages.factors(shared.ratios.at[which], 2 * me + tile // 2)
+                factors = fp8_pages.factors(shared.ratios.at[slot], 2 * me + tile // 2)
             values = fp8_pages.values(fetched, factors)
             if tile + 1 < HALF:
                 fetched = fp8_pages.fetch_values(page, HALF * me + tile + 1)

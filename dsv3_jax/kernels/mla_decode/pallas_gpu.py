@@ -207,7 +207,7 @@ def _scratch_fp8() -> SharedFp8:
         rope=_tiles((SLOTS, PAGE, 64)),
         scales=plgpu.SMEM((SLOTS, 4 * PAGE), jnp.float32),
         weights=_tiles((2, PAGE, ROWS)),
-        ratios=plgpu.SMEM((2, *ratios[0]), ratios[1]),
+        ratios=plgpu.SMEM((SLOTS, *ratios[0]), ratios[1]),
         columns=plgpu.SMEM((2, columns.partials(), ROWS), jnp.float32),
         top=plgpu.SMEM((ROWS,), jnp.float32),
         decay=plgpu.SMEM((ROWS,), jnp.float32),
