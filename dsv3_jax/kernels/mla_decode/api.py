@@ -37,7 +37,8 @@ def mla_decode(
     longer one: results of pieces are put together by their log-sum-exp.
 
     `latent` may be E4M3 numbers with a scale for 128 of them (a pool [P, page, C] quantised per
-    token); `k_rope` stays in the queries' dtype.
+    token); `k_rope` stays in the queries' dtype. Hopper's kernel then takes latent queries as
+    float16, beyond whose 65,504 a result is not finite.
 
     `schedule` is what `plan` returned for these lengths: give it when several layers share it.
     Softmax and sums are float32; weights are rounded to the queries' dtype before they meet the
