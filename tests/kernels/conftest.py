@@ -16,7 +16,7 @@ INTERPRETER_IS_NEWER = pytest.mark.skipif(
     OLD_JAX, reason=f"Pallas interprets GPU kernels from jax 0.11 on; this is {jax.__version__}"
 )
 IMPLEMENTATIONS = ["reference", pytest.param("pallas_gpu", marks=INTERPRETER_IS_NEWER)]
-GEMM_IMPLEMENTATIONS = [*IMPLEMENTATIONS, "pallas_tpu"]
+ALL_IMPLEMENTATIONS = [*IMPLEMENTATIONS, "pallas_tpu"]
 
 # Relative errors against float64: rounding a result to bfloat16 alone is 1.7e-3. Float32 results
 # are sums in float32, but a Hopper's tensor core keeps about 14 bits of FP8 products (1.3e-4).

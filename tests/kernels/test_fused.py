@@ -12,7 +12,7 @@ from dsv3_jax.kernels.fused import api, pallas_gpu, reference, tpu_tiles
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled
 from tests.cases import matrix
 from tests.kernels.conftest import (
-    GEMM_IMPLEMENTATIONS,
+    ALL_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
     INTERPRETER_IS_NEWER,
     dequantize,
@@ -31,7 +31,7 @@ def assert_same(out, expected):
 
 
 @pytest.mark.parametrize(
-    "implementation, scale_format", matrix(GEMM_IMPLEMENTATIONS, ["f32", "ue8m0"])
+    "implementation, scale_format", matrix(ALL_IMPLEMENTATIONS, ["f32", "ue8m0"])
 )
 def test_rows_are_quantised_bit_for_bit(implementation, scale_format, rng, running):
     # 77 rows: the last block goes over some rows again.
@@ -42,7 +42,7 @@ def test_rows_are_quantised_bit_for_bit(implementation, scale_format, rng, runni
     assert_same(out, quantize(x, PER_TOKEN, scale_format))
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL_IMPLEMENTATIONS)
 def test_one_read_gives_both_directions(implementation, rng, running):
     x = normal(rng, 128, 256).astype(jnp.bfloat16).at[3, 5].set(jnp.nan).at[:, 7].set(0)
     with running(implementation):
@@ -50,7 +50,7 @@ def test_one_read_gives_both_directions(implementation, rng, running):
     assert_same(out, (quantize(x, PER_TOKEN), quantize(x.mT, PER_TOKEN)))
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS[1:])
+@pytest.mark.parametrize("implementation", ALL_IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize("op", ["rows", "both_ways", "transposed", "swiglu", "swiglu_backward"])
 def test_rows_in_use_are_quantised_and_no_tile_beyond_them(
     op, implementation, rng, running, monkeypatch
@@ -87,7 +87,7 @@ def test_rows_in_use_are_quantised_and_no_tile_beyond_them(
             raise AssertionError(got.shape)
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL_IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "shape, dtype, scale_format",
     [((256, 128), "float32", "f32"), ((2, 128, 256), "bfloat16", "ue8m0")],
@@ -105,7 +105,7 @@ def test_a_weight_and_its_transpose_share_scales(
     assert transposed.tile == PER_BLOCK and transposed.shape == (*shape[:-2], shape[-1], shape[-2])
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL_IMPLEMENTATIONS)
 def test_numbers_kept_in_either_form_are_quantised_along_tokens(implementation, rng, running):
     as_bf16 = normal(rng, 128, 256).astype(jnp.bfloat16)
     kept = quantize(as_bf16, PER_TOKEN)
@@ -118,7 +118,7 @@ def test_numbers_kept_in_either_form_are_quantised_along_tokens(implementation, 
     assert_same(plain, quantize(as_bf16.mT, PER_TOKEN))
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL_IMPLEMENTATIONS)
 @pytest.mark.parametrize("kept", [False, True], ids=["bf16", "fp8"])
 def test_swiglu_and_its_gradient_along_tokens(implementation, kept, rng, running):
     gate_up, d_out = (normal(rng, 128, width).astype(jnp.bfloat16) for width in (256, 128))
@@ -139,7 +139,7 @@ def test_swiglu_and_its_gradient_along_tokens(implementation, kept, rng, running
         assert relative_error(dequantize(got, jnp.float32), exact) < 1 / 30
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL_IMPLEMENTATIONS)
 def test_each_token_is_sent_to_its_rows_and_the_rest_are_zeros(implementation, rng, running):
     x = normal(rng, 9, 1024).astype(jnp.bfloat16)
     slots = jnp.asarray(rng.permutation(21)[:18].reshape(9, 2), jnp.int32)
@@ -187,7 +187,7 @@ def test_the_router_chooses_as_by_sorting(implementation, experts, choice, rng, 
         np.testing.assert_array_equal(weights[token], scores[token, best])
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL_IMPLEMENTATIONS)
 def test_swiglu_is_rounded_once_and_quantised(implementation, rng, running):
     gate_up = normal(rng, 64, 256).astype(jnp.bfloat16)
     with running(implementation):
@@ -200,7 +200,7 @@ def test_swiglu_is_rounded_once_and_quantised(implementation, rng, running):
     assert relative_error(dequantize(out, jnp.float32), expected) < 1e-3
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL_IMPLEMENTATIONS)
 @pytest.mark.parametrize(
     "tokens, dim, scale_format", [(61, 384, "ue8m0"), (3, 3072, "f32")], ids=["narrow", "wide"]
 )

@@ -12,9 +12,9 @@ from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN
 from tests.cases import matrix
 from tests.kernels.conftest import (
+    ALL_IMPLEMENTATIONS,
     BF16_LIMIT,
     F32_LIMIT,
-    GEMM_IMPLEMENTATIONS,
     INTERPRETER_IS_NEWER,
     dequantize,
     lower_for_an_h200,
@@ -30,7 +30,7 @@ def exact(a, b):
 
 
 @pytest.mark.parametrize(
-    "implementation, m, n, k", matrix(GEMM_IMPLEMENTATIONS, [(13, 72, 256), (130, 200, 128)])
+    "implementation, m, n, k", matrix(ALL_IMPLEMENTATIONS, [(13, 72, 256), (130, 200, 128)])
 )
 def test_activations_by_weights(implementation, m, n, k, rng, running):
     a, b = quantize(normal(rng, m, k), PER_TOKEN), quantize(normal(rng, n, k), PER_BLOCK)
@@ -40,7 +40,7 @@ def test_activations_by_weights(implementation, m, n, k, rng, running):
     assert relative_error(out, exact(a, b)) < BF16_LIMIT
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL_IMPLEMENTATIONS)
 def test_weight_gradient_adds_to_what_is_there(implementation, rng, running):
     a, b = quantize(normal(rng, 13, 256), PER_TOKEN), quantize(normal(rng, 72, 256), PER_TOKEN)
     before = normal(rng, 13, 72)
@@ -50,7 +50,7 @@ def test_weight_gradient_adds_to_what_is_there(implementation, rng, running):
     assert relative_error(out - before, exact(a, b)) < F32_LIMIT
 
 
-@pytest.mark.parametrize("implementation, adds", matrix(GEMM_IMPLEMENTATIONS, [True, False]))
+@pytest.mark.parametrize("implementation, adds", matrix(ALL_IMPLEMENTATIONS, [True, False]))
 def test_weight_gradient_is_left_in_a_layer_s_place(implementation, adds, rng, running):
     a, b = (quantize(normal(rng, rows, 256), PER_TOKEN) for rows in (72, 40))
     before = normal(rng, 2, 1, 72, 40)

@@ -14,9 +14,9 @@ from dsv3_jax.kernels.sums import GradientSum
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN
 from tests.cases import in_every_run, matrix
 from tests.kernels.conftest import (
+    ALL_IMPLEMENTATIONS,
     BF16_LIMIT,
     F32_LIMIT,
-    GEMM_IMPLEMENTATIONS,
     INTERPRETER_IS_NEWER,
     dequantize,
     lower_for_an_h200,
@@ -53,7 +53,7 @@ def operands(rng, scaled, n=64, k=128):
 BF16, FP8 = pytest.param(False, id="bf16"), pytest.param(True, id="fp8")
 
 
-@pytest.mark.parametrize("implementation, scaled", matrix(GEMM_IMPLEMENTATIONS, [BF16, FP8]))
+@pytest.mark.parametrize("implementation, scaled", matrix(ALL_IMPLEMENTATIONS, [BF16, FP8]))
 def test_each_group_meets_its_own_weights(implementation, scaled, rng, running):
     rows, weights = operands(rng, scaled)
     with running(implementation):
@@ -62,7 +62,7 @@ def test_each_group_meets_its_own_weights(implementation, scaled, rng, running):
     assert not np.asarray(out[int(SIZES.sum()) :]).any(), "rows of nobody are zero"
 
 
-@pytest.mark.parametrize("implementation", GEMM_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ALL_IMPLEMENTATIONS)
 def test_gradients_are_those_of_the_groups(implementation, rng, running):
     rows, weights = operands(rng, scaled=False)
     d_out = normal(rng, ROWS, 64).astype(jnp.bfloat16)
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_the_groups(implementation, rng, running):
             assert relative_error(d_weights[expert], exact) < BF16_LIMIT
 
 
-@pytest.mark.parametrize("implementation", [*GEMM_IMPLEMENTATIONS, "blocks"])
+@pytest.mark.parametrize("implementation", [*ALL_IMPLEMENTATIONS, "blocks"])
 def test_the_rows_gradient_alone(implementation, rng, running):
     _, weights = operands(rng, scaled=False)
     d_out = normal(rng, ROWS, 64).astype(jnp.bfloat16)
@@ -105,7 +105,7 @@ def test_columns_that_cut_a_tile_lower_for_a_gpu(rng):
     lower_for_an_h200(product, rows, weights, SIZES)
 
 
-@pytest.mark.parametrize("implementation, buffer", matrix(GEMM_IMPLEMENTATIONS, [64, 72]))
+@pytest.mark.parametrize("implementation, buffer", matrix(ALL_IMPLEMENTATIONS, [64, 72]))
 def test_masked_rows_of_each_expert(buffer, implementation, rng, running):
     sizes = jnp.array([3, 0, buffer], jnp.int32)
     rows = quantize(normal(rng, 3, buffer, 128), PER_TOKEN)
@@ -121,7 +121,7 @@ def test_masked_rows_of_each_expert(buffer, implementation, rng, running):
 ADDS, FRESH = pytest.param(True, id="adds"), pytest.param(False, id="fresh")
 
 
-@pytest.mark.parametrize("implementation, accumulated", matrix(GEMM_IMPLEMENTATIONS, [FRESH, ADDS]))
+@pytest.mark.parametrize("implementation, accumulated", matrix(ALL_IMPLEMENTATIONS, [FRESH, ADDS]))
 def test_weight_gradients_sum_over_their_group(implementation, accumulated, rng, running):
     sizes = jnp.array([256, 0, 128], jnp.int32)
     a, b = (quantize(normal(rng, rows, 384), PER_TOKEN) for rows in (72, 40))
@@ -142,7 +142,7 @@ def test_weight_gradients_sum_over_their_group(implementation, accumulated, rng,
 
 
 @pytest.mark.parametrize(
-    "implementation, adds", matrix([*GEMM_IMPLEMENTATIONS, "blocks"], [ADDS, FRESH])
+    "implementation, adds", matrix([*ALL_IMPLEMENTATIONS, "blocks"], [ADDS, FRESH])
 )
 def test_weight_gradients_are_left_in_a_layer_s_place(implementation, adds, rng, running):
     sizes, before = jnp.array([256, 0, 128], jnp.int32), normal(rng, 3, 3, 72, 40)

@@ -122,7 +122,8 @@ def quantize_tiles(
     on are left as they are.
     """
     tpu.require()
-    arrays = manual.vary(tuple(operand.array for operand in operands))
+    in_use = jnp.reshape(jnp.int32(tokens) if used is None else used, 1).astype(jnp.int32)
+    in_use, *arrays = manual.vary((in_use, *(operand.array for operand in operands)))
     rows = min(ROWS, tokens // TILE)
     columns = _columns(channels // TILE, parts, operands)
     blocks = channels // TILE // columns if parts > 1 else 0
@@ -177,7 +178,7 @@ def quantize_tiles(
             in_specs=[operand.spec(rows, columns) for operand in operands],
             out_specs=out_specs,
         ),
-    )(jnp.reshape(jnp.int32(tokens) if used is None else used, 1).astype(jnp.int32), *arrays)
+    )(in_use, *arrays)
     return tuple(
         BlockScaled(values, jnp.squeeze(scales, 1).mT, PER_TOKEN)
         for values, scales in zip(results[::2], results[1::2], strict=True)
