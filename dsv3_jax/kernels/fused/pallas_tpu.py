@@ -4,6 +4,7 @@
 permutation quantises tokens once and then moves bytes.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -12,13 +13,14 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import tpu
 from dsv3_jax.kernels.fused import tpu_tiles
+from dsv3_jax.kernels.fused.reference import rounded_to, swiglu_gradients
 from dsv3_jax.kernels.fused.tpu_tiles import (
     TILE,
-    Matrix,
-    OfChannels,
-    OfTiles,
-    OfTokens,
     Operand,
+    matrix,
+    of_channels,
+    of_tiles,
+    of_tokens,
     quantize_tiles,
     turned_row,
 )
@@ -34,19 +36,15 @@ def quantize_rows(
     x: Float[Array, "T D"], scale_format: ScaleFormat = "f32", *, used: Any = None
 ) -> BlockScaled:
     """x quantised per token; see `api.quantize_rows`."""
-    (rows, channels), x = _require(x, whole_tokens=False)
-    tokens, width = x.shape
-    (out,) = quantize_tiles([Matrix(x)], _as_it_is, tokens, width, scale_format, used=used)
-    scales = -(-channels // TILE)
-    return BlockScaled(out.values[:rows, :channels], out.scales[:rows, :scales], PER_TOKEN)
+    return _per_token([matrix(_filled(x))], _as_it_is, x.shape, scale_format, used)
 
 
 def quantize_both_ways(
     x: Float[Array, "T D"], scale_format: ScaleFormat = "f32", *, used: Any = None
 ) -> tuple[BlockScaled, ...]:
     """x quantised per token, and transposed and quantised along tokens, in one read; see `api`."""
-    (tokens, channels), x = _require(x)
-    inputs = ([Matrix(x)], _as_it_is, tokens, channels, scale_format)
+    _require(x)
+    inputs = ([matrix(x)], _as_it_is, x.shape[0], x.shape[1], scale_format)
     return quantize_tiles(*inputs, by_channel=True, used=used)
 
 
@@ -63,10 +61,9 @@ def quantize_transposed(
     x: Float[Array, "T D"] | BlockScaled, scale_format: ScaleFormat = "f32", *, used: Any = None
 ) -> BlockScaled:
     """x transposed and quantised along tokens; see `api.quantize_transposed`."""
-    (tokens, channels), plain = _require(x)
-    operands = _operands(plain)
+    _require(x)
     compute = _dequantized if isinstance(x, BlockScaled) else _as_it_is
-    inputs = (operands, compute, tokens, channels, scale_format)
+    inputs = (_operands(x), compute, x.shape[0], x.shape[1], scale_format)
     (out,) = quantize_tiles(*inputs, by_token=False, by_channel=True, used=used)
     return out
 
@@ -79,18 +76,20 @@ def swiglu_quantize(
     used: Any = None,
 ) -> BlockScaled:
     """silu(gate) x up, quantised per token, or transposed; see `api.swiglu_quantize`."""
-    tokens, width, gate_up, operands = _halves(gate_up, transposed)
-    dtype = _rounded_to(gate_up)
+    if transposed:
+        _require(gate_up)
+    shape, operands = _halves(gate_up)
+    dtype = rounded_to(gate_up)
 
     def activate(part, *loaded):
         gate, up = _gate_and_up(loaded)
         return (jax.nn.silu(gate) * up).astype(dtype).astype(jnp.float32)
 
-    inputs = (operands, activate, -(-tokens // TILE) * TILE, width, scale_format)
-    (out,) = quantize_tiles(*inputs, by_token=not transposed, by_channel=transposed, used=used)
-    if transposed:
-        return out
-    return BlockScaled(out.values[:tokens], out.scales[:tokens], PER_TOKEN)
+    if not transposed:
+        return _per_token(operands, activate, shape, scale_format, used)
+    inputs = (operands, activate, *shape, scale_format)
+    (out,) = quantize_tiles(*inputs, by_token=False, by_channel=True, used=used)
+    return out
 
 
 def swiglu_backward_quantize(
@@ -101,18 +100,18 @@ def swiglu_backward_quantize(
     used: Any = None,
 ) -> tuple[BlockScaled, ...]:
     """The gradient of SwiGLU's input, quantised both ways; see `api.swiglu_backward_quantize`."""
-    tokens, width, gate_up, operands = _halves(gate_up, True)
-    dtype = _rounded_to(gate_up)
+    _require(gate_up)
+    shape, operands = _halves(gate_up)
+    dtype = rounded_to(gate_up)
 
     def differentiate(part, *loaded):
         *halves, d_out = loaded
         gate, up = _gate_and_up(halves)
-        sigmoid = jax.nn.sigmoid(gate)
-        d_gate = d_out * up * sigmoid * (1 + gate * (1 - sigmoid))
-        either = jnp.where(part == 0, d_gate, d_out * gate * sigmoid)
+        d_gate, d_up = swiglu_gradients(gate, up, d_out)
+        either = jnp.where(part == 0, d_gate, d_up)
         return either.astype(dtype).astype(jnp.float32)
 
-    inputs = ([*operands, Matrix(d_out)], differentiate, tokens, width, scale_format)
+    inputs = ([*operands, matrix(d_out)], differentiate, *shape, scale_format)
     return quantize_tiles(*inputs, parts=2, by_channel=True, used=used)
 
 
@@ -125,21 +124,17 @@ def rms_norm_quantize(
     """x over its root mean square, times weight, quantised per token; see `api`."""
     wide = x.astype(jnp.float32)
     inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1) + eps)
-    (rows, channels), x = _require(x, whole_tokens=False)
-    padded = [(0, size - was) for size, was in zip(x.shape, (rows, channels))]
+    tokens, channels = (_filled(row[None], rows=1) for row in (inverse_rms, weight))
     operands = [
-        Matrix(x),
-        OfTokens(jnp.pad(inverse_rms, padded[0])[None]),
-        OfChannels(jnp.pad(weight.astype(jnp.float32), padded[1])[None]),
+        matrix(_filled(x)),
+        of_tokens(tokens),
+        of_channels(channels.astype(jnp.float32)),
     ]
 
     def normalized(part, tile, inverse_rms, weight):
         return turned_row(inverse_rms, tile) * weight
 
-    tokens, width = x.shape
-    (out,) = quantize_tiles(operands, normalized, tokens, width, scale_format)
-    scales = -(-channels // TILE)
-    return BlockScaled(out.values[:rows, :channels], out.scales[:rows, :scales], PER_TOKEN)
+    return _per_token(operands, normalized, x.shape, scale_format)
 
 
 def permute_quantize(
@@ -175,36 +170,38 @@ def _gate_and_up(loaded: Any) -> list[Any]:
 def _operands(x: Any, first: int = 0) -> list[Operand]:
     """x as operands from tile `first` of its channels on."""
     if not isinstance(x, BlockScaled):
-        return [Matrix(x, first)]
-    return [Matrix(x.values, first), OfTiles(x.scales.mT[:, None], first)]
+        return [matrix(x, first)]
+    return [matrix(x.values, first), of_tiles(x.scales.mT[:, None], first)]
 
 
-def _rounded_to(gate_up: Any) -> Any:
-    return jnp.bfloat16 if isinstance(gate_up, BlockScaled) else gate_up.dtype
-
-
-def _halves(gate_up: Any, whole_tokens: bool) -> tuple[int, int, Any, list[Operand]]:
-    """Tokens, channels of gate or of up, both as they came, and as operands of whole tiles."""
-    width = gate_up.shape[1] // 2
+def _halves(gate_up: Any) -> tuple[tuple[int, int], list[Operand]]:
+    """Tokens and channels of gate or of up, and both as operands of whole tiles."""
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
     if width % TILE:
         raise NotImplementedError(f"halves of {width} channels must be whole tiles of {TILE}")
-    (tokens, _), padded = _require(gate_up, whole_tokens)
-    operands = [*_operands(padded), *_operands(padded, width // TILE)]
-    return tokens, width, gate_up, operands
+    filled = jax.tree.map(partial(_filled, channels=1), gate_up)
+    return (tokens, width), [*_operands(filled), *_operands(filled, width // TILE)]
 
 
-def _require(x: Any, whole_tokens: bool = True) -> tuple[tuple[int, int], Any]:
-    """The shape of x, and x with zeros up to whole tiles, where a partial one may be."""
+def _per_token(
+    operands: list[Operand], compute: Any, shape: Any, scale_format: ScaleFormat, used: Any = None
+) -> BlockScaled:
+    """`quantize_tiles` per token of whole tiles, cut to this many tokens and channels."""
+    tokens, channels = shape
+    rows, scales = -(-tokens // TILE), -(-channels // TILE)
+    size = rows * TILE, scales * TILE
+    (out,) = quantize_tiles(operands, compute, size[0], size[1], scale_format, used=used)
+    return BlockScaled(out.values[:tokens, :channels], out.scales[:tokens, :scales], PER_TOKEN)
+
+
+def _filled(x: Any, rows: int = TILE, channels: int = TILE) -> Any:
+    """x with zeros up to whole tiles of so many rows and channels."""
+    short = [(0, -size % tile) for size, tile in zip(x.shape, (rows, channels))]
+    return jnp.pad(x, short) if any(size for _, size in short) else x
+
+
+def _require(x: Any) -> None:
+    """Raises NotImplementedError unless x is whole tiles, and for a TPU."""
     tpu.require()
-    rows, channels = x.shape
-    short = (-rows % TILE, -channels % TILE)
-    if whole_tokens and any(short):
+    if x.shape[0] % TILE or x.shape[1] % TILE:
         raise NotImplementedError(f"an input {x.shape} must be whole tiles of {TILE}")
-    if not any(short):
-        return (rows, channels), x
-    if isinstance(x, BlockScaled):
-        values = jnp.pad(x.values, ((0, short[0]), (0, short[1])))
-        return (rows, channels), BlockScaled(
-            values, jnp.pad(x.scales, ((0, short[0]), (0, 0))), x.tile
-        )
-    return (rows, channels), jnp.pad(x, ((0, short[0]), (0, short[1])))

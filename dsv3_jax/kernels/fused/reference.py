@@ -57,7 +57,8 @@ def swiglu_quantize(
     used: Any = None,
 ) -> BlockScaled:
     """silu(gate) x up, quantised per token; or transposed, along tokens."""
-    (gate, up), dtype = _gate_and_up(gate_up)
+    gate, up = _gate_and_up(gate_up)
+    dtype = rounded_to(gate_up)
     out = (jax.nn.silu(gate) * up).astype(dtype)
     return quantize(out.mT if transposed else out, PER_TOKEN, scale_format)
 
@@ -70,11 +71,21 @@ def swiglu_backward_quantize(
     used: Any = None,
 ) -> tuple[BlockScaled, BlockScaled]:
     """The gradient of SwiGLU's input, quantised per token, and transposed, along tokens."""
-    (gate, up), dtype = _gate_and_up(gate_up)
-    d_out, sigmoid = d_out.astype(jnp.float32), jax.nn.sigmoid(gate)
-    d_gate = d_out * up * sigmoid * (1 + gate * (1 - sigmoid))
-    d_gate_up = jnp.concatenate([d_gate, d_out * gate * sigmoid], axis=-1).astype(dtype)
+    gate, up = _gate_and_up(gate_up)
+    gradients = swiglu_gradients(gate, up, d_out.astype(jnp.float32))
+    d_gate_up = jnp.concatenate(gradients, axis=-1).astype(rounded_to(gate_up))
     return quantize_both_ways(d_gate_up, scale_format)
+
+
+def swiglu_gradients(gate: Any, up: Any, d_out: Any) -> tuple[Any, Any]:
+    """The gradients of gate and of up for that of silu(gate) x up, all of one float32 shape."""
+    sigmoid = jax.nn.sigmoid(gate)
+    return d_out * up * sigmoid * (1 + gate * (1 - sigmoid)), d_out * gate * sigmoid
+
+
+def rounded_to(gate_up: Any) -> Any:
+    """The dtype that what SwiGLU makes of this input is rounded to before it is quantised."""
+    return jnp.bfloat16 if isinstance(gate_up, BlockScaled) else gate_up.dtype
 
 
 def rms_norm_quantize(
@@ -125,8 +136,7 @@ def route_top_k(
     return experts, jnp.take_along_axis(scores, experts, axis=-1), scores
 
 
-def _gate_and_up(x: Array | BlockScaled) -> tuple[list[Array], Any]:
-    """Gate and up in float32, and the dtype that what is made of them is rounded to."""
+def _gate_and_up(x: Array | BlockScaled) -> list[Array]:
+    """Gate and up in float32."""
     plain = dequantize(x, jnp.float32) if isinstance(x, BlockScaled) else x
-    dtype = jnp.bfloat16 if isinstance(x, BlockScaled) else x.dtype
-    return jnp.split(plain.astype(jnp.float32), 2, axis=-1), dtype
+    return jnp.split(plain.astype(jnp.float32), 2, axis=-1)

@@ -9,8 +9,7 @@ step took most of its compile time for these.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
@@ -32,75 +31,73 @@ FP8 = jnp.float8_e4m3fn
 ROWS, COLUMNS = 4, 8  # tiles of a block, at most
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """An operand [T, W] of which a tile is one of columns `first` and on (in tiles)."""
+class Operand(NamedTuple):
+    """An array that a kernel reads, a block at a time, and of a block a tile's part at a time.
+
+    Fields:
+        array: what is read.
+        first: the tile of its columns that is the result's first.
+        block: (rows, columns), in tiles of a block -> its shape.
+        place: (row, column) of a block, in blocks -> its place in the array, in blocks.
+        load: (ref, row, column), in tiles of the block -> what `compute` is given, float32.
+    """
 
     array: Any
-    first: int = 0
+    first: int
+    block: Callable[[int, int], tuple[int, ...]]
+    place: Callable[[Any, Any], tuple[Any, ...]]
+    load: Callable[[Any, Any, Any], Any]
 
     def spec(self, rows: int, columns: int) -> Any:
-        """Blocks of it, by the grid's row, column and part."""
+        """Its blocks of so many tiles, by the grid's row, column and part."""
         blocks = self.first // columns
-        return pl.BlockSpec((rows * TILE, columns * TILE), lambda i, j, part, used: (i, j + blocks))
-
-    def load(self, ref: Any, i: Any, j: Any) -> Any:
-        """[128 tokens, 128 channels] of a block, float32."""
-        return ref[_at(i), _at(j)].astype(jnp.float32)
+        return pl.BlockSpec(
+            self.block(rows, columns), lambda i, j, part, used: self.place(i, j + blocks)
+        )
 
 
-@dataclass(frozen=True)
-class OfTiles:
-    """A number for each token and 128 channels, [W / 128, 1, T], from tile `first` on."""
-
-    array: Any
-    first: int = 0
-
-    def spec(self, rows: int, columns: int) -> Any:
-        """Blocks of it, by the grid's row, column and part."""
-        blocks = self.first // columns
-        return pl.BlockSpec((columns, 1, rows * TILE), lambda i, j, part, used: (j + blocks, 0, i))
-
-    def load(self, ref: Any, i: Any, j: Any) -> Any:
-        """[1, 128 tokens]."""
-        return ref[j, :, _at(i)]
+def matrix(array: Any, first: int = 0) -> Operand:
+    """Of [T, W]: [128 tokens, 128 channels]."""
+    return Operand(
+        array,
+        first,
+        lambda rows, columns: (rows * TILE, columns * TILE),
+        lambda i, j: (i, j),
+        lambda ref, i, j: ref[_at(i), _at(j)].astype(jnp.float32),
+    )
 
 
-@dataclass(frozen=True)
-class OfTokens:
-    """A number for each token, [1, T]."""
-
-    array: Any
-
-    def spec(self, rows: int, columns: int) -> Any:
-        """Blocks of it, by the grid's row, column and part."""
-        del columns
-        return pl.BlockSpec((1, rows * TILE), lambda i, j, part, used: (0, i))
-
-    def load(self, ref: Any, i: Any, j: Any) -> Any:
-        """[1, 128 tokens]."""
-        del j
-        return ref[:, _at(i)]
+def of_tiles(array: Any, first: int = 0) -> Operand:
+    """Of a number for each token and 128 channels, [W / 128, 1, T]: [1, 128 tokens]."""
+    return Operand(
+        array,
+        first,
+        lambda rows, columns: (columns, 1, rows * TILE),
+        lambda i, j: (j, 0, i),
+        lambda ref, i, j: ref[j, :, _at(i)],
+    )
 
 
-@dataclass(frozen=True)
-class OfChannels:
-    """A number for each channel, [1, D]."""
-
-    array: Any
-
-    def spec(self, rows: int, columns: int) -> Any:
-        """Blocks of it, by the grid's row, column and part."""
-        del rows
-        return pl.BlockSpec((1, columns * TILE), lambda i, j, part, used: (0, j))
-
-    def load(self, ref: Any, i: Any, j: Any) -> Any:
-        """[1, 128 channels]."""
-        del i
-        return ref[:, _at(j)]
+def of_tokens(array: Any) -> Operand:
+    """Of a number for each token, [1, T]: [1, 128 tokens]."""
+    return Operand(
+        array,
+        0,
+        lambda rows, columns: (1, rows * TILE),
+        lambda i, j: (0, i),
+        lambda ref, i, j: ref[:, _at(i)],
+    )
 
 
-Operand = Matrix | OfTiles | OfTokens | OfChannels
+def of_channels(array: Any) -> Operand:
+    """Of a number for each channel, [1, D]: [1, 128 channels]."""
+    return Operand(
+        array,
+        0,
+        lambda rows, columns: (1, columns * TILE),
+        lambda i, j: (0, j),
+        lambda ref, i, j: ref[:, _at(j)],
+    )
 
 
 def quantize_tiles(
@@ -253,7 +250,7 @@ def _magnitude(tile: Any) -> Any:
 
 def _columns(tiles: int, parts: int, operands: Sequence[Operand]) -> int:
     """Tiles of a block's columns: what comes in parts, or begins within an operand, divides."""
-    inside = parts > 1 or any(getattr(operand, "first", 0) for operand in operands)
+    inside = parts > 1 or any(operand.first for operand in operands)
     return max(c for c in range(1, COLUMNS + 1) if c <= tiles and not (inside and tiles % c))
 
 

@@ -21,6 +21,7 @@ undoes that.
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxlib.mlir.dialects import arith
 
@@ -125,7 +126,7 @@ def units(scales: Any) -> tuple[Any, Any]:
             lines += [
                 f"max.f32 {m}, s{s}, s{s + 1};",
                 f"max.f32 {m}, {m}, s{s + 2}; max.f32 {m}, {m}, s{s + 3};",
-                f"max.f32 {m}, {m}, 0f21800000;",  # 2^-60
+                f"max.f32 {m}, {m}, 0f{np.float32(SMALLEST).view(np.uint32):08X};",
                 f"mov.b32 {b}, {m}; and.b32 {b}, {b}, 0x7F800000;",
                 f"sub.u32 {b}, {b}, {HEADROOM << 23}; mov.b32 ${4 + half}, {b};",
                 f"sub.u32 {i}, 0x7F000000, {b}; mov.b32 r{half}, {i};",  # one over it

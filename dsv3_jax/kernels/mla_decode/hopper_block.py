@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from dsv3_jax.kernels import hopper
+from dsv3_jax.kernels.hopper import WGMMA, plgpu
+from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 
 ROWS = 64  # of a block: heads x new tokens
 LATENT_TILES = 8
@@ -22,7 +24,7 @@ TILES = 9  # of 64 columns each: latent, then rope
 ROPE_TILE = 8
 ORDER = (ROPE_TILE, *range(8))  # rope first, whose place is the first to be free
 GROUPS = (8, 0, 4)  # the first tile of each group that is handed back at once
-SLOTS = 3  # of FP8 pages
+SLOTS, FP8_SLOTS = 2, 3  # pages in shared memory
 HALVES = (0, 1)  # the same of FP8 pages: two groups of 128 columns each
 HALF = 4  # tiles of the output that a math warpgroup holds
 
@@ -159,7 +161,32 @@ class Block:
         end = first[part] + (last[part] - first[part]) * some
         return lax.fori_loop(first[part], end, step, init)
 
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """What of a slot is handed back at once, each by its first tile or half."""
+        return HALVES if self.call.fp8 else GROUPS
+
     def room(self, slot: Any, group: int) -> Any:
-        """The barrier of a slot's group of tiles, named by its first: that they may be written."""
-        groups = HALVES if self.call.fp8 else GROUPS
-        return self.shared.k_empty.at[slot * len(groups) + groups.index(group)]
+        """The barrier of a slot's group, named as in `groups`: that it may be written."""
+        return self.shared.k_empty.at[slot * len(self.groups) + self.groups.index(group)]
+
+    def masked(self, s: Any, length: Any, page: Any, end: Any, tokens: int) -> Any:
+        """Scores of a page, its tokens along dim `tokens` and the block's rows along the other.
+
+        -inf where a row must not look, and all over from page `end` on.
+        """
+        new, heads = self.call.new, self.call.heads
+        # To the last new token.
+        visible = lax.select(page < end, length - page * PAGE, 0)
+
+        def mask(s):
+            token = plgpu.broadcasted_iota(jnp.int32, s.shape, tokens, layout=WGMMA)
+            if new == 1:
+                limit = visible
+            else:
+                place = plgpu.broadcasted_iota(jnp.int32, s.shape, 1 - tokens, layout=WGMMA)
+                asking = lax.div(place + self.row, jnp.int32(heads))
+                limit = asking + (visible - (new - 1))
+            return jnp.where(token < limit, s, -jnp.inf)
+
+        return lax.cond(visible - (new - 1) < PAGE, mask, lambda s: s, s)

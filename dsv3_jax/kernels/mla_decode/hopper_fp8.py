@@ -28,7 +28,7 @@ from jax import lax
 from dsv3_jax.kernels.hopper import WGMMA, interpreted, plgpu
 from dsv3_jax.kernels.mla_decode import columns, fp8_pages, wgmma
 from dsv3_jax.kernels.mla_decode.combine import LOWEST
-from dsv3_jax.kernels.mla_decode.hopper_block import HALF, LATENT_TILES, ROWS, SLOTS, Block
+from dsv3_jax.kernels.mla_decode.hopper_block import FP8_SLOTS, HALF, LATENT_TILES, ROWS, Block
 from dsv3_jax.kernels.mla_decode.hopper_softmax import LOG2_E
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 
@@ -39,7 +39,7 @@ def attend(block: Block, me: int) -> None:
     warpgroup = _Warpgroup(block, me)
     lowest = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), columns.LAYOUT)
     shared.top[...] = lowest  # a number, so that the first `top` is one
-    for slot in range(SLOTS):
+    for slot in range(FP8_SLOTS):
         warpgroup.release(slot)
     plgpu.barrier_arrive(shared.q_empty)
 
@@ -56,7 +56,7 @@ def attend(block: Block, me: int) -> None:
         if me == 0:
             held = warpgroup.weigh_other(turn + 2 * pairs, held)
         warpgroup.store(sequence, begin, end, *held)
-        return lax.rem(turn + 2 * pairs, SLOTS)
+        return lax.rem(turn + 2 * pairs, FP8_SLOTS)
 
     block.fold_pieces(piece, jnp.int32(0))
 
@@ -87,7 +87,7 @@ class _Warpgroup:
         """Adds this warpgroup's page of a pair to what it holds, and first the other's last one."""
         shared, me = self.block.shared, self.me
         turn = piece.turn + 2 * number + me
-        slot = lax.rem(turn, SLOTS)
+        slot = lax.rem(turn, FP8_SLOTS)
         plgpu.barrier_wait(shared.k_full.at[slot])
         ratios, unit = fp8_pages.units(shared.scales.at[slot])
         fp8_pages.share(ratios, shared.ratios.at[slot])
@@ -97,7 +97,8 @@ class _Warpgroup:
             held = lax.cond(number > 0, weigh_other, lambda held: held, held)
         else:
             held = weigh_other(held)
-        s = self.masked(s, piece.length, piece.begin + 2 * number + me, piece.end)
+        page = piece.begin + 2 * number + me
+        s = self.block.masked(s, piece.length, page, piece.end, tokens=0)
         out, total = self.publish(number, s, unit, *held)
         return self.weigh(out, slot, me), total
 
@@ -135,7 +136,7 @@ class _Warpgroup:
 
     def weigh_other(self, turn, held):
         """What is held, with the page before `turn`, which the other warpgroup publishes."""
-        shared, other, slot = self.block.shared, 1 - self.me, lax.rem(turn - 1, SLOTS)
+        shared, other, slot = self.block.shared, 1 - self.me, lax.rem(turn - 1, FP8_SLOTS)
         plgpu.barrier_wait(shared.k_full.at[slot])  # it has come, but each of its phases counts
         plgpu.barrier_wait(shared.weights_ready.at[other])
 
@@ -168,24 +169,6 @@ class _Warpgroup:
         s = wgmma.multiply(s, keys, shared.q_rope, b_rows_first=False, registers=True)
         ((s,),) = wgmma.wait(0, s)
         return s
-
-    def masked(self, s, length, page, end):
-        """Scores, -inf where a head must not look, and all over from page `end` on."""
-        call = self.block.call
-        # To the last new token.
-        visible = lax.select(page < end, length - page * PAGE, 0)
-
-        def mask(s):
-            token = plgpu.broadcasted_iota(jnp.int32, (PAGE, ROWS), 0, layout=WGMMA)
-            if call.new == 1:
-                limit = visible
-            else:
-                place = plgpu.broadcasted_iota(jnp.int32, (PAGE, ROWS), 1, layout=WGMMA)
-                asking = lax.div(place + self.block.row, jnp.int32(call.heads))
-                limit = asking + (visible - (call.new - 1))
-            return jnp.where(token < limit, s, -jnp.inf)
-
-        return lax.cond(visible - (call.new - 1) < PAGE, mask, lambda s: s, s)
 
     def top(self, number):
         """The running maxima before this warpgroup's page; before the first, the lowest number."""

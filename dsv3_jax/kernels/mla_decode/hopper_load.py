@@ -7,8 +7,8 @@ from jax import lax
 from dsv3_jax.kernels.hopper import plgpu
 from dsv3_jax.kernels.mla_decode.fp8_pages import GROUPS as FP8_GROUPS
 from dsv3_jax.kernels.mla_decode.hopper_block import (
+    FP8_SLOTS,
     GROUPS,
-    HALVES,
     LATENT_TILES,
     ORDER,
     ROWS,
@@ -29,7 +29,7 @@ def load(block: Block) -> None:
 
         @pl.loop(0, pl.cdiv(end - begin, 2))
         def _(pair):
-            for slot in range(2):
+            for slot in range(SLOTS):
                 page = table[sequence, lax.min(begin + 2 * pair + slot, end - 1)]
                 for t in ORDER:
                     if t in GROUPS:
@@ -55,8 +55,8 @@ def load_fp8(block: Block) -> None:
 
         def copy(place, page):
             following = number(place + 1)
-            slot = lax.rem(turn + place, SLOTS)
-            for half in HALVES:
+            slot = lax.rem(turn + place, FP8_SLOTS)
+            for half in block.groups:
                 plgpu.barrier_wait(block.room(slot, half))
             full = shared.k_full.at[slot]
             for group in range(FP8_GROUPS):
@@ -69,13 +69,10 @@ def load_fp8(block: Block) -> None:
         _copy_queries(block, sequence)
         count = 2 * pl.cdiv(end - begin, 2)  # the last one twice, where it has no partner
         lax.fori_loop(0, count, copy, number(0))
-        return lax.rem(turn + count, SLOTS)
+        return lax.rem(turn + count, FP8_SLOTS)
 
     block.fold_pieces(piece, jnp.int32(0))
-    plgpu.barrier_wait(shared.q_empty)
-    for slot in range(SLOTS):
-        for half in HALVES:
-            plgpu.barrier_wait(block.room(slot, half))
+    _await_the_end(block)
 
 
 def _copy_queries(block: Block, sequence) -> None:
@@ -98,6 +95,6 @@ def _copy(block: Block, source, room, full) -> None:
 
 def _await_the_end(block: Block) -> None:
     plgpu.barrier_wait(block.shared.q_empty)
-    for slot in range(2):
-        for group in GROUPS:
+    for slot in range(FP8_SLOTS if block.call.fp8 else SLOTS):
+        for group in block.groups:
             plgpu.barrier_wait(block.room(slot, group))

@@ -24,7 +24,6 @@ from dsv3_jax.kernels.mla_decode.hopper_block import (
     TILES,
     Block,
 )
-from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 
 LOG2_E = math.log2(math.e)
 LANES = WGMMA.reduce(1)
@@ -81,7 +80,7 @@ class _Warpgroup:
 
         -inf where a token must not look, and all over from page `end` on.
         """
-        call, shared, me = self.block.call, self.block.shared, self.me
+        shared, me = self.block.shared, self.me
         s = (_zeros(),)
         for t in ORDER:
             plgpu.barrier_wait(shared.k_full.at[me * TILES + t])
@@ -94,20 +93,7 @@ class _Warpgroup:
             )
         ((s,),) = wgmma.wait(0, s)
         self.release(me, ROPE_TILE)
-        # To the last new token.
-        visible = lax.select(page < end, length - page * PAGE, 0)
-
-        def mask(s):
-            column = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 1, layout=WGMMA)
-            if call.new == 1:
-                limit = visible
-            else:
-                place = plgpu.broadcasted_iota(jnp.int32, (ROWS, PAGE), 0, layout=WGMMA)
-                token = lax.div(place + self.block.row, jnp.int32(call.heads))
-                limit = token + (visible - (call.new - 1))
-            return jnp.where(column < limit, s, -jnp.inf)
-
-        return lax.cond(visible - (call.new - 1) < PAGE, mask, lambda s: s, s)
+        return self.block.masked(s, length, page, end, tokens=1)
 
     def largest(self, s):
         """Each row's largest logit, in log2."""

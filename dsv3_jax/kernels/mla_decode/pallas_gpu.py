@@ -12,11 +12,11 @@ from dsv3_jax.kernels.hopper import plgpu, swizzled
 from dsv3_jax.kernels.mla_decode import columns, hopper_fp8
 from dsv3_jax.kernels.mla_decode.combine import combine
 from dsv3_jax.kernels.mla_decode.hopper_block import (
+    FP8_SLOTS,
     GROUPS,
     HALVES,
     LATENT_TILES,
     ROWS,
-    SLOTS,
     TILES,
     Block,
     Call,
@@ -203,19 +203,19 @@ def _scratch_fp8() -> SharedFp8:
     return SharedFp8(
         q=_tiles((LATENT_TILES, ROWS, 64)),
         q_rope=_tiles((1, ROWS, 64)),
-        k=_tiles((SLOTS, 4, PAGE, 128), jnp.float8_e4m3fn),
-        rope=_tiles((SLOTS, PAGE, 64)),
-        scales=plgpu.SMEM((SLOTS, 4 * PAGE), jnp.float32),
+        k=_tiles((FP8_SLOTS, 4, PAGE, 128), jnp.float8_e4m3fn),
+        rope=_tiles((FP8_SLOTS, PAGE, 64)),
+        scales=plgpu.SMEM((FP8_SLOTS, 4 * PAGE), jnp.float32),
         weights=_tiles((2, PAGE, ROWS)),
-        ratios=plgpu.SMEM((SLOTS, *ratios[0]), ratios[1]),
+        ratios=plgpu.SMEM((FP8_SLOTS, *ratios[0]), ratios[1]),
         columns=plgpu.SMEM((2, columns.partials(), ROWS), jnp.float32),
         top=plgpu.SMEM((ROWS,), jnp.float32),
         decay=plgpu.SMEM((ROWS,), jnp.float32),
         risen=plgpu.SMEM((2,), jnp.int32),
         q_full=plgpu.Barrier(num_arrivals=TILES),
         q_empty=_signal(num_arrivals=2),
-        k_full=plgpu.Barrier(num_arrivals=6, num_barriers=SLOTS),
+        k_full=plgpu.Barrier(num_arrivals=6, num_barriers=FP8_SLOTS),
         weights_ready=_signal(num_barriers=2),
-        k_empty=_released(num_barriers=SLOTS * len(HALVES)),
+        k_empty=_released(num_barriers=FP8_SLOTS * len(HALVES)),
         met=_signal(num_arrivals=2),
     )

@@ -24,6 +24,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from dsv3_jax.kernels.hopper import WGMMA, interpreted, plgpu, swizzled
+from dsv3_jax.kernels.mla_decode.registers import assemble
 
 TILE_BYTES = 64 * 64 * 2
 REF = plgpu.RefType(swizzled(jnp.bfloat16))
@@ -78,8 +79,8 @@ def allow(pending: int) -> None:
     Their operands' registers may be written again; accumulators are still to be waited for.
     """
     if not interpreted():
-        text = f"wgmma.wait_group.sync.aligned {pending};"
-        plgpu.inline_mgpu()(lambda _: _assembly((), [], [], text) and None)()
+        text = [f"wgmma.wait_group.sync.aligned {pending};"]
+        plgpu.inline_mgpu()(lambda _: assemble("", [], "", text) and None)()
 
 
 def scale_rows(accumulator, factor):
@@ -183,9 +184,8 @@ def _assembly(arrays, operands, constraints, text: str):
     registers = [register for array in held for register in array.registers.flat]
     total = len(registers)
     one = ir.VectorType.get((1,), ir.F32Type.get())
-    kind = llvm.StructType.get_literal([one] * total) if total else ir.Type.parse("!llvm.void")
     result: Any = llvm.inline_asm(
-        kind,
+        llvm.StructType.get_literal([one] * total),
         [*registers, *operands],
         text,
         ",".join(["=f"] * total + [str(i) for i in range(total)] + constraints),
