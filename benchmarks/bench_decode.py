@@ -37,8 +37,9 @@ from dsv3_jax.analysis.hardware import accelerator
 from dsv3_jax.kernels.mla_decode import hopper_block, pallas_gpu, reference
 from dsv3_jax.kernels.mla_decode.api import Pages, Rows
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE, split_kv
+from dsv3_jax.kernels.mla_decode.operands import latent_tile
 from dsv3_jax.model.cache import PagedCache, append
-from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
+from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize, quantize
 
 LATENT, ROPE = 512, 64
 SCALE = 1 / math.sqrt(192)  # of V3's expanded heads, 128 + 64
@@ -81,7 +82,7 @@ class Shape:
     @property
     def bytes(self) -> int:
         """Every cached row once, queries and outputs once."""
-        row = LATENT + 4 * LATENT // 128 + 2 * ROPE if self.fp8 else 2 * (LATENT + ROPE)
+        row = LATENT + 4 + 2 * ROPE if self.fp8 else 2 * (LATENT + ROPE)
         queries = self.batch * self.new * self.heads
         return int(self.lengths.sum()) * row + 2 * queries * (2 * LATENT + ROPE)
 
@@ -112,7 +113,7 @@ def _draw(shape: Shape, key) -> dict[str, Any]:
     sizes = ((*queries, LATENT), (*queries, ROPE), (pages, PAGE, LATENT), (pages, PAGE, ROPE))
     out = [jax.random.normal(k, size, jnp.bfloat16) for k, size in zip(keys, sizes)]
     if shape.fp8:
-        out[2] = quantize(out[2], PER_TOKEN)
+        out[2] = quantize(out[2], latent_tile(LATENT))
     return dict(zip(("q_latent", "q_rope", "latent", "k_rope"), out, strict=True))
 
 

@@ -17,9 +17,10 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
+from dsv3_jax.kernels.mla_decode.operands import latent_tile
 from dsv3_jax.parallel.collectives import Axes
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
-from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
+from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize, quantize
 
 
 class LatentCache(NamedTuple):
@@ -106,7 +107,7 @@ def as_cached(
     """
     if not isinstance(cache.latent, BlockScaled):
         return latent
-    return dequantize(quantize(latent, PER_TOKEN), latent.dtype)
+    return dequantize(_in_fp8(latent), latent.dtype)
 
 
 def init_paged_cache(
@@ -119,14 +120,14 @@ def init_paged_cache(
 ) -> PagedCache:
     """An all-zero pool of so many pages for each layer, in the model's dtype.
 
-    With `fp8` the latents are E4M3, a scale for 128 of them; the rotated key stays as it is, 656
+    With `fp8` the latents are E4M3, a scale for each token; the rotated key stays as it is, 644
     bytes a token and layer of V3 where 1152 are. Without `layers` it has the main model's.
     """
     layers = config.num_hidden_layers if layers is None else layers
     shape = (layers * pages, page)
     latent = jnp.zeros((*shape, config.kv_lora_rank), config.dtype)
     return PagedCache(
-        latent=quantize(latent, PER_TOKEN) if fp8 else latent,
+        latent=_in_fp8(latent) if fp8 else latent,
         k_rope=jnp.zeros((*shape, config.qk_rope_head_dim), config.dtype),
         block_table=jnp.asarray(block_table, jnp.int32),
         layers=layers,
@@ -205,9 +206,13 @@ def _append_to_pages(cache: PagedCache, latent, k_rope, start) -> PagedCache:
     def write(pool, new):
         return pool.at[number, rows % page].set(new.astype(pool.dtype), mode="drop")
 
-    new: Any = quantize(latent, PER_TOKEN) if isinstance(cache.latent, BlockScaled) else latent
+    new: Any = _in_fp8(latent) if isinstance(cache.latent, BlockScaled) else latent
     return dataclasses.replace(
         cache,
         latent=jax.tree.map(write, cache.latent, new),
         k_rope=write(cache.k_rope, k_rope),
     )
+
+
+def _in_fp8(latent: Float[Array, "*L B T C"]) -> BlockScaled:
+    return quantize(latent, latent_tile(latent.shape[-1]))

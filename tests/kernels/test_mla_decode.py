@@ -20,10 +20,11 @@ from dsv3_jax.kernels.mla_decode.api import (
     wants_pages,
 )
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE, split_kv
+from dsv3_jax.kernels.mla_decode.operands import latent_tile
 from dsv3_jax.model.cache import LatentCache
 from dsv3_jax.model.mla import mla_absorb
 from dsv3_jax.parallel.sharding import RULES, Layout
-from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, dequantize, quantize
+from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize, quantize
 from tests.cases import in_every_run, matrix
 from tests.kernels.conftest import IMPLEMENTATIONS, INTERPRETER_IS_NEWER, relative_error
 
@@ -31,10 +32,12 @@ SCALE = 1 / math.sqrt(192)
 # Weights rounded to bfloat16 before the second product, and the result after it: 2.1e-3 seen. A
 # token too many or too few among 70 is 0.1.
 BF16_LIMIT = 4e-3
-# FP8 pages against the numbers that they stand for. Hopper's kernel rounds scales and weights to
-# float16, so that the result, rounded to bfloat16, is most of it: 1.8e-3 seen, 2.9e-3 with weights
-# and dequantised numbers in bfloat16.
-FP8_LIMIT = {"reference": BF16_LIMIT, "pallas_gpu": 2e-3}
+# FP8 pages against the numbers that they stand for. The reference rounds these to bfloat16.
+# Hopper's kernel rounds weights to float16, so that the result's own rounding is most of it: 1.7e-3
+# seen where it is interpreted. A tensor core adds scores up in 14 bits, which takes 2^-11 of a
+# logit: 2.2e-3 seen.
+ON_GPU = jax.default_backend() == "gpu"
+FP8_LIMIT = {"reference": BF16_LIMIT, "pallas_gpu": 3e-3 if ON_GPU else 2e-3}
 
 F32 = jnp.float32
 
@@ -48,10 +51,15 @@ EVERY = [  # implementations, and what the cache holds; the TPU kernel reads no 
 ]
 
 
+def logits_limit(cache: str) -> float:
+    """How far the log-sum-exp of logits of up to 8 may be off."""
+    return 5e-3 if ON_GPU and cache == "fp8" else 1e-4
+
+
 def random_work(rng, new, heads, lengths, spare=1, cache="bf16") -> Pages:
     """Sequences whose pages lie in any order in a pool; tables have `spare` entries too many.
 
-    128 latents of a row, which share an FP8 scale, are as large as each other, and no others are.
+    128 latents of a row are as large as each other, and no others are.
     """
     slots = max(math.ceil(n / PAGE) for n in lengths) + spare
     pool = len(lengths) * slots
@@ -65,7 +73,7 @@ def random_work(rng, new, heads, lengths, spare=1, cache="bf16") -> Pages:
     return Pages(
         draw(len(lengths), new, heads, 512),
         draw(len(lengths), new, heads, 64),
-        quantize(latent, PER_TOKEN) if cache == "fp8" else latent,
+        quantize(latent, latent_tile(512)) if cache == "fp8" else latent,
         draw(pool, PAGE, 64),
         jnp.asarray(table, jnp.int32),
         jnp.asarray(lengths, jnp.int32),
@@ -73,21 +81,10 @@ def random_work(rng, new, heads, lengths, spare=1, cache="bf16") -> Pages:
 
 
 def numbers(latent, implementation: str):
-    """The latents that an implementation multiplies: it takes FP8 numbers to its own precision."""
+    """The latents that an implementation multiplies."""
     if not isinstance(latent, BlockScaled):
         return latent
-    if implementation != "pallas_gpu":
-        return dequantize(latent)  # rounded to bfloat16
-    # Both a scale and a number, over a power of two that a token's four scales share, are float16.
-    scales = eleven_bits(np.asarray(latent.scales, np.float64))
-    values = np.asarray(latent.values.astype(F32), np.float64)
-    return jnp.asarray(eleven_bits(values * np.repeat(scales, 128, axis=-1)), F32)
-
-
-def eleven_bits(x):
-    """x rounded to the significant bits of float16."""
-    mantissa, power = np.frexp(x)
-    return np.ldexp(np.round(mantissa * 2**11) / 2**11, power)
+    return dequantize(latent, jnp.bfloat16 if implementation == "reference" else F32)
 
 
 def exact(work: Pages, implementation: str = "reference"):
@@ -130,7 +127,7 @@ def test_new_tokens_see_what_came_before(implementation, cache, new, heads, leng
     assert not np.asarray(out, np.float32)[unseen].any()
     assert (np.asarray(lse)[unseen] < -1e29).all()
     # Logits of the reference are the exact products, of the kernels, too.
-    assert np.abs(np.asarray(lse) - want_lse)[~unseen].max() < 1e-4
+    assert np.abs(np.asarray(lse) - want_lse)[~unseen].max() < logits_limit(cache)
 
 
 @pytest.mark.parametrize("implementation, cache", in_every_run(EVERY, EVERY[0], EVERY[3]))
@@ -151,7 +148,7 @@ def test_pieces_of_a_cache_are_put_together_by_their_log_sum_exp(
     out = (weights * outs).sum(0) / weights.sum(0)
     want, want_lse = exact(work, implementation)
     assert relative_error(out, want) < BF16_LIMIT
-    assert np.abs(np.logaddexp(*lses) - want_lse).max() < 1e-4
+    assert np.abs(np.logaddexp(*lses) - want_lse).max() < logits_limit(cache)
 
 
 @pytest.mark.parametrize("implementation", ["reference", TPU])
@@ -175,16 +172,16 @@ def test_fp8_latents_are_those_they_stand_for(implementation, rng, running):
     assert isinstance(work.latent, BlockScaled)
     want, want_lse = exact(work._replace(latent=dequantize(work.latent, F32)))
     assert relative_error(out, want) < FP8_LIMIT[implementation]
-    # Logits of up to 8, as sums of numbers that are each off by up to 2^-11 of themselves.
+    # Logits of up to 8, and the reference's numbers are off by up to 2^-9 of themselves.
     assert np.abs(np.asarray(lse) - want_lse).max() < 5e-3
 
 
 @INTERPRETER_IS_NEWER
-def test_scales_of_any_size_meet_in_one_token(rng, running):
-    """Groups 2^-30 beside 1, a token of zeros that most look at, and queries as large as 2^15."""
+def test_scales_of_any_size_meet_in_one_page(rng, running):
+    """Tokens 2^-15 and 2^15 times as large, and one of zeros that most look at."""
     work = random_work(rng, 1, 4, (70,), cache="fp8")
     assert isinstance(work.latent, BlockScaled)
-    scales = work.latent.scales * jnp.exp2(rng.integers(-15, 16, (*work.k_rope.shape[:2], 4)))
+    scales = work.latent.scales * jnp.exp2(rng.integers(-15, 16, work.latent.scales.shape))
     page = work.block_table[0, 0]
     scales = scales.at[page, 5].set(0)
     latent = BlockScaled(work.latent.values, scales.astype(F32), work.latent.tile)
@@ -199,7 +196,29 @@ def test_scales_of_any_size_meet_in_one_token(rng, running):
     want, want_lse = exact(work, "pallas_gpu")
     assert np.isfinite(np.asarray(out, np.float32)).all()
     assert relative_error(out, want) < BF16_LIMIT
-    assert np.abs(np.asarray(lse) - want_lse).max() < 1e-3
+    assert np.abs(np.asarray(lse) - want_lse).max() < (5e-2 if ON_GPU else 1e-3)
+
+
+@INTERPRETER_IS_NEWER
+@pytest.mark.parametrize("size", [2.0**36, 1.0, 2.0**-80])
+def test_queries_of_any_size_are_exact_pairs(size, rng, running):
+    """And no result is plausible where one of them is not finite."""
+    work = random_work(rng, 1, 4, (70, 65), cache="fp8")
+    assert isinstance(work.latent, BlockScaled)
+    latent = BlockScaled(work.latent.values, work.latent.scales / size, work.latent.tile)
+    queries = (work.q_latent * size).at[1, 0, 2, 3].set(jnp.inf)
+    work = work._replace(latent=latent, q_latent=queries.astype(jnp.bfloat16))
+    with running("pallas_gpu"):
+        out, lse = mla_decode(work, scale=SCALE, implementation="pallas_gpu")
+    assert np.isnan(np.asarray(out, np.float32)[1, 0, 2]).all()
+    finite = jax.tree.map(lambda x: x[:1], (work.q_latent, work.q_rope))
+    first = work._replace(
+        q_latent=finite[0], q_rope=finite[1],
+        block_table=work.block_table[:1], lengths=work.lengths[:1],
+    )  # fmt: skip
+    want, want_lse = exact(first, "pallas_gpu")
+    assert relative_error(out[:1], want) < BF16_LIMIT
+    assert np.abs(np.asarray(lse)[:1] - want_lse).max() < logits_limit("fp8")
 
 
 scheduled = jax.jit(split_kv, static_argnums=1)

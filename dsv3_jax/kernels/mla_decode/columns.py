@@ -1,12 +1,13 @@
 """Softmax over rows of an accumulator: what is shared and summed by columns, for Hopper.
 
 Scores of FP8 pages are transposed, [64 tokens, 64 heads]: a maximum or a sum over tokens goes
-across lanes, warps and warpgroups. So neither is worked out for each page. A vector of columns has
-its numbers in every lane that needs them; one that is `a lane's share` has in each lane what that
-lane's rows amount to, and is summed over lanes at the end (`leave`). Interpreted, it is the sum of
-a warpgroup's rows.
+across lanes and warps. So neither is worked out for each page. A vector of columns has its numbers
+in every lane that needs them. The sums are held as each lane's share, what its rows amount to, in
+shared memory, where registers are scarce, and are put together at the end (`leave`). Interpreted,
+they are one vector.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,14 +30,19 @@ from dsv3_jax.kernels.mla_decode.registers import (
     row_and_column,
     shared_address,
     tile_address,
+    warp_and_lane,
 )
 
 LAYOUT = WGMMA.reduce(0)
 ROWS = WGMMA.reduce(1)
+TILE = plgpu.ShapeDtypeStruct((64, 64), jnp.float32, layout=WGMMA)
 VECTOR = plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=LAYOUT)
+LANE = plgpu.ShapeDtypeStruct(
+    (THREADS,), jnp.float32, layout=plgpu.Layout.WG_STRIDED((THREADS,), 1)
+)
 SCALAR = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
 PLAIN = plgpu.RefType()
-MEETING = 8  # a hardware barrier of both warpgroups, then one for each; Mosaic's are the first four
+BARRIERS = 8  # of the hardware, from there on, one for each warpgroup; Mosaic's are the first four
 WARPS = 4
 
 
@@ -50,71 +56,92 @@ def across(vector: Any) -> Any:
     return lax.broadcast_in_dim(vector, (64, 64), [1])
 
 
-def exceeds(x: Any, top: Any, rise: float) -> Any:
-    """1 if a number of this thread's, of x [64 tokens, columns], exceeds its column's by `rise`."""
+def largest(x: Any, half: int) -> Any:
+    """A lane's largest number of x [64 tokens, columns], of half of the columns."""
     if interpreted():
-        return (jnp.max(x - across(top)) > rise).astype(jnp.int32)
+        return jnp.max(x[:, 32 * half : 32 * half + 32])
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, LAYOUT), return_type=SCALAR)
-    def compare(_, x, top):
-        limit = np.float32(rise).view(np.uint32)
-        lines = ["{ .reg .pred p; .reg .f32 m, t; mov.f32 m, 0fFF800000;"]
-        for column in range(16):
-            first = 1 + column // 2 * 4 + column % 2
-            lines.append(f"max.f32 t, ${first}, ${first + 2}; sub.f32 t, t, ${33 + column};")
-            lines.append("max.f32 m, m, t;")
-        lines.append(f"setp.gt.f32 p, m, 0f{limit:08X}; selp.b32 $0, 1, 0, p; }}")
-        operands = [*_accumulator(x), *held(top)]
-        return _scalar(assemble("r", operands, "f" * 48, lines)[0])
+    @plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=LANE)
+    def compare(_, x):
+        lines = ["{ .reg .f32 m, n; max.f32 m, $1, $2; max.f32 n, $3, $4;"]
+        lines += [f"max.f32 {'mn'[i % 2]}, {'mn'[i % 2]}, ${1 + i};" for i in range(4, 16)]
+        operands = _accumulator(x)[16 * half : 16 * half + 16]
+        return array(assemble("f", operands, "f" * 16, [*lines, "max.f32 $0, m, n; }"]), LANE)
 
-    return compare(x, top)
+    return compare(x)
 
 
-def publish(weights: Any, p: Any) -> None:
-    """Writes weights [64 tokens, 64 columns] as float16.
+def fold(x: Any, factor: Any, start: Any) -> Any:
+    """x [64 tokens, columns] times a token's factor, plus `start`, a number for each token or x's.
 
-    The tile [64, 64] is named as bfloat16.
+    All in one instruction a number.
+    """
+    rows = start.ndim == 1
+    if interpreted():
+        down = lambda tokens: lax.broadcast_in_dim(tokens, x.shape, [0])  # noqa: E731
+        return x * down(factor) + (down(start) if rows else start)
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS if rows else WGMMA), return_type=TILE)
+    def multiply_add(_, x, factor, start):
+        lines = [
+            f"fma.rn.f32 ${i}, ${32 + i}, ${64 + i // 2 % 2}, ${66 + (i // 2 % 2 if rows else i)};"
+            for i in range(32)
+        ]
+        starts = held(start) if rows else _accumulator(start)
+        operands = [*_accumulator(x), *held(factor), *starts]
+        return wgmma.as_accumulator(assemble("f" * 32, operands, "f" * len(operands), lines))
+
+    return multiply_add(x, factor, start)
+
+
+def publish(weights: Any, x: Any, sums: Any, factor: Any, quarter: int) -> None:
+    """Writes weights 2^x [64 tokens, 64 columns] as float16, for a quarter of the columns.
+
+    The tile [64, 64] is named as bfloat16. Adds them, times a factor for each token, to the lanes'
+    shares of the sums.
     """
     if interpreted():
-        weights[...] = lax.bitcast_convert_type(p.astype(jnp.float16), jnp.bfloat16)
+        if quarter == 0:
+            p = jnp.exp2(x)
+            weights[...] = lax.bitcast_convert_type(p.astype(jnp.float16), jnp.bfloat16)
+            sums[...] += jnp.sum(p * lax.broadcast_in_dim(factor, p.shape, [0]), axis=0)
         return
 
-    @plgpu.inline_mgpu(arg_types=(wgmma.REF, WGMMA))
-    def write(_, weights, p):
-        lines = ["{ .reg .b32 h<16>, a;"]
-        for pair in range(4):
-            numbers = range(4 * pair, 4 * pair + 4)
-            lines += [f"cvt.rn.f16x2.f32 h{i}, ${2 * i + 1}, ${2 * i};" for i in numbers]
-            lines.append(f"xor.b32 a, $32, {32 * pair};")
-            four = ", ".join(f"h{i}" for i in numbers)
-            lines.append(f"stmatrix.sync.aligned.m8n8.x4.shared.b16 [a], {{{four}}};")
-        operands = [*_accumulator(p), tile_address(weights)]
-        assemble("", operands, "f" * 32 + "r", [*lines, "}"])
+    @plgpu.inline_mgpu(arg_types=(wgmma.REF, WGMMA, PLAIN, ROWS))
+    def write(_, weights, x, sums, factor):
+        place = f"[$9+{16 * THREADS * quarter}]"
+        lines = ["{ .reg .b32 h<4>, a; .reg .f32 p<8>, t<4>;", f"xor.b32 a, $8, {32 * quarter};"]
+        lines.append(f"ld.shared.v4.f32 {{t0, t1, t2, t3}}, {place};")
+        lines += [f"ex2.approx.ftz.f32 p{i}, ${i};" for i in range(8)]
+        lines += [f"cvt.rn.f16x2.f32 h{i}, p{2 * i + 1}, p{2 * i};" for i in range(4)]
+        lines.append("stmatrix.sync.aligned.m8n8.x4.shared.b16 [a], {h0, h1, h2, h3};")
+        for i in range(8):
+            column, row = i // 4 * 2 + i % 2, i // 2 % 2
+            lines.append(f"fma.rn.f32 t{column}, p{i}, ${10 + row}, t{column};")
+        lines.append(f"st.shared.v4.f32 {place}, {{t0, t1, t2, t3}}; }}")
+        numbers = _accumulator(x)[8 * quarter : 8 * quarter + 8]
+        operands = [*numbers, tile_address(weights), _share(sums), *held(factor)]
+        assemble("", operands, "f" * 8 + "rrff", lines)
 
-    write(weights, p)
+    write(weights, x, sums, factor)
 
 
-def agree(flag: Any, me: int) -> Any:
-    """Whether a thread of this warpgroup has a flag."""
+def agree(halves: Sequence[Any], limit: float, me: int) -> Any:
+    """1 where a thread of this warpgroup has a number beyond a limit, of two; else 0."""
     if interpreted():
-        return flag
+        return (jnp.maximum(*halves) > limit).astype(jnp.int32)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.Layout.WG_SPLAT,), return_type=SCALAR)
-    def vote(_, flag):
+    @plgpu.inline_mgpu(arg_types=(LANE.layout,) * 2, return_type=SCALAR)
+    def vote(_, *halves):
         lines = [
-            "{ .reg .pred p, q; setp.ne.b32 p, $1, 0;",
-            f"bar.red.or.pred q, {MEETING + 1 + me}, {THREADS}, p; selp.b32 $0, 1, 0, q; }}",
+            "{ .reg .pred p, q; .reg .f32 m; max.f32 m, $1, $2;",
+            f"setp.gt.f32 p, m, {_float(limit)};",
+            f"bar.red.or.pred q, {BARRIERS + me}, {THREADS}, p; selp.b32 $0, 1, 0, q; }}",
         ]
-        (any_flag,) = assemble("r", [flag.registers.item()], "r", lines)
-        return _scalar(any_flag)
+        operands = [value for half in halves for value in held(half)]
+        return _scalar(assemble("r", operands, "ff", lines)[0])
 
-    return vote(flag)
-
-
-def meet() -> None:
-    """Waits for both warpgroups; wgmma sees what they have written."""
-    text = ["fence.proxy.async.shared::cta;", f"bar.sync {MEETING}, {2 * THREADS};"]
-    plgpu.inline_mgpu()(lambda _: assemble("", [], "", text) and None)()
+    return vote(*halves)
 
 
 def together(me: int, commit: bool = False) -> None:
@@ -124,29 +151,49 @@ def together(me: int, commit: bool = False) -> None:
     """
     if interpreted():
         return plgpu.commit_smem() if commit else None
-    text = [f"bar.sync {MEETING + 1 + me}, {THREADS};"]
+    text = [f"bar.sync {BARRIERS + me}, {THREADS};"]
     if commit:
         text = ["fence.proxy.async.shared::cta;", *text]
     return plgpu.inline_mgpu()(lambda _: assemble("", [], "", text) and None)()
 
 
-def add(total: Any, p: Any, factor: Any) -> Any:
-    """A lane's share of the sums of p [64 tokens, columns], times a factor for each token."""
+def sums_shape() -> tuple[int, ...]:
+    """Of room in shared memory for a warpgroup's lanes' shares of a vector of columns."""
+    return (64,) if interpreted() else (16 * THREADS,)
+
+
+def clear(sums: Any) -> None:
+    """Makes the lanes' shares zero."""
     if interpreted():
-        return total + jnp.sum(p * lax.broadcast_in_dim(factor, p.shape, [0]), axis=0)
+        sums[...] = jnp.zeros(64)
+        return
 
-    @plgpu.inline_mgpu(arg_types=(LAYOUT, WGMMA, ROWS), return_type=VECTOR)
-    def accumulate(_, total, p, factor):
-        lines = []
-        for i in range(32):
-            column = i // 4 * 2 + i % 2
-            start = f"${16 + column}" if i % 4 < 2 else f"${column}"
-            lines.append(f"fma.rn.f32 ${column}, ${32 + i}, ${64 + i // 2 % 2}, {start};")
-        operands = [*held(total), *_accumulator(p), *held(factor)]
-        results = assemble("f" * 16, operands, "f" * 50, lines)
-        return array(results, VECTOR)
+    @plgpu.inline_mgpu(arg_types=(PLAIN,))
+    def write(_, sums):
+        lines = ["{ .reg .f32 z; mov.f32 z, 0f00000000;"]
+        for four in range(4):
+            lines.append(f"st.shared.v4.f32 [$0+{16 * THREADS * four}], {{z, z, z, z}};")
+        assemble("", [_share(sums)], "r", [*lines, "}"])
 
-    return accumulate(total, p, factor)
+    write(sums)
+
+
+def decay(sums: Any, factor: Any) -> None:
+    """Multiplies the lanes' shares by a number for each column."""
+    if interpreted():
+        sums[...] *= factor
+        return
+
+    @plgpu.inline_mgpu(arg_types=(PLAIN, LAYOUT))
+    def write(_, sums, factor):
+        lines = ["{ .reg .f32 t<4>;"]
+        for four in range(4):
+            lines.append(f"ld.shared.v4.f32 {{t0, t1, t2, t3}}, [$0+{16 * THREADS * four}];")
+            lines += [f"mul.f32 t{n}, t{n}, ${1 + 4 * four + n};" for n in range(4)]
+            lines.append(f"st.shared.v4.f32 [$0+{16 * THREADS * four}], {{t0, t1, t2, t3}};")
+        assemble("", [_share(sums), *held(factor)], "r" + "f" * 16, [*lines, "}"])
+
+    write(sums, factor)
 
 
 def leave_largest(x: Any, columns: Any) -> None:
@@ -164,17 +211,21 @@ def leave_largest(x: Any, columns: Any) -> None:
     write(columns, x)
 
 
-def leave(total: Any, columns: Any) -> None:
+def leave(sums: Any, columns: Any) -> None:
     """Writes the sums of each warp's lanes' shares to columns [warps, 64]."""
     if interpreted():
-        columns[0] = total
+        columns[0] = sums[...]
         return
 
-    @plgpu.inline_mgpu(arg_types=(PLAIN, LAYOUT))
-    def write(_, columns, total):
-        _leave(columns, held(total), "add")
+    @plgpu.inline_mgpu(arg_types=(PLAIN, PLAIN))
+    def write(_, columns, sums):
+        lines = [
+            f"ld.shared.v4.f32 {names(4 * four, 4)}, [$16+{16 * THREADS * four}];"
+            for four in range(4)
+        ]
+        _leave(columns, assemble("f" * 16, [_share(sums)], "r", lines), "add")
 
-    write(columns, total)
+    write(columns, sums)
 
 
 def store(out: Any, tile: Any) -> None:
@@ -203,6 +254,16 @@ def store(out: Any, tile: Any) -> None:
         assemble("", operands, "f" * 32 + "l", [*lines, "}"])
 
     write(out, tile)
+
+
+def _float(x: float) -> str:
+    return f"0f{np.float32(x).view(np.uint32):08X}"
+
+
+def _share(sums) -> Any:
+    """Where this thread's first four numbers of its 16 lie."""
+    warp, lane = warp_and_lane()
+    return plus(shared_address(sums), times(plus(times(warp, 32), lane), 16))
 
 
 def _leave(columns, numbers, operation: str) -> None:

@@ -2,8 +2,8 @@
 
 A block has 64 rows (heads x new tokens) and the pages of one part of the schedule. Two slots of
 shared memory hold a page each, or three an FP8 page. A warpgroup loads (`hopper_load`); each of the
-two others scores every other page and holds half of the output's columns (`hopper_softmax`, and
-`hopper_fp8` where pages are FP8).
+two others scores every other page and holds half of the output's columns (`hopper_softmax`), or,
+where pages are FP8, a third one scores all of them (`hopper_fp8`).
 """
 
 from collections.abc import Callable
@@ -94,23 +94,26 @@ class Shared(NamedTuple):
 class SharedFp8(NamedTuple):
     """The same where pages are FP8; `hopper_fp8` says who uses what."""
 
-    q: Any  # [LATENT_TILES, ROWS, 64], float16 after `prepare_queries`
+    q: Any  # [LATENT_TILES, ROWS, 64], two E4M3 numbers for each after `split_queries`
     q_rope: Any  # [1, ROWS, 64]
     k: Any  # [SLOTS, 4 groups, PAGE, 128] bytes
     rope: Any  # [SLOTS, PAGE, 64]
-    scales: Any  # [SLOTS, 4 PAGE]
-    weights: Any  # [2, PAGE, ROWS] float16, of the last even and odd page
-    ratios: Any  # [SLOTS, 2 PAGE]; `fp8_pages.share`
-    columns: Any  # [2, warps, ROWS], what each warp has of a vector of columns
-    top: Any  # [ROWS], the running maxima
-    decay: Any  # [ROWS], what they make of earlier weights, where the last page raised one
-    risen: Any  # [2], whether the last even and odd page did
+    scales: Any  # [SLOTS, PAGE]
+    weights: Any  # [2, PAGE, ROWS] float16, of even and odd pages
+    columns: Any  # [warps, ROWS], what each warp has of a vector of columns
+    sums: Any  # what each lane has of the weights' sums
+    largest: Any  # [warps], of the queries that each warp has split
+    top: Any  # [ROWS], of the weights' exponents
+    decay: Any  # [2, ROWS], what they make of earlier weights, where a page raised one
+    risen: Any  # [2], whether it did
     q_full: Any
     q_empty: Any
     k_full: Any  # of each slot
-    weights_ready: Any  # of each of `weights`
     k_empty: Any  # of each slot, and each half of the groups
-    met: Any  # where the interpreter has no named barrier
+    weights_ready: Any  # of each of `weights`
+    weights_free: Any
+    sums_ready: Any  # `columns` and `top` at the end of a piece
+    sums_free: Any
 
 
 @dataclass(frozen=True)

@@ -1,222 +1,268 @@
-"""The two warpgroups of a block of Hopper's paged attention that multiply, where pages are FP8.
+"""The three warpgroups of a block of Hopper's paged attention that compute, where pages are FP8.
 
-Both products are transposed, so that the cache, converted in registers, is wgmma's first operand
-(`fp8_pages`): scores are [64 tokens, 64 heads], and the output [512 columns, 64 heads], of which
-each warpgroup holds half. Warpgroup 0 scores the even pages and warpgroup 1 the odd ones, and each
-weighs its half of all of them, in order: the one that has scored a page first weighs the page
-before, which the other has published meanwhile, and then publishes weights of its own. So they are
-half a turn apart, and one has the tensor cores while the other works out weights.
+One scores pages and works out weights; each of two others weighs its half of the values. Scores of
+a page are under way while the weights of the one before are worked out, and while those are, the
+two weigh what was published: the tensor cores have work from all three.
 
-A weight is published times its token's unit, over a power of two that a head's largest one sets: it
-is at most 2^`rise`, and values are over their token's unit. That power moves only when a weight
-would exceed 2^`rise`, which a vote of a warpgroup's threads finds out: a maximum over tokens is
-across lanes and warps, and so is worked out only then. Pages are published in order, and what was
-held before is changed to a page's power before that page is added.
+Both products are transposed, so that the page is the first operand: scores are [64 tokens, 64
+heads], and the output [512 columns, 64 heads]. Scores are products of FP8 numbers: a query is held
+as two of them (`fp8_pages`), for twice the products at twice bfloat16's rate, and nothing of a page
+is converted. Values become float16 in registers, exactly, where weights are float16.
 
-Registers are as scarce as can be: beside 220 KB of shared memory a spill costs a trip to the L2
-cache. So the vote comes before the weights, and not with them; ratios are in shared memory.
+A weight is published times its token's scale, over a power of two that a head's largest one sets:
+it is at most 2^`HIGHEST`. That power moves only when a weight would exceed this, which a vote of
+the threads finds out: a maximum over tokens is across lanes and warps, and so is worked out only
+then. What was weighed before a page is changed to its power before it is added.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 
-from dsv3_jax.kernels.hopper import WGMMA, interpreted, plgpu
+from dsv3_jax.kernels.hopper import WGMMA, plgpu
 from dsv3_jax.kernels.mla_decode import columns, fp8_pages, wgmma
 from dsv3_jax.kernels.mla_decode.combine import LOWEST
-from dsv3_jax.kernels.mla_decode.hopper_block import FP8_SLOTS, HALF, LATENT_TILES, ROWS, Block
+from dsv3_jax.kernels.mla_decode.hopper_block import FP8_SLOTS, HALF, ROWS, Block
 from dsv3_jax.kernels.mla_decode.hopper_softmax import LOG2_E
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 
+SCORER = 2  # the number of the warpgroup; those that weigh are 0 and 1
+BUFFERS = 2  # of weights, which pages have in turn
+# Of a page's 16 products with all queries, how many are issued one after the other, each time: at
+# first, and beside each step of `publish`.
+AT_ONCE = (1, 1, 1, 1, 2, 2, 3, 3, 2)
+HIGHEST = 15.0  # of a weight's exponent: float16 ends at 65,504
+RAISED = 7.0  # the exponent that a head's largest weight gets where the power moves
+SMALLEST = 2.0**-60  # of a token's scale: it, and one over it, are far from float32's ends
 
-def attend(block: Block, me: int) -> None:
-    """Scores the even or odd pages, and writes its half of the output of every piece."""
+
+def score(block: Block) -> None:
+    """Publishes the weights of every page, and the sums of every piece's."""
     shared = block.shared
-    warpgroup = _Warpgroup(block, me)
-    lowest = plgpu.layout_cast(jnp.full((ROWS,), LOWEST, jnp.float32), columns.LAYOUT)
-    shared.top[...] = lowest  # a number, so that the first `top` is one
-    for slot in range(FP8_SLOTS):
-        warpgroup.release(slot)
     plgpu.barrier_arrive(shared.q_empty)
 
-    def piece(sequence, begin, end, turn):
+    def piece(sequence, begin, end, place):
         plgpu.barrier_wait(shared.q_full)
-        fp8_pages.prepare_queries(shared.q.at[pl.ds(4 * me, 4)])
-        warpgroup.meet()
-        pairs = pl.cdiv(end - begin, 2)
-        work = _Piece(block.inputs.lengths[sequence], begin, end, turn)
-        zeros = plgpu.layout_cast(jnp.zeros((64, ROWS), jnp.float32), WGMMA)
-        nothing = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), columns.LAYOUT)
-        init = ((zeros,) * HALF, nothing)
-        held = lax.fori_loop(0, pairs, functools.partial(warpgroup.pair, work), init)
-        if me == 0:
-            held = warpgroup.weigh_other(turn + 2 * pairs, held)
-        warpgroup.store(sequence, begin, end, *held)
-        return lax.rem(turn + 2 * pairs, FP8_SLOTS)
+        fp8_pages.leave_largest(shared.q, shared.largest)
+        columns.together(SCORER)
+        unit = fp8_pages.query_unit(shared.largest)
+        fp8_pages.split_queries(shared.q, unit)
+        columns.together(SCORER, commit=True)
+        scorer = _Scorer(block, block.inputs.lengths[sequence], begin, end, unit)
+        plgpu.barrier_wait(shared.sums_free)
+        columns.clear(shared.sums)
+        shared.top[...] = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), columns.LAYOUT)
+        columns.together(SCORER)
+        plgpu.barrier_wait(shared.k_full.at[place.slot])
+        made = list(scorer.products(place.slot))[-1]
+        exponents = scorer.exponents(0, place.slot, made, scorer.rope(place.slot))
+        place, _ = lax.fori_loop(0, end - begin, scorer.page, (place, exponents))
+        plgpu.barrier_arrive(shared.q_empty)
+        columns.leave(shared.sums, shared.columns)
+        columns.together(SCORER)
+        plgpu.barrier_arrive(shared.sums_ready)
+        return place
 
-    block.fold_pieces(piece, jnp.int32(0))
+    block.fold_pieces(piece, _Place.first())
+    plgpu.barrier_wait(shared.sums_free)  # each of its phases counts
+    for buffer in range(BUFFERS):
+        plgpu.barrier_wait(shared.weights_free.at[buffer])
+
+
+class _Place(NamedTuple):
+    """Where a page lies, and its weights; pages take slots and buffers in turn."""
+
+    slot: Any
+    buffer: Any
+
+    @classmethod
+    def first(cls) -> "_Place":
+        """That of a block's first page."""
+        return cls(jnp.int32(0), jnp.int32(0))
+
+    def following(self) -> "_Place":
+        """That of the page after this one."""
+        slot = lax.select(self.slot == FP8_SLOTS - 1, jnp.int32(0), self.slot + 1)
+        return _Place(slot, 1 - self.buffer)
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """What a piece's pairs share; `turn` is the slot of its first page."""
+class _Scorer:
+    """The warpgroup that scores, in a piece; `unit` is its queries'."""
 
+    block: Block
     length: Any
     begin: Any
     end: Any
-    turn: Any
+    unit: Any
+
+    def page(self, number, carry):
+        """Publishes a page's weights, and makes the exponents of the next one's.
+
+        Products of the next one are issued a few at a time: a warp that issues one waits until the
+        one before has begun, and so would do nothing else meanwhile.
+        """
+        place, (x, scale) = carry
+        following = place.following()
+
+        @pl.when(number + 1 < self.end - self.begin)
+        def _():
+            plgpu.barrier_wait(self.block.shared.k_full.at[following.slot])
+
+        products = self.products(following.slot)  # of nothing, after the last page
+        next(products)
+        beside = functools.partial(next, products)
+        self.publish(number, place.buffer, x, scale, beside)
+        self.hand_over(place.buffer)
+        made = list(products)[-1]
+        rope = self.rope(following.slot)
+        return following, self.exponents(number + 1, following.slot, made, rope)
+
+    def products(self, slot):
+        """Issues some of a page's products with all queries at each step; returns those so far."""
+        shared = self.block.shared
+        steps, first = fp8_pages.SCORE_STEPS, 0
+        made: Any = None
+        for count in AT_ONCE:
+            here = steps[first : first + count]
+            made = wgmma.multiply_fp8(made, shared.k.at[slot], shared.q, here)
+            first += count
+            yield made
+        assert first == len(steps)
+
+    def rope(self, slot):
+        """The products of a page's rotated keys, not complete."""
+        shared = self.block.shared
+        nothing = (plgpu.layout_cast(jnp.zeros((PAGE, ROWS), jnp.float32), WGMMA),)
+        keys, queries = shared.rope.at[slot], shared.q_rope
+        return wgmma.multiply(nothing, keys, queries, b_rows_first=False, clear=True)
+
+    def exponents(self, number, slot, products, rope):
+        """Of a page's weights [64 tokens, 64 heads] by the power so far, and the tokens' scales."""
+        scale = plgpu.load(self.block.shared.scales.at[slot], layout=columns.ROWS)
+        scale = jnp.maximum(scale, jnp.float32(SMALLEST))
+        of_logits = jnp.full((PAGE,), self.block.call.scale * LOG2_E, jnp.float32)
+        of_logits = plgpu.layout_cast(of_logits, columns.ROWS)
+        factor, start = scale * self.unit * of_logits, jnp.log2(scale)
+        ((high, left),) = wgmma.wait(1, products)
+        x = columns.fold(high + left, factor, start)
+        ((rope,),) = wgmma.wait(0, rope)
+        x = columns.fold(rope, of_logits, x)
+        x = self.block.masked(x, self.length, self.begin + number, self.end, tokens=0)
+        top = plgpu.load(self.block.shared.top, layout=columns.LAYOUT)
+        return x - columns.across(top), scale
+
+    def publish(self, number, buffer, x, scale, beside: Callable[[], Any]) -> None:
+        """Writes a page's weights, and adds them to the sums, over the same power of two.
+
+        `beside` issues what is to be under way meanwhile.
+        """
+        shared, halves = self.block.shared, []
+        for half in range(2):
+            halves.append(columns.largest(x, half))
+            beside()
+        first = number == 0
+        risen = jnp.where(first, 1, columns.agree(halves, HIGHEST, SCORER))
+        beside()
+        plgpu.barrier_wait(shared.weights_free.at[buffer])
+
+        def raise_top(x):
+            columns.leave_largest(x, shared.columns)
+            columns.together(SCORER)
+            largest = functools.reduce(jnp.maximum, _partials(shared.columns))
+            # A head that sees nothing of a piece's first page sees nothing of the others.
+            limit = lax.select(first, jnp.float32(LOWEST), jnp.float32(HIGHEST))
+            step = jnp.where(largest > limit, largest - RAISED, 0.0)
+            top = plgpu.load(shared.top, layout=columns.LAYOUT)
+            columns.together(SCORER)  # all have read what is overwritten
+            shared.top[...] = top + step
+            decay = jnp.exp2(-lax.select(first, jnp.float32(0), jnp.float32(1)) * step)
+            shared.decay[buffer] = decay
+            columns.decay(shared.sums, decay)
+            columns.together(SCORER)
+            return x - columns.across(step)
+
+        x = lax.cond(risen > 0, raise_top, lambda x: x, x)
+        shared.risen[buffer] = risen
+        for quarter in range(4):
+            weights = shared.weights.at[buffer]
+            columns.publish(weights, x, shared.sums, 1 / scale, quarter)
+            beside()
+
+    def hand_over(self, buffer) -> None:
+        """Lets the others read a page's weights."""
+        columns.together(SCORER, commit=True)
+        plgpu.barrier_arrive(self.block.shared.weights_ready.at[buffer])
+
+
+def weigh(block: Block, me: int) -> None:
+    """Writes its half of the output of every piece."""
+    shared = block.shared
+    columns.together(me)  # one thread speaks for all
+    for slot in range(FP8_SLOTS):
+        plgpu.barrier_arrive(block.room(slot, me))
+    for buffer in range(BUFFERS):
+        plgpu.barrier_arrive(shared.weights_free.at[buffer])
+    plgpu.barrier_arrive(shared.sums_free)
+    weigher = _Weigher(block, me)
+
+    def piece(sequence, begin, end, place):
+        zeros = plgpu.layout_cast(jnp.zeros((64, ROWS), jnp.float32), WGMMA)
+        place, out = lax.fori_loop(0, end - begin, weigher.page, (place, (zeros,) * HALF))
+        weigher.store(sequence, begin, end, out)
+        return place
+
+    block.fold_pieces(piece, _Place.first())
 
 
 @dataclass(frozen=True)
-class _Warpgroup:
-    """One of the two, number `me`, while it is traced."""
+class _Weigher:
+    """One of the warpgroups that weigh, number `me`, while it is traced."""
 
     block: Block
     me: int
 
-    def release(self, slot: Any) -> None:
-        """Hands this warpgroup's half of a slot back to whoever loads."""
-        columns.together(self.me)  # one thread speaks for all
-        plgpu.barrier_arrive(self.block.room(slot, self.me))
-
-    def pair(self, piece: _Piece, number, held):
-        """Adds this warpgroup's page of a pair to what it holds, and first the other's last one."""
+    def page(self, _, carry):
+        """The output with a page added."""
+        place, out = carry
         shared, me = self.block.shared, self.me
-        turn = piece.turn + 2 * number + me
-        slot = lax.rem(turn, FP8_SLOTS)
-        plgpu.barrier_wait(shared.k_full.at[slot])
-        ratios, unit = fp8_pages.units(shared.scales.at[slot])
-        fp8_pages.share(ratios, shared.ratios.at[slot])
-        s = self.scores(slot, ratios, unit)
-        weigh_other = functools.partial(self.weigh_other, turn)
-        if me == 0:
-            held = lax.cond(number > 0, weigh_other, lambda held: held, held)
-        else:
-            held = weigh_other(held)
-        page = piece.begin + 2 * number + me
-        s = self.block.masked(s, piece.length, page, piece.end, tokens=0)
-        out, total = self.publish(number, s, unit, *held)
-        return self.weigh(out, slot, me), total
+        plgpu.barrier_wait(shared.weights_ready.at[place.buffer])  # and so the page itself is there
 
-    def publish(self, number, s, unit, out, total):
-        """Weights of scores, for both warpgroups; what is held, over the same power of two."""
-        shared, me, rise = self.block.shared, self.me, self.block.call.tuning.rise
-        # Logits in log2, those of weights times units.
-        scale = jnp.float32(self.block.call.scale * LOG2_E)
-        x = s * _down(unit * scale) + _down(jnp.log2(unit))
-        top = self.top(number)
-        risen = columns.agree(columns.exceeds(x, top, rise), me)
+        def decayed(out):
+            decay = plgpu.load(shared.decay.at[place.buffer], layout=columns.LAYOUT)
+            return tuple(tile * columns.across(decay) for tile in out)
 
-        def keep(out, total, top, x):
-            return out, total, top
-
-        def raise_top(out, total, top, x):
-            left = shared.columns.at[me]
-            columns.leave_largest(x, left)
-            columns.together(me)
-            new = functools.reduce(jnp.maximum, _partials(left))
-            new = jnp.where(new > top + rise, new, top)
-            decay = jnp.exp2(top - new)
-            shared.top[...] = new
-            shared.decay[...] = decay
-            return _decayed(out, decay), total * decay, new
-
-        out, total, top = lax.cond(risen > 0, raise_top, keep, out, total, top, x)
-        p = jnp.exp2(x - columns.across(top))
-        columns.publish(shared.weights.at[me], p)
-        total = columns.add(total, p, 1 / unit)
-        shared.risen[me] = risen
-        columns.together(me, commit=True)
-        plgpu.barrier_arrive(shared.weights_ready.at[me])
-        return out, total
-
-    def weigh_other(self, turn, held):
-        """What is held, with the page before `turn`, which the other warpgroup publishes."""
-        shared, other, slot = self.block.shared, 1 - self.me, lax.rem(turn - 1, FP8_SLOTS)
-        plgpu.barrier_wait(shared.k_full.at[slot])  # it has come, but each of its phases counts
-        plgpu.barrier_wait(shared.weights_ready.at[other])
-
-        def decayed(out, total):
-            decay = plgpu.load(shared.decay, layout=columns.LAYOUT)
-            return _decayed(out, decay), total * decay
-
-        def same(out, total):
-            return out, total
-
-        out, total = lax.cond(shared.risen[other] > 0, decayed, same, *held)
-        return self.weigh(out, slot, other), total
-
-    def scores(self, slot, ratios, unit):
-        """Products of a page with all queries, [64 tokens, 64 heads], over the tokens' units."""
-        shared = self.block.shared
-        page = shared.k.at[slot]
-        s = (plgpu.layout_cast(jnp.zeros((PAGE, ROWS), jnp.float32), WGMMA),)
-        fetched = fp8_pages.fetch_keys(page, 0)
-        for half in range(LATENT_TILES):
-            keys = fp8_pages.keys(fetched, ratios, half)
-            if half + 1 < LATENT_TILES:
-                fetched = fp8_pages.fetch_keys(page, half + 1)
-            queries = shared.q.at[pl.ds(half, 1)]
-            s = wgmma.multiply(
-                s, keys, queries, b_rows_first=False, clear=half == 0, registers=True
-            )
-            wgmma.allow(1)
-        keys = fp8_pages.rope_keys(shared.rope.at[slot], unit)
-        s = wgmma.multiply(s, keys, shared.q_rope, b_rows_first=False, registers=True)
-        ((s,),) = wgmma.wait(0, s)
-        return s
-
-    def top(self, number):
-        """The running maxima before this warpgroup's page; before the first, the lowest number."""
-        top = plgpu.load(self.block.shared.top, layout=columns.LAYOUT)
-        if self.me == 1:
-            return top
-        return jnp.minimum(top, lax.select(number == 0, jnp.float32(LOWEST), jnp.float32(-LOWEST)))
-
-    def weigh(self, out, slot, which):
-        """The output with a page added, whose half is handed back."""
-        shared, me = self.block.shared, self.me
-        page, weights = shared.k.at[slot], shared.weights.at[pl.ds(which, 1)]
-        out = list(out)
-        fetched = fp8_pages.fetch_values(page, HALF * me)
+        out = list(lax.cond(shared.risen[place.buffer] > 0, decayed, lambda out: out, out))
+        weights = shared.weights.at[pl.ds(place.buffer, 1)]
         for tile in range(HALF):
-            if tile % 2 == 0:
-                factors = fp8_pages.factors(shared.ratios.at[slot], 2 * me + tile // 2)
-            values = fp8_pages.values(fetched, factors)
-            if tile + 1 < HALF:
-                fetched = fp8_pages.fetch_values(page, HALF * me + tile + 1)
-            (out[tile],) = wgmma.multiply(
-                (out[tile],), values, weights, b_rows_first=True, registers=True
-            )
-            wgmma.allow(1)
+            for start in (0, PAGE // 2):
+                values = fp8_pages.values(shared.k.at[place.slot], HALF * me + tile, start)
+                (out[tile],) = wgmma.multiply(
+                    (out[tile],), values, weights, b_rows_first=True, registers=True, start=start
+                )
+                wgmma.allow(1)
+        columns.together(me)  # one thread speaks for all
+        plgpu.barrier_arrive(self.block.room(place.slot, me))
         (out,) = wgmma.wait(0, tuple(out))
-        self.release(slot)
-        return out
+        columns.together(me)
+        plgpu.barrier_arrive(shared.weights_free.at[place.buffer])
+        return place.following(), out
 
-    def meet(self) -> None:
-        """Waits for the other warpgroup; what both have written is there."""
-        if not interpreted():
-            return columns.meet()
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.block.shared.met)
-        plgpu.barrier_wait(self.block.shared.met)
-
-    def store(self, sequence, begin, end, result, total) -> None:
+    def store(self, sequence, begin, end, result) -> None:
         """Writes this warpgroup's half of a piece's result, and the first also its log-sum-exp."""
         out, lse, partial, partial_lse = self.block.outputs
         starts, me = self.block.inputs.starts, self.me
         shared = self.block.shared
-        columns.leave(total, shared.columns.at[me])
-        self.meet()
-        left = [*_partials(shared.columns.at[0]), *_partials(shared.columns.at[1])]
-        total = functools.reduce(jnp.add, left)
+        plgpu.barrier_wait(shared.sums_ready)
+        total = functools.reduce(jnp.add, _partials(shared.columns))
         top = plgpu.load(shared.top, layout=columns.LAYOUT)
-        # The next piece may begin, and write what was read here.
-        plgpu.barrier_arrive(shared.q_empty)
+        columns.together(me)
+        plgpu.barrier_arrive(shared.sums_free)
         rows = pl.ds(self.block.row, ROWS)
         some = total > 0
         factor = columns.across(jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0))
@@ -244,13 +290,3 @@ class _Warpgroup:
 def _partials(left) -> list[Any]:
     """What the warps have left of a vector of columns."""
     return [plgpu.load(left.at[i], layout=columns.LAYOUT) for i in range(columns.partials())]
-
-
-def _decayed(out, decay):
-    factor = columns.across(decay)
-    return tuple(tile * factor for tile in out)
-
-
-def _down(tokens):
-    """A number for each token as an array [64 tokens, 64 heads]."""
-    return lax.broadcast_in_dim(tokens, (PAGE, ROWS), [0])

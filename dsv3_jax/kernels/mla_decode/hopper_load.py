@@ -9,6 +9,7 @@ from dsv3_jax.kernels.mla_decode.fp8_pages import GROUPS as FP8_GROUPS
 from dsv3_jax.kernels.mla_decode.hopper_block import (
     FP8_SLOTS,
     GROUPS,
+    HALVES,
     LATENT_TILES,
     ORDER,
     ROWS,
@@ -56,7 +57,7 @@ def load_fp8(block: Block) -> None:
         def copy(place, page):
             following = number(place + 1)
             slot = lax.rem(turn + place, FP8_SLOTS)
-            for half in block.groups:
+            for half in HALVES:
                 plgpu.barrier_wait(block.room(slot, half))
             full = shared.k_full.at[slot]
             for group in range(FP8_GROUPS):
@@ -67,9 +68,8 @@ def load_fp8(block: Block) -> None:
             return following
 
         _copy_queries(block, sequence)
-        count = 2 * pl.cdiv(end - begin, 2)  # the last one twice, where it has no partner
-        lax.fori_loop(0, count, copy, number(0))
-        return lax.rem(turn + count, FP8_SLOTS)
+        lax.fori_loop(0, end - begin, copy, number(0))
+        return turn + (end - begin)
 
     block.fold_pieces(piece, jnp.int32(0))
     _await_the_end(block)

@@ -5,7 +5,15 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled
+from dsv3_jax.quantization.block_scaled import BlockScaled
+
+
+def latent_tile(width: int) -> tuple[int, int]:
+    """The tile of FP8 latents of `width` numbers: a token's share one scale.
+
+    E4M3 keeps its four bits over 15 powers of two, and a normed latent's numbers lie closer.
+    """
+    return 1, width
 
 
 class Pages(NamedTuple):
@@ -64,5 +72,7 @@ def check(work: Pages | Rows) -> None:
         raise ValueError(f"lengths {work.lengths.shape} must be [{batch}]")
     if isinstance(work, Pages) and work.block_table.shape[:-1] != (batch,):
         raise ValueError(f"block_table {work.block_table.shape} must be [{batch}, S]")
-    if isinstance(latent, BlockScaled) and latent.tile != PER_TOKEN:
-        raise ValueError(f"latents in tiles of {latent.tile} must be in tiles of {PER_TOKEN}")
+    if isinstance(latent, BlockScaled) and latent.tile != latent_tile(width):
+        raise ValueError(
+            f"latents in tiles of {latent.tile} must be in tiles of {latent_tile(width)}"
+        )

@@ -1,6 +1,8 @@
 """Paged latent attention for Hopper, in Pallas Mosaic GPU: split over the keys, then combined."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.experimental.pallas as pl
@@ -34,9 +36,9 @@ from dsv3_jax.kernels.mla_decode.kv_splits import PAGE, KVSplits, split_kv
 from dsv3_jax.kernels.mla_decode.operands import Pages, Results, Rows
 from dsv3_jax.quantization.block_scaled import BlockScaled
 
-# Of a thread that loads, and of one that multiplies. A thread starts with 168: asking for more than
-# three times that in all would wait for ever.
-REGISTERS, FP8_REGISTERS = (40, 232), (24, 240)
+# Of a thread as it starts, by the number of warpgroups. All of them together have 64 K: asking for
+# more in all would wait for ever.
+LAUNCH_REGISTERS = {3: 168, 4: 128}
 
 
 def mla_decode(
@@ -109,34 +111,24 @@ def _attend(
         )
     cluster = tuning.cluster
     call = Call(scale, new, rows // new, len(pool) == 2, tuning)
-    registers = FP8_REGISTERS if call.fp8 else REGISTERS
-    bring, multiply = (load_fp8, hopper_fp8.attend) if call.fp8 else (load, attend)
+    roles = _roles_fp8() if call.fp8 else _roles()
 
     def kernel(*refs):
         inputs, refs = Inputs(*refs[: len(Inputs._fields)]), refs[len(Inputs._fields) :]
         outputs, refs = Outputs(*refs[: len(Outputs._fields)]), refs[len(Outputs._fields) :]
-        warpgroup = lax.axis_index("warpgroup")
         part = lax.axis_index("part")
         tile = lax.axis_index("tile") * cluster + lax.axis_index("cluster")
         row = pl.multiple_of(tile * ROWS, ROWS)
         low, high = inputs.cuts[part], inputs.cuts[part + 1]
         shared = (SharedFp8 if call.fp8 else Shared)(*refs)
         block = Block(call, inputs, outputs, shared, part, row, low, high)
+        for number, (registers, act) in enumerate(roles):
 
-        @pl.when(warpgroup == 2)
-        def _load():
-            plgpu.set_max_registers(registers[0], action="decrease")
-            plgpu.warp_map(lambda warp: pl.when(warp == 0)(lambda: bring(block)))
-
-        @pl.when(warpgroup == 0)
-        def _even():
-            plgpu.set_max_registers(registers[1], action="increase")
-            multiply(block, 0)
-
-        @pl.when(warpgroup == 1)
-        def _odd():
-            plgpu.set_max_registers(registers[1], action="increase")
-            multiply(block, 1)
+            @pl.when(lax.axis_index("warpgroup") == number)
+            def _run(registers=registers, act=act):
+                more = registers > LAUNCH_REGISTERS[len(roles)]
+                plgpu.set_max_registers(registers, action="increase" if more else "decrease")
+                act(block)
 
     struct = jax.ShapeDtypeStruct
     out, lse, partial, partial_lse = hopper.kernel(
@@ -151,7 +143,7 @@ def _attend(
         grid_names=("tile", "part"),
         cluster=(cluster, 1),
         cluster_names=("cluster", "alone"),
-        num_threads=3,
+        num_threads=len(roles),
         thread_name="warpgroup",
         scratch_types=tuple((_scratch_fp8 if call.fp8 else _scratch)()),
         compiler_params=plgpu.CompilerParams(
@@ -166,6 +158,21 @@ def _attend(
         schedule.starts, schedule.cuts, schedule.first, schedule.last,
     )  # fmt: skip
     return (out, lse), (partial, partial_lse)
+
+
+def _roles() -> list[tuple[int, Callable[[Block], None]]]:
+    """What each warpgroup does, and with how many registers a thread."""
+    even, odd = (functools.partial(attend, me=me) for me in range(2))
+    return [(232, even), (232, odd), (40, _by_one_warp(load))]
+
+
+def _roles_fp8() -> list[tuple[int, Callable[[Block], None]]]:
+    halves = [(176, functools.partial(hopper_fp8.weigh, me=me)) for me in range(2)]
+    return [*halves, (136, hopper_fp8.score), (24, _by_one_warp(load_fp8))]
+
+
+def _by_one_warp(bring: Callable[[Block], None]) -> Callable[[Block], None]:
+    return lambda block: plgpu.warp_map(lambda warp: pl.when(warp == 0)(lambda: bring(block)))
 
 
 # A barrier over a cluster is arrived at by one thread, one over a block by all 128.
@@ -198,24 +205,26 @@ def _scratch() -> Shared:
 
 
 def _scratch_fp8() -> SharedFp8:
-    # Interpreted, ratios are numbers where they lie, and no words.
-    ratios = ((PAGE, 4), jnp.float16) if hopper.interpreted() else ((2 * PAGE,), jnp.int32)
+    warps = columns.partials()
     return SharedFp8(
         q=_tiles((LATENT_TILES, ROWS, 64)),
         q_rope=_tiles((1, ROWS, 64)),
         k=_tiles((FP8_SLOTS, 4, PAGE, 128), jnp.float8_e4m3fn),
         rope=_tiles((FP8_SLOTS, PAGE, 64)),
-        scales=plgpu.SMEM((FP8_SLOTS, 4 * PAGE), jnp.float32),
-        weights=_tiles((2, PAGE, ROWS)),
-        ratios=plgpu.SMEM((FP8_SLOTS, *ratios[0]), ratios[1]),
-        columns=plgpu.SMEM((2, columns.partials(), ROWS), jnp.float32),
+        scales=plgpu.SMEM((FP8_SLOTS, PAGE), jnp.float32),
+        weights=_tiles((hopper_fp8.BUFFERS, PAGE, ROWS)),
+        columns=plgpu.SMEM((warps, ROWS), jnp.float32),
+        sums=plgpu.SMEM(columns.sums_shape(), jnp.float32),
+        largest=plgpu.SMEM((warps,), jnp.float32),
         top=plgpu.SMEM((ROWS,), jnp.float32),
-        decay=plgpu.SMEM((ROWS,), jnp.float32),
-        risen=plgpu.SMEM((2,), jnp.int32),
+        decay=plgpu.SMEM((hopper_fp8.BUFFERS, ROWS), jnp.float32),
+        risen=plgpu.SMEM((hopper_fp8.BUFFERS,), jnp.int32),
         q_full=plgpu.Barrier(num_arrivals=TILES),
-        q_empty=_signal(num_arrivals=2),
+        q_empty=_signal(),
         k_full=plgpu.Barrier(num_arrivals=6, num_barriers=FP8_SLOTS),
-        weights_ready=_signal(num_barriers=2),
         k_empty=_released(num_barriers=FP8_SLOTS * len(HALVES)),
-        met=_signal(num_arrivals=2),
+        weights_ready=_signal(num_barriers=hopper_fp8.BUFFERS),
+        weights_free=_signal(num_arrivals=2, num_barriers=hopper_fp8.BUFFERS),
+        sums_ready=_signal(),
+        sums_free=_signal(num_arrivals=2),
     )

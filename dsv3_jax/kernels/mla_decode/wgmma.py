@@ -1,17 +1,19 @@
-"""Hopper's asynchronous matrix products (wgmma) of 16-bit numbers, issued without waiting.
+"""Hopper's asynchronous matrix products (wgmma), issued without waiting.
 
 Pallas's own `wgmma` ties an accumulator to a scope at whose end it waits, and hoists descriptors
 out of loops until registers spill. Attention wants two accumulators in flight while the softmax
 runs, and operands that lie in separate 64 x 64 tiles, so these functions issue the instructions by
-hand. All tiles are 64 x 64 in shared memory, swizzled over 128 bytes, 8 KB each and contiguous;
-accumulators are tuples of (64, 64) float32 arrays in registers, side by side.
+hand. All tiles are 64 rows of 128 bytes in shared memory, swizzled over them, 8 KB each and
+contiguous: 64 x 64 numbers of 16 bits, or 64 x 128 FP8 numbers. Accumulators are tuples of (64, 64)
+float32 arrays in registers, side by side.
 
 An accumulator that has been passed to `multiply` may be read, or changed, only after `wait`.
 """
 
 import functools
 import itertools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -27,22 +29,27 @@ from dsv3_jax.kernels.hopper import WGMMA, interpreted, plgpu, swizzled
 from dsv3_jax.kernels.mla_decode.registers import assemble
 
 TILE_BYTES = 64 * 64 * 2
+ROW_BYTES = 128
 REF = plgpu.RefType(swizzled(jnp.bfloat16))
+FP8_REF = plgpu.RefType(swizzled(jnp.float8_e4m3fn))
 ACCUMULATOR = fragmented_array.WGMMA_LAYOUT_ACC_32BIT
 
 
-def multiply(accumulator, a, b, *, b_rows_first: bool, clear: bool = False, registers=False):
+def multiply(
+    accumulator, a, b, *, b_rows_first: bool, clear: bool = False, registers=False, start: int = 0
+):
     """accumulator + a @ b for one tile of 64 along the contracted dim; not complete on return.
 
-    a: a tile in shared memory of bfloat16, or, with `registers`, a (64, 64) array, whose dtype b's
-    bits are taken for. b: `count` tiles side by side, [count, 64, 64]; rows of a tile run along the
-    contracted dim (`b_rows_first`), or along the result's columns, as keys do. `clear` starts from
-    zero, not from the accumulator.
+    a: a tile in shared memory of bfloat16, or, with `registers`, an array, whose dtype b's bits are
+    taken for: (64, 64), or (64, 32) for what follows `start` along the contracted dim. b: `count`
+    tiles side by side, [count, 64, 64]; rows of a tile run along the contracted dim
+    (`b_rows_first`), or along the result's columns, as keys do. `clear` starts from zero, not from
+    the accumulator.
     """
     count = len(accumulator)
     if interpreted():
         if isinstance(a, jax.Array) and isinstance(jax.typeof(a), ShapedArray):
-            return _interpreted_array(accumulator, a, b, b_rows_first, clear)
+            return _interpreted_array(accumulator, a, b, b_rows_first, clear, start)
         return _interpreted(accumulator, a, b, b_rows_first, clear)
 
     @plgpu.inline_mgpu(
@@ -50,9 +57,38 @@ def multiply(accumulator, a, b, *, b_rows_first: bool, clear: bool = False, regi
         return_type=(plgpu.ShapeDtypeStruct((64, 64), jnp.float32, layout=WGMMA),) * count,
     )
     def issue(_, accumulator, a, b):
-        return _issue(accumulator, a, b, b_rows_first, clear)
+        return _issue(accumulator, a, b, b_rows_first, clear, start)
 
     return issue(tuple(accumulator), a, b)
+
+
+class Step(NamedTuple):
+    """32 numbers of the contracted dim: where they lie, in bytes from both operands' starts."""
+
+    a: int
+    b: int
+
+
+def multiply_fp8(accumulator, a, b, steps: Sequence[Step]):
+    """accumulator + a @ b.T: the sum of steps in their order; not complete on return.
+
+    Two accumulators; None: new ones. a: E4M3 tiles [n, 64, 128] in shared memory; b: tiles [n, 64,
+    64], named as bfloat16, of which each has two E4M3 numbers, and two tiles side by side make an
+    accumulator each. The tensor core's sums keep 13 bits behind the largest term's first
+    (quantization/tensor_core.py).
+    """
+    if interpreted():
+        return _interpreted_fp8(accumulator, a, b, steps)
+    before = tuple(accumulator or ())
+
+    @plgpu.inline_mgpu(
+        arg_types=((WGMMA,) * len(before), FP8_REF, REF),
+        return_type=(plgpu.ShapeDtypeStruct((64, 64), jnp.float32, layout=WGMMA),) * 2,
+    )
+    def issue(_, before, a, b):
+        return _issue_fp8(before, a, b, steps)
+
+    return issue(before, a, b)
 
 
 def wait(pending: int, *accumulators):
@@ -110,6 +146,17 @@ def scale_rows(accumulator, factor):
     return scale(tuple(accumulator), factor)
 
 
+def as_accumulator(values):
+    """The (64, 64) array of which a thread holds these 32 numbers, in wgmma's order."""
+    one = ir.VectorType.get((1,), ir.F32Type.get())
+    registers = np.array([llvm.bitcast(one, value) for value in values], dtype=object)
+    return fragmented_array.FragmentedArray(
+        _registers=registers.reshape(ACCUMULATOR.registers_shape((64, 64))),
+        _layout=ACCUMULATOR,
+        _is_signed=None,
+    ).to_layout(WGMMA.to_mgpu())
+
+
 def synchronize():
     """Waits for the four warps of this warpgroup."""
     if not interpreted():
@@ -130,24 +177,58 @@ def _interpreted(accumulator, a, b, b_rows_first: bool, clear: bool):
     return tuple(old + new for old, new in zip(accumulator, products))
 
 
-def _interpreted_array(accumulator, a, b, b_rows_first: bool, clear: bool):
+def _interpreted_array(accumulator, a, b, b_rows_first: bool, clear: bool, start: int):
     out = []
     for tile, old in enumerate(accumulator):
         numbers = lax.bitcast_convert_type(b[tile], a.dtype).astype(jnp.float32)
-        product = jnp.dot(a.astype(jnp.float32), numbers if b_rows_first else numbers.T)
+        numbers = (numbers if b_rows_first else numbers.T)[start : start + a.shape[1]]
+        product = jnp.dot(a.astype(jnp.float32), numbers)
         out.append(product if clear else old + product)
     return tuple(out)
 
 
-def _issue(accumulator, a, b, b_rows_first: bool, clear: bool):
+def _interpreted_fp8(accumulator, a, b, steps: Sequence[Step]):
+    def numbers(tiles, start):
+        tile, column = divmod(start, TILE_BYTES)
+        bits = lax.bitcast_convert_type(tiles[tile], jnp.uint8).reshape(64, ROW_BYTES)
+        e4m3 = lax.bitcast_convert_type(bits[:, column : column + 32], jnp.float8_e4m3fn)
+        return e4m3.astype(jnp.float32)
+
+    totals = list(accumulator or [jnp.zeros((64, 64), jnp.float32)] * 2)
+    for step in steps:
+        for tile in range(2):
+            right = numbers(b, step.b + tile * TILE_BYTES)
+            totals[tile] += jnp.dot(numbers(a, step.a), right.T)
+    return tuple(totals)
+
+
+def _issue_fp8(before, a, b, steps: Sequence[Step]):
+    first = 128 if before else 64  # of the operands: results are tied to as many
+    names = "{" + ", ".join(f"${i}" for i in range(64)) + "}"
+    lines = ["{ .reg .pred keep; .reg .b64 a, b;", "wgmma.fence.sync.aligned;"]
+    for number, step in enumerate(steps):
+        lines.append(f"setp.ne.b32 keep, {int(bool(before) or number > 0)}, 0;")
+        lines.append(f"add.s64 a, ${first}, {step.a >> 4}; add.s64 b, ${first + 1}, {step.b >> 4};")
+        kind = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
+        lines.append(f"{kind} {names}, a, b, keep, 1, 1;")
+    lines.append("wgmma.commit_group.sync.aligned; }")
+    operands = [_descriptor(a, rows_first=False), _descriptor(b, rows_first=False)]
+    if before:
+        return _assembly(before, operands, ["l", "l"], "\n".join(lines))
+    numbers = assemble("f" * 64, operands, "ll", lines)
+    return as_accumulator(numbers[:32]), as_accumulator(numbers[32:])
+
+
+def _issue(accumulator, a, b, b_rows_first: bool, clear: bool, start: int):
     count = len(accumulator)
     total = 32 * count  # registers of all accumulators, a thread
     in_registers = isinstance(a, fragmented_array.FragmentedArray)
-    operands, constraints, kind = [], [], "bf16"
+    operands, constraints, kind, steps = [], [], "bf16", 4
     if in_registers:
         kind = str(a.mlir_dtype)
         i32 = ir.IntegerType.get_signless(32)
-        for step in range(4):
+        steps = a.shape[1] // 16
+        for step in range(steps):
             for register in a[:, step * 16 : (step + 1) * 16].registers.flat:
                 operands.append(llvm.bitcast(i32, register))
                 constraints.append("r")
@@ -161,9 +242,9 @@ def _issue(accumulator, a, b, b_rows_first: bool, clear: bool):
     b_name = f"${first + len(operands) - 1}"
     b_step = 2 * 1024 if b_rows_first else 32  # bytes from 16 of the contracted dim to the next
     lines = ["{ .reg .pred keep; .reg .b64 a, b;", "wgmma.fence.sync.aligned;"]
-    for step in range(4):
+    for step in range(steps):
         lines.append(f"setp.ne.b32 keep, {int(not clear or step > 0)}, 0;")
-        lines.append(f"add.s64 b, {b_name}, {step * b_step >> 4};")
+        lines.append(f"add.s64 b, {b_name}, {(start // 16 + step) * b_step >> 4};")
         if in_registers:
             four = ", ".join(f"${first + 4 * step + i}" for i in range(4))
             a_name, a_flags = "{" + four + "}", ""
