@@ -85,10 +85,13 @@ def propose(
                 at, start = at + 1, start - 1
             tokens = tokens.at[batch, at].set(proposed[-1])
         module = min(k, len(caches) - 1)
+        # A module reads all of the rows of the one before; of the last one's a draft reads one.
+        wanted = at if k + 1 >= len(caches) and not of_step.prefill else None
         window, caches[module] = decode_mtp(
-            variables, module, window, tokens, start, caches[module], of_step
+            variables, module, window, tokens, start, caches[module], of_step, wanted
         )
-        newest = layout.constrain(window[batch, at])[:, None]
+        newest = window if wanted is not None else window[batch, at][:, None]
+        newest = layout.constrain(newest)
         drawn = draw(logits_of(params, newest), settings, number + k, sampled)
         proposed.append(layout.constrain(drawn[:, 0]))
     return jnp.stack(proposed, axis=1), Drafting(tuple(caches), tuple(carried))

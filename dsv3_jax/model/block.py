@@ -36,6 +36,8 @@ class Block(nn.Module):
         Of a MoE layer x may be a pair of halves of a batch; tokens are a pair then, the cache one
         with the pages of each half, and so are output and statistics; the cache that is returned
         has both. They go through the layer in opposite phases (micro_batches.py).
+
+        Of tokens that say which row is wanted the output has that row alone.
         """
         how, eps = self.how, self.how.config.rms_norm_eps
         w = parameters(self, how.config, "layer")
@@ -44,7 +46,8 @@ class Block(nn.Module):
         def attend(x, tokens, cache=None):
             normed = norm_for(x, w.input_layernorm, eps, how.recipe.attention, how.layout)
             attended, cache = mla(normed, tokens, cache)
-            return x + how.layout.constrain(attended, "batch", "residual"), cache
+            attended = how.layout.constrain(attended, "batch", "residual")
+            return tokens.of_wanted(x) + attended, cache
 
         norm = w.post_attention_layernorm
         if isinstance(x, tuple):

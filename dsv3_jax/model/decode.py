@@ -106,18 +106,22 @@ def decode_mtp(
     start: Int[Array, " B"],
     cache: LatentCache | PagedCache,
     how: Pass,
-) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache]:
+    wanted: Int[Array, " B"] | None = None,
+) -> tuple[Float[Array, "B #T D"], LatentCache | PagedCache]:
     """The hidden states of MTP module depth + 1 at rows start[b].., and its own cache with them.
 
     hidden is h^depth of these rows after its norm (depth 0: the model's), and ids the token
     depth + 1 after each. A Pass with `prefill` fills an empty cache from row 0 on, in the expanded
-    form; else the rows attend to what the cache holds.
+    form; else the rows attend to what the cache holds. Of a row that is wanted of each sequence
+    alone, [B, 1, D], no more is computed of the others than the cache holds; not in a `prefill`.
     """
     layout = how.layout
     positions = start[:, None] + jnp.arange(ids.shape[1], dtype=start.dtype)
     with layout.compiling():
-        schedule = None if how.prefill else decode_schedule(positions, how)
-        tokens = Tokens(layout.in_order(positions), decode_schedule=schedule)
+        tokens = Tokens(layout.in_order(positions), wanted=wanted)
+        if not how.prefill:
+            schedule = decode_schedule(tokens.of_wanted(positions), how)
+            tokens = tokens._replace(decode_schedule=schedule)
         embedding = embed_tokens(variables["params"], layout.in_order(ids), how)
         x = layout.constrain(layout.in_order(hidden), "batch", "residual")
         x, new_cache, _ = run_mtp(variables, depth, x, embedding, tokens, how, cache)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from dsv3_jax.config import ModelConfig
@@ -93,6 +94,8 @@ class Tokens(NamedTuple):
         decode_schedule: the decode kernel's plan for the lengths that a cache then has.
         experts: what each MoE layer is to choose in place of its router (routing replay); a layer
             is given its own [B, T, K].
+        wanted: the one row of each sequence that the layer's output is wanted of, where rows attend
+            to a cache; the others are in the cache and nowhere else. None: all rows.
 
     Source: this project (docs/architecture.md).
     """
@@ -102,6 +105,13 @@ class Tokens(NamedTuple):
     counted: Bool[Array, "B T"] | None = None
     decode_schedule: KVSplits | None = None
     experts: Int[Array, "*L B T K"] | None = None
+    wanted: Int[Array, " B"] | None = None
+
+    def of_wanted(self, x: Any) -> Any:
+        """The wanted row of each sequence, [B, 1, ...] of [B, T, ...]; or x, where all are."""
+        if self.wanted is None:
+            return x
+        return x[jnp.arange(len(x)), self.wanted][:, None]
 
 
 def as_pass(config: ModelConfig | Pass) -> Pass:

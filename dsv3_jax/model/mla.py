@@ -164,12 +164,12 @@ class MLA(nn.Module):
         x: Float[Array, "B T D"] | StraightThrough,
         tokens: Tokens,
         cache: LatentCache | PagedCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache | None]:
+    ) -> tuple[Float[Array, "B #T D"], LatentCache | PagedCache | None]:
         """Attention output, and the cache with these T tokens appended at their positions.
 
         Without a cache, or to fill an empty one, the T tokens attend to each other in the expanded
         form; otherwise they attend to all the cache holds in the absorbed form, which knows no
-        segments.
+        segments. Where tokens say which row is wanted, queries and output are of that row alone.
         """
         config, recipe, layout = self.how.config, self.how.recipe, self.how.layout
         rows, positions = ("batch", "seq"), tokens.positions
@@ -178,10 +178,11 @@ class MLA(nn.Module):
         from_heads = ProductLayout(layout, rows, (None, "heads"))
         w, latent_dim = parameters(self, config, "layer", "self_attn"), config.kv_lora_rank
 
+        asking: Any = tokens.of_wanted(x)
         if config.q_lora_rank is None:
-            q = linear(layout.constrain(x, *rows), w.q_proj, recipe.attention, where=to_heads)
+            q = linear(layout.constrain(asking, *rows), w.q_proj, recipe.attention, where=to_heads)
         else:
-            q_latent = linear(x, w.q_a_proj, recipe.attention, where=to_latent)
+            q_latent = linear(asking, w.q_a_proj, recipe.attention, where=to_latent)
             # A projection to a latent is made where the rows are; then the narrow latent moves.
             normed = norm_for(q_latent, w.q_a_layernorm, LATENT_NORM_EPS, recipe.attention, layout)
             q_latent = layout.constrain(normed, *rows)
@@ -197,7 +198,7 @@ class MLA(nn.Module):
         of_product = recipe.attention if only_product else None
         latent = norm_for(latent, w.kv_a_layernorm, LATENT_NORM_EPS, of_product)
         cos, sin = rope_tables(positions, config)
-        q_rope = apply_rope(q_rope, cos, sin)
+        q_rope = apply_rope(q_rope, *map(tokens.of_wanted, (cos, sin)))
         k_rope = apply_rope(latent_and_rope[..., latent_dim:], cos, sin)
 
         kv_b_proj, scale = w.kv_b_proj, softmax_scale(config)
@@ -226,7 +227,8 @@ class MLA(nn.Module):
                 bias=self.how.attention_bias,
             )
         else:
-            lengths, schedule = positions[:, -1] + 1, tokens.decode_schedule
+            lengths = tokens.of_wanted(positions)[:, -1] + 1
+            schedule = tokens.decode_schedule
             shared: Any = (kv_b_proj, scale, schedule, layout, self.how.attention_bias)
             out = mla_absorb(q_nope, q_rope, cache, lengths, *shared)
         o_proj = w.o_proj.reshape(config.hidden_size, -1)

@@ -37,7 +37,7 @@ class MTPModule(nn.Module):
         embedding: Float[Array, "B T D"],
         tokens: Tokens,
         cache: LatentCache | PagedCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache | None, MoEStats]:
+    ) -> tuple[Float[Array, "B #T D"], LatentCache | PagedCache | None, MoEStats]:
         """As `run_mtp`."""
         w, eps = parameters(self, self.how.config, "mtp"), self.how.config.rms_norm_eps
         embedding, hidden = rms_norm(embedding, w.enorm, eps), rms_norm(hidden, w.hnorm, eps)
@@ -57,7 +57,7 @@ def run_mtp(
     tokens: Tokens,
     how: Pass,
     cache: LatentCache | PagedCache | None = None,
-) -> tuple[Float[Array, "B T D"], LatentCache | PagedCache | None, MoEStats]:
+) -> tuple[Float[Array, "B #T D"], LatentCache | PagedCache | None, MoEStats]:
     """h^k of module k = depth + 1 after its final norm, which head and next module read.
 
     hidden is h^{k-1} after its final norm (the paper does not say; the runtimes that load the

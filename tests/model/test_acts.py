@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from dsv3_jax.config import ExpertParallelConfig, ShardingConfig
 from dsv3_jax.model.cache import init_cache, init_paged_cache, of_layer
-from dsv3_jax.model.decode import decode_schedule
+from dsv3_jax.model.decode import decode_mtp, decode_schedule
 from dsv3_jax.model.ends import embed_tokens, final_norm, head
 from dsv3_jax.model.forward_pass import Pass, Tokens
 from dsv3_jax.model.mtp import run_mtp
@@ -155,3 +155,24 @@ def test_an_mtp_module_drafts_from_a_cache_of_its_own(paged, whole):
         found.append(drafted)
     logits = head(params, jnp.concatenate(found, axis=1), how)
     assert relative_error(logits, whole.mtp_logits[0][:, :7]) < TOLERANCE["f32_model"]
+
+
+@pytest.mark.parametrize("paged", in_every_run([False, True], False))
+def test_a_wanted_row_of_an_mtp_module_is_that_of_all_rows(paged, whole):
+    """Its cache has all rows either way, and what no draft reads is not computed."""
+    if paged:
+        table = jnp.arange(8, dtype=jnp.int32).reshape(4, 2)
+        cache = of_layer(init_paged_cache(MODEL, table, 8, page=4, layers=1), jnp.int32(0))
+    else:
+        cache = jax.tree.map(lambda rows: rows[0], init_cache(MODEL, 4, 8, layers=1))
+    start, wanted = jnp.array([0, 1, 3, 4]), jnp.array([3, 0, 2, 1])
+
+    def drafted(wanted):
+        run = jax.jit(lambda *inputs: decode_mtp(VARIABLES, 0, *inputs, Pass(MODEL), wanted))
+        step = run.lower(whole.hidden[:, :4], IDS[:, 1:5], start, cache).compile()
+        return *step(whole.hidden[:, :4], IDS[:, 1:5], start, cache), step.cost_analysis()["flops"]
+
+    (rows, cache_of_rows, most), (row, cache_of_row, flops) = drafted(None), drafted(wanted)
+    assert relative_error(row[:, 0], rows[jnp.arange(4), wanted]) < TOLERANCE["f32_op"]
+    jax.tree.map(np.testing.assert_array_equal, cache_of_row, cache_of_rows)
+    assert flops < 2 * most / 3
