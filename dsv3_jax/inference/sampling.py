@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from dsv3_jax.kernels import backend
+
 DIGIT_BITS = 4  # of a float's 32, found in one pass over the vocabulary
 
 
@@ -36,7 +38,7 @@ def draw(
     2020); the likeliest always stays. With sampled=False all temperatures are taken to be 0, and
     the program is an argmax.
     """
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = likeliest(logits)
     if not sampled:
         return greedy
     warm = settings.temperature > 0
@@ -47,6 +49,16 @@ def draw(
     noisy = jnp.where(kept, scaled + noise_of(settings.seed, number, scaled.shape[1:]), -jnp.inf)
     drawn = jnp.argmax(noisy, axis=-1).astype(jnp.int32)
     return jnp.where(warm[:, None], drawn, greedy)
+
+
+def likeliest(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
+    """The first of the largest of each row, int32: argmax."""
+    if backend.platform() != "cpu":
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # XLA:CPU goes through an argmax number by number: 5 us for 1,024 logits, 2 for these two.
+    ids = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    largest = logits.max(axis=-1, keepdims=True)
+    return jnp.where(logits == largest, ids, ids[-1]).min(axis=-1)
 
 
 def noise_of(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.inference.sampling import Settings, draw, log_probability, nucleus
+from dsv3_jax.inference.sampling import Settings, draw, likeliest, log_probability, nucleus
 
 # Probabilities of 0.5, 0.25, 0.15, 0.1, not in order.
 PROBS = np.array([0.15, 0.5, 0.1, 0.25])
@@ -29,6 +29,15 @@ def frequencies(temperature, top_p, number=0):
     tokens = run(logits, settings(DRAWS, temperature, top_p), jnp.full(DRAWS, number))
     assert tokens.dtype == jnp.int32 and tokens.shape == (DRAWS, 1)
     return np.bincount(tokens[:, 0], minlength=4) / DRAWS
+
+
+def test_the_likeliest_is_the_first_of_the_largest():
+    rows = np.random.default_rng(0).integers(0, 6, (5, 3, 40)).astype(np.float32)
+    rows[0, 0, 7] = rows[0, 0, 30] = np.inf
+    rows[1] = -np.inf
+    np.testing.assert_array_equal(jax.jit(likeliest)(rows), rows.argmax(-1))
+    # Of numbers that are none, an id all the same.
+    assert 0 <= int(likeliest(jnp.full(40, jnp.nan))) < 40
 
 
 def test_temperature_zero_is_greedy():
