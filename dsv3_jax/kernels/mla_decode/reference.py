@@ -37,24 +37,37 @@ def mla_decode_contiguous(
     With the bias of `attention.api.mla_attention`, too.
     """
     del schedule
-    q_latent, q_rope, latent, k_rope, lengths = rows
-    new = q_latent.shape[1]
-    limit = lengths[:, None] - (new - 1) + jnp.arange(new, dtype=lengths.dtype)
-    visible = jnp.arange(latent.shape[1]) < limit[..., None]
-    logits = jnp.einsum(
-        "BTNC,BSC->BNTS", q_latent, latent, preferred_element_type=jnp.float32
-    ) + jnp.einsum("BTNR,BSR->BNTS", q_rope, k_rope, preferred_element_type=jnp.float32)
+
+    def attend(*of_sequence):
+        return _of_sequence(Rows(*of_sequence), scale, bias)
+
+    if len(rows.lengths) > 1:
+        return jax.vmap(attend)(*rows)
+    # Without a dim for one sequence: XLA:CPU would transpose its keys for every product.
+    context_TNC, lse_TN = attend(*(x[0] for x in rows))
+    return context_TNC[None], lse_TN[None]
+
+
+def _of_sequence(rows: Rows, scale: float, bias: Bias | None) -> Results:
+    """`mla_decode_contiguous` of one sequence; no array has B."""
+    q_latent, q_rope, latent, k_rope, length = rows
+    new, heads, _ = q_latent.shape
+    limit = length - (new - 1) + jnp.arange(new, dtype=length.dtype)
+    seen = jnp.arange(latent.shape[0]) < limit[:, None]
+    # Keys first: XLA:CPU would copy them for the other order.
+    of_latent = jnp.einsum("SC,TNC->STN", latent, q_latent, preferred_element_type=jnp.float32)
+    of_rope = jnp.einsum("SR,TNR->STN", k_rope, q_rope, preferred_element_type=jnp.float32)
+    logits = jnp.moveaxis(of_latent + of_rope, 0, 2)
     # The lowest finite number, not -inf: a token that sees nothing must not become NaN.
     lowest = jnp.finfo(logits.dtype).min
-    seen = visible[:, None]
-    logits = logits * scale
+    logits, seen_TNS = logits * scale, seen[:, None]
     if bias is not None:
-        sizes = {"keys": latent.shape[1], "heads": q_latent.shape[2]}
-        made = jax.vmap(lambda positions: biased(bias, positions, **sizes))(limit - 1)
-        logits, seen = apply_bias(logits, seen, made)
-    logits = jnp.where(seen, logits, lowest)
+        made_NTS = biased(bias, limit - 1, keys=latent.shape[0], heads=heads)
+        by_head = apply_bias(logits.swapaxes(0, 1)[None], seen[None, None], made_NTS[None])
+        logits, seen_TNS = (x[0].swapaxes(0, 1) for x in by_head)
+    logits = jnp.where(seen_TNS, logits, lowest)
     probs = jax.nn.softmax(logits, axis=-1).astype(latent.dtype)
     # In f32: XLA's CPU backend would add bf16 products up in bf16.
-    context = jnp.einsum("BNTS,BSC->BTNC", probs.astype(jnp.float32), latent.astype(jnp.float32))
-    context = jnp.where((limit > 0)[..., None, None], context, 0).astype(q_latent.dtype)
-    return context, jax.nn.logsumexp(logits, axis=-1).swapaxes(1, 2)
+    context = jnp.einsum("TNS,SC->TNC", probs.astype(jnp.float32), latent.astype(jnp.float32))
+    context = jnp.where((limit > 0)[:, None, None], context, 0).astype(q_latent.dtype)
+    return context, jax.nn.logsumexp(logits, axis=-1)
