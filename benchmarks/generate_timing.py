@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv3_jax.inference.acts import advance
+from dsv3_jax.inference.acts import advance_of
 from dsv3_jax.inference.engine import Engine
 from dsv3_jax.inference.kv_cache import NO_PAGE
 from dsv3_jax.model.cache import PagedCache
@@ -116,7 +116,7 @@ def queued_steps(engine: Engine, context: int) -> Callable[[], Any]:
             asked=asked,
         )
         for _ in range(STEPS):
-            slots, written = advance(engine.variables, slots, table, program)
+            slots, written = advance_of(program)(engine.variables, slots, table, program)
         engine._slots = slots._replace(open=jnp.zeros_like(slots.open))
         return written.tokens
 

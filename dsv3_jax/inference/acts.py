@@ -22,7 +22,7 @@ from dsv3_jax.model.cache import LatentCache, PagedCache
 from dsv3_jax.model.decode import Decoded, decode_step, prefill
 from dsv3_jax.model.ends import logits_of
 from dsv3_jax.model.transformer import Variables
-from dsv3_jax.parallel.compiler_options import overlap_options
+from dsv3_jax.parallel.compiler_options import ONE_CORE_OPTIONS, overlap_options
 from dsv3_jax.parallel.sharding import Layout
 
 _of_slots = partial(jax.jit, static_argnames="program", donate_argnames="slots")
@@ -85,9 +85,15 @@ def advance(
 
 
 def advance_of(program: Program) -> Any:
-    """`advance` for this program: with two micro-batches XLA is told what training's overlap is."""
+    """`advance` for this program, compiled as it wants.
+
+    With two micro-batches XLA is told what training's overlap is, and of a small model on a CPU to
+    keep each operation on one core.
+    """
     steps = program.steps
     options = overlap_options(steps.layout.platform) if steps.micro_batches == 2 else {}
+    if program.small:
+        options = ONE_CORE_OPTIONS
     return _advance_told(tuple(options.items())) if options else advance
 
 

@@ -30,8 +30,9 @@ from dsv3_jax.inference.requests import Completion, FinishReason, Request
 from dsv3_jax.inference.running import Flight, Piece, Running, chunk_of, tokens_of
 from dsv3_jax.inference.slots import Program, empty_slots, pools_of
 from dsv3_jax.model.forward_pass import Pass
-from dsv3_jax.model.placement import shardings
+from dsv3_jax.model.placement import held_for_steps
 from dsv3_jax.model.transformer import Variables
+from dsv3_jax.model.unstacked import has_unstacked
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout, serving_layouts
 
 
@@ -56,22 +57,22 @@ class Engine:
         prompts, steps = (Pass(endless, layout=each) for each in serving_layouts(layout))
         steps = replace(steps, micro_batches=options.micro_batches)
         self._groups, self._alone = layout.size("batch"), layout.one_device
-        if not layout.one_device:
-            variables = jax.device_put(variables, shardings(variables, prompts.layout))
-        self.variables = variables
+        self.variables = held_for_steps(variables, prompts.layout)
+        unstacked = has_unstacked(self.variables["params"])
         program = partial(
             Program,
             prompts,
             steps,
             drafts=options.drafts,
             top=options.top,
+            small=unstacked,
             experts=options.experts,
             load=expert_load is not None,
         )
         self._programs = {sampled: program(sampled=sampled) for sampled in (False, True)}
         self.pools, most = pools_of(options, layout)
         pages = sum(pool.pages for pool in self.pools)
-        self._slots = empty_slots(config, options, pages, most, steps.layout)
+        self._slots = empty_slots(config, options, pages, most, steps.layout, unstacked)
         self._sequences: dict[int, Running] = {}  # by slot, in the order of admission
         self._arrived: deque[Running] = deque()  # from any thread
         self._waiting: deque[Running] = deque()

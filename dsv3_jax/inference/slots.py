@@ -18,11 +18,13 @@ from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 from dsv3_jax.model.cache import (
     AnyCache,
     LatentCache,
+    ModelCache,
     init_cache,
     init_model_cache,
     init_paged_cache,
 )
 from dsv3_jax.model.forward_pass import Pass
+from dsv3_jax.model.unstacked import unstack
 from dsv3_jax.parallel.sharding import Layout
 
 
@@ -35,6 +37,7 @@ class Program:
         drafts: how many tokens are drafted for a step.
         sampled: whether any sequence has a temperature; without, picking is an argmax.
         top: how many of the likeliest tokens are returned with each.
+        small: whether this is a model on a CPU whose layers are Unstacked.
         experts, load: whether each token's experts and the load of each expert are returned.
     """
 
@@ -43,6 +46,7 @@ class Program:
     drafts: int = 0
     sampled: bool = True
     top: int = 0
+    small: bool = False
     experts: bool = False
     load: bool = False
 
@@ -109,11 +113,17 @@ def pools_of(options: EngineOptions, layout: Layout) -> tuple[list[PagePool], in
 
 
 def empty_slots(
-    config: ModelConfig, options: EngineOptions, pages: int, length: int, layout: Layout
+    config: ModelConfig,
+    options: EngineOptions,
+    pages: int,
+    length: int,
+    layout: Layout,
+    unstacked: bool = False,
 ) -> Slots:
     """All slots closed, and caches for them: so many pages, or contiguous rows for `length` tokens.
 
-    Each MTP module that drafts has a cache of its own, with the same pages.
+    Each MTP module that drafts has a cache of its own, with the same pages. Contiguous rows lie
+    Unstacked where the model's layers do.
     """
     count, drafts = options.slots, options.drafts
     modules = min(drafts, config.num_nextn_predict_layers)
@@ -129,6 +139,8 @@ def empty_slots(
     else:
         init = partial(init_model_cache, config, count, length)
         cache = layout.make(init, where(None, "batch", "cache"))
+        if unstacked:
+            cache = ModelCache(*(rows and unstack(rows) for rows in cache))
 
         def of_module():
             return LatentCache(*(rows[0] for rows in init_cache(config, count, length, 1)))

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 from dsv3_jax.kernels.mla_decode.operands import latent_tile
+from dsv3_jax.model.unstacked import Unstacked
 from dsv3_jax.parallel.collectives import Axes
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize, quantize
@@ -40,13 +41,13 @@ def init_cache(config: ModelConfig, batch: int, length: int, layers: int) -> Lat
 
 
 class ModelCache(NamedTuple):
-    """The latent caches of all layers, stacked per kind; None where there are no such layers.
+    """The latent caches of all layers, per kind stacked or Unstacked; None where there are none.
 
     In the model's dtype. Source: V3 report, section 2.1.1.
     """
 
-    dense: LatentCache | None
-    moe: LatentCache | None
+    dense: LatentCache | Unstacked | None
+    moe: LatentCache | Unstacked | None
 
 
 def init_model_cache(config: ModelConfig, batch: int, length: int) -> ModelCache:
@@ -176,6 +177,12 @@ def _append_rows(cache: LatentCache, latent, k_rope, start) -> LatentCache:
     def write(rows, new, at):
         return jax.lax.dynamic_update_slice(rows, new.astype(rows.dtype), (at, 0))
 
+    if len(start) == 1:  # not the scatter that a batch of updates is
+
+        def write_only(rows, new):
+            return jax.lax.dynamic_update_slice(rows, new.astype(rows.dtype), (0, start[0], 0))
+
+        return LatentCache(write_only(cache.latent, latent), write_only(cache.k_rope, k_rope))
     return LatentCache(
         jax.vmap(write)(cache.latent, latent, start), jax.vmap(write)(cache.k_rope, k_rope, start)
     )

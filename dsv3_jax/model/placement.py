@@ -14,10 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
 
 from dsv3_jax.config.weights import Weight, find_weight
+from dsv3_jax.kernels import backend
 from dsv3_jax.model.adapters import A, Adapted, B
 from dsv3_jax.model.fp8_weights import cut_dims, matrix_dims
 from dsv3_jax.model.quantized_slices import as_matrices, matrix_dims_of
 from dsv3_jax.model.step_weights import StepWeights, as_they_are, with_made
+from dsv3_jax.model.unstacked import unstack_variables
 from dsv3_jax.parallel.sharding import Layout
 from dsv3_jax.quantization.block_scaled import BlockScaled, StepWeight, is_step_weight
 
@@ -128,6 +130,13 @@ def gathered_for_step(
 
     masters = jax.tree.map(_master_of, held, is_leaf=is_step_weight)
     return as_they_are(masters)._replace(made=jax.tree.map(made, held, is_leaf=is_step_weight))
+
+
+def held_for_steps(variables: dict[str, Any], layout: Layout) -> dict[str, Any]:
+    """The variables as decoding reads them: placed on a mesh, Unstacked on a CPU by itself."""
+    if not layout.one_device:
+        return jax.device_put(variables, shardings(variables, layout))
+    return unstack_variables(variables) if backend.platform() == "cpu" else variables
 
 
 def _stacked(dims: tuple[str | None, ...], ndim: int) -> tuple[str | None, ...]:

@@ -20,12 +20,17 @@ from dsv3_jax.model.forward_pass import Pass, Tokens, of_part
 from dsv3_jax.model.frozen_products import with_bytes, without_bytes
 from dsv3_jax.model.micro_batches import cut, divides, in_halves, in_opposite_phases, joined
 from dsv3_jax.model.moe import MoEStats
+from dsv3_jax.model.unstacked import (
+    DENSE,
+    MOE,
+    WITHOUT_LOOP,
+    Unstacked,
+    has_unstacked,
+    is_unstacked,
+    layer_at,
+    num_layers,
+)
 from dsv3_jax.quantization.block_scaled import is_step_weight
-
-DENSE, MOE = "dense_layers", "moe_layers"
-
-# So many layers, and no more, are compiled one by one on one GPU.
-WITHOUT_LOOP = 4
 
 
 def run_layers(
@@ -39,12 +44,12 @@ def run_layers(
     """x after the layers that `variables` holds, dense ones first; their cache; MoE statistics.
 
     Of each collection only "dense_layers" and "moe_layers" are read, where they are; each may be a
-    share of the model's, cut along the layer dim. x comes and goes laid out as the residual,
-    without a final norm. The cache holds these layers alone (a ModelCache), or first_layer is the
-    first one's number in it (a PagedCache). Statistics are stacked; None without a MoE layer, and
-    so are the experts that the tokens are told, if they are. x stays in the model's dtype. Raises
-    nothing of its own. Source: V3 report, section 2.1; DeepSeek-V3:inference/model.py,
-    Transformer.forward.
+    share of the model's, cut along the layer dim, or Unstacked. x comes and goes laid out as the
+    residual, without a final norm. The cache holds these layers alone (a ModelCache, Unstacked as
+    they are), or first_layer is the first one's number in it (a PagedCache). Statistics are
+    stacked; None without a MoE layer, and so are the experts that the tokens are told, if they are.
+    x stays in the model's dtype. Raises nothing of its own. Source: V3 report, section 2.1;
+    DeepSeek-V3:inference/model.py, Transformer.forward.
 
     >>> import jax, jax.numpy as jnp, dsv3_jax as ds
     >>> how = ds.Pass(ds.load_config("tiny").model)
@@ -54,10 +59,10 @@ def run_layers(
     (2, 8, 128)
     """
     paged = cache if isinstance(cache, PagedCache) else None
-    stacked = cache if isinstance(cache, ModelCache) else ModelCache(None, None)
+    of_kinds = cache if isinstance(cache, ModelCache) else ModelCache(None, None)
     new_caches: dict[str, Any] = {DENSE: None, MOE: None}
     stats = None
-    for name, layer_caches in ((DENSE, stacked.dense), (MOE, stacked.moe)):
+    for name, layer_caches in ((DENSE, of_kinds.dense), (MOE, of_kinds.moe)):
         layers = of_part(variables, name)
         if not layers.get("params"):
             continue
@@ -66,7 +71,7 @@ def run_layers(
             layers, x, told, how, name == DENSE, paged, layer_caches, first_layer
         )
         x, paged = carry
-        first_layer += _num_layers(layers)
+        first_layer += num_layers(layers)
         stats = stats if of_kind is None else of_kind
     if isinstance(cache, ModelCache):
         return x, ModelCache(new_caches[DENSE], new_caches[MOE]), stats
@@ -87,7 +92,7 @@ def _scan(
     unroll, made, stacks = _layers_a_step(layers, how), {}, {}
     if how.layout.mesh.size == 1:
         layers, stacks = without_bytes(layers)
-    if _one_gpu(how) and unroll == _num_layers(layers):
+    if _one_gpu(how) and unroll == num_layers(layers):
         layers, made = _without_numbers(layers)
 
     def body(carry, scanned, place=None):
@@ -118,9 +123,9 @@ def _scan(
             paged, layer_cache = layer_cache.with_table(paged.block_table), None
         return (x, paged), (layer_cache, stats)
 
-    numbers = first_layer + jnp.arange(_num_layers(layers), dtype=jnp.int32)
+    numbers = first_layer + jnp.arange(num_layers(layers), dtype=jnp.int32)
     scanned = (layers, layer_caches, numbers, tokens.experts)
-    if made:
+    if made or has_unstacked(layers):
         (x, paged), out = _in_turn(body, (x, paged), scanned)
     else:
         (x, paged), out = jax.lax.scan(body, (x, paged), scanned, unroll=unroll)
@@ -140,15 +145,13 @@ def _in_turn(body, carry, scanned):
     From a stack at a constant place a kernel reads its part where it lies.
     """
     results = []
-    for place in range(_num_layers(scanned)):
-        of_turn = jax.tree.map(partial(_at, place), scanned)
-        carry, result = body(carry, of_turn, place)
+    for place in range(num_layers(scanned)):
+        carry, result = body(carry, layer_at(place, scanned), place)
         results.append(result)
-    return carry, jax.tree.map(lambda *x: jnp.stack(x), *results)
-
-
-def _at(place: int, stack):
-    return jax.lax.index_in_dim(stack, place, keepdims=False)
+    caches, stats = zip(*results)
+    stacked = lambda parts: jax.tree.map(lambda *x: jnp.stack(x), *parts)  # noqa: E731
+    caches = Unstacked(caches) if is_unstacked(scanned[1]) else stacked(caches)
+    return carry, (caches, stacked(stats))
 
 
 def _layers_a_step(layers, how: Pass) -> int:
@@ -161,7 +164,7 @@ def _layers_a_step(layers, how: Pass) -> int:
         return 1 if frozen else 2
     # On a GPU a loop fills stacks with zeros, for what layers keep for their backward pass, and
     # writes that into them: 3 % of a step. Without a loop there are none. Not measured on several.
-    number = _num_layers(layers)
+    number = num_layers(layers)
     return number if _one_gpu(how) and number <= WITHOUT_LOOP else 1
 
 
@@ -197,9 +200,7 @@ def _without_numbers(layers):
 
 def _with_numbers(layer, made, place):
     """One layer's weights with what the step made of them."""
-    return _replaced(
-        layer, {path: jax.tree.map(partial(_at, place), stacks) for path, stacks in made.items()}
-    )
+    return _replaced(layer, {path: layer_at(place, stacks) for path, stacks in made.items()})
 
 
 def _step_weights(tree):
@@ -214,7 +215,3 @@ def _replaced(tree, fields):
         return replace(weight, **fields[path]) if path in fields else weight
 
     return jax.tree_util.tree_map_with_path(put, tree, is_leaf=is_step_weight)
-
-
-def _num_layers(layers: dict[str, Any]) -> int:
-    return jax.tree.leaves(layers)[0].shape[0]

@@ -8,9 +8,10 @@ import pytest
 
 from dsv3_jax.config import UserError
 from dsv3_jax.inference import generate as generate_module
-from dsv3_jax.inference.acts import advance, feed
+from dsv3_jax.inference.acts import _advance_told, feed
 from dsv3_jax.inference.generate import generate
 from dsv3_jax.model.transformer import forward
+from dsv3_jax.parallel.compiler_options import ONE_CORE_OPTIONS
 from tests.helpers import random_tokens, random_variables, tiny_model
 
 CONFIG = tiny_model(num_hidden_layers=2, num_nextn_predict_layers=0)
@@ -99,7 +100,9 @@ def test_any_of_several_ids_ends_a_sequence_and_the_first_fills_it_up(greedy):
 
 def test_other_ids_that_end_a_text_compile_nothing(greedy):
     del greedy  # has compiled what is wanted
+    advance = _advance_told(tuple(ONE_CORE_OPTIONS.items()))
     compiled = advance._cache_size(), feed._cache_size()
+    assert min(compiled) > 0
     config = dataclasses.replace(CONFIG, eos_token_id=(3, 4, 5))
     next(generate(VARIABLES, PROMPTS, config, **ALL))
     assert (advance._cache_size(), feed._cache_size()) == compiled

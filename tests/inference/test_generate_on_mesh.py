@@ -210,3 +210,13 @@ def test_xla_is_told_of_two_micro_batches_and_else_nothing(monkeypatch):
     one, two = (Program(Pass(MODEL), Pass(MODEL, micro_batches=n), sampled=False) for n in (1, 2))
     assert acts.advance_of(two) == told
     assert acts.advance_of(one) is advance
+
+
+def test_a_step_of_a_small_model_on_a_cpu_keeps_to_one_core(monkeypatch):
+    """Else XLA shares products of a microsecond out over all cores, and waits for these."""
+    options = EngineOptions(slots=4, max_length=16, chunks=(8,), chunk_rows=(4,))
+    program = Engine(VARIABLES, MODEL, options)._programs[False]
+    alone = Engine(VARIABLES, MODEL, options, layout_of(node=2, local=2))._programs[False]
+    assert acts.advance_of(alone) is advance
+    monkeypatch.setattr(acts, "_advance_told", dict)
+    assert acts.advance_of(program) == {"xla_disable_hlo_passes": "cpu-parallel-task-assigner"}

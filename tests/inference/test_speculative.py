@@ -16,6 +16,7 @@ from dsv3_jax.inference.options import EngineOptions
 from dsv3_jax.inference.requests import Request
 from dsv3_jax.inference.speculative import agreeing
 from dsv3_jax.model.transformer import forward
+from dsv3_jax.parallel.compiler_options import ONE_CORE_OPTIONS
 from tests.cases import in_every_run
 from tests.helpers import random_tokens, random_variables, tiny_model
 
@@ -30,6 +31,11 @@ def tokens_of(modules=1, prompts=PROMPTS, **options):
     config = CONFIG if modules == 1 else TWO
     options = {"max_new_tokens": NEW} | options
     return np.stack(list(generate(VARIABLES[modules], prompts, config, **options)), 1)
+
+
+def forget_steps():
+    """What a step calls is traced again."""
+    acts_module._advance_told(tuple(ONE_CORE_OPTIONS.items())).clear_cache()
 
 
 def agreeing_variables(modules=1):
@@ -90,10 +96,10 @@ def test_the_first_draft_of_every_step_is_the_module_s_own():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(acts_module, "agreeing", spy)
-        acts_module.advance.clear_cache()
+        forget_steps()
         (done,) = complete(VARIABLES[2], [prompt], TWO, max_new_tokens=30, speculative=2)
         jax.effects_barrier()
-    acts_module.advance.clear_cache()
+    forget_steps()
     text = np.array([[*prompt, *done.ids]])
     outputs = jax.jit(forward, static_argnames="config")(VARIABLES[2], text, config=TWO)
     newest, length = len(prompt), len(prompt)
@@ -156,9 +162,9 @@ def test_draws_with_speculation_have_the_model_s_own_distribution():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(acts_module, "agreeing", biased)
-        acts_module.advance.clear_cache()
+        forget_steps()
         statistic, _ = chi_square(VARIABLES[1], prompt)
-    acts_module.advance.clear_cache()
+    forget_steps()
     assert statistic > 2 * limit
 
 
