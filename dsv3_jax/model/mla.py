@@ -19,7 +19,7 @@ from dsv3_jax.model.forward_pass import Pass, Tokens
 from dsv3_jax.model.linear import linear
 from dsv3_jax.model.norm import LATENT_NORM_EPS
 from dsv3_jax.model.parameters import parameters
-from dsv3_jax.model.plain_products import row_by_row
+from dsv3_jax.model.plain_products import are_few, row_by_row
 from dsv3_jax.model.projection import ProductLayout, as_projection
 from dsv3_jax.model.quantized_inputs import norm_for
 from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
@@ -121,8 +121,11 @@ def mla_absorb(
 
     def attend(queries, cache, lengths, weight):
         q_nope, q_rope = queries
-        nope_dim = q_nope.shape[-1]
+        nope_dim, value_dim = q_nope.shape[-1], weight.shape[1] - q_nope.shape[-1]
         w_uk_NHC, w_uv_NUC = weight[:, :nope_dim], weight[:, nope_dim:]
+        if are_few(q_nope, 2):  # what is cut of a weight XLA:CPU copies, in every step
+            w_uk_NHC = w_uv_NUC = weight
+            q_nope = jnp.pad(q_nope, ((0, 0),) * 3 + ((0, value_dim),))
         new: dict[str, Any] = {
             "q_latent": _by_head("BTNH,NHC->BTNC", q_nope, w_uk_NHC),
             "q_rope": q_rope,
@@ -139,7 +142,8 @@ def mla_absorb(
                 Rows(**new), scale=scale, schedule=schedule, bias=bias
             )
         # W^UV here: of pieces of a cache U numbers a head travel, not C.
-        return _by_head("BTNC,NUC->BTNU", context_BTNC, w_uv_NUC), lse_BTN
+        out_BTNU = _by_head("BTNC,NUC->BTNU", context_BTNC, w_uv_NUC)
+        return out_BTNU[..., -value_dim:], lse_BTN
 
     queries = (q_nope_BTNH, q_rope_BTNR)
     return attention_to_cache(

@@ -60,13 +60,18 @@ PIECE = 1 << 22
 ROW_BY_ROW = 4
 
 
+def are_few(x: Array, leading: int) -> bool:
+    """Whether these are so few rows, numbered by the first dims of x, in a program for a CPU."""
+    return 0 < math.prod(x.shape[:leading]) <= ROW_BY_ROW and backend.platform() == "cpu"
+
+
 def row_by_row(multiply: Callable[[Array], Array], x: Array, leading: int) -> Array:
     """multiply(x), each row by itself where there are a few and the program is for a CPU.
 
     The first dims of x, so many, number the rows, and stay the first of the result.
     """
     dims = x.shape[:leading]
-    if not 1 < math.prod(dims) <= ROW_BY_ROW or backend.platform() != "cpu":
+    if math.prod(dims) == 1 or not are_few(x, leading):
         return multiply(x)
     rows = x.reshape(-1, *[1] * leading, *x.shape[leading:])
     y = jnp.concatenate([multiply(row) for row in rows])

@@ -17,6 +17,8 @@ from dsv3_jax.parallel.collectives import no_gradients
 from dsv3_jax.quantization.block_scaled import StraightThrough
 
 _BLOCK = 128  # entries that are compared with each other, at most
+# Up to so many, as decoding has them, rows are found by comparing them with all entries.
+FEW_ENTRIES = 16
 
 
 @functools.partial(
@@ -62,12 +64,13 @@ def plan(
     group_start = jnp.cumsum(aligned) - aligned
     rows = num_rows(choices if entries is None else entries, num_experts, alignment)
     slot = group_start.at[flat].get(mode="fill", fill_value=rows) + rank
-    token = jnp.full(rows, num_tokens)
-    token = token.at[slot].set(
-        jnp.arange(choices) // per_token,
-        mode=None if complete else "drop",
-        unique_indices=complete,
-    )
+    own = jnp.arange(choices) // per_token
+    if choices <= FEW_ENTRIES:  # without what a scatter begins with, and its turns
+        token = jnp.where(jnp.arange(rows)[:, None] == slot, own, num_tokens).min(1)
+    else:
+        token = jnp.full(rows, num_tokens)
+        mode = None if complete else "drop"
+        token = token.at[slot].set(own, mode=mode, unique_indices=complete)
     if not complete:
         slot = jnp.minimum(slot, rows)
     # Made once: within a sum of rows XLA would count ranks anew for every number that it adds.

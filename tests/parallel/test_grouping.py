@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv3_jax.parallel import grouping
 from dsv3_jax.parallel.grouping import gather_rows, num_rows, plan, sum_rows
 from tests.helpers import TOLERANCE, relative_error
 
@@ -49,6 +50,21 @@ def test_num_rows_is_enough_for_any_routing(entries, groups, alignment):
     rest, needed = entries - filled, filled * alignment
     needed += -(-max(rest - filled * (alignment - 1), 0) // alignment) * alignment
     assert have >= needed
+
+
+@pytest.mark.parametrize("alignment", [1, 4])
+@pytest.mark.parametrize("entries", [None, 5])
+def test_few_entries_find_their_rows_as_many_do(entries, alignment, monkeypatch):
+    """By comparing, not by a scatter; also where some choices have no row."""
+    most = EXPERTS if entries is None else EXPERTS + 1
+    experts = jnp.asarray(np.random.default_rng(4).integers(0, most, (4, 2)))
+    if entries is not None:
+        experts = experts.at[:2, 0].set(EXPERTS).at[2, 1].set(EXPERTS)
+    few = plan(experts, EXPERTS, alignment, entries)
+    monkeypatch.setattr(grouping, "FEW_ENTRIES", 0)
+    many = plan(experts, EXPERTS, alignment, entries)
+    jax.tree.map(np.testing.assert_array_equal, few, many)
+    assert (np.asarray(few[0].token_M) < 4).sum() == (np.asarray(experts) < EXPERTS).sum()
 
 
 def test_sum_undoes_gather():
