@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 from dsv3_jax.kernels.mla_decode.operands import latent_tile
 from dsv3_jax.model.unstacked import Unstacked
@@ -177,15 +178,24 @@ def _append_rows(cache: LatentCache, latent, k_rope, start) -> LatentCache:
     def write(rows, new, at):
         return jax.lax.dynamic_update_slice(rows, new.astype(rows.dtype), (at, 0))
 
-    if len(start) == 1:  # not the scatter that a batch of updates is
-
-        def write_only(rows, new):
-            return jax.lax.dynamic_update_slice(rows, new.astype(rows.dtype), (0, start[0], 0))
-
+    if len(start) == 1 and backend.platform() == "cpu":
+        write_only = partial(_write_only, start=start[0])
         return LatentCache(write_only(cache.latent, latent), write_only(cache.k_rope, k_rope))
     return LatentCache(
         jax.vmap(write)(cache.latent, latent, start), jax.vmap(write)(cache.k_rope, k_rope, start)
     )
+
+
+def _write_only(rows: Float[Array, "1 S C"], new: Float[Array, "1 T C"], start: Int[Array, ""]):
+    """The rows of the only sequence with new ones from `start` on, in place."""
+    new = new.astype(rows.dtype)
+    if new.shape[1] == 1 < rows.shape[1]:
+        # With the row beside it: to write a single one XLA:CPU makes four copies of all.
+        at = jnp.clip(start, 0, rows.shape[1] - 1)
+        start = jnp.minimum(at, rows.shape[1] - 2)
+        both = jax.lax.dynamic_slice_in_dim(rows, start, 2, axis=1)
+        new = jnp.where((start + jnp.arange(2) == at)[:, None], new, both)
+    return jax.lax.dynamic_update_slice_in_dim(rows, new, start, axis=1)
 
 
 def _append_to_piece(cache: LatentCache, latent, k_rope, start, axes: Axes) -> LatentCache:

@@ -136,3 +136,16 @@ def test_cache_holds_576_values_a_token_and_layer():
     cache = jax.eval_shape(lambda: init_cache(ModelConfig(), 1, 1, layers=61))
     assert isinstance(cache, LatentCache)
     assert sum(x.size * x.dtype.itemsize for x in cache) == 70_272
+
+
+@pytest.mark.parametrize("length, start", [(6, 0), (6, 3), (6, 5), (1, 0)])
+def test_one_row_of_one_sequence_is_written_where_it_belongs(length, start):
+    """With its neighbour, which stays as it is."""
+    rng = np.random.default_rng(5)
+    held, new = (
+        LatentCache(*(jnp.asarray(rng.normal(size=(1, n, d)), jnp.float32) for d in (8, 4)))
+        for n in (length, 1)
+    )
+    found = jax.jit(append)(held, *new, jnp.array([start]))
+    for before, row, after in zip(held, new, found, strict=True):
+        np.testing.assert_array_equal(after, np.asarray(before.at[0, start].set(row[0, 0])))
