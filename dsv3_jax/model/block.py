@@ -60,13 +60,12 @@ class Block(nn.Module):
             # The first half's rows are on their way to the experts meanwhile.
             rows = how.layout.spec("batch", "residual")
             tie = how.layout.shard_map(tied, (rows, rows), (rows, rows))
-            second, first = tie(x[1], first)
+            second, first_normed = tie(x[1], rms_norm(first, norm, eps))
             second, cache = attend(second, tokens[1], second_cache)
-            x = first, second
             masks = (tuple(getattr(of, name) for of in tokens) for name in ("counted", "experts"))
-            normed = tuple(rms_norm(each, norm, eps) for each in x)
+            normed = first_normed, rms_norm(second, norm, eps)
             y, stats = MoE(how, name="mlp")(normed, *masks)
-            return jax.tree.map(jnp.add, x, y), cache, stats
+            return jax.tree.map(jnp.add, (first, second), y), cache, stats
         x, cache = attend(token_by_token(x, how.layout), tokens, cache)
         if self.dense:
             mlp = MLP(how, name="mlp")

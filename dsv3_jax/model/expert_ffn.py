@@ -5,7 +5,7 @@ All inside shard_map (or on one device): arrays are a device's own. `parallel/ex
 one in opposite phases.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 from jaxtyping import Array, Bool, Float, Int
 
-from dsv3_jax.model.linear import group_alignment, grouped_feed_forward
+from dsv3_jax.model.linear import feed_forward, group_alignment, grouped_feed_forward
 from dsv3_jax.model.projection import Projection, as_projection
 from dsv3_jax.model.quantized_inputs import gather_for
 from dsv3_jax.model.router import Routing
@@ -22,7 +22,7 @@ from dsv3_jax.parallel.collectives import no_gradients
 from dsv3_jax.parallel.exchange import Exchange, may_overflow
 from dsv3_jax.parallel.expert import arrange, combine, dispatch, rows_left
 from dsv3_jax.parallel.grouping import sum_rows
-from dsv3_jax.parallel.phases import after
+from dsv3_jax.parallel.phases import after, mark_of
 from dsv3_jax.parallel.round_trip import (
     Sent,
     gradients_of,
@@ -30,7 +30,7 @@ from dsv3_jax.parallel.round_trip import (
     rows_back,
     send_rows,
 )
-from dsv3_jax.parallel.rounds import Before, fits_or_nan, in_one_loop, in_rounds
+from dsv3_jax.parallel.rounds import Before, Once, fits_or_nan, in_one_loop, in_rounds
 from dsv3_jax.quantization.block_scaled import StepWeight
 from dsv3_jax.quantization.recipe import BF16, Recipe
 
@@ -55,12 +55,14 @@ def exchanged_expert_ffn(
     down_EDF: Float[Array, "E D F"] | Projection | StepWeight,
     recipe: Recipe,
     exchange: Exchange,
+    shared: Any = None,
 ) -> tuple[Any, Int[Array, ""]]:
     """`expert_ffn` where a device holds some experts, and the rounds that it took.
 
     Inside shard_map, with arrays that vary over exchange.token_axes. Choices NOBODY count nothing.
     Of a pair of x and of routings, halves of a batch, the rows of one travel while the other's are
-    computed; what is returned is a pair, too.
+    computed; what is returned is a pair, too. shared: of such a pair, what shared experts read, x
+    of both halves and two weights that are whole here; their output is added.
     """
     if isinstance(routing, Routing):
         weights, experts = routing.weights_TK, routing.experts_TK
@@ -69,13 +71,20 @@ def exchanged_expert_ffn(
         weights = tuple(of_half.weights_TK for of_half in routing)
         experts = tuple(of_half.experts_TK for of_half in routing)
         piece = PairRound(recipe, exchange)
-    operands = (x_TD, weights, gate_up_E2FD, down_EDF)
+    operands: Any = (x_TD, weights, gate_up_E2FD, down_EDF)
+    operands += () if isinstance(routing, Routing) else (shared,)
     per_token = (routing if isinstance(routing, Routing) else routing[0]).experts_TK.shape[1]
     if not may_overflow(exchange, per_token):
         only = jnp.zeros(exchange.levels, jnp.int32)
-        return piece(operands, experts, only)[0], jnp.ones((), jnp.int32)
+        return _joined(piece(operands, experts, only)[0]), jnp.ones((), jnp.int32)
     run = {"rounds": in_rounds, "loop": in_one_loop, "error": fits_or_nan}[exchange.overflow]
-    return run(piece, exchange.token_axes, exchange.levels, operands, experts)
+    y, rounds = run(piece, exchange.token_axes, exchange.levels, operands, experts)
+    return _joined(y), rounds
+
+
+def _joined(y: Any) -> Any:
+    """The output of routed experts, and of shared ones where the first round computed them."""
+    return jax.tree.map(jnp.add, y.y, y.once) if isinstance(y, Once) else y
 
 
 def _expert_round(
@@ -103,13 +112,21 @@ class PairRound:
 
     The first half's rows travel to their experts while whoever calls this makes the second x; the
     second's while the first's experts multiply, the first's back while the second's do. The
-    second's travel back over what follows. The backward pass has the mirrored order. `after` says
-    that nothing is made of what arrived before the products that it travels over are done: XLA's
-    scheduler, which goes from the end to the start, would take them in any order.
+    second's travel back over both shared experts, where these are among the operands. The backward
+    pass has the mirrored order. `after` says that nothing is made of what arrived before the
+    products that it travels over are done: XLA's scheduler, which goes from the end to the start,
+    would take them in any order. Nothing of both halves that is alike may be there at one time:
+    XLA makes one kernel of it, and one half's rows then wait for the other's.
     """
 
     recipe: Recipe
     exchange: Exchange
+    first: bool = True  # of the rounds; the others have no part in shared experts
+
+    @property
+    def further(self) -> "PairRound":
+        """The rounds after the first."""
+        return replace(self, first=False)
 
     def __call__(self, operands, experts, window, before=None):
         """As `rounds.Piece` says."""
@@ -124,28 +141,35 @@ class PairRound:
 
     def _there_and_back(self, operands, experts, window, before, run):
         """(outputs of both halves, what is left, what the backward pass needs)."""
-        (x, other_x), weights, *of_experts = operands
+        (x, other_x), weights, *of_experts, shared = operands
         exchange, hops = self.exchange, len(self.exchange.hops)
         assert 1 <= hops <= 2 and exchange.reading is None
         over = (None, other_x)[-hops:]
         sent = send_rows(x, weights[0], experts[0], window, exchange, over)
-        out, pull_back, mark = self._multiplied(sent, of_experts, experts[0].size, window, run)
+        out, pull_back, marks = self._multiplied(sent, of_experts, experts[0].size, window, run)
         # Else XLA packs both halves' rows in one kernel, and sends none before all are there.
-        other_experts = after(experts[1], sent.rows)
-        over = (mark, out)[-hops:]
-        other = send_rows(other_x, weights[1], other_experts, window, exchange, over)
+        of_other = (
+            after(other_x, sent.rows),
+            after(weights[1], sent.rows),
+            after(experts[1], sent.rows),
+        )
+        other = send_rows(*of_other, window, exchange, marks[-hops:])
         left = rows_left(sent, exchange, window) | rows_left(other, exchange, window)
         if before is not None:
             # Further rounds, which are rare, would else come before the first half's products.
-            other = other._replace(rows=before(after(left, out), other.rows))
-        other_out, other_pull, other_mark = self._multiplied(
+            other = other._replace(rows=before(after(left, marks[-1]), other.rows))
+        other_out, other_pull, other_marks = self._multiplied(
             other, of_experts, experts[1].size, window, run
         )
-        over = (other_mark, other_out)[-hops:]
-        y = rows_back((out,), sent.plans, exchange, over)
-        other_y = rows_back((other_out,), other.plans, exchange)
-        kept = (pull_back, sent.plans, mark), (other_pull, other.plans, other_mark)
-        return (*y, *other_y), left, kept
+        over = other_marks[-hops:]
+        (y,) = rows_back((out,), sent.plans, exchange, over)
+        beside = _Shared(self.recipe, shared if self.first else None, run)
+        over = beside.over(hops)
+        (other_y,) = rows_back((after(other_out, y),), other.plans, exchange, over)
+        marks = mark_of(other.rows), *other_marks
+        pulls = (pull_back, sent.plans), (other_pull, other.plans, marks)
+        both = y, other_y
+        return beside.with_outputs(both), left, (*pulls, beside.pulls, shared)
 
     def _multiplied(self, sent: Sent, of_experts, entries: int, window, run):
         """(sums of what experts make of rows that arrived, pullback, mark of the first product).
@@ -158,7 +182,7 @@ class PairRound:
             carried = sent._replace(x=x, weights=weights)
             rows, sizes, handle = arrange(carried, exchange, alignment, window, gather)
             out, mark = multiply(rows, sizes, marked=True)
-            return sum_rows(out, handle.weights, handle.groups), mark
+            return sum_rows(out, handle.weights, handle.groups), (mark, mark_of(out))
 
         exchange = self.exchange
         return run(multiplied, sent.x, sent.weights, *of_experts, has_aux=True)
@@ -168,21 +192,59 @@ class PairRound:
 
         A mark of the forward pass is one of what is computed again, or long there.
         """
-        (pull_back, plans, mark), (other_pull, other_plans, other_mark) = kept
-        d_y, other_d_y = d_both
+        (pull_back, plans), (other_pull, other_plans, (arrived, *over)), pulls, shared = kept
+        (d_y, other_d_y), d_shared = d_both if isinstance(d_both, Once) else (d_both, None)
         exchange, hops = self.exchange, len(self.exchange.hops)
-        over = (mark, other_mark)[-hops:]
-        other_rows = gradients_there(other_d_y, other_plans, exchange, over)
+        other_rows = gradients_there(after(other_d_y, arrived), other_plans, exchange, over[-hops:])
         other_d = other_pull(gradients_of(other_rows, other_d_y, exchange))
         over = (other_d[0], other_d[2])[:hops]
         rows = gradients_there(after(d_y, other_rows), plans, exchange, over)
         d = pull_back(gradients_of(rows, d_y, exchange))
         over = (d[0], d[2])[:hops]
         other_d_x, other_d_weights = rows_back(other_d[:2], other_plans, exchange, over)
-        over = (d[3],)[: hops - 1]
-        d_x, d_weights = rows_back(d[:2], plans, exchange, over)
+        over = (d[3], other_d[3])[:hops]
+        d_x, d_weights = rows_back(after(d[:2], other_d_x), plans, exchange, over)
         of_experts = jax.tree.map(_added, d[2:], other_d[2:])
-        return (((d_x, other_d_x), (d_weights, other_d_weights), *of_experts),)
+        of_shared = _pulled_back_shared(pulls, d_shared, shared)
+        return (((d_x, other_d_x), (d_weights, other_d_weights), *of_experts, of_shared),)
+
+
+class _Shared:
+    """The shared experts of two halves, one after the other, run by whatever they lie beside."""
+
+    def __init__(self, recipe: Recipe, shared: Any, run: Any):
+        self.recipes = recipe.gate_up_proj, recipe.down_proj
+        self.operands, self.run = shared, run
+        self.outputs: tuple[Any, ...] = ()
+        self.pulls: tuple[Any, ...] = ()
+
+    def over(self, hops: int) -> tuple[Any, ...]:
+        """Work for `over` of `rows_back`: a half a hop, or both over the only one."""
+        if self.operands is None:
+            return ()
+        return (self._next,) * 2 if hops == 2 else (lambda sent: self._next(self._next(sent)),)
+
+    def _next(self, sent: Any) -> Array:
+        def multiply(x, gate_up, down):
+            return feed_forward(x, gate_up, down, self.recipes), None
+
+        both, *weights = self.operands
+        x = after(both[len(self.outputs)], sent, kept=True)
+        y, pull, _ = self.run(multiply, x, *weights, has_aux=True)
+        self.outputs, self.pulls = (*self.outputs, y), (*self.pulls, pull)
+        return y
+
+    def with_outputs(self, y: Any) -> Any:
+        """y, with the outputs here where there are any."""
+        return Once(y, self.outputs) if self.outputs else y
+
+
+def _pulled_back_shared(pulls: Any, d_outputs: Any, shared: Any) -> Any:
+    """Gradients of the operands of `_Shared`."""
+    if not pulls:
+        return jax.vjp(lambda shared: (), shared)[1](())[0]
+    (d_x, *d), (other_d_x, *other_d) = (pull(d) for pull, d in zip(pulls, d_outputs))
+    return ((d_x, other_d_x), *jax.tree.map(_added, d, other_d))
 
 
 def _without_pullback(function, *arguments, has_aux):

@@ -1,5 +1,7 @@
 """The dense SwiGLU feed-forward: the first layers and the shared experts."""
 
+from typing import Any
+
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -17,12 +19,15 @@ class MLP(nn.Module):
     leaving: int | None = None  # see `feed_forward`
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"] | StraightThrough) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"] | StraightThrough | None) -> Any:
+        """The feed-forward of x, [B, T, D]; of None both weights, for who multiplies elsewhere."""
         how = self.how
         if self.shared:
             w = parameters(self, how.config, "moe", "mlp/shared_experts")
         else:
             w = parameters(self, how.config, "dense", "mlp")
+        if x is None:
+            return w.gate_up_proj, w.down_proj
         recipes = how.recipe.gate_up_proj, how.recipe.down_proj
-        x = how.layout.constrain(x, "batch", "seq")
-        return feed_forward(x, w.gate_up_proj, w.down_proj, recipes, how.layout, self.leaving)
+        rows: Any = how.layout.constrain(x, "batch", "seq")
+        return feed_forward(rows, w.gate_up_proj, w.down_proj, recipes, how.layout, self.leaving)

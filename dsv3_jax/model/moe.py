@@ -108,12 +108,14 @@ def routed_experts(
     counted: Any,
     how: Pass,
     told: Any = None,
+    shared: Any = None,
 ) -> tuple[Any, Any, Float[Array, "B T D"] | None]:
     """The routed experts' share of a MoE layer's output, its statistics, and x for other experts.
 
     Where these run while rows are on their way, that is an x that is not there before the router is
     done; else None, and x is for them as it is. Of a pair of x, halves of a batch in opposite
-    phases, with pairs of masks (or None), output and statistics are pairs.
+    phases, with pairs of masks (or None), output and statistics are pairs; with both weights of the
+    shared experts, which no axis cuts, their output is in it.
 
     The boundary between arrays of the batch and those of a device. Tokens lie on the axes of
     "batch" and "residual", experts on those of "expert". Where B or T do not divide, tokens that
@@ -146,11 +148,14 @@ def routed_experts(
     tokens: Any = layout.spec("batch", "residual")
     held: Any = layout.spec("expert")
     everywhere: Any = PartitionSpec()
+    beside = None if shared is None else (parts, *shared)
+    of_beside = everywhere if shared is None else (tokens, everywhere, everywhere)
+    of_weights = MoEWeights(everywhere, everywhere, held, held, everywhere)
     y, stats, later = layout.shard_map(
         partial(_experts_of_device, batch, how, exchange),
-        in_specs=(tokens, MoEWeights(everywhere, everywhere, held, held, everywhere), tokens),
+        in_specs=(tokens, of_weights, tokens, of_beside),
         out_specs=(tokens, MoEStats(everywhere, everywhere, tokens, tokens, everywhere), tokens),
-    )(parts, weights, tuple((real, *masks) for masks in zip(counted, told)))
+    )(parts, weights, tuple((real, *masks) for masks in zip(counted, told)), beside)
     if real is not None:
         y, later = jax.tree.map(lambda x: x[:batch, :length], (y, later))
         stats = stats._replace(
@@ -162,12 +167,12 @@ def routed_experts(
 
 
 def _experts_of_device(
-    batch: int, how: Pass, exchange: Exchange, parts, weights: MoEWeights, masks
+    batch: int, how: Pass, exchange: Exchange, parts, weights: MoEWeights, masks, beside
 ) -> tuple[tuple[Array, ...], MoEStats, Float[Array, "B T D"] | None]:
     """`routed_experts` of one device; what is of a part of the batch is a tuple of all parts'."""
     axes = (*how.layout.axes("batch"), *how.layout.axes("residual"))
     # The gradients of all weights are summed over the devices here.
-    parts, weights, masks = vary((parts, weights, masks), axes)
+    parts, weights, masks, beside = vary((parts, weights, masks, beside), axes)
     routed, of_router = [], weights
     for x, of_part in zip(parts, masks):
         if routed:  # else XLA makes one product of both routers
@@ -184,6 +189,7 @@ def _experts_of_device(
         weights.down,
         how.recipe,
         exchange,
+        beside and (tuple(x.reshape(-1, x.shape[-1]) for x in beside[0]), *beside[1:]),
     )
     y = (y,) if alone else y
     of_all = MoEStats._make((*zip(*stats), rounds))
@@ -293,10 +299,11 @@ class Experts(nn.Module):
         bias: Float[Array, " E"] | None,
         places: tuple[Int[Array, "E C"], Int[Array, " E"]] | None,
         told: Any = None,
+        shared: Any = None,
     ) -> tuple[Any, Any, Float[Array, "B T D"] | None]:
         w = parameters(self, self.how.config, "moe", "mlp/experts", self.num_places)
         weights = MoEWeights(gate, bias, w.gate_up_proj, w.down_proj, places)
-        return routed_experts(x, weights, counted, self.how, told)
+        return routed_experts(x, weights, counted, self.how, told, shared)
 
 
 class MoE(nn.Module):
@@ -325,10 +332,14 @@ class MoE(nn.Module):
             places = tuple(self.get_variable("placement", name) for name in ("place", "count"))
             num_places = len(self.get_variable("placement", "expert"))
         experts = Experts(self.how, num_places, name="experts")
-        y, stats, later = experts(x, counted, w.gate, bias, places, told)
+        shared = weights = None
         if config.n_shared_experts:
             leaving = leaving_to_exchange(self.how.layout)
             shared = MLP(self.how, shared=True, leaving=leaving, name="shared_experts")
+            if isinstance(x, tuple) and self.how.layout.size("mlp") == 1:
+                weights = shared(None)  # the second half's rows come back over them
+        y, stats, later = experts(x, counted, w.gate, bias, places, told, weights)
+        if shared is not None and weights is None:
             x = x if later is None else later
             y = jax.tree.map(lambda y, x: y + shared(x), y, x)
         return self.how.layout.constrain(y, "batch", "residual"), stats

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
 from dsv3_jax.model.plain_products import grouped_product, product, row_by_row
 from dsv3_jax.model.remat import named_product
-from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
+from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout, in_shard_map
 from dsv3_jax.quantization.block_scaled import StepWeight, StraightThrough
 from dsv3_jax.quantization.recipe import LinearRecipe
 
@@ -116,7 +116,8 @@ class Plain:
         if isinstance(weight, StepWeight):  # on a mesh its gradient is scattered by ourselves
             y = multiply_on_mesh(product, x, weight, of_weight, where)
             return named_product(y, matrix_shape)
-        if not where.layout.one_device or math.prod(x.shape[:-1]) > FEW_ROWS:
+        on_mesh = not where.layout.one_device or in_shard_map()
+        if on_mesh or math.prod(x.shape[:-1]) > FEW_ROWS:
             return named_product(product(x, weight), matrix_shape)
         rows, matrix = x.reshape(-1, x.shape[-1]), weight.reshape(matrix_shape)
         y = row_by_row(lambda rows: product(rows, matrix), rows, 1)

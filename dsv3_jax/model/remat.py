@@ -8,6 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from dsv3_jax.kernels.attention.api import RESULTS
+from dsv3_jax.parallel.phases import MARK
 
 PRODUCT = "product"
 
@@ -36,15 +37,20 @@ def _narrow_dots(primitive: Any, *operands: Any, **params: Any) -> bool:
     return not batch and not _is_wide((math.prod(weight.shape) // inputs, inputs))
 
 
-# None: everything is saved.
+def _and_marks(policy: Any) -> Any:
+    marks = jax.checkpoint_policies.save_only_these_names(MARK)
+    return jax.checkpoint_policies.save_from_both_policies(policy, marks)
+
+
+# None: everything is saved. The others save marks of order, 4 bytes each (parallel/phases.py).
 POLICIES: dict[str, Any] = {
     "none": None,
     # Of projections that are plain products, what they return.
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _and_marks(jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     # The paper's choice (V3 report, section 3.2.3): norms, MLA's up-projections and SwiGLU are
     # computed again, and the results of attention and of other products are kept.
     "v3": jax.checkpoint_policies.save_from_both_policies(
-        _narrow_dots, jax.checkpoint_policies.save_only_these_names(PRODUCT, RESULTS)
+        _narrow_dots, jax.checkpoint_policies.save_only_these_names(PRODUCT, RESULTS, MARK)
     ),
-    "full": jax.checkpoint_policies.nothing_saveable,  # the layer's input alone
+    "full": jax.checkpoint_policies.save_only_these_names(MARK),  # the layer's input alone
 }

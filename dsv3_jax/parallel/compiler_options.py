@@ -19,24 +19,28 @@ CPU_OPTIONS = {
 # the default model takes 0.8 us on one core, and 3.7 shared out over two.
 ONE_CORE_OPTIONS = {"xla_disable_hlo_passes": "cpu-parallel-task-assigner"}
 # So that rows travel while the other half of a batch is computed (expert_parallel.overlap).
-OVERLAP_OPTIONS: dict[str, dict[str, bool | int | str]] = {
+OVERLAP_OPTIONS: dict[str, dict[str, bool | int | float | str]] = {
     "gpu": {
         "xla_gpu_enable_latency_hiding_scheduler": True,
         # Else the next exchange waits for the one before, and starts when its window is over.
         "xla_gpu_experimental_parallel_collective_overlap_limit": 8,
     },
-    "tpu": {"xla_tpu_enable_async_all_to_all": True},
+    "tpu": {
+        "xla_tpu_enable_async_all_to_all": True,
+        # Else a norm of rows, which its scheduler takes for 12 ms, is work enough for an exchange.
+        "xla_lhs_loop_fusion_latency_multiplier": 0.01,
+    },
 }
 
 
-def compiler_options(layout: Layout) -> dict[str, bool | int | str]:
+def compiler_options(layout: Layout) -> dict[str, bool | int | float | str]:
     """XLA's options for a training step of this layout, besides those of the environment."""
     if layout.platform == "cpu":
         return dict(ONE_CPU_OPTIONS if layout.mesh.size == 1 else CPU_OPTIONS)
     return dict(overlap_options(layout.platform)) if layout.expert.overlap else {}
 
 
-def overlap_options(platform: str | None) -> dict[str, bool | int | str]:
+def overlap_options(platform: str | None) -> dict[str, bool | int | float | str]:
     """Those that `expert_parallel.overlap` needs; none on CPUs, which exchange as they go."""
     return OVERLAP_OPTIONS.get({"cuda": "gpu"}.get(platform or "", platform or ""), {})
 

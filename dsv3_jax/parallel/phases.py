@@ -11,7 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, UInt
+
+MARK = "mark"  # of what waited in the forward pass alone: every policy of remat keeps it
 
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
@@ -43,16 +46,18 @@ def _with_gradient(tree: Any) -> list[Array]:
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize > 1]
 
 
-def after(held: Any, other: Any) -> Any:
+def after(held: Any, other: Any, kept: bool = False) -> Any:
     """held, whose first array that holds anything is not there before the largest of `other` is.
 
     Carries no gradient. As it is where nothing of `other` holds anything, as of frozen weights.
+    kept: where held is computed again for a backward pass, `other` is not; the mark is MARK.
     """
     leaves, structure = jax.tree.flatten(held)
     first = next(i for i, x in enumerate(leaves) if _holds(x))
     waited_for = list(filter(_holds, jax.tree.leaves(other)))
     if waited_for:
         mark = mark_of(max(waited_for, key=lambda x: x.size))
+        mark = checkpoint_name(mark, MARK) if kept else mark
         leaves[first] = _with_zero(leaves[first], mark)
     return jax.tree.unflatten(structure, leaves)
 

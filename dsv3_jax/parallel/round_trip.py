@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from dsv3_jax.parallel import wire
 from dsv3_jax.parallel.collectives import no_gradients
 from dsv3_jax.parallel.exchange import Exchange
-from dsv3_jax.parallel.hops import HopPlan, copies, plan_hop, send_back
+from dsv3_jax.parallel.hops import Hop, HopPlan, copies, plan_hop, send_back
 from dsv3_jax.parallel.hops import send as send_by_hop
 from dsv3_jax.parallel.phases import after
 from dsv3_jax.quantization.block_scaled import StraightThrough
@@ -58,7 +58,8 @@ def send_rows(
 ) -> Sent:
     """`send`, for whoever has a backward pass of their own.
 
-    over: arrays; nothing is made of what arrives by the i-th hop before over[i] is there.
+    over: arrays; nothing is made of what arrives by the i-th hop before over[i] is there. Or
+    functions of what is sent by it to such an array, of work that begins when that is there.
     """
     parts = _parts(x, weights, experts, exchange)
     like = wire.shapes_of(parts)
@@ -67,7 +68,7 @@ def send_rows(
     for level, hop in enumerate(exchange.buffered):
         choices = wire.unpack(rows, like)[-1].astype(jnp.int32) - 1
         hop_plan, more = plan_hop(choices, hop, window[level])
-        rows = _arrived(send_by_hop(rows, hop_plan, hop), over, level)
+        rows = _travelled(rows, hop_plan, hop, send_by_hop, over[level : level + 1])
         plans.append(hop_plan)
         left.append(more)
     of_x, of_weights = (
@@ -92,7 +93,8 @@ def rows_back(
         channels = arrays[0].shape[1]
         parts = (*wire.encode(arrays[0], form), *arrays[1:])
         like, split = wire.shapes_of(parts), len(parts) - len(arrays) + 1
-        returned = _arrived(send_back(wire.pack(parts), hop_plan, hop), over, level)
+        rows = wire.pack(parts)
+        returned = _travelled(rows, hop_plan, hop, send_back, over[level : level + 1])
         sums: list[Any] = [0.0] * len(arrays)
         for f in range(hop.fanout):
             back = wire.unpack(copies(returned, hop_plan, f), like)
@@ -115,7 +117,7 @@ def gradients_there(
     """
     rows = wire.pack(wire.encode(d_y, exchange.dispatch_format))
     for level, (hop, hop_plan) in enumerate(zip(exchange.buffered, plans)):
-        rows = _arrived(send_by_hop(rows, hop_plan, hop), over, level)
+        rows = _travelled(rows, hop_plan, hop, send_by_hop, over[level : level + 1])
     return rows
 
 
@@ -128,9 +130,11 @@ def gradients_of(
     return wire.decode(wire.unpack(rows, shapes), form, channels, like.dtype)
 
 
-def _arrived(rows: Array, over: Sequence[Any], level: int) -> Array:
-    waits = level < len(over) and over[level] is not None
-    return after(rows, over[level]) if waits else rows
+def _travelled(rows: Array, hop_plan: HopPlan, hop: Hop, by: Any, over: Sequence[Any]) -> Array:
+    arrived = by(rows, hop_plan, hop)
+    for work in over:
+        arrived = after(arrived, work(rows) if callable(work) else work)
+    return arrived
 
 
 def unpacked(sent: Sent, exchange: Exchange) -> Arrived:

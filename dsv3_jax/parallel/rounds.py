@@ -11,7 +11,7 @@ loop as well.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,11 +23,19 @@ from dsv3_jax.parallel.collectives import no_gradients, vary
 # (operands, constants, window, before) to (y, whether rows are left at each level). It may call
 # before(left, rest) as soon as it knows what is left, and then reads what that returns for `rest`.
 # None: no others follow from this round. One that has an order for its backward pass as well has a
-# method with_pullback, of the same arguments, to (y, pullback as of jax.vjp, what is left).
+# method with_pullback, of the same arguments, to (y, pullback as of jax.vjp, what is left). Whose
+# first round computes something besides has the piece of the others as `further`, and gives `Once`.
 Before = Callable[[Any, Any], Any]
 Piece = Callable[
     [Any, Any, Int[Array, " levels"], Before | None], tuple[Any, Bool[Array, " levels"]]
 ]
+
+
+class Once(NamedTuple):
+    """What a round gives, which is summed over the rounds, and what the first alone gives."""
+
+    y: Any
+    once: Any
 
 
 def in_rounds(
@@ -108,6 +116,9 @@ class _Further:
 
     def added_to(self, y: Any, left: Any) -> tuple[Any, Array]:
         """(y with all rounds after the first, how many rounds there were)."""
+        if isinstance(y, Once):
+            total, rounds = self.added_to(y.y, left)
+            return Once(total, y.once), rounds
         if self._sum is not None:
             return jax.tree.map(jnp.add, y, self._sum), self._rounds
         return self._run(left, y)
@@ -117,12 +128,16 @@ class _Further:
         self.left = _agree(left, axes)
 
         def one_round(window):
-            more, left = piece(operands, constants, window, None)
+            more, left = _further(piece)(operands, constants, window, None)
             return (more, 1), left
 
         window, total = jnp.zeros_like(left, jnp.int32), (start, jnp.ones((), jnp.int32))
         self._sum, self._rounds = _loop(one_round, axes, window, self.left, total)
         return self._sum, self._rounds
+
+
+def _further(piece: Any) -> Any:
+    return getattr(piece, "further", piece)
 
 
 def _first(operands: Any) -> Any:
@@ -132,7 +147,8 @@ def _first(operands: Any) -> Any:
 def _backward(piece, axes, levels, residuals, cotangents):
     pull_back, left, operands, constants = residuals
     d_y, _ = cotangents
-    one_round = _pulled_back(piece, operands, constants, d_y)
+    of_others = d_y.y if isinstance(d_y, Once) else d_y
+    one_round = _pulled_back(piece, operands, constants, of_others)
     first = jnp.zeros(levels, jnp.int32)
     gradients = _loop(one_round, axes, first, left, pull_back(d_y)[0])
     return gradients, no_gradients(constants)
@@ -188,7 +204,7 @@ def _pulled_back(piece: Piece, operands: Any, constants: Any, d_y: Any) -> Calla
     """window to (the operands' gradients of its round, computed again, and what is left)."""
 
     def one_round(window):
-        _, pull_back, left = _with_pullback(piece, operands, constants, window, None)
+        _, pull_back, left = _with_pullback(_further(piece), operands, constants, window, None)
         return pull_back(d_y)[0], left
 
     return one_round

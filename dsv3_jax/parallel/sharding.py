@@ -169,7 +169,7 @@ class Layout:
     def _bound(self, spec: PartitionSpec) -> NamedSharding:
         """The sharding to constrain an array to: inside an outer shard_map, over its mesh."""
         context = jax.sharding.get_abstract_mesh()
-        return NamedSharding(context if context.manual_axes else self.mesh, spec)
+        return NamedSharding(context if in_shard_map() else self.mesh, spec)
 
     def order(self, length: int) -> np.ndarray | None:
         """The position at each place of a sequence of this length; None for 0, 1, 2, ..."""
@@ -345,6 +345,11 @@ def _gather_bwd(layout, used, stored, _, d_x):
 
 
 _gather.defvjp(_gather_fwd, _gather_bwd)
+
+
+def in_shard_map() -> bool:
+    """Whether what is traced is inside a shard_map."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
 
 
 def _is_spec(node: Any) -> bool:

@@ -372,23 +372,32 @@ def test_a_tiny_model_is_compiled_for_devices_that_are_not_here(topology, tmp_pa
 
 
 @pytest.mark.slow
-def test_rows_of_one_half_travel_over_products_of_the_other(tmp_path):
-    """XLA's own schedule for H200s; of this small a model without recomputation, as it was 50 %."""
-    if reason := targets.missing("gpu"):
+@pytest.mark.parametrize(
+    "topology, node, local, rows",
+    [
+        ("h200:2x4", 2, 4, "--train.seq-len 512 --model.dtype bfloat16"),
+        ("v5p:2x2x1", 2, 2, "--train.seq-len 64"),
+    ],
+)
+def test_rows_of_one_half_travel_over_products_of_the_other(topology, node, local, rows, tmp_path):
+    """XLA's own schedule, of two layers in a loop; over each axis 90 % of the bytes are asked."""
+    if reason := targets.missing(targets.parse_topology(topology).platform):
         pytest.skip(reason)
     out = tmp_path / "report.json"
-    options = "--topology h200:1x8 --mesh.data 1 --mesh.local 8 --sharding.state fsdp "
+    options = f"--topology {topology} --mesh.data 1 --mesh.node {node} --mesh.local {local} "
+    options += f"--sharding.state fsdp --train.remat full {rows} "
     options += "--expert-parallel.overlap --expert-parallel.transport padded "
     options += "--expert-parallel.dispatch-format fp8 --expert-parallel.combine-format bf16 "
     options += "--model.num-hidden-layers 2 --model.first-k-dense-replace 0 "
-    options += "--model.num-nextn-predict-layers 0 --train.batch-size 16 --train.seq-len 64"
+    options += "--model.num-nextn-predict-layers 0 --train.batch-size 16"
     argv = ["--config", str(CONFIGS / "tiny.py"), "--json", str(out), *options.split()]
     assert cli.main(["compile", *argv]) == 0
     collectives = json.loads(out.read_text())["program"]["collectives"]
-    moved = [each for each in collectives if each["op"] == "all-to-all"]
-    sent = [each["sent"] * each["runs"] for each in moved]
-    beside = [b for b, e in zip(sent, moved) if e["flops_inside"] or e["kernels_inside"]]
-    assert sum(beside) / sum(sent) > 0.7
+    for axis in ("node", "local"):
+        moved = [e for e in collectives if e["op"] == "all-to-all" and e["axes"] == [axis]]
+        sent = [each["sent"] * each["runs"] for each in moved]
+        beside = [b for b, e in zip(sent, moved) if e["flops_inside"] or e["kernels_inside"]]
+        assert sum(beside) / sum(sent) > 0.9, axis
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "scale").glob("*.py")), ids=lambda p: p.stem)

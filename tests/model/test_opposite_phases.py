@@ -1,6 +1,7 @@
 """Two halves of a batch in opposite phases through MoE layers are each half alone, bit for bit."""
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,14 @@ def layout_of(mesh_config, **expert):
     return Layout(make_mesh(mesh_config), expert=ExpertParallelConfig(transport="padded", **expert))
 
 
+@pytest.fixture
+def optimised():
+    """XLA:CPU with all its passes: without them a product's bits depend on what lies around it."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)  # as tests/conftest.py has it
+
+
 def gradients(variables, x, d_y, counted, balance, how):
     """Output, statistics, and the gradients of all weights and of x."""
 
@@ -46,10 +55,10 @@ def gradients(variables, x, d_y, counted, balance, how):
 @pytest.mark.parametrize(
     "capacity_factor, remat", [(4.0, "full"), pytest.param(0.3, "none", marks=pytest.mark.slow)]
 )
-def test_both_halves_are_what_each_is_alone(capacity_factor, remat):
-    """Bit for bit: output, statistics, the gradient of x, and of weights that attention and shared
-    experts read. Those of routers and experts are added up on each device first, and then once over
-    the devices. With the small buffers both halves take several rounds.
+def test_both_halves_are_what_each_is_alone(capacity_factor, remat, optimised):
+    """Bit for bit: output, statistics, the gradient of x, and of weights that attention reads.
+    Those of routers and experts are added up on each device first, and then once over the devices.
+    With the small buffers both halves take several rounds.
     """
     layout = layout_of(ParallelConfig(node=2, local=2), capacity_factor=capacity_factor)
     variables = init_variables(jax.random.key(0), MODEL)
@@ -79,10 +88,26 @@ def test_both_halves_are_what_each_is_alone(capacity_factor, remat):
     of_each = jax.tree_util.tree_leaves_with_path(of_weights["params"])
     for (path, got), want in zip(of_each, jax.tree.leaves(sums["params"])):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if "gate" in name.split("/") or "/experts/" in name:
+        if "gate" in name.split("/") or "experts/" in name:
             assert relative_error(got, want) < TOLERANCE["f32_reordered"], name
         else:
             np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+@pytest.mark.parametrize("remat, exchanges", [("none", 16), ("full", 20), ("v3", 20)])
+def test_rows_are_sent_once_for_each_pass(remat, exchanges):
+    """Two halves, two hops, there and back in both passes; with remat there once more.
+
+    What shared experts wait for is no part of what is computed again.
+    """
+    layout = layout_of(ParallelConfig(node=2, local=2), overflow="error")
+    how = Pass(MODEL, layout=layout, remat=remat, micro_batches=2)
+    variables = jax.eval_shape(lambda: init_variables(jax.random.key(0), MODEL))
+    x = jax.ShapeDtypeStruct((BATCH, LENGTH, MODEL.hidden_size), jnp.float32)
+    counted = jax.ShapeDtypeStruct((BATCH, LENGTH), bool)
+    run = jax.jit(partial(gradients, how=how))
+    made = str(run.trace(variables, x, x, counted, 1.0).jaxpr)
+    assert made.count("all_to_all[") == exchanges
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, bool])
@@ -176,5 +201,8 @@ def test_xla_is_told_for_accelerators_that_overlap_and_else_nothing():
         "xla_gpu_experimental_parallel_collective_overlap_limit": 8,
     }
     assert options_for("gpu", True) == options_for("cuda", True) == latency_hiding
-    assert options_for("tpu", True) == {"xla_tpu_enable_async_all_to_all": True}
+    assert options_for("tpu", True) == {
+        "xla_tpu_enable_async_all_to_all": True,
+        "xla_lhs_loop_fusion_latency_multiplier": 0.01,
+    }
     assert options_for("gpu", False) == options_for("tpu", False) == {}

@@ -57,7 +57,11 @@ def test_a_warm_up_that_outlasts_the_run_is_told(steps, told):
             "XLA is told xla_gpu_enable_latency_hiding_scheduler=True, "
             "xla_gpu_experimental_parallel_collective_overlap_limit=8",
         ),
-        ("tpu", "XLA is told xla_tpu_enable_async_all_to_all=True"),
+        (
+            "tpu",
+            "XLA is told xla_tpu_enable_async_all_to_all=True, "
+            "xla_lhs_loop_fusion_latency_multiplier=0.01",
+        ),
         ("cpu", "in opposite phases"),
     ],
 )
