@@ -137,8 +137,7 @@ def pipelined_weight_traffic(config: Config, schedule: str) -> tuple[float, floa
     f32 is gathered once a step, on each rank that of all its slots and of both ends. Gradients are
     scattered where they are made, in each micro-batch: of the embedding, twice where MTP looks up
     in it as well. XLA adds up a weight whole, and then cuts it, which is twice the bytes, where the
-    slices are cut from more than one of its dims. Of two halves in opposite phases the gradients of
-    what attention and shared experts read are added up over devices one by one.
+    slices are cut from more than one of its dims.
     """
     model, mesh = config.model, config.mesh
     layers, ends = held_parameters(config, schedule)
@@ -153,12 +152,6 @@ def pipelined_weight_traffic(config: Config, schedule: str) -> tuple[float, floa
         whole = int(_cut_dims(config, row.dims_of(model)) > 1)
         looked_up = row.part == "embedding" and model.num_nextn_predict_layers > 0
         times = (whole + looked_up) * sum(row.count(model))
-        if (
-            config.expert_parallel.overlap
-            and row.where in ("layer", "moe")
-            and row.part != "router"
-        ):
-            times += (1 + whole) * model.num_moe_layers
         reduced += times * row.size(model) * (devices - 1) / devices
     return MASTER * gathered, MASTER * reduced * train_micro_batches(config) / mesh.pipe
 

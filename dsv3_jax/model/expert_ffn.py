@@ -169,10 +169,11 @@ class PairRound:
         marks = mark_of(other.rows), *other_marks
         pulls = (pull_back, sent.plans), (other_pull, other.plans, marks)
         both = y, other_y
-        return beside.with_outputs(both), left, (*pulls, beside.pulls, shared)
+        without = None if beside.pulls else shared
+        return beside.with_outputs(both), left, (*pulls, beside.pulls, without)
 
     def _multiplied(self, sent: Sent, of_experts, entries: int, window, run):
-        """(sums of what experts make of rows that arrived, pullback, mark of the first product).
+        """(sums of what experts make of rows that arrived, pullback, marks of both products).
 
         `run` is jax.vjp, or like it without a pullback.
         """
@@ -192,7 +193,7 @@ class PairRound:
 
         A mark of the forward pass is one of what is computed again, or long there.
         """
-        (pull_back, plans), (other_pull, other_plans, (arrived, *over)), pulls, shared = kept
+        (pull_back, plans), (other_pull, other_plans, (arrived, *over)), pulls, without = kept
         (d_y, other_d_y), d_shared = d_both if isinstance(d_both, Once) else (d_both, None)
         exchange, hops = self.exchange, len(self.exchange.hops)
         other_rows = gradients_there(after(other_d_y, arrived), other_plans, exchange, over[-hops:])
@@ -205,7 +206,7 @@ class PairRound:
         over = (d[3], other_d[3])[:hops]
         d_x, d_weights = rows_back(after(d[:2], other_d_x), plans, exchange, over)
         of_experts = jax.tree.map(_added, d[2:], other_d[2:])
-        of_shared = _pulled_back_shared(pulls, d_shared, shared)
+        of_shared = _pulled_back_shared(pulls, d_shared, without)
         return (((d_x, other_d_x), (d_weights, other_d_weights), *of_experts, of_shared),)
 
 
@@ -239,10 +240,10 @@ class _Shared:
         return Once(y, self.outputs) if self.outputs else y
 
 
-def _pulled_back_shared(pulls: Any, d_outputs: Any, shared: Any) -> Any:
-    """Gradients of the operands of `_Shared`."""
+def _pulled_back_shared(pulls: Any, d_outputs: Any, without: Any) -> Any:
+    """Gradients of the operands of `_Shared`; zeros of those that it was without."""
     if not pulls:
-        return jax.vjp(lambda shared: (), shared)[1](())[0]
+        return jax.vjp(lambda operands: (), without)[1](())[0]
     (d_x, *d), (other_d_x, *other_d) = (pull(d) for pull, d in zip(pulls, d_outputs))
     return ((d_x, other_d_x), *jax.tree.map(_added, d, other_d))
 

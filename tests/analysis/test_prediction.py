@@ -208,9 +208,9 @@ def test_a_pipeline_is_predicted_as_it_compiles(case):
     assert found.reductions / 1e9 == pytest.approx(compiled.reductions, rel=0.025)
 
 
-@pytest.mark.parametrize("overlap, compiled", [(False, 393.3), (True, 621.7)])
-def test_a_pipeline_adds_up_gradients_of_halves_one_by_one(overlap, compiled):
-    """GB of V3's paper run with two rows a device: attention's and shared experts' twice."""
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_pipeline_adds_up_gradients_of_both_halves_at_once(overlap):
+    """GB of V3's paper run with two rows a device, as both programs compile."""
     config = preset("deepseek_v3_2048_h200_pipelined")
     config = dataclasses.replace(
         config,
@@ -219,7 +219,7 @@ def test_a_pipeline_adds_up_gradients_of_halves_one_by_one(overlap, compiled):
             config.expert_parallel, transport="padded", overlap=overlap
         ),
     )
-    assert predict(config, "gpu").reductions / 1e9 == pytest.approx(compiled, rel=0.025)
+    assert predict(config, "gpu").reductions / 1e9 == pytest.approx(393.3, rel=0.025)
 
 
 # Moonlight over pipe 8 x data 8, ZB1P, ZeRO-1, micro-batches of a row a device: GB, compiled.
