@@ -128,7 +128,7 @@ class _Further:
         self.left = _agree(left, axes)
 
         def one_round(window):
-            more, left = _further(piece)(operands, constants, window, None)
+            more, left = _piece_of_others(piece)(operands, constants, window, None)
             return (more, 1), left
 
         window, total = jnp.zeros_like(left, jnp.int32), (start, jnp.ones((), jnp.int32))
@@ -136,7 +136,8 @@ class _Further:
         return self._sum, self._rounds
 
 
-def _further(piece: Any) -> Any:
+def _piece_of_others(piece: Any) -> Any:
+    """What computes the rounds after the first."""
     return getattr(piece, "further", piece)
 
 
@@ -204,7 +205,9 @@ def _pulled_back(piece: Piece, operands: Any, constants: Any, d_y: Any) -> Calla
     """window to (the operands' gradients of its round, computed again, and what is left)."""
 
     def one_round(window):
-        _, pull_back, left = _with_pullback(_further(piece), operands, constants, window, None)
+        _, pull_back, left = _with_pullback(
+            _piece_of_others(piece), operands, constants, window, None
+        )
         return pull_back(d_y)[0], left
 
     return one_round

@@ -33,9 +33,10 @@ def layout_of(mesh_config, **expert):
 @pytest.fixture
 def optimised():
     """XLA:CPU with all its passes: without them a product's bits depend on what lies around it."""
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", True)  # as tests/conftest.py has it
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def gradients(variables, x, d_y, counted, balance, how):

@@ -36,7 +36,6 @@ from dsv3_jax.kernels.mla_decode.registers import (
 LAYOUT = WGMMA.reduce(0)
 ROWS = WGMMA.reduce(1)
 TILE = plgpu.ShapeDtypeStruct((64, 64), jnp.float32, layout=WGMMA)
-VECTOR = plgpu.ShapeDtypeStruct((64,), jnp.float32, layout=LAYOUT)
 LANE = plgpu.ShapeDtypeStruct(
     (THREADS,), jnp.float32, layout=plgpu.Layout.WG_STRIDED((THREADS,), 1)
 )
@@ -65,7 +64,7 @@ def largest(x: Any, half: int) -> Any:
     def compare(_, x):
         lines = ["{ .reg .f32 m, n; max.f32 m, $1, $2; max.f32 n, $3, $4;"]
         lines += [f"max.f32 {'mn'[i % 2]}, {'mn'[i % 2]}, ${1 + i};" for i in range(4, 16)]
-        operands = _accumulator(x)[16 * half : 16 * half + 16]
+        operands = wgmma.numbers_of(x)[16 * half : 16 * half + 16]
         return array(assemble("f", operands, "f" * 16, [*lines, "max.f32 $0, m, n; }"]), LANE)
 
     return compare(x)
@@ -87,8 +86,8 @@ def fold(x: Any, factor: Any, start: Any) -> Any:
             f"fma.rn.f32 ${i}, ${32 + i}, ${64 + i // 2 % 2}, ${66 + (i // 2 % 2 if rows else i)};"
             for i in range(32)
         ]
-        starts = held(start) if rows else _accumulator(start)
-        operands = [*_accumulator(x), *held(factor), *starts]
+        starts = held(start) if rows else wgmma.numbers_of(start)
+        operands = [*wgmma.numbers_of(x), *held(factor), *starts]
         return wgmma.as_accumulator(assemble("f" * 32, operands, "f" * len(operands), lines))
 
     return multiply_add(x, factor, start)
@@ -119,7 +118,7 @@ def publish(weights: Any, x: Any, sums: Any, factor: Any, quarter: int) -> None:
             column, row = i // 4 * 2 + i % 2, i // 2 % 2
             lines.append(f"fma.rn.f32 t{column}, p{i}, ${10 + row}, t{column};")
         lines.append(f"st.shared.v4.f32 {place}, {{t0, t1, t2, t3}}; }}")
-        numbers = _accumulator(x)[8 * quarter : 8 * quarter + 8]
+        numbers = wgmma.numbers_of(x)[8 * quarter : 8 * quarter + 8]
         operands = [*numbers, tile_address(weights), _share(sums), *held(factor)]
         assemble("", operands, "f" * 8 + "rrff", lines)
 
@@ -204,7 +203,7 @@ def leave_largest(x: Any, columns: Any) -> None:
 
     @plgpu.inline_mgpu(arg_types=(PLAIN, WGMMA))
     def write(_, columns, x):
-        numbers = _accumulator(x)
+        numbers = wgmma.numbers_of(x)
         largest = [arith.maximumf(numbers[i], numbers[i + 2]) for i in range(32) if i % 4 < 2]
         _leave(columns, largest, "max")
 
@@ -250,7 +249,7 @@ def store(out: Any, tile: Any) -> None:
                 lines.append(f"cvt.rn.bf16x2.f32 t, ${i + 2}, ${i}; st.global.b32 {place}, t;")
             else:
                 lines.append(f"st.global.v2.f32 {place}, {{${i}, ${i + 2}}};")
-        operands = [*_accumulator(tile), global_address(out, offset)]
+        operands = [*wgmma.numbers_of(tile), global_address(out, offset)]
         assemble("", operands, "f" * 32 + "l", [*lines, "}"])
 
     write(out, tile)
@@ -280,10 +279,6 @@ def _leave(columns, numbers, operation: str) -> None:
         lines.append(f"@p st.shared.v2.f32 [$32+{32 * i}], {names(2 * i, 2)};")
     operands = [*numbers, plus(shared_address(columns), place), row]
     assemble("f" * 16, operands, "f" * 16 + "rr", [*lines, "}"])
-
-
-def _accumulator(tile) -> list[Any]:
-    return held(tile.to_layout(wgmma.ACCUMULATOR))
 
 
 def _scalar(value) -> Any:

@@ -189,9 +189,9 @@ class _Scorer:
 
         x = lax.cond(risen > 0, raise_top, lambda x: x, x)
         shared.risen[buffer] = risen
+        weights, over = shared.weights.at[buffer], 1 / scale
         for quarter in range(4):
-            weights = shared.weights.at[buffer]
-            columns.publish(weights, x, shared.sums, 1 / scale, quarter)
+            columns.publish(weights, x, shared.sums, over, quarter)
             beside()
 
     def hand_over(self, buffer) -> None:

@@ -9,7 +9,6 @@ from dsv3_jax.kernels.mla_decode.fp8_pages import GROUPS as FP8_GROUPS
 from dsv3_jax.kernels.mla_decode.hopper_block import (
     FP8_SLOTS,
     GROUPS,
-    HALVES,
     LATENT_TILES,
     ORDER,
     ROWS,
@@ -57,7 +56,7 @@ def load_fp8(block: Block) -> None:
         def copy(place, page):
             following = number(place + 1)
             slot = lax.rem(turn + place, FP8_SLOTS)
-            for half in HALVES:
+            for half in block.groups:
                 plgpu.barrier_wait(block.room(slot, half))
             full = shared.k_full.at[slot]
             for group in range(FP8_GROUPS):

@@ -3,30 +3,23 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import fragmented_array, utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-from dsv3_jax.kernels.hopper import plgpu
 from dsv3_jax.kernels.hopper_integers import constant, plus, times
 
 THREADS = 128  # of a warpgroup
 
 
-def words(count: int) -> Any:
-    """The type of an array of `count` registers a thread, which mean nothing as an array."""
-    layout = plgpu.Layout.WG_STRIDED((count * THREADS,), vec_size=1)
-    return plgpu.ShapeDtypeStruct((count * THREADS,), jnp.int32, layout=layout)
-
-
 def assemble(
-    results: str, operands: Sequence[Any], constraints: str, lines: Iterable[str]
+    results: str, operands: Sequence[Any], constraints: Sequence[str], lines: Iterable[str]
 ) -> list[Any]:
     """What a piece of assembly leaves in its registers: `results` has an "r" or "f" for each.
 
-    In `lines` they are $0, $1, ...; then come the operands, of `constraints` "r", "f" or "l".
+    In `lines` they are $0, $1, ...; then come the operands, of `constraints` "r", "f" or "l", or a
+    result's number, whose register it is then.
     """
     kinds = {"r": ir.IntegerType.get_signless(32), "f": ir.F32Type.get()}
     types = [kinds[kind] for kind in results]

@@ -26,7 +26,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from dsv3_jax.kernels.hopper import WGMMA, interpreted, plgpu, swizzled
-from dsv3_jax.kernels.mla_decode.registers import assemble
+from dsv3_jax.kernels.mla_decode.registers import assemble, held
 
 TILE_BYTES = 64 * 64 * 2
 ROW_BYTES = 128
@@ -146,10 +146,15 @@ def scale_rows(accumulator, factor):
     return scale(tuple(accumulator), factor)
 
 
-def as_accumulator(values):
-    """The (64, 64) array of which a thread holds these 32 numbers, in wgmma's order."""
+def numbers_of(accumulator) -> list[Any]:
+    """The 32 numbers that a thread holds of a (64, 64) array, in wgmma's order."""
+    return held(accumulator.to_layout(ACCUMULATOR))
+
+
+def as_accumulator(numbers):
+    """The (64, 64) array of which a thread holds these; as `numbers_of` has them."""
     one = ir.VectorType.get((1,), ir.F32Type.get())
-    registers = np.array([llvm.bitcast(one, value) for value in values], dtype=object)
+    registers = np.array([llvm.bitcast(one, number) for number in numbers], dtype=object)
     return fragmented_array.FragmentedArray(
         _registers=registers.reshape(ACCUMULATOR.registers_shape((64, 64))),
         _layout=ACCUMULATOR,
@@ -261,29 +266,11 @@ def _issue(accumulator, a, b, b_rows_first: bool, clear: bool, start: int):
 
 def _assembly(arrays, operands, constraints, text: str):
     """The arrays after a piece of assembly that changes their registers in place."""
-    held = [array.to_layout(ACCUMULATOR) for array in arrays]
-    registers = [register for array in held for register in array.registers.flat]
-    total = len(registers)
-    one = ir.VectorType.get((1,), ir.F32Type.get())
-    result: Any = llvm.inline_asm(
-        llvm.StructType.get_literal([one] * total),
-        [*registers, *operands],
-        text,
-        ",".join(["=f"] * total + [str(i) for i in range(total)] + constraints),
-        asm_dialect=0,
-        has_side_effects=True,
-    )
-    values = iter([llvm.extractvalue(one, result, [i]) for i in range(total)])
-    return tuple(
-        fragmented_array.FragmentedArray(
-            _registers=np.array(
-                list(itertools.islice(values, array.registers.size)), dtype=object
-            ).reshape(array.registers.shape),
-            _layout=array.layout,
-            _is_signed=None,
-        ).to_layout(WGMMA.to_mgpu())
-        for array in held
-    )
+    numbers = [number for array in arrays for number in numbers_of(array)]
+    total = len(numbers)
+    own = map(str, range(total))
+    numbers = assemble("f" * total, [*numbers, *operands], [*own, *constraints], [text])
+    return tuple(as_accumulator(numbers[i : i + 32]) for i in range(0, total, 32))
 
 
 def _descriptor(ref, rows_first: bool):
