@@ -22,7 +22,7 @@ from dsv3_jax.model.parameters import parameters
 from dsv3_jax.model.plain_products import are_few, row_by_row
 from dsv3_jax.model.projection import ProductLayout, as_projection
 from dsv3_jax.model.quantized_inputs import norm_for
-from dsv3_jax.model.rope import apply_rope, rope_tables, softmax_scale
+from dsv3_jax.model.rope import apply_rope, rope_tables, rotate_heads, softmax_scale
 from dsv3_jax.parallel.context import attention_to_cache, self_attention
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.block_scaled import StepWeight, StraightThrough
@@ -59,19 +59,35 @@ def mla_expand(
     >>> ds.mla_expand(q, rope, latent, rope[:, :, 0], jnp.ones((2, 4 + 5, 8)), scale=0.4).shape
     (1, 3, 2, 5)
     """
-    if bias is not None and layout.order(k_rope_BSR.shape[1]) is not None:
+    q_BTNI = jnp.concatenate([q_nope_BTNH, q_rope_BTNR], axis=-1)
+    keys = latent_BSC, k_rope_BSR
+    return _expanded(q_BTNI, keys, kv_b_proj, scale, offset, segments, recipe, layout, bias)
+
+
+def _expanded(
+    q_BTNI: Array,
+    keys: tuple[Any, Array],
+    kv_b_proj: Any,
+    scale: float,
+    offset: Any,
+    segments: Array | None,
+    recipe: LinearRecipe | None,
+    layout: Layout,
+    bias: Bias | None,
+) -> Array:
+    """`mla_expand` of whole queries, I = H + R; keys are latents and shared rope keys."""
+    if bias is not None and layout.order(keys[1].shape[1]) is not None:
         raise ValueError(
             "an attention bias needs whole sequences of keys, which a ring does not have: use "
             "sharding.context='allgather'"
         )
 
-    def attend(queries, keys, weight, further, documents):
+    def attend(q, keys, weight, further, documents):
         """A device's part; `documents` as mla_attention has them, or a pair to be made so."""
         latent, k_rope = keys
         if isinstance(documents, tuple):
             documents = documents_between(*documents)
         kv = linear(latent, weight, recipe)
-        q = jnp.concatenate(queries, axis=-1)
         first = offset + further
         return mla_attention(
             q, kv, k_rope, scale=scale, offset=first, segments=documents, bias=bias
@@ -81,8 +97,7 @@ def mla_expand(
         # Pieces of a ring meet out of order: numbers must ascend along the sequence.
         numbers = ascending(layout.in_natural_order(segments))
         segments = layout.constrain(layout.in_order(numbers), "batch", "seq")
-    queries, keys = (q_nope_BTNH, q_rope_BTNR), (latent_BSC, k_rope_BSR)
-    return self_attention(attend, queries, keys, kv_b_proj, segments, layout)
+    return self_attention(attend, q_BTNI, keys, kv_b_proj, segments, layout)
 
 
 def mla_absorb(
@@ -192,7 +207,6 @@ class MLA(nn.Module):
             q_latent = layout.constrain(normed, *rows)
             q = linear(q_latent, w.q_b_proj, recipe.attention, where=to_heads)
         q = layout.constrain(q, "batch", "seq", "heads")
-        q_nope, q_rope = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
 
         latent_and_rope = linear(x, w.kv_a_proj_with_mqa, recipe.attention, where=to_latent)
         latent_and_rope = layout.constrain(latent_and_rope, *rows)
@@ -202,7 +216,6 @@ class MLA(nn.Module):
         of_product = recipe.attention if only_product else None
         latent = norm_for(latent, w.kv_a_layernorm, LATENT_NORM_EPS, of_product)
         cos, sin = rope_tables(positions, config)
-        q_rope = apply_rope(q_rope, *map(tokens.of_wanted, (cos, sin)))
         k_rope = apply_rope(latent_and_rope[..., latent_dim:], cos, sin)
 
         kv_b_proj, scale = w.kv_b_proj, softmax_scale(config)
@@ -217,23 +230,17 @@ class MLA(nn.Module):
             cache = append(cache, *new, positions[:, 0], layout, whole_prompt=filling)
             if filling:
                 latent = as_cached(latent, cache)
+        bias, of_queries = self.how.attention_bias, tuple(map(tokens.of_wanted, (cos, sin)))
         if cache is None or self.how.prefill:
-            out = mla_expand(
-                q_nope,
-                q_rope,
-                latent,
-                k_rope,
-                kv_b_proj,
-                scale,
-                segments=tokens.segments,
-                recipe=recipe.attention,
-                layout=layout,
-                bias=self.how.attention_bias,
-            )
+            q, keys = rotate_heads(q, *of_queries), (latent, k_rope)
+            others: Any = (tokens.segments, recipe.attention, layout, bias)
+            out = _expanded(q, keys, kv_b_proj, scale, 0, *others)
         else:
+            q_nope, q_rope = q[..., : config.qk_nope_head_dim], q[..., config.qk_nope_head_dim :]
+            q_rope = apply_rope(q_rope, *of_queries)
             lengths = tokens.of_wanted(positions)[:, -1] + 1
             schedule = tokens.decode_schedule
-            shared: Any = (kv_b_proj, scale, schedule, layout, self.how.attention_bias)
+            shared: Any = (kv_b_proj, scale, schedule, layout, bias)
             out = mla_absorb(q_nope, q_rope, cache, lengths, *shared)
         o_proj = w.o_proj.reshape(config.hidden_size, -1)
         out = out.reshape(*out.shape[:2], -1)

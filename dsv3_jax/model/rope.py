@@ -6,6 +6,7 @@ expect. Tables are f32: bf16 rounds position 257 to 256.
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -73,6 +74,28 @@ def apply_rope(
     even, odd = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+@jax.custom_vjp
+def rotate_heads(
+    q: Float[Array, "B T N I"], cos: Float[Array, "#B T R2"], sin: Float[Array, "#B T R2"]
+) -> Float[Array, "B T N I"]:
+    """q with the last R numbers of every head turned as by `apply_rope`; the others stay in place.
+
+    Written, and its gradient too, so that XLA changes the R numbers where they lie: put together
+    from two parts, a GPU would read and write all of q, and its gradient once more.
+    """
+    first = q.shape[-1] - 2 * cos.shape[-1]
+    turned = apply_rope(q[..., first:], cos, sin)
+    return jax.lax.dynamic_update_slice_in_dim(q, turned, first, axis=-1)
+
+
+def _rotate_heads_backward(tables, d_q):
+    cos, sin = tables
+    return rotate_heads(d_q, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
+
+
+rotate_heads.defvjp(lambda q, *tables: (rotate_heads(q, *tables), tables), _rotate_heads_backward)
 
 
 def softmax_scale(config: ModelConfig) -> float:

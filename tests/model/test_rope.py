@@ -1,11 +1,18 @@
 """Rotary positions, YaRN and the softmax scale, against published numbers and the oracle."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig
-from dsv3_jax.model.rope import apply_rope, rope_frequencies, rope_tables, softmax_scale
+from dsv3_jax.model.rope import (
+    apply_rope,
+    rope_frequencies,
+    rope_tables,
+    rotate_heads,
+    softmax_scale,
+)
 from tests import oracle
 from tests.helpers import TOLERANCE, relative_error, tiny_model
 
@@ -76,3 +83,25 @@ def test_bf16_inputs_are_turned_in_f32():
     want = oracle.rotate(np.ones(4), 257, oracle.rope_frequencies(config))
     assert got.dtype == jnp.bfloat16
     assert relative_error(got[0, 0], want) < TOLERANCE["bf16_op"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_heads_are_turned_in_place(dtype):
+    """As both parts put together, and so are gradients."""
+    config = tiny_model()
+    q, d_q = jax.random.normal(jax.random.key(0), (2, 2, 5, 3, 10), dtype)
+    tables = rope_tables(jnp.array([[0, 1, 2, 3, 4], [7, 8, 300, 0, 1]]), config)
+
+    def put_together(q):
+        return jnp.concatenate([q[..., :6], apply_rope(q[..., 6:], *tables)], axis=-1)
+
+    for function in (put_together, lambda q: rotate_heads(q, *tables)):
+        out, pull_back = jax.vjp(function, q)
+        (gradient,) = pull_back(d_q)
+        if function is put_together:
+            wanted = out, gradient
+    limit = TOLERANCE["f32_op" if dtype == jnp.float32 else "bf16_op"]
+    np.testing.assert_array_equal(out, wanted[0])
+    assert out.dtype == gradient.dtype == dtype
+    assert relative_error(gradient, wanted[1]) < limit
+    np.testing.assert_array_equal(gradient[..., :6], d_q[..., :6])
