@@ -31,3 +31,8 @@ def quotient(x: Any, divisor: int) -> Any:
 def remainder(x: Any, divisor: int) -> Any:
     """What is left of x over a number that is known; x is not negative."""
     return arith.remui(x, constant(divisor))
+
+
+def index(x: Any) -> Any:
+    """The same number as an index of arrays."""
+    return arith.index_cast(ir.IndexType.get(), x)

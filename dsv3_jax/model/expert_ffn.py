@@ -20,8 +20,7 @@ from dsv3_jax.model.quantized_inputs import gather_for
 from dsv3_jax.model.router import Routing
 from dsv3_jax.parallel.collectives import no_gradients
 from dsv3_jax.parallel.exchange import Exchange, may_overflow
-from dsv3_jax.parallel.expert import arrange, combine, dispatch, rows_left
-from dsv3_jax.parallel.grouping import sum_rows
+from dsv3_jax.parallel.expert import arrange, combine, dispatch, rows_left, send_back
 from dsv3_jax.parallel.phases import after, mark_of
 from dsv3_jax.parallel.round_trip import (
     Sent,
@@ -102,8 +101,10 @@ def _expert_round(
     rows_MD, group_sizes, handle = dispatch(
         x_TD, weights_TK, experts_TK, exchange, alignment, window, gather, before
     )
-    out_MD = multiply(rows_MD, group_sizes)
-    return combine(out_MD, handle, exchange), handle.left
+    if exchange.reading is not None:  # peers read the rows, and add them up
+        return combine(multiply(rows_MD, group_sizes), handle, exchange), handle.left
+    sums = multiply(rows_MD, group_sizes, summed=(handle.weights, handle.groups))
+    return send_back(sums, handle, exchange), handle.left
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,8 @@ class PairRound:
             alignment, gather, multiply = _acts((gate_up, down), entries, self.recipe, exchange)
             carried = sent._replace(x=x, weights=weights)
             rows, sizes, handle = arrange(carried, exchange, alignment, window, gather)
-            out, mark = multiply(rows, sizes, marked=True)
-            return sum_rows(out, handle.weights, handle.groups), (mark, mark_of(out))
+            summed = handle.weights, handle.groups
+            return multiply(rows, sizes, marked=True, summed=summed)
 
         exchange = self.exchange
         return run(multiplied, sent.x, sent.weights, *of_experts, has_aux=True)
@@ -287,8 +288,8 @@ def _acts(
     alignment = group_alignment(entries, exchange.experts, gate_up, down)
     arrives = gate_up if as_projection(gate_up_E2FD).takes_quantized_rows else None
 
-    def multiply(rows_MD, group_sizes, marked=False):
+    def multiply(rows_MD, group_sizes, **how):
         operands = rows_MD, gate_up_E2FD, down_EDF, group_sizes
-        return grouped_feed_forward(*operands, alignment, (gate_up, down), marked)
+        return grouped_feed_forward(*operands, alignment, (gate_up, down), **how)
 
     return alignment, partial(gather_for, recipe=arrives), multiply

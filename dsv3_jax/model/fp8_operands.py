@@ -9,17 +9,21 @@ from collections.abc import Callable
 from dataclasses import astuple
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from dsv3_jax.kernels.fused.api import (
+    gather_quantize_both_ways,
     quantize_blocks,
     quantize_both_ways,
     quantize_rows,
+    quantize_rows_in_two_formats,
     quantize_transposed,
     swiglu_quantize,
 )
 from dsv3_jax.model.activation import swiglu
+from dsv3_jax.parallel.grouping import Groups, sum_rows, weights_of_rows
 from dsv3_jax.quantization import e5m6
 from dsv3_jax.quantization.block_scaled import (
     PER_BLOCK,
@@ -51,6 +55,17 @@ def quantize_input(
     return quantize_filled(x if activation is None else activation(x), form)
 
 
+def quantize_input_and_pack(
+    x, activation: Activation | None, form: TileFormat, used: Array | None = None
+) -> tuple[BlockScaled, E5M6]:
+    """What Fprop reads, and x [T, ...] in E5M6; from one read where x itself is multiplied."""
+    flat = x.reshape(len(x), -1)
+    if activation is None and form.tile == PER_TOKEN and flat.shape[-1] % TILE == 0:
+        return quantize_rows_in_two_formats(flat, form.scale_format)
+    packed = e5m6.encode(filled(flat, 1, e5m6.PACKET))
+    return quantize_input(x, activation, form, used), packed
+
+
 def keep_activation_input(x, form: TileFormat, used: Array | None = None) -> BlockScaled:
     """An activation's input [T, 2, F], kept in FP8 from the forward to the backward pass."""
     if form.tile == PER_TOKEN and x.shape[-1] % TILE == 0:
@@ -76,11 +91,34 @@ def quantize_gradient(
 ) -> tuple[BlockScaled, BlockScaled]:
     """The output's gradient for Dgrad, quantised along channels, and for Wgrad, along tokens."""
     dgrad, wgrad = recipe.dgrad, recipe.wgrad
-    one_read = (dgrad.tile, wgrad.tile) == (PER_TOKEN, PER_CHANNEL)
-    if one_read and dgrad.scale_format == wgrad.scale_format:
+    if _is_one_read(recipe):
         return quantize_both_ways(filled(dy, TILE, TILE), dgrad.scale_format, used=used)
     by_channel = split_tiles(quantize_filled(dy, dgrad), PER_TOKEN)
     return by_channel, quantize_filled(dy, wgrad, columns=8).mT
+
+
+def quantize_gradient_of_rows(
+    d_sums: Array,
+    rows: Array,
+    summed: tuple[Array, Groups],
+    recipe: LinearRecipe,
+    used: Array | None,
+) -> tuple[BlockScaled, BlockScaled]:
+    """`quantize_gradient` of the rows that `sum_rows(rows, *summed)` adds up, for that of sums."""
+    weights, groups = summed
+    if _is_one_read(recipe):
+        of_rows = groups.token_M, weights_of_rows(weights.astype(jnp.float32), groups)
+        form = recipe.dgrad.scale_format
+        return gather_quantize_both_ways(d_sums, *of_rows, form, used=used)
+    (d_rows,) = jax.vjp(lambda rows: sum_rows(rows, *summed), rows)[1](d_sums)
+    return quantize_gradient(d_rows, recipe, used)
+
+
+def _is_one_read(recipe: LinearRecipe) -> bool:
+    """Whether Dgrad and Wgrad take one array in the two directions of one kernel."""
+    dgrad, wgrad = recipe.dgrad, recipe.wgrad
+    one_read = (dgrad.tile, wgrad.tile) == (PER_TOKEN, PER_CHANNEL)
+    return one_read and dgrad.scale_format == wgrad.scale_format
 
 
 def quantize_saved(
@@ -92,8 +130,11 @@ def quantize_saved(
 ) -> BlockScaled:
     """The product's input for Wgrad, transposed and quantised along tokens."""
     form = recipe.wgrad
-    if isinstance(saved, E5M6):  # bfloat16 and float32 hold its numbers exactly
-        saved = unpacked(saved, like, like.dtype)
+    if isinstance(saved, E5M6):
+        whole = len(saved.words) % TILE == like.shape[-1] % TILE == 0
+        if whole and form.tile == PER_CHANNEL and activation is None:
+            return quantize_transposed(saved, form.scale_format)
+        saved = unpacked(saved, like, like.dtype)  # which holds its numbers exactly
     if form.tile == PER_CHANNEL:
         kept = isinstance(saved, BlockScaled)
         if activation is None and not (kept and saved.tile != PER_TOKEN):

@@ -11,8 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels.grouped_gemm.api import KERNEL_ALIGNMENT, row_alignment
 from dsv3_jax.model.activation import swiglu
-from dsv3_jax.model.fp8 import can_fuse, fp8_feed_forward, fp8_grouped_feed_forward
+from dsv3_jax.model.fp8_feed_forward import (
+    can_fuse,
+    fp8_feed_forward,
+    fp8_grouped_feed_forward,
+)
 from dsv3_jax.model.projection import WHOLE, ProductLayout, Projection, add_up, as_projection
+from dsv3_jax.parallel.grouping import Groups, sum_rows
 from dsv3_jax.parallel.phases import mark_of
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
 from dsv3_jax.quantization.block_scaled import StepWeight, StraightThrough
@@ -80,18 +85,21 @@ def grouped_feed_forward(
     alignment: int,
     recipes: Recipes,
     marked: bool = False,
+    summed: tuple[Float[Array, "T K"], Groups] | None = None,
 ) -> Any:
     """`feed_forward` of each row with the weights of its group, as `grouped_linear`: [M, D].
 
-    marked: a pair of that and of `phases.mark_of` what gate_up gives, for what comes after that
-    product and before the other.
+    summed: `sum_rows` of that, by these weights: [T, D]. marked: a pair of what is returned and
+    of `phases.mark_of` what each product gives, for what comes after it and before the next.
     """
     if _is_one_operation(rows, gate_up, down, recipes, ONE_DEVICE):
         both: Any = fp8_grouped_feed_forward
-        return both(rows, gate_up, down, group_sizes, recipes, marked)
+        return both(rows, gate_up, down, group_sizes, recipes, marked, summed)
     hidden = grouped_linear(rows, gate_up, group_sizes, alignment, recipes[0])
     y = grouped_linear(hidden, down, group_sizes, alignment, recipes[1], swiglu)
-    return (y, mark_of(hidden)) if marked else y
+    marks = (mark_of(hidden), mark_of(y)) if marked else None
+    y = y if summed is None else sum_rows(y, *summed)
+    return (y, marks) if marked else y
 
 
 def _is_one_operation(x, gate_up, down, recipes: Recipes, layout: Layout) -> bool:

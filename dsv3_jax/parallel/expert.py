@@ -120,6 +120,11 @@ def combine(rows: Float[Array, "M D"], handle: Handle, exchange: Exchange) -> Fl
         y = return_sums(rows, handle.weights, handle.places, exchange.reading)
     else:
         y = sum_rows(rows, handle.weights, handle.groups)
+    return send_back(y, handle, exchange)
+
+
+def send_back(y: Float[Array, "R D"], handle: Handle, exchange: Exchange) -> Float[Array, "T D"]:
+    """`combine` of what arrived tokens' experts here add up to."""
     return y if not exchange.buffered else give_back(y, handle.plans, exchange)
 
 

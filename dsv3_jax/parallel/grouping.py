@@ -155,23 +155,37 @@ def _sum_rows_fwd(rows, weights, groups):
 
 def _sum_rows_bwd(residuals, d_y):
     rows, weights, groups = residuals
-    num_rows_, per_token = rows.shape[0], weights.shape[1]
-    entry_weight = jnp.zeros(num_rows_, weights.dtype)
-    entry_weight = entry_weight.at[groups.slot_TK].set(
-        weights, mode=None if groups.complete else "drop", unique_indices=groups.complete
-    )
-    d_rows = _rows_of(d_y, groups).astype(jnp.float32) * entry_weight[:, None]
-    d_weights = jnp.stack(
-        [
-            jnp.sum(_entry(rows, k, groups).astype(jnp.float32) * d_y.astype(jnp.float32), -1)
-            for k in range(per_token)
-        ],
-        axis=1,
-    )
+    d_rows = _rows_of(d_y, groups).astype(jnp.float32) * weights_of_rows(weights, groups)[:, None]
+    d_weights = gradient_of_weights(rows, d_y, groups)
     return d_rows.astype(rows.dtype), d_weights.astype(weights.dtype), no_gradients(groups)
 
 
 sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
+
+
+def weights_of_rows(weights: Float[Array, "T K"], groups: Groups) -> Float[Array, " M"]:
+    """The weight of each row's entry, zero for padding rows."""
+    return (
+        jnp.zeros(groups.token_M.shape[0], weights.dtype)
+        .at[groups.slot_TK]
+        .set(
+            weights,
+            mode=None if groups.complete else "drop",
+            unique_indices=groups.complete,
+        )
+    )
+
+
+def gradient_of_weights(
+    rows: Float[Array, "M D"], d_y: Float[Array, "T D"], groups: Groups
+) -> Float[Array, "T K"]:
+    """That of the weights of `sum_rows`, float32."""
+    d_y = d_y.astype(jnp.float32)
+    of_choices = [
+        jnp.sum(_entry(rows, k, groups).astype(jnp.float32) * d_y, -1)
+        for k in range(groups.slot_TK.shape[1])
+    ]
+    return jnp.stack(of_choices, axis=1)
 
 
 def _sum_of_entries(rows, weights, groups: Groups):

@@ -4,7 +4,8 @@ DeepSeek-V3 keeps the input of the projection after attention in it from the for
 pass (V3 report, section 3.3.3). The encoding is that of deepseek-ai/TileKernels
 (tile_kernels/torch/cast_e5m6.py): a sign, five exponent bits of bias 15, six fraction bits, so the
 upper 12 bits of a float16; largest number 65,024; codes packed from the upper bits of a word down.
-Scales there are one a token; here one for 128 channels of it, as the report's tiles are.
+Scales there are one a token; here one for 128 channels of it, as the report's tiles are. And all
+first words of eight numbers lie together, then all second ones, as threads of a GPU write them.
 
 Numbers are rounded to nearest even also where float16 is subnormal, below 2^-29 of a group's
 largest; TileKernels, which cuts before it rounds, is there up to one step smaller. Scales are
@@ -35,7 +36,7 @@ class E5M6:
     """Numbers in 12 bits each.
 
     Fields:
-        words: uint32 [..., 3 K / 8]
+        words: uint32 [..., 3, K / 8], the words of each eight
         scales: float32 [..., ceil(K / 128)], powers of two; number = code's value x scale
     """
 
@@ -53,15 +54,15 @@ def encode(x: Float[Array, "*batch K"]) -> E5M6:
         raise ValueError(f"K={x.shape[-1]} must be a multiple of {PACKET}")
     groups = _cut(x.astype(jnp.float32))
     magnitude = jnp.where(jnp.isfinite(groups), jnp.abs(groups), 0)
-    scales = _power_of_two(jnp.maximum(jnp.max(magnitude, -1), AMAX_FLOOR) / MAX)
+    scales = scale_of_amax(jnp.max(magnitude, -1))
     scaled = groups * (1 / scales)[..., None]
     codes = to_codes(scaled.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]])
-    return E5M6(_pack(codes), scales)
+    return E5M6(pack(codes), scales)
 
 
 def decode(x: E5M6, dtype: Any = jnp.bfloat16) -> Float[Array, "*batch K"]:
     """The numbers of `x`; bfloat16 and float32 hold them exactly."""
-    values = from_codes(_unpack(x.words))
+    values = from_codes(unpack(x.words))
     groups = _cut(values) * x.scales[..., None]
     return groups.reshape(*values.shape[:-1], -1)[..., : values.shape[-1]].astype(dtype)
 
@@ -84,13 +85,18 @@ def from_codes(codes: UInt16[Array, "*dims"]) -> Float[Array, "*dims"]:
     return jax.lax.bitcast_convert_type(codes << 4, jnp.float16).astype(jnp.float32)
 
 
-def _power_of_two(x: Array) -> Array:
-    """The smallest power of two that is not below x, exactly; x is positive and normal."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jax.lax.bitcast_convert_type((((bits - 1) >> 23) + 1) << 23, jnp.float32)
+def scale_of_amax(amax: Float[Array, "*dims"]) -> Float[Array, "*dims"]:
+    """2^ceil(log2(amax / 65,024)), exactly, float32; `amax` is floored at 1e-4.
+
+    On the bits: 65,024 is 1.984375 x 2^15, and a fraction above that carries into the exponent.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.maximum(amax, AMAX_FLOOR), jnp.int32)
+    exponent = ((bits + (0x7FFFFF - 0x7E0000)) >> 23) - 15
+    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
 
 
-def _pack(codes: UInt16[Array, "*batch K"]) -> UInt32[Array, "*batch words"]:
+def pack(codes: UInt16[Array, "*batch K"]) -> UInt32[Array, "*batch 3 packets"]:
+    """Eight codes in three words, from the upper bits down; all first words, then the others."""
     c = codes.astype(jnp.uint32).reshape(*codes.shape[:-1], -1, PACKET)
     c = [c[..., i] for i in range(PACKET)]
     words = (
@@ -98,16 +104,17 @@ def _pack(codes: UInt16[Array, "*batch K"]) -> UInt32[Array, "*batch words"]:
         c[2] << 28 | c[3] << 16 | c[4] << 4 | c[5] >> 8,
         c[5] << 24 | c[6] << 12 | c[7],
     )
-    return jnp.stack(words, -1).reshape(*codes.shape[:-1], -1)
+    return jnp.stack(words, -2)
 
 
-def _unpack(words: UInt32[Array, "*batch words"]) -> UInt16[Array, "*batch K"]:
-    w = words.reshape(*words.shape[:-1], -1, 3)
-    a, b, c = w[..., 0], w[..., 1], w[..., 2]
+def unpack(words: UInt32[Array, "*batch 3 packets"]) -> UInt16[Array, "*batch K"]:
+    """The codes of `pack`."""
+    a, b, c = (words[..., i, :] for i in range(3))
     codes = (
         a >> 20, a >> 8, a << 4 | b >> 28, b >> 16, b >> 4, b << 8 | c >> 24, c >> 12, c,
     )  # fmt: skip
-    return (jnp.stack(codes, -1) & 0xFFF).astype(jnp.uint16).reshape(*words.shape[:-1], -1)
+    together = (jnp.stack(codes, -1) & 0xFFF).astype(jnp.uint16)
+    return together.reshape(*words.shape[:-2], -1)
 
 
 def _cut(x: Array) -> Array:

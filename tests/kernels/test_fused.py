@@ -9,6 +9,7 @@ import pytest
 
 from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.fused import api, pallas_gpu, reference, tpu_tiles
+from dsv3_jax.quantization import e5m6
 from dsv3_jax.quantization.block_scaled import PER_BLOCK, PER_TOKEN, BlockScaled
 from tests.cases import matrix
 from tests.kernels.conftest import (
@@ -42,6 +43,26 @@ def test_rows_are_quantised_bit_for_bit(implementation, scale_format, rng, runni
     assert_same(out, quantize(x, PER_TOKEN, scale_format))
 
 
+@pytest.mark.parametrize(
+    "implementation, scale_format", matrix(ALL_IMPLEMENTATIONS, ["f32", "ue8m0"])
+)
+def test_one_read_gives_e4m3_and_e5m6(implementation, scale_format, rng, running):
+    # Sizes down to where float16 is subnormal, and below its smallest number.
+    x = (normal(rng, 128, 256) * jnp.exp2(rng.integers(-34, 3, (128, 256)))).astype(jnp.bfloat16)
+    x = x.at[3, 5].set(jnp.nan).at[4, 7].set(-jnp.inf).at[5].set(0).at[6, :128].set(-65024)
+    small = [1.0, 2.0**-37, 1.0078125 * 2.0**-36, -(2.0**-40)]
+    x = x.at[7, :4].set(jnp.asarray(small, x.dtype))
+    with running(implementation):
+        out, kept = api.quantize_rows_in_two_formats(x, scale_format, implementation=implementation)
+        back = api.quantize_transposed(kept, scale_format, implementation=implementation)
+    assert_same(out, quantize(x, PER_TOKEN, scale_format))
+    wanted = jax.jit(e5m6.encode)(x)
+    np.testing.assert_array_equal(kept.words, wanted.words)
+    np.testing.assert_array_equal(kept.scales, wanted.scales)
+    numbers = e5m6.decode(wanted, jnp.float32)
+    assert_same(back, quantize(numbers.mT, PER_TOKEN, scale_format))
+
+
 @pytest.mark.parametrize("implementation", ALL_IMPLEMENTATIONS)
 def test_one_read_gives_both_directions(implementation, rng, running):
     x = normal(rng, 128, 256).astype(jnp.bfloat16).at[3, 5].set(jnp.nan).at[:, 7].set(0)
@@ -51,7 +72,9 @@ def test_one_read_gives_both_directions(implementation, rng, running):
 
 
 @pytest.mark.parametrize("implementation", ALL_IMPLEMENTATIONS[1:])
-@pytest.mark.parametrize("op", ["rows", "both_ways", "transposed", "swiglu", "swiglu_backward"])
+@pytest.mark.parametrize(
+    "op", ["rows", "both_ways", "gathered", "transposed", "swiglu", "swiglu_backward"]
+)
 def test_rows_in_use_are_quantised_and_no_tile_beyond_them(
     op, implementation, rng, running, monkeypatch
 ):
@@ -62,6 +85,7 @@ def test_rows_in_use_are_quantised_and_no_tile_beyond_them(
     quantise = {
         "rows": (api.quantize_rows, x),
         "both_ways": (api.quantize_both_ways, x),
+        "gathered": (api.gather_quantize_both_ways, x, jnp.arange(rows), jnp.ones(rows)),
         "transposed": (api.quantize_transposed, x),
         "swiglu": (partial(api.swiglu_quantize, transposed=True), gate_up),
         "swiglu_backward": (api.swiglu_backward_quantize, gate_up, x),
@@ -152,6 +176,27 @@ def test_each_token_is_sent_to_its_rows_and_the_rest_are_zeros(implementation, r
     assert_same(out, quantize(rows, PER_TOKEN))
 
 
+@pytest.mark.parametrize(
+    "implementation, scale_format", matrix(ALL_IMPLEMENTATIONS, ["f32", "ue8m0"])
+)
+def test_gathered_rows_are_weighted_and_quantised_both_ways(
+    implementation, scale_format, rng, running
+):
+    x = normal(rng, 40, 256).astype(jnp.bfloat16)
+    x = x.at[3, 5].set(jnp.nan).at[4, 7].set(jnp.inf).at[39, 3].set(-jnp.inf)
+    tokens = jnp.asarray(rng.integers(0, 41, 256), jnp.int32).at[jnp.arange(9)].set(40)
+    tokens = tokens.at[200].set(3).at[201].set(4)
+    weights = normal(rng, 256).astype(jnp.float32)
+    with running(implementation):
+        out = api.gather_quantize_both_ways(
+            x, tokens, weights, scale_format, implementation=implementation
+        )
+    chosen = x.astype(jnp.float32)[jnp.minimum(tokens, 39)] * weights[:, None]
+    rows = jnp.where(tokens[:, None] < 40, chosen, 0).astype(jnp.bfloat16)
+    both = quantize(rows, PER_TOKEN, scale_format), quantize(rows.mT, PER_TOKEN, scale_format)
+    assert_same(out, both)
+
+
 CHOICES = {
     "groups by their best": (32, dict(top_k=4, n_group=8, topk_group=3, best_of_group=1)),
     "V3's groups": (64, dict(top_k=8, n_group=8, topk_group=4)),
@@ -226,7 +271,10 @@ def test_what_threads_do_with_their_registers_lowers_for_a_gpu(rng):
     kept, gate = quantize(x, PER_TOKEN), normal(rng, 16, 64)
     lower_for_an_h200(pallas_gpu.quantize_rows, x)
     lower_for_an_h200(pallas_gpu.quantize_both_ways, x)
-    lower_for_an_h200(pallas_gpu.quantize_transposed, kept)
+    lower_for_an_h200(pallas_gpu.gather_quantize_both_ways, x, jnp.arange(256), jnp.ones(256))
+    lower_for_an_h200(pallas_gpu.quantize_rows_in_two_formats, x)
+    for numbers in (kept, e5m6.encode(x)):
+        lower_for_an_h200(pallas_gpu.quantize_transposed, numbers)
     for source in (x, kept):
         lower_for_an_h200(partial(pallas_gpu.swiglu_quantize, transposed=True), source)
         lower_for_an_h200(pallas_gpu.swiglu_backward_quantize, source, x[:, :512])

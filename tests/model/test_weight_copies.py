@@ -7,12 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv3_jax.model.fp8 import (
-    fp8_feed_forward,
-    fp8_grouped_feed_forward,
-    fp8_grouped_linear,
-    fp8_linear,
-)
+from dsv3_jax.model.fp8 import fp8_grouped_linear, fp8_linear
+from dsv3_jax.model.fp8_feed_forward import fp8_feed_forward, fp8_grouped_feed_forward
 from dsv3_jax.quantization.block_scaled import StepWeight
 from dsv3_jax.quantization.recipe import RECIPES
 from tests.cases import in_every_run

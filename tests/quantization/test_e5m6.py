@@ -65,7 +65,16 @@ def test_rows_are_those_of_the_oracle(dtype):
     rng = np.random.default_rng(0)
     sizes = np.exp2(rng.integers(-30, 30, (16, 384)))
     x = jnp.asarray(rng.normal(size=(16, 384)) * sizes, dtype)
-    x = x.at[0].set(0).at[1, :128].set(65024).at[2, :128].set(65025.0)
+    x = (
+        x.at[0]
+        .set(0)
+        .at[1, :128]
+        .set(65024)
+        .at[2, :128]
+        .set(65025.0)
+        .at[3, :128]
+        .set(127 * 2.0**-9)
+    )
     codes, scales = oracle(np.asarray(x, np.float32))
     out = coded(x)
     np.testing.assert_array_equal(np.asarray(out.scales), scales)
@@ -81,10 +90,10 @@ def test_words_hold_eight_codes_from_the_upper_bits_down():
     x = jnp.concatenate([x, jnp.full(8, MAX)])  # so that the scale is 1
     out = coded(x)
     stream = "".join(f"{code:03X}" for code in codes)
-    assert [f"{int(word):08X}" for word in out.words[:3]] == [
+    assert [f"{int(word):08X}" for word in out.words[:, 0]] == [
         stream[8 * i : 8 * i + 8] for i in range(3)
     ]
-    assert out.words.dtype == jnp.uint32 and out.words.shape == (6,)
+    assert out.words.dtype == jnp.uint32 and out.words.shape == (3, 2)
     assert 32 * out.words.size == 12 * x.size
 
 

@@ -22,7 +22,7 @@ from dsv3_jax.model.norm import rms_norm
 from dsv3_jax.model.quantized_inputs import gather_for, norm_for
 from dsv3_jax.model.router import route
 from dsv3_jax.model.transformer import forward, init_variables
-from dsv3_jax.parallel.grouping import gather_rows, plan
+from dsv3_jax.parallel.grouping import gather_rows, plan, sum_rows
 from dsv3_jax.parallel.mesh import make_mesh
 from dsv3_jax.parallel.sharding import ONE_DEVICE, make_layout
 from dsv3_jax.quantization.recipe import RECIPES
@@ -87,6 +87,37 @@ def test_a_grouped_feed_forward_is_its_two_products():
 
     got = compiled(lambda *o: grouped_feed_forward(*o, sizes, 128, ROUTED), x, gate_up, down)
     assert worst(got, compiled(separate, x, gate_up, down)) < BY_BF16
+
+
+@pytest.mark.parametrize("dgrad_scales", ["ue8m0", "f32"])
+def test_rows_are_summed_as_by_themselves(dgrad_scales):
+    """Gradients of rows are gathered as they are quantised; both ways in one read, or apart."""
+    recipes = (
+        ROUTED[0],
+        dataclasses.replace(
+            ROUTED[1], dgrad=dataclasses.replace(ROUTED[1].dgrad, scale_format=dgrad_scales)
+        ),
+    )
+    experts = jnp.asarray(np.random.default_rng(0).permuted([[0, 1, 2]] * 50, axis=1)[:, :2])
+    groups, sizes, _ = plan(experts, 3, 128)
+    x, weights = normal(50, 128), normal(50, 2, dtype=jnp.float32)
+    gate_up = normal(3, 2, 128, 128, dtype=jnp.float32)
+    down = normal(3, 128, 128, dtype=jnp.float32, scale=0.1)
+
+    def apart(x, weights, *of_experts):
+        rows = gather_for(x, groups, recipes[0])
+        rows = grouped_feed_forward(rows, *of_experts, sizes, 128, recipes)
+        return sum_rows(rows, weights, groups)
+
+    def together(x, weights, *of_experts):
+        rows = gather_for(x, groups, recipes[0])
+        summed = weights, groups
+        return grouped_feed_forward(rows, *of_experts, sizes, 128, recipes, summed=summed)
+
+    results = [compiled(f, x, weights, gate_up, down) for f in (together, apart)]
+    assert any(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(results[0][1]))
+    for got, want in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
 def test_a_norm_is_quantised_where_it_is_computed():
@@ -234,12 +265,14 @@ def test_a_gpus_step_is_made_of_these_kernels(monkeypatch):
     chosen = {c.op for c in backend.choices() if c.implementation == "pallas_gpu"}
     assert chosen == {
         "attention",
+        "gather_quantize_both_ways",
         "grouped_matmul",
         "grouped_wgrad",
         "permute_quantize",
         "quantize_blocks",
         "quantize_both_ways",
         "quantize_rows",
+        "quantize_rows_in_two_formats",
         "quantize_transposed",
         "rms_norm_quantize",
         "route_top_k",

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.partition import Cut
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat
+from dsv3_jax.quantization.e5m6 import E5M6
 
 PACKAGE = "dsv3_jax.kernels.fused"
 # The router has no kernel on TPUs, and needs none there: XLA makes one of it.
@@ -19,6 +20,7 @@ ROUTER_ORDER = {**backend.DEFAULT_ORDER, "tpu": ("reference",)}
 # Dims of values and scales, and what of them may not be cut apart: see `kernels.partition`.
 BY_TOKEN = (("t", "d"), ("t", "d/128"))
 BY_CHANNEL = (("d", "t"), ("d", "t/128"))
+PACKED = (("t", "word", "d/8"), ("t", "d/128"))  # E5M6
 TILES = {"t": 128, "d": 128}
 _BOTH = (("t", "both"), ("t", "both/128"))
 
@@ -42,6 +44,27 @@ def quantize_rows(
     )
 
 
+def quantize_rows_in_two_formats(
+    x: Float[Array, "T D"],
+    scale_format: ScaleFormat = "f32",
+    *,
+    implementation: str | None = None,
+) -> tuple[BlockScaled, E5M6]:
+    """x quantised per token, and x in E5M6 (`e5m6.encode`), both from one read.
+
+    What the projection after attention multiplies, and what is kept of it (V3 report, section
+    3.3.3).
+    """
+    cut = Cut(BY_TOKEN[:1], (*BY_TOKEN, *PACKED), {"t": 1, "d": 128})
+    return _run(
+        "quantize_rows_in_two_formats",
+        x,
+        implementation=implementation,
+        cut=cut,
+        scale_format=scale_format,
+    )
+
+
 def quantize_both_ways(
     x: Float[Array, "T D"],
     scale_format: ScaleFormat = "f32",
@@ -60,6 +83,32 @@ def quantize_both_ways(
         x,
         implementation=implementation,
         cut=cut,
+        used=used,
+        scale_format=scale_format,
+    )
+
+
+def gather_quantize_both_ways(
+    x: Float[Array, "T D"],
+    tokens: Int[Array, " M"],
+    weights: Float[Array, " M"],
+    scale_format: ScaleFormat = "f32",
+    *,
+    used: Int[Array, ""] | None = None,
+    implementation: str | None = None,
+) -> tuple[BlockScaled, BlockScaled]:
+    """x[tokens[m]] times weights[m] as row m, rounded to x's dtype, as by `quantize_both_ways`.
+
+    Zeros where tokens[m] is T. Weights are float32. The gradient of what a token's experts make,
+    for those that sum it up by weights: the M rows are never an array.
+    """
+    return _run(
+        "gather_quantize_both_ways",
+        x,
+        tokens,
+        weights,
+        implementation=implementation,
+        cut=None,  # tokens are rows of one device
         used=used,
         scale_format=scale_format,
     )
@@ -96,19 +145,22 @@ def quantize_blocks(
 
 
 def quantize_transposed(
-    x: Float[Array, "T D"] | BlockScaled,
+    x: Float[Array, "T D"] | BlockScaled | E5M6,
     scale_format: ScaleFormat = "f32",
     *,
     used: Int[Array, ""] | None = None,
     implementation: str | None = None,
 ) -> BlockScaled:
-    """x.T [D, T] quantised along tokens; x may have been quantised along channels before.
+    """x.T [D, T] quantised along tokens; x may have been quantised along channels, or be E5M6.
 
     What a weight gradient needs of an activation, kept as it was or as its product read it.
     """
     if isinstance(x, BlockScaled):
         _check_per_token(x)
-    cut = Cut(BY_TOKEN if isinstance(x, BlockScaled) else BY_TOKEN[:1], BY_CHANNEL, TILES)
+    operands = PACKED if isinstance(x, E5M6) else BY_TOKEN
+    if not isinstance(x, BlockScaled | E5M6):
+        operands = BY_TOKEN[:1]
+    cut = Cut(operands, BY_CHANNEL, TILES)
     return _run(
         "quantize_transposed",
         x,

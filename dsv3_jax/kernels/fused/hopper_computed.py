@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, vector
+from jaxlib.mlir.dialects import gpu, vector
 
 from dsv3_jax.kernels import hopper, manual
 from dsv3_jax.kernels.fused.hopper_quantize import (
@@ -39,7 +39,7 @@ from dsv3_jax.kernels.fused.hopper_registers import (
     turned_layout,
 )
 from dsv3_jax.kernels.hopper import plgpu
-from dsv3_jax.kernels.hopper_integers import constant, plus, quotient, remainder, times
+from dsv3_jax.kernels.hopper_integers import constant, index, plus, quotient, remainder, times
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat
 
 
@@ -231,7 +231,7 @@ def _put(tile: Any, row: Any, x: Any) -> None:
         )
         for eight, register in enumerate(x.registers.flat):
             place = plus(at, constant(8 * eight * PLACE.chunk))
-            vector.store(register, tile, [_index(place)])
+            vector.store(register, tile, [index(place)])
 
     put(tile, first, x)
 
@@ -257,7 +257,7 @@ def _taken(tile: Any, column: Any, width: int) -> Any:
         )
         along_channels = ir.VectorType.get((each,), ir.BF16Type.get())
         by_token = [
-            vector.load(along_channels, tile, [_index(plus(at, constant(t * PLACE.chunk)))])
+            vector.load(along_channels, tile, [index(plus(at, constant(t * PLACE.chunk)))])
             for t in range(TOKENS_EACH)
         ]
         return turned_array(by_token, width)
@@ -269,7 +269,3 @@ def _warp_and_lane() -> tuple[Any, Any]:
     thread = utils.thread_idx()
     within = remainder(thread, 128)
     return quotient(within, 32), remainder(within, 32)
-
-
-def _index(x: Any) -> Any:
-    return arith.index_cast(ir.IndexType.get(), x)

@@ -89,6 +89,7 @@ class Split:
     rows: int = 32  # tokens of 128 channels
     turned: int = 64  # channels of 128 tokens
     staged: int = 0  # the first so many pieces come by TMA, where numbers are computed
+    by_columns: bool = False  # all rows of some columns before the next ones
 
 
 def quantized(x: Any, scale_format: ScaleFormat) -> tuple[Any, Any]:
@@ -156,12 +157,16 @@ def quantize_tiles(
     column_tiles = dim // width
     rows_each = min(split.rows, tokens // 8 * 8)
     height = 128 if by_channel else rows_each * split.warpgroups
+    row_tiles = pl.cdiv(tokens, height)
 
     def kernel(*refs):
         sources, refs = refs[: len(operands)], refs[len(operands) :]
         block = lax.axis_index("block")
-        row = lax.div(block, jnp.int32(column_tiles)) * height
-        column = lax.rem(block, jnp.int32(column_tiles)) * width
+        inner = jnp.int32(row_tiles if split.by_columns else column_tiles)
+        row, column = lax.div(block, inner), lax.rem(block, inner)
+        if split.by_columns:
+            row, column = column, row
+        row, column = row * height, column * width
         where_used(used, sources, row)(lambda: tile(sources, refs, row, column))
 
     def tile(sources, results, row, column):
@@ -210,7 +215,7 @@ def quantize_tiles(
     out = hopper.kernel(
         kernel,
         out_type=[manual.result(shape, dtype, operands[0]) for shape, dtype in shapes],
-        grid=(pl.cdiv(tokens, height) * column_tiles,),
+        grid=(row_tiles * column_tiles,),
         grid_names=("block",),
         compiler_params=COMPILER_PARAMS,
         **several,

@@ -286,6 +286,11 @@ def elements(register: Any) -> list[Any]:
     return [vector.extract(register, [], [i]) for i in range(ir.VectorType(register.type).shape[0])]
 
 
+def numbers_of(x: Any) -> list[Any]:
+    """All numbers of a thread of an array, in the order of its registers."""
+    return [number for register in x.registers.flat for number in elements(register)]
+
+
 def vector_of(numbers: Sequence[Any]) -> Any:
     """The vector of some numbers of one type."""
     out: Any = llvm.mlir_undef(ir.VectorType.get((len(numbers),), numbers[0].type))

@@ -1,21 +1,25 @@
 """Fused quantisers on Hopper: what each one reads, and what it computes of it in registers.
 
-`hopper_quantize.py` and `hopper_computed.py` are the machinery; only RMSNorm, whose token is more
-than one tile, has kernels of its own here, and so has the permutation of tokens, whose destinations
-are data.
+`hopper_quantize.py` and `hopper_computed.py` are the machinery. What reads otherwise than by tiles
+has kernels of its own: RMSNorm (`hopper_norm.py`), weights, and the permutation of tokens, whose
+destinations are data, here.
 """
 
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import hopper, manual
+from dsv3_jax.kernels.fused import hopper_norm
 from dsv3_jax.kernels.fused.hopper_computed import quantize_computed
+from dsv3_jax.kernels.fused.hopper_e5m6 import PackedRows, quantize_and_keep
+from dsv3_jax.kernels.fused.hopper_gather import GatheredRows
 from dsv3_jax.kernels.fused.hopper_quantize import (
     COMPILER_PARAMS,
     Piece,
@@ -29,18 +33,18 @@ from dsv3_jax.kernels.fused.hopper_router import route_top_k as route_top_k
 from dsv3_jax.kernels.fused.hopper_weights import quantize_blocks as quantize_blocks
 from dsv3_jax.kernels.hopper import plgpu
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, ScaleFormat, scale_of_amax
+from dsv3_jax.quantization.e5m6 import E5M6, PACKET
 
 # The fastest of a sweep on one H100; what needs more registers a number takes fewer numbers.
 ALONG_CHANNELS = Split(rows=32)
+TWO_FORMATS = Split(rows=32)
 ALONG_TOKENS = Split(turned=128)
 BOTH_WAYS = Split(warpgroups=2, rows=64, turned=64)
+GATHERED = Split(rows=64, turned=64, by_columns=True)
 SWIGLU = Split(rows=8)
 SWIGLU_TRANSPOSED = Split(warpgroups=2, rows=16, turned=64, staged=4)
 SWIGLU_BACKWARD = Split(warpgroups=2, rows=16, turned=32)
 
-NORM_TOKENS = 8  # of a block, where one token's channels are few
-NARROW = 2048  # channels, at most, of which a block has eight tokens in registers
-WHOLE_CHANNELS = 1024  # that the threads of a block read of a token at a time
 FREE_ROWS = 16  # that a block looks through for those without a token
 
 
@@ -55,6 +59,18 @@ def quantize_rows(
     return BlockScaled(out.values[:rows], out.scales[:rows], PER_TOKEN)
 
 
+def quantize_rows_in_two_formats(
+    x: Float[Array, "T D"], scale_format: ScaleFormat = "f32"
+) -> tuple[BlockScaled, E5M6]:
+    """x quantised per token, and as E5M6, in one read; see `api`."""
+    rows = x.shape[0]
+    x = jnp.pad(x, ((0, max(8 - rows, 0)), (0, 0)))
+    _require(x)
+    out, kept = quantize_and_keep(x, scale_format, TWO_FORMATS.rows)
+    kept = E5M6(kept.words[:rows], kept.scales[:rows])
+    return BlockScaled(out.values[:rows], out.scales[:rows], PER_TOKEN), kept
+
+
 def quantize_both_ways(
     x: Float[Array, "T D"], scale_format: ScaleFormat = "f32", *, used: Any = None
 ) -> tuple[BlockScaled, ...]:
@@ -64,14 +80,43 @@ def quantize_both_ways(
     return quantize_tiles(*inputs, BOTH_WAYS, by_channel=True, used=used)
 
 
+def gather_quantize_both_ways(
+    x: Float[Array, "T D"],
+    tokens: Int[Array, " M"],
+    weights: Float[Array, " M"],
+    scale_format: ScaleFormat = "f32",
+    *,
+    used: Any = None,
+) -> tuple[BlockScaled, ...]:
+    """Rows of x times weights, quantised as by `quantize_both_ways`; see `api`."""
+    _, dim = _require(x)
+    (rows,) = tokens.shape
+    if rows % 128:
+        raise NotImplementedError(f"{rows=} must be a multiple of the 128 of a scale")
+    operands = x, tokens.astype(jnp.int32), weights.astype(jnp.float32)
+    inputs = (GatheredRows(()), operands, rows, dim, scale_format)
+    return quantize_tiles(*inputs, GATHERED, by_channel=True, used=used)
+
+
 def quantize_transposed(
-    x: Float[Array, "T D"] | BlockScaled, scale_format: ScaleFormat = "f32", *, used: Any = None
+    x: Float[Array, "T D"] | BlockScaled | E5M6,
+    scale_format: ScaleFormat = "f32",
+    *,
+    used: Any = None,
 ) -> BlockScaled:
     """x transposed and quantised along tokens; see `api.quantize_transposed`."""
-    scaled = isinstance(x, BlockScaled)
-    tokens, dim = _require(x, True, jnp.float8_e4m3fn if scaled else jnp.bfloat16)
-
-    source, operands = (KEPT, _leaves(x)) if scaled else (PLAIN, (x,))
+    if isinstance(x, E5M6):
+        source, operands, (tokens, _, packets) = (
+            PackedRows(()),
+            (x.words, x.scales.mT),
+            x.words.shape,
+        )
+        dim = PACKET * packets
+        _require(jax.ShapeDtypeStruct((tokens, dim), jnp.bfloat16), True)
+    else:
+        kept = isinstance(x, BlockScaled)
+        tokens, dim = _require(x, True, jnp.float8_e4m3fn if kept else jnp.bfloat16)
+        source, operands = (KEPT, _leaves(x)) if kept else (PLAIN, (x,))
     inputs = (source, operands, tokens, dim, scale_format)
     (out,) = quantize_tiles(*inputs, ALONG_TOKENS, by_token=False, by_channel=True, used=used)
     return out
@@ -130,80 +175,17 @@ def rms_norm_quantize(
     eps: float,
     scale_format: ScaleFormat = "f32",
 ) -> BlockScaled:
-    """x normalised and quantised per token, in one read; see `api.rms_norm_quantize`.
-
-    All numbers of a token are in registers until its root mean square is known: a block has one
-    wide token, or eight narrow ones.
-    """
+    """x normalised and quantised per token, in one read; see `api.rms_norm_quantize`."""
     rows = x.shape[0]
-    x = jnp.pad(x, ((0, max(NORM_TOKENS - rows, 0)), (0, 0)))
+    x = jnp.pad(x, ((0, max(hopper_norm.TOKENS - rows, 0)), (0, 0)))
     tokens, dim = _require(x)
     x, weight = manual.vary((x, weight.astype(jnp.float32)))
-    if dim > NARROW:
-        values, scales = _norm_of_wide_tokens(x, weight, eps, scale_format)
+    if dim > hopper_norm.NARROW:
+        values, scales = hopper_norm.of_wide_tokens(x, weight, eps, scale_format)
     else:
-        values, scales = _norm_of_narrow_tokens(x, weight, eps, scale_format)
+        values, scales = hopper_norm.of_narrow_tokens(x, weight, eps, scale_format)
     values, scales = manual.vary((values.reshape(tokens, dim), scales), x)
     return BlockScaled(values[:rows], scales.mT[:rows], PER_TOKEN)
-
-
-def _norm_of_wide_tokens(x, weight, eps: float, scale_format: ScaleFormat):
-    tokens, dim = x.shape
-    if dim % WHOLE_CHANNELS:
-        raise NotImplementedError(f"{dim=} must be a multiple of {WHOLE_CHANNELS} above {NARROW}")
-    tiles, layout = dim // 128, tokens_layout()
-
-    def kernel(x_ref, weight_ref, values, scales):
-        token = lax.axis_index("block")
-        numbers = _load_whole(x_ref.at[token], layout)
-        total = jnp.sum(jnp.sum(jnp.square(numbers), axis=1), axis=0)
-        numbers *= lax.rsqrt(total / dim + eps) * _load_whole(weight_ref, layout)
-        values[token], scales[:, token] = quantized(numbers, scale_format)
-
-    return hopper.kernel(
-        kernel,
-        out_type=_norm_results(x, (tokens, tiles, 128)),
-        grid=(tokens,),
-        grid_names=("block",),
-        compiler_params=COMPILER_PARAMS,
-    )(x.reshape(tokens, tiles, 128), weight.reshape(tiles, 128))
-
-
-def _norm_of_narrow_tokens(x, weight, eps: float, scale_format: ScaleFormat):
-    tokens, dim = x.shape
-    layout, columns = tokens_layout(), [pl.ds(first, 128) for first in range(0, dim, 128)]
-
-    def kernel(x_ref, weight_ref, values, scales):
-        row = lax.min(lax.axis_index("block") * NORM_TOKENS, jnp.int32(tokens - NORM_TOKENS))
-        rows = pl.ds(row, NORM_TOKENS)
-        blocks = [_load(x_ref, rows, span, layout).astype(jnp.float32) for span in columns]
-        total = jnp.sum(sum(jnp.square(block) for block in blocks), axis=1)
-        inverse_rms = lax.rsqrt(total / dim + eps)
-        for tile, (block, span) in enumerate(zip(blocks, columns)):
-            weights = plgpu.load(weight_ref.at[span], layout=layout.reduce(0), optimized=False)
-            block *= lax.broadcast_in_dim(inverse_rms, block.shape, [0])
-            block *= lax.broadcast_in_dim(weights, block.shape, [1])
-            values[rows, span], scales[tile, rows] = quantized(block, scale_format)
-
-    return hopper.kernel(
-        kernel,
-        out_type=_norm_results(x, (tokens, dim)),
-        grid=(pl.cdiv(tokens, NORM_TOKENS),),
-        grid_names=("block",),
-        compiler_params=COMPILER_PARAMS,
-    )(x, weight)
-
-
-def _norm_results(x, shape: tuple[int, ...]) -> list[Any]:
-    tokens, dim = x.shape
-    return [
-        manual.result(shape, jnp.float8_e4m3fn, x),
-        manual.result((dim // 128, tokens), jnp.float32, x),
-    ]
-
-
-def _load_whole(ref: Any, layout: Any) -> Any:
-    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
 
 def permute_quantize(
@@ -219,8 +201,8 @@ def permute_quantize(
     here they would be single numbers scattered over memory.
     """
     num_tokens, dim = _require(x)
-    if dim % WHOLE_CHANNELS:
-        raise NotImplementedError(f"{dim=} must be a multiple of {WHOLE_CHANNELS}")
+    if dim % hopper_norm.WHOLE_CHANNELS:
+        raise NotImplementedError(f"{dim=} must be a multiple of {hopper_norm.WHOLE_CHANNELS}")
     per_token, tiles, layout = slots.shape[1], dim // 128, tokens_layout()
     num_rows = tokens.shape[0]
     x, slots, tokens = manual.vary((x, slots, tokens))
@@ -264,10 +246,6 @@ def permute_quantize(
     of_zeros = scale_of_amax(jnp.zeros((), jnp.float32), scale_format)
     scales = jnp.where(tokens < num_tokens, scales.mT[:, tokens], of_zeros)
     return BlockScaled(values.reshape(num_rows, dim), scales.mT, PER_TOKEN)
-
-
-def _load(ref: Any, rows: Any, columns: Any, layout: Any) -> Any:
-    return plgpu.load(ref.at[rows, columns], layout=layout, optimized=False)
 
 
 def _dequantized(values: Any, scale: Any) -> Any:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from dsv3_jax.kernels import tpu
 from dsv3_jax.kernels.fused import tpu_tiles
-from dsv3_jax.kernels.fused.reference import rounded_to, swiglu_gradients
+from dsv3_jax.kernels.fused.reference import rounded_to, swiglu_gradients, weighted_rows
 from dsv3_jax.kernels.fused.tpu_tiles import (
     TILE,
     Operand,
@@ -24,12 +24,14 @@ from dsv3_jax.kernels.fused.tpu_tiles import (
     quantize_tiles,
     turned_row,
 )
+from dsv3_jax.quantization import e5m6
 from dsv3_jax.quantization.block_scaled import (
     PER_TOKEN,
     BlockScaled,
     ScaleFormat,
     scale_of_amax,
 )
+from dsv3_jax.quantization.e5m6 import E5M6
 
 
 def quantize_rows(
@@ -39,6 +41,13 @@ def quantize_rows(
     return _per_token([matrix(_filled(x))], _as_it_is, x.shape, scale_format, used)
 
 
+def quantize_rows_in_two_formats(
+    x: Float[Array, "T D"], scale_format: ScaleFormat = "f32"
+) -> tuple[BlockScaled, E5M6]:
+    """x quantised per token, and as E5M6, which XLA makes; see `api`."""
+    return quantize_rows(x, scale_format), e5m6.encode(x)
+
+
 def quantize_both_ways(
     x: Float[Array, "T D"], scale_format: ScaleFormat = "f32", *, used: Any = None
 ) -> tuple[BlockScaled, ...]:
@@ -46,6 +55,18 @@ def quantize_both_ways(
     _require(x)
     inputs = ([matrix(x)], _as_it_is, x.shape[0], x.shape[1], scale_format)
     return quantize_tiles(*inputs, by_channel=True, used=used)
+
+
+def gather_quantize_both_ways(
+    x: Float[Array, "T D"],
+    tokens: Int[Array, " M"],
+    weights: Float[Array, " M"],
+    scale_format: ScaleFormat = "f32",
+    *,
+    used: Any = None,
+) -> tuple[BlockScaled, ...]:
+    """Rows of x times weights, which XLA gathers, quantised both ways; see `api`."""
+    return quantize_both_ways(weighted_rows(x, tokens, weights), scale_format, used=used)
 
 
 def quantize_blocks(
@@ -58,9 +79,14 @@ def quantize_blocks(
 
 
 def quantize_transposed(
-    x: Float[Array, "T D"] | BlockScaled, scale_format: ScaleFormat = "f32", *, used: Any = None
+    x: Float[Array, "T D"] | BlockScaled | E5M6,
+    scale_format: ScaleFormat = "f32",
+    *,
+    used: Any = None,
 ) -> BlockScaled:
     """x transposed and quantised along tokens; see `api.quantize_transposed`."""
+    if isinstance(x, E5M6):
+        x = e5m6.decode(x)  # by XLA
     _require(x)
     compute = _dequantized if isinstance(x, BlockScaled) else _as_it_is
     inputs = (_operands(x), compute, x.shape[0], x.shape[1], scale_format)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dsv3_jax.quantization import e5m6
 from dsv3_jax.quantization.block_scaled import (
     PER_BLOCK,
     PER_TOKEN,
@@ -17,6 +18,7 @@ from dsv3_jax.quantization.block_scaled import (
     dequantize,
     quantize,
 )
+from dsv3_jax.quantization.e5m6 import E5M6
 
 
 def quantize_rows(
@@ -26,11 +28,38 @@ def quantize_rows(
     return quantize(x, PER_TOKEN, scale_format)
 
 
+def quantize_rows_in_two_formats(
+    x: Float[Array, "T D"], scale_format: ScaleFormat = "f32"
+) -> tuple[BlockScaled, E5M6]:
+    """x quantised per token, and as E5M6."""
+    return quantize(x, PER_TOKEN, scale_format), e5m6.encode(x)
+
+
 def quantize_both_ways(
     x: Float[Array, "T D"], scale_format: ScaleFormat = "f32", *, used: Any = None
 ) -> tuple[BlockScaled, BlockScaled]:
     """x quantised per token, and x.T quantised along tokens."""
     return quantize(x, PER_TOKEN, scale_format), quantize(x.mT, PER_TOKEN, scale_format)
+
+
+def gather_quantize_both_ways(
+    x: Float[Array, "T D"],
+    tokens: Int[Array, " M"],
+    weights: Float[Array, " M"],
+    scale_format: ScaleFormat = "f32",
+    *,
+    used: Any = None,
+) -> tuple[BlockScaled, BlockScaled]:
+    """Rows of x times weights, quantised both ways; zeros for tokens that there are not."""
+    return quantize_both_ways(weighted_rows(x, tokens, weights), scale_format)
+
+
+def weighted_rows(
+    x: Float[Array, "T D"], tokens: Int[Array, " M"], weights: Float[Array, " M"]
+) -> Float[Array, "M D"]:
+    """x[tokens[m]] times weights[m] in float32, rounded to x's dtype; zeros beyond T."""
+    rows = jnp.take(x, tokens, axis=0, mode="fill", fill_value=0)
+    return (rows.astype(jnp.float32) * weights[:, None]).astype(x.dtype)
 
 
 def quantize_blocks(
@@ -42,9 +71,14 @@ def quantize_blocks(
 
 
 def quantize_transposed(
-    x: Float[Array, "T D"] | BlockScaled, scale_format: ScaleFormat = "f32", *, used: Any = None
+    x: Float[Array, "T D"] | BlockScaled | E5M6,
+    scale_format: ScaleFormat = "f32",
+    *,
+    used: Any = None,
 ) -> BlockScaled:
     """x transposed and quantised along tokens."""
+    if isinstance(x, E5M6):
+        x = e5m6.decode(x, jnp.float32)
     plain = dequantize(x, jnp.float32) if isinstance(x, BlockScaled) else x
     return quantize(plain.mT, PER_TOKEN, scale_format)
 
