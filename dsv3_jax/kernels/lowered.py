@@ -15,7 +15,6 @@ import contextvars
 import functools
 import hashlib
 import os
-import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,8 +25,8 @@ from typing import Any
 
 import jax
 
-from dsv3_jax.kernels import lowered_name, lowering_process, manual
-from dsv3_jax.kernels.lowered_form import Lowered, UnknownForm, call_lowered, lower
+from dsv3_jax.kernels import kept_files, lowered_name, lowering_process, manual, priming
+from dsv3_jax.kernels.lowered_form import Lowered, UnknownForm, call_lowered, lower, on_emit
 
 # A variable of the environment: with 0, Mosaic lowers each kernel anew for each program.
 SWITCH = "DSV3_KEPT_KERNELS"
@@ -76,6 +75,7 @@ class Awaited:
                 found = _lowered_here(self.name, self.lower)
             if found is None:
                 raise UnknownForm("a kernel that another process was asked for has an unknown form")
+            _new.add(found)
             _kept[self.name] = found
         assert isinstance(found, Lowered)
         return found
@@ -83,6 +83,7 @@ class Awaited:
 
 _call: contextvars.ContextVar[_Call | None] = contextvars.ContextVar("kernels' call", default=None)
 _kept: dict[str, Lowered | Awaited | None] = {}  # None: not in the form that is known
+_new: set[Lowered] = set()  # for this process: no program that is compiled already has them
 _waits = [LONGEST]  # seconds for which others are waited for; not a second time
 _here = [0.0]  # seconds that this process spent on lowering kernels
 
@@ -186,8 +187,9 @@ def _lowered_here(name: str, lower: Callable[[], Lowered]) -> Lowered | None:
         return None
     finally:
         _here[0] += time.monotonic() - begun
+    _new.add(found)
     if (file := _file(name)) is not None:
-        _write(file, found.to_bytes(name))
+        kept_files.write(file, found.to_bytes(name))
     return found
 
 
@@ -196,7 +198,7 @@ def _ask_another(call: _Call) -> Future[str] | None:
 
     Other processes start when this one has lowered for as long as they take to.
     """
-    folder = _folder()
+    folder = kept_files.folder()
     if folder is None or lowering_process.serving() or _here[0] < PATIENCE:
         return None
     if call.asked is None and (request := call.request(folder)) is not None:
@@ -204,26 +206,14 @@ def _ask_another(call: _Call) -> Future[str] | None:
     return call.asked
 
 
-def _write(file: Path, content: bytes) -> None:
-    """Whole or not at all, whoever else writes it; a folder that refuses keeps nothing."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.{threading.get_ident()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(file)
-    except OSError as error:
-        warnings.warn(f"the lowered kernel is not kept: {error}", stacklevel=5)
-
-
-def _folder() -> Path | None:
-    """`kernels` in the folder of compiled programs; None where JAX keeps none on this machine."""
-    config: Any = jax.config  # its options are attributes that types do not know
-    folder = config.jax_compilation_cache_dir
-    if not folder or "://" in str(folder) or not config.jax_enable_compilation_cache:
-        return None
-    return Path(folder) / "kernels"
-
-
 def _file(name: str) -> Path | None:
-    folder = _folder()
+    folder = kept_files.folder()
     return folder and folder / hashlib.sha256(name.encode()).hexdigest()
+
+
+def _emitted(kernel: Lowered, operands: Any, results: Any) -> None:
+    """What a program calls, XLA will want compiled."""
+    priming.expect(kernel, operands, results, new=kernel in _new)
+
+
+on_emit.append(_emitted)

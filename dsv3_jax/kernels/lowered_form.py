@@ -7,7 +7,6 @@ form that is known here is refused (`UnknownForm`), and Mosaic emits it itself.
 import functools
 import hashlib
 import io
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import stablehlo
 
+from dsv3_jax.kernels import kept_files
 from dsv3_jax.kernels.lowered_name import apart
 
 CALL = "mosaic_gpu_v2"  # the custom call that runs a kernel of Mosaic's, as jax 0.11 names it
@@ -45,25 +45,23 @@ class Lowered:
     aliases: tuple[tuple[int, int], ...]
 
     @property
+    def hash(self) -> bytes:
+        """By which jaxlib knows the kernel in a process."""
+        return hashlib.sha256(self.module).digest()
+
+    @property
     def attributes(self) -> dict[str, Any]:
         """Those of the custom call."""
-        kernel_hash = hashlib.sha256(self.module).digest()
-        return {"kernel_hash": kernel_hash, "module": self.module, **dict(self.flags)}
+        return {"kernel_hash": self.hash, "module": self.module, **dict(self.flags)}
 
     def to_bytes(self, name: str) -> bytes:
         """A file's content, which begins with the digest of the rest."""
-        head = json.dumps([name, self.flags, self.aliases]).encode()
-        rest = head + b"\n" + self.module
-        return hashlib.sha256(rest).hexdigest().encode() + b"\n" + rest
+        return kept_files.sealed([name, self.flags, self.aliases], self.module)
 
     @classmethod
     def from_bytes(cls, content: bytes, name: str) -> "Lowered":
         """The reverse; ValueError for a file that is damaged, or another kernel's."""
-        digest, _, rest = content.partition(b"\n")
-        if hashlib.sha256(rest).hexdigest().encode() != digest:
-            raise ValueError("its content does not have the digest that it begins with")
-        head, _, module = rest.partition(b"\n")
-        of, flags, aliases = json.loads(head)
+        (of, flags, aliases), module = kept_files.opened(content)
         if of != name:
             raise ValueError("it is of another kernel")
         return cls(module, *(tuple(map(tuple, x)) for x in (flags, aliases)))
@@ -144,6 +142,9 @@ def call_lowered(kernel: Any, types: tuple[Any, ...], *operands: Any) -> list[An
     return _kernel.bind(*operands, kernel=kernel, types=types)
 
 
+# Told of each call that is emitted: the kernel, its operands' and its results' types.
+on_emit: list[Callable[[Lowered, Any, Any], None]] = []
+
 _kernel = Primitive("hopper_kernel")
 _kernel.multiple_results = True
 
@@ -170,8 +171,9 @@ def _(*operands, **params):
 
 
 def _emit(context: Any, *operands: Any, kernel: Any, types: Any):
-    del types
     kernel = kernel if isinstance(kernel, Lowered) else kernel.get()
+    for tell in on_emit:
+        tell(kernel, context.avals_in, types)
     lowering = jax.ffi.ffi_lowering(CALL, operand_output_aliases=dict(kernel.aliases))
     return lowering(context, *operands, **kernel.attributes)
 

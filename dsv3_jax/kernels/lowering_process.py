@@ -1,11 +1,14 @@
-"""Kernels lowered side by side, in processes of their own: Mosaic's Python holds the interpreter.
+"""Kernels lowered and compiled side by side, in processes of their own: Mosaic's Python holds the
+interpreter, and its compiler a lock.
 
 A process is asked for all kernels of one call of a function (`lowered.within`). It traces the call
 for the same device with the same settings, and `lowered.py` leaves what it lowers in the folder,
 where the process that asked looks for its names: what was lowered under another name is not found,
-and is lowered here. It sees no GPU.
+and is lowered here. When nothing is left to lower, kernels are compiled (`priming.py`). It sees no
+GPU.
 """
 
+import itertools
 import os
 import pickle
 import queue
@@ -94,29 +97,42 @@ def _struct(leaf: Any) -> Any:
 
 
 class Processes:
-    """Up to `count` processes that lower what is asked for; they end when nothing is for a while,
-    and with this one."""
+    """Up to `count` processes that do what is asked for; they end when nothing is for a while, and
+    with this one."""
 
     def __init__(self, count: int):
-        self._asked: queue.SimpleQueue[tuple[bytes, Future[str]]] = queue.SimpleQueue()
+        # By rank, and in turn: (rank, number, request, answer).
+        self._asked: queue.PriorityQueue[tuple[int, int, bytes, Future[str]]]
+        self._asked = queue.PriorityQueue()
+        self._numbers = itertools.count()
+        self.add(count)
+
+    def add(self, count: int) -> None:
+        """As many more."""
         for _ in range(count):
             threading.Thread(target=self._serve, daemon=True).start()
 
-    def submit(self, asked: bytes) -> "Future[str]":
-        """Ends when the kernels are in the folder ("") or will not be: what went wrong."""
+    def submit(self, asked: bytes, first: bool = True) -> "Future[str]":
+        """Ends when it is in the folder ("") or will not be: what went wrong. It can be cancelled
+        until a process has it.
+
+        first: before what is not.
+        """
         answer: Future[str] = Future()
-        self._asked.put((asked, answer))
+        self._asked.put((0 if first else 1, next(self._numbers), asked, answer))
         return answer
 
     def _serve(self) -> None:
         process = None
         while True:
             try:
-                asked, answer = self._asked.get(timeout=None if process is None else IDLE)
+                *_, asked, answer = self._asked.get(timeout=None if process is None else IDLE)
             except queue.Empty:
                 assert process is not None
                 process.communicate()
                 process = None
+                continue
+            if not answer.set_running_or_notify_cancel():
                 continue
             try:
                 process = process or _start()
@@ -155,7 +171,7 @@ def _cores() -> int:
 
 
 def others() -> Processes:
-    """The processes that lower for this one, as many as there are cores for; they end with it."""
+    """The processes that work for this one, as many as there are cores for; they end with it."""
     if not _others:
         _others.append(Processes(min(AT_MOST, _cores() // 2)))
     return _others[0]

@@ -1,4 +1,4 @@
-"""What a process does that lowers kernels for another one (`lowering_process.py`)."""
+"""What a process does that lowers and compiles kernels for another one (`lowering_process.py`)."""
 
 import importlib
 import os
@@ -8,7 +8,8 @@ from typing import Any
 
 import jax
 
-from dsv3_jax.kernels import backend, lowering_process
+from dsv3_jax.kernels import backend, compiled_alone, lowering_process
+from dsv3_jax.kernels.compiled_alone import Alone
 from dsv3_jax.kernels.lowering_process import Array, Device, Request, receive, send
 
 
@@ -46,6 +47,8 @@ def lower(asked: Request) -> None:
 def main() -> None:
     """Answers requests on standard input until it ends."""
     lowering_process.serves[0] = True
+    config: Any = jax.config  # JAX's folder is not for kernels compiled alone
+    config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing else may be written among the answers
     while True:
@@ -54,7 +57,8 @@ def main() -> None:
         except EOFError:
             return
         try:
-            lower(pickle.loads(asked))
+            told = pickle.loads(asked)
+            compiled_alone.leave(told) if isinstance(told, Alone) else lower(told)
             answer = ""
         except Exception as error:  # whatever it is, the process that asked finds it itself
             answer = f"{type(error).__name__}: {error}"

@@ -20,6 +20,7 @@ from jaxlib.mlir import ir
 
 from dsv3_jax.kernels import (
     backend,
+    kept_files,
     lowered,
     lowered_form,
     lowered_name,
@@ -44,7 +45,7 @@ def counted(monkeypatch, tmp_path):
     found, lower = [], lowered.lower
     monkeypatch.delenv("DSV3_KEPT_KERNELS", raising=False)
     monkeypatch.setattr(lowered, "_kept", {})
-    monkeypatch.setattr(lowered, "_folder", lambda: tmp_path / "kernels")
+    monkeypatch.setattr(kept_files, "folder", lambda: tmp_path / "kernels")
     monkeypatch.setattr(lowered, "_here", [0.0])
     monkeypatch.setattr(lowered, "lower", lambda *args: found.append(args[1]) or lower(*args))
     return found
@@ -202,7 +203,7 @@ def test_a_file_of_another_kernel_is_not_used(counted, tmp_path):
 
 def test_a_folder_that_refuses_is_told(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(lowered, "_folder", lambda: tmp_path / "file")
+    monkeypatch.setattr(kept_files, "folder", lambda: tmp_path / "file")
     with pytest.warns(UserWarning, match="is not kept"):
         program(quantized, weight())
 
