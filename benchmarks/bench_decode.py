@@ -91,7 +91,9 @@ SHAPES = (
     Shape(128, 128, 4096),
     Shape(128, 128, 4096, new=2),
     Shape(128, 64, 4096),
+    Shape(128, 32, 4096),
     Shape(128, 16, 4096),
+    Shape(128, 16, 4096, new=2),
     Shape(1, 128, 32768),
     Shape(1, 128, 4096),
     Shape(8, 128, 4096),
@@ -100,7 +102,9 @@ SHAPES = (
     Shape(128, 128, 4096, fp8=True),
     Shape(128, 128, 4096, new=2, fp8=True),
     Shape(128, 64, 4096, fp8=True),
+    Shape(128, 32, 4096, fp8=True),
     Shape(128, 16, 4096, fp8=True),
+    Shape(128, 16, 4096, new=2, fp8=True),
     Shape(1, 128, 32768, fp8=True),
 )
 

@@ -7,7 +7,6 @@ shared memory, where registers are scarce, and are put together at the end (`lea
 they are one vector.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -55,40 +54,47 @@ def across(vector: Any) -> Any:
     return lax.broadcast_in_dim(vector, (64, 64), [1])
 
 
-def largest(x: Any, half: int) -> Any:
-    """A lane's largest number of x [64 tokens, columns], of half of the columns."""
+def largest(x: Any, half: int, used: int) -> Any:
+    """A lane's largest number of x [64 tokens, columns], of half of the columns before `used`."""
+    end = min(32 * half + 32, used)
     if interpreted():
-        return jnp.max(x[:, 32 * half : 32 * half + 32])
+        return jnp.max(x[:, 32 * half : end])
 
     @plgpu.inline_mgpu(arg_types=(WGMMA,), return_type=LANE)
     def compare(_, x):
+        operands = wgmma.numbers_of(x)[16 * half : end // 2]
+        count = len(operands)
         lines = ["{ .reg .f32 m, n; max.f32 m, $1, $2; max.f32 n, $3, $4;"]
-        lines += [f"max.f32 {'mn'[i % 2]}, {'mn'[i % 2]}, ${1 + i};" for i in range(4, 16)]
-        operands = wgmma.numbers_of(x)[16 * half : 16 * half + 16]
-        return array(assemble("f", operands, "f" * 16, [*lines, "max.f32 $0, m, n; }"]), LANE)
+        lines += [f"max.f32 {'mn'[i % 2]}, {'mn'[i % 2]}, ${1 + i};" for i in range(4, count)]
+        return array(assemble("f", operands, "f" * count, [*lines, "max.f32 $0, m, n; }"]), LANE)
 
     return compare(x)
 
 
-def fold(x: Any, factor: Any, start: Any) -> Any:
+def fold(x: Any, factor: Any, start: Any, used: int) -> Any:
     """x [64 tokens, columns] times a token's factor, plus `start`, a number for each token or x's.
 
-    All in one instruction a number.
+    All in one instruction a number. Columns from `used` on stay as they are.
     """
     rows = start.ndim == 1
     if interpreted():
         down = lambda tokens: lax.broadcast_in_dim(tokens, x.shape, [0])  # noqa: E731
-        return x * down(factor) + (down(start) if rows else start)
+        folded = x * down(factor) + (down(start) if rows else start)
+        return folded.at[:, used:].set(x[:, used:])
 
     @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS if rows else WGMMA), return_type=TILE)
     def multiply_add(_, x, factor, start):
+        count, numbers = used // 2, wgmma.numbers_of(x)
+        factors, first = [f"${2 * count + i}" for i in range(2)], 2 * count + 2
         lines = [
-            f"fma.rn.f32 ${i}, ${32 + i}, ${64 + i // 2 % 2}, ${66 + (i // 2 % 2 if rows else i)};"
-            for i in range(32)
+            f"fma.rn.f32 ${i}, ${count + i}, {factors[i // 2 % 2]}, "
+            f"${first + (i // 2 % 2 if rows else i)};"
+            for i in range(count)
         ]
-        starts = held(start) if rows else wgmma.numbers_of(start)
-        operands = [*wgmma.numbers_of(x), *held(factor), *starts]
-        return wgmma.as_accumulator(assemble("f" * 32, operands, "f" * len(operands), lines))
+        starts = held(start) if rows else wgmma.numbers_of(start)[:count]
+        operands = [*numbers[:count], *held(factor), *starts]
+        folded = assemble("f" * count, operands, "f" * len(operands), lines)
+        return wgmma.as_accumulator([*folded, *numbers[count:]])
 
     return multiply_add(x, factor, start)
 
@@ -100,10 +106,10 @@ def publish(weights: Any, x: Any, sums: Any, factor: Any, quarter: int) -> None:
     shares of the sums.
     """
     if interpreted():
-        if quarter == 0:
-            p = jnp.exp2(x)
-            weights[...] = lax.bitcast_convert_type(p.astype(jnp.float16), jnp.bfloat16)
-            sums[...] += jnp.sum(p * lax.broadcast_in_dim(factor, p.shape, [0]), axis=0)
+        part = slice(16 * quarter, 16 * quarter + 16)
+        p = jnp.exp2(x[:, part])
+        weights[:, part] = lax.bitcast_convert_type(p.astype(jnp.float16), jnp.bfloat16)
+        sums[part] += jnp.sum(p * lax.broadcast_in_dim(factor, p.shape, [0]), axis=0)
         return
 
     @plgpu.inline_mgpu(arg_types=(wgmma.REF, WGMMA, PLAIN, ROWS))
@@ -125,22 +131,22 @@ def publish(weights: Any, x: Any, sums: Any, factor: Any, quarter: int) -> None:
     write(weights, x, sums, factor)
 
 
-def agree(halves: Sequence[Any], limit: float, me: int) -> Any:
+def agree(a: Any, b: Any, limit: float, me: int) -> Any:
     """1 where a thread of this warpgroup has a number beyond a limit, of two; else 0."""
     if interpreted():
-        return (jnp.maximum(*halves) > limit).astype(jnp.int32)
+        return (jnp.maximum(a, b) > limit).astype(jnp.int32)
 
     @plgpu.inline_mgpu(arg_types=(LANE.layout,) * 2, return_type=SCALAR)
-    def vote(_, *halves):
+    def vote(_, *numbers):
         lines = [
             "{ .reg .pred p, q; .reg .f32 m; max.f32 m, $1, $2;",
             f"setp.gt.f32 p, m, {_float(limit)};",
             f"bar.red.or.pred q, {BARRIERS + me}, {THREADS}, p; selp.b32 $0, 1, 0, q; }}",
         ]
-        operands = [value for half in halves for value in held(half)]
+        operands = [value for number in numbers for value in held(number)]
         return _scalar(assemble("r", operands, "ff", lines)[0])
 
-    return vote(*halves)
+    return vote(a, b)
 
 
 def together(me: int, commit: bool = False) -> None:
@@ -195,17 +201,22 @@ def decay(sums: Any, factor: Any) -> None:
     write(sums, factor)
 
 
-def leave_largest(x: Any, columns: Any) -> None:
-    """Writes the largest numbers of each warp's rows of x to columns [warps, 64]."""
+def leave_largest(x: Any, columns: Any, used: int) -> None:
+    """Writes the largest numbers of each warp's rows of x to columns [warps, 64].
+
+    Zeros from column `used` on.
+    """
     if interpreted():
-        columns[0] = jnp.max(x, axis=0)
+        columns[0] = jnp.where(jnp.arange(64) < used, jnp.max(x, axis=0), 0.0)
         return
 
     @plgpu.inline_mgpu(arg_types=(PLAIN, WGMMA))
     def write(_, columns, x):
         numbers = wgmma.numbers_of(x)
-        largest = [arith.maximumf(numbers[i], numbers[i + 2]) for i in range(32) if i % 4 < 2]
-        _leave(columns, largest, "max")
+        pairs = [i for i in range(used // 2) if i % 4 < 2]
+        largest = [arith.maximumf(numbers[i], numbers[i + 2]) for i in pairs]
+        zero = utils.c(0.0, ir.F32Type.get())
+        _leave(columns, [*largest, *[zero] * (16 - len(largest))], "max")
 
     write(columns, x)
 

@@ -34,6 +34,11 @@ def parts_of(rows: int) -> int:
     return max(hopper.multiprocessors() // row_tiles(rows), 1)
 
 
+def used_rows(rows: int) -> int:
+    """How many rows of a block are worked on, in sixteens: the others are padding."""
+    return min(ROWS, pl.cdiv(rows, 16) * 16)
+
+
 def reads(width: int, rope: int, dtype: Any) -> bool:
     """Whether rows of `width` latent and `rope` rotated numbers are what the kernel is made for."""
     return (width, rope) == (LATENT_TILES * 64, 64) and jnp.dtype(dtype) == jnp.bfloat16

@@ -27,7 +27,7 @@ from jax import lax
 from dsv3_jax.kernels.hopper import WGMMA, plgpu
 from dsv3_jax.kernels.mla_decode import columns, fp8_pages, wgmma
 from dsv3_jax.kernels.mla_decode.combine import LOWEST
-from dsv3_jax.kernels.mla_decode.hopper_block import FP8_SLOTS, HALF, ROWS, Block
+from dsv3_jax.kernels.mla_decode.hopper_block import FP8_SLOTS, HALF, ROWS, Block, used_rows
 from dsv3_jax.kernels.mla_decode.hopper_softmax import LOG2_E
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 
@@ -101,6 +101,11 @@ class _Scorer:
     end: Any
     unit: Any
 
+    @property
+    def used(self) -> int:
+        """Of the columns, which are heads and new tokens."""
+        return used_rows(self.block.call.new * self.block.call.heads)
+
     def page(self, number, carry):
         """Publishes a page's weights, and makes the exponents of the next one's.
 
@@ -150,9 +155,9 @@ class _Scorer:
         of_logits = plgpu.layout_cast(of_logits, columns.ROWS)
         factor, start = scale * self.unit * of_logits, jnp.log2(scale)
         ((high, left),) = wgmma.wait(1, products)
-        x = columns.fold(high + left, factor, start)
+        x = columns.fold(high + left, factor, start, self.used)
         ((rope,),) = wgmma.wait(0, rope)
-        x = columns.fold(rope, of_logits, x)
+        x = columns.fold(rope, of_logits, x, self.used)
         x = self.block.masked(x, self.length, self.begin + number, self.end, tokens=0)
         top = plgpu.load(self.block.shared.top, layout=columns.LAYOUT)
         return x - columns.across(top), scale
@@ -163,16 +168,16 @@ class _Scorer:
         `beside` issues what is to be under way meanwhile.
         """
         shared, halves = self.block.shared, []
-        for half in range(2):
-            halves.append(columns.largest(x, half))
+        for half in range(pl.cdiv(self.used, 32)):
+            halves.append(columns.largest(x, half, self.used))
             beside()
         first = number == 0
-        risen = jnp.where(first, 1, columns.agree(halves, HIGHEST, SCORER))
+        risen = jnp.where(first, 1, columns.agree(halves[0], halves[-1], HIGHEST, SCORER))
         beside()
         plgpu.barrier_wait(shared.weights_free.at[buffer])
 
         def raise_top(x):
-            columns.leave_largest(x, shared.columns)
+            columns.leave_largest(x, shared.columns, self.used)
             columns.together(SCORER)
             largest = functools.reduce(jnp.maximum, _partials(shared.columns))
             # A head that sees nothing of a piece's first page sees nothing of the others.
@@ -190,7 +195,7 @@ class _Scorer:
         x = lax.cond(risen > 0, raise_top, lambda x: x, x)
         shared.risen[buffer] = risen
         weights, over = shared.weights.at[buffer], 1 / scale
-        for quarter in range(4):
+        for quarter in range(self.used // 16):
             columns.publish(weights, x, shared.sums, over, quarter)
             beside()
 
