@@ -19,6 +19,7 @@ from benchmarks.timing import copy_rate, machine, microseconds
 from dsv3_jax.kernels.fused import pallas_gpu, reference
 from dsv3_jax.parallel.grouping import plan
 from dsv3_jax.quantization.block_scaled import PER_TOKEN, BlockScaled, quantize
+from dsv3_jax.quantization.e5m6 import encode
 
 TOKENS, DIM, WIDTH, EXPERTS, EACH = 4096, 7168, 2048, 32, 8
 ROUTER = dict(top_k=EACH, n_group=8, topk_group=4, best_of_group=2)
@@ -80,16 +81,19 @@ def operations() -> list[Operation]:
     gate_up, d_out = normal(2, TOKENS * EACH, 2 * WIDTH), normal(3, TOKENS * EACH, WIDTH)
     logits = normal(4, TOKENS, 256).astype(jnp.float32)
     keep = jax.jit(partial(quantize, tile=PER_TOKEN))
-    kept, kept_gate_up = keep(x), keep(gate_up)
+    kept, kept_gate_up, packed = keep(x), keep(gate_up), jax.jit(encode)(x)
     chosen = jax.lax.top_k(normal(5, TOKENS, EXPERTS).astype(jnp.float32), EACH)[1]
     handle = jax.jit(partial(plan, num_experts=EXPERTS, alignment=128))(chosen)[0]
-    bias = jnp.zeros(256)
+    bias, of_rows = jnp.zeros(256), jnp.ones(handle.token_M.shape)
     weights = normal(6, EXPERTS // 2, 2 * WIDTH, DIM).astype(jnp.float32)
     calls = [
         ("rows", "quantize_rows", (x,), {}),
         ("both ways", "quantize_both_ways", (x,), {}),
         ("transposed", "quantize_transposed", (x,), {}),
         ("transposed, of FP8", "quantize_transposed", (kept,), {}),
+        ("rows, and E5M6", "quantize_rows_in_two_formats", (x,), {}),
+        ("transposed, of E5M6", "quantize_transposed", (packed,), {}),
+        ("gathered, both ways", "gather_quantize_both_ways", (x, handle.token_M, of_rows), {}),
         ("weights, both orientations", "quantize_blocks", (weights,), {}),
         ("RMSNorm", "rms_norm_quantize", (x, weight), dict(eps=1e-6)),
         ("SwiGLU", "swiglu_quantize", (gate_up,), {}),
