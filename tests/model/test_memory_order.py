@@ -1,4 +1,4 @@
-"""The residual's order in memory is told to XLA for GPUs, on each device, and nowhere else."""
+"""The residual's order in memory is told to XLA for GPUs and TPUs, on each device."""
 
 from functools import partial
 from types import SimpleNamespace
@@ -14,9 +14,9 @@ from dsv3_jax.parallel.mesh import batch_sharding, make_mesh
 from dsv3_jax.parallel.sharding import ONE_DEVICE, make_layout
 
 
-def lowered(platform, layout, sharding=None):
+def lowered(platform, layout, sharding=None, tokens=16):
     """The program of the residual's gradient, for a platform."""
-    x = jax.ShapeDtypeStruct((8, 16, 32), jnp.bfloat16, sharding=sharding)
+    x = jax.ShapeDtypeStruct((8, tokens, 32), jnp.bfloat16, sharding=sharding)
 
     def product(x):
         with backend.compiling_for(SimpleNamespace(platform=platform)):
@@ -25,9 +25,14 @@ def lowered(platform, layout, sharding=None):
     return jax.jit(jax.value_and_grad(product)).lower(x)
 
 
-@pytest.mark.parametrize("platform, times", [("gpu", 2), ("tpu", 0), ("cpu", 0)])
-def test_gpus_alone_are_told_of_the_residual_and_its_gradient(platform, times):
-    assert lowered(platform, ONE_DEVICE).as_text().count("@LayoutConstraint") == times
+@pytest.mark.parametrize(
+    "platform, tokens, times",
+    [("gpu", 16, 2), ("gpu", 1, 2), ("tpu", 16, 2), ("tpu", 1, 0), ("cpu", 16, 0)],
+)
+def test_gpus_and_tpus_are_told_of_the_residual_and_its_gradient(platform, tokens, times):
+    """Of one token a sequence, as in decoding, TPUs are not: it would fill an eighth of tiles."""
+    program = lowered(platform, ONE_DEVICE, tokens=tokens).as_text()
+    assert program.count("@LayoutConstraint") == times
 
 
 def test_nothing_is_gathered_for_it_on_a_mesh():
