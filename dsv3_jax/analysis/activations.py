@@ -19,6 +19,8 @@ AT_ONCE = 2.47
 # Logits that the head has at a time (training/cross_entropy.py), and bytes of each: BF16, whose
 # place the gradient takes.
 LOGITS_AT_ONCE, LOGIT_BYTES = 1 << 30, 2
+MASTER = 4  # bytes of a weight as it is trained, and of its gradient
+LANES = 128  # numbers that a row of a TPU's registers has: a last dim is filled up to a multiple
 
 
 def uses_fp8(config: Config) -> bool:
@@ -41,17 +43,56 @@ def read_by_products(model: ModelConfig, moe: bool, tensor: int = 1) -> float:
     return 2 * 2 * D + attention + latents + rows + 2 * 3 * wide
 
 
-def working_bytes(config: Config) -> float:
+def working_bytes(config: Config, platform: str | None = None) -> float:
     """A token's, while the backward pass works on a layer; of the kind of layer that takes most."""
     model = config.model
     kinds = [False] * (model.num_dense_layers > 0) + [True] * (model.num_moe_layers > 0)
-    return max(working_bytes_of(config, moe) for moe in kinds)
+    return max(working_bytes_of(config, moe, platform) for moe in kinds)
 
 
-def working_bytes_of(config: Config, moe: bool) -> float:
-    """A token's, while the backward pass works on a dense layer, or a MoE layer."""
+def working_bytes_of(
+    config: Config, moe: bool, platform: str | None = None, in_halves: bool | None = None
+) -> float:
+    """A token's, while the backward pass works on a dense layer, or a MoE layer.
+
+    in_halves: whether it goes through a MoE layer in opposite phases, as MTP's never does; None: as
+    the config has it for the others.
+    """
     read = read_by_products(config.model, moe, config.mesh.tensor)
-    return AT_ONCE * BYTES[config.model.dtype] / 2 * read
+    at_once = AT_ONCE * BYTES[config.model.dtype] / 2 * read
+    if not moe or not is_tpu(platform):
+        return at_once
+    in_halves = config.expert_parallel.overlap if in_halves is None else in_halves
+    return max(at_once, _in_sums_over_choices(config, in_halves))
+
+
+def _in_sums_over_choices(config: Config, in_halves: bool) -> float:
+    """A token's, while a TPU sums over K choices, or makes the gradients of their gate weights.
+
+    XLA for TPUs gathers, for all K choices of all rows that arrived, the row of its expert before
+    it multiplies the first, in f32 (`sum_rows`). Of halves it has those of one. Of a whole it has
+    those of the first round beside those of the loop of further rounds, where both are there. The
+    rows of experts, their gradients and what their products returned lie beside that, the bytes
+    that came and go, and attention's operands.
+    """
+    model, tensor, expert = config.model, config.mesh.tensor, config.expert_parallel
+    D, F, U = model.hidden_size, model.moe_intermediate_size / tensor, model.v_head_dim
+    exchanged = config.mesh.node * config.mesh.local > 1
+    twice = exchanged and expert.overflow == "rounds" and not in_halves
+    of_choices = 2 * model.num_experts_per_tok * D * (2 if twice else 1) + MASTER * D
+    of_rows = 2 * 2 * D + 2 * 2 * F + 2 * D
+    qk = math.ceil(model.qk_head_dim / LANES) * LANES
+    attention = model.num_attention_heads / tensor * (2 * 2 * qk + 2 * 2 * U + MASTER * LANES)
+    return _arrived(config) * (of_choices / (2 if in_halves else 1) + of_rows) + attention
+
+
+def _arrived(config: Config) -> float:
+    """Rows that arrive at a device for each of its tokens: one for each device of its experts."""
+    devices = config.mesh.node * config.mesh.local
+    if devices == 1:
+        return 1.0
+    spread = min(config.model.num_experts_per_tok, devices)
+    return config.expert_parallel.capacity_factor * spread
 
 
 def layer_bytes(config: Config, moe: bool) -> float:
@@ -97,6 +138,36 @@ def logits_bytes(config: Config, tokens: float) -> float:
     model = config.model
     logits = tokens * (1 + model.num_nextn_predict_layers) * model.vocab_size / config.mesh.tensor
     return LOGIT_BYTES * min(logits, LOGITS_AT_ONCE)
+
+
+def is_tpu(platform: str | None) -> bool:
+    """Whether a platform, or a device by its name in analysis/hardware.py, is a TPU."""
+    return platform is not None and platform.startswith("tpu")
+
+
+def scatters_beside_work(platform: str | None) -> bool:
+    """Whether XLA's reduce-scatters of gradients start there, and end when others have run."""
+    return not is_tpu(platform) or platform == "tpu-7x"
+
+
+def waiting_for_head(config: Config, platform: str | None, in_mtp: bool) -> float:
+    """Bytes of what the head's weight gradient waits as, while the backward pass is in layers.
+
+    Of up to two pieces of logits XLA makes it after MTP's layers, and after all others where it
+    scatters beside work: until then the gradients of the logits wait. Of more pieces a loop adds it
+    up at once; it then waits, whole, where it is scattered beside work.
+    """
+    beside = scatters_beside_work(platform)
+    logits = tokens_per_micro_batch(config) * (1 + config.model.num_nextn_predict_layers)
+    logits *= config.model.vocab_size / config.mesh.tensor
+    if logits > 2 * LOGITS_AT_ONCE:
+        return MASTER * table_size(config) if beside else 0.0
+    return LOGIT_BYTES * logits if beside or in_mtp else 0.0
+
+
+def table_size(config: Config) -> float:
+    """Numbers of the embedding, or of the head, on a device that has its part whole."""
+    return config.model.vocab_size * config.model.hidden_size / config.mesh.tensor
 
 
 def tokens_per_micro_batch(config: Config) -> float:

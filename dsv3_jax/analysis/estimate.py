@@ -22,7 +22,6 @@ from dsv3_jax.analysis.memory import (
     stage_parameters,
     stages_of_ranks,
     train_micro_batches,
-    training_memory,
 )
 from dsv3_jax.analysis.model_cost import (
     attention_core_flops,
@@ -33,6 +32,7 @@ from dsv3_jax.analysis.model_cost import (
 )
 from dsv3_jax.analysis.pipeline_program import pipelined_memory
 from dsv3_jax.analysis.stage_times import StageTimes, mean_of_stages
+from dsv3_jax.analysis.training_memory import training_memory
 from dsv3_jax.config import Config, ModelConfig, ParallelConfig, UserError
 
 

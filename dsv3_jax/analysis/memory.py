@@ -13,12 +13,8 @@ from functools import lru_cache
 
 from dsv3_jax.analysis.activations import (
     BYTES,
-    layer_bytes,
-    logits_bytes,
-    tokens_per_micro_batch,
+    MASTER,
     uses_fp8,
-    working_bytes,
-    working_bytes_of,
 )
 from dsv3_jax.analysis.model_cost import (
     attention_parameters,
@@ -27,8 +23,6 @@ from dsv3_jax.analysis.model_cost import (
 )
 from dsv3_jax.config import Config, ModelConfig, ParallelConfig
 from dsv3_jax.config.weights import CUT_OVER, weights
-
-MASTER = 4  # bytes of a weight as it is trained, and of its gradient
 
 
 def mesh_problems(config: Config, schedule: str) -> list[str]:
@@ -188,12 +182,6 @@ class Memory:
         return sum(vars(self).values())
 
 
-# Bytes of an FP8 number that is gathered for a whole step. Of one micro-batch: of some weights, XLA
-# for GPUs makes the other orientation once a step as well, which the backward pass reads (V3's
-# compiled program). Of several all are turned, once for all their backward passes.
-FP8_FOR_STEP, FP8_TURNED = 1.59, 2.0
-
-
 def of_slices(config: Config) -> bool:
     """Whether what products read is made of a device's slices of the weights, and then gathered.
 
@@ -215,98 +203,9 @@ def gathered_width(config: Config, fp8: bool) -> int:
     return 1 if in_fp8 else BYTES[config.model.dtype]
 
 
-def training_memory(config: Config, schedule: str, in_flight: tuple[int, ...]) -> Memory:
-    """Bytes of a training step; `in_flight[rank]` micro-batches are held at once (simulated).
-
-    Master weights (f32) and both moments are whole where the state is replicated, else sliced over
-    the replicas. ZeRO-1 gathers what all products read for the step, and has slices of the
-    gradients; FSDP has weights of one layer at a time, or the head's, and slices of what it
-    gathers. A replicated state needs no copy but that in the dtype it is multiplied in. The head
-    and a layer are not worked on at the same time: what takes more counts.
-    """
-    model, mesh = config.model, config.mesh
-    state = 4 + 2 * BYTES[config.optimizer.moment_dtype]
-    tokens = tokens_per_micro_batch(config)
-    table = model.vocab_size * model.hidden_size / mesh.tensor
-    worst = None
-    held_by_rank = stages_of_ranks(model, mesh.pipe, schedule)
-    shards = rank_shards(model, mesh, schedule)
-    whole = [sliced_parameters(config, shard) == shard.total for shard in shards]
-    if mesh.pipe == train_micro_batches(config) == 1 and whole[0]:
-        return _of_one_pass(config, held_by_rank[0][0], state * shards[0].total)
-    for rank, (held, shard) in enumerate(zip(held_by_rank, shards)):
-        per_token = max(
-            s.dense_layers * layer_bytes(config, moe=False)
-            + s.moe_layers * layer_bytes(config, moe=True)
-            for s in held
-        )
-        head = any(s.head for s in held)
-        mtp = model.num_nextn_predict_layers if head else 0
-        per_token += mtp * layer_bytes(config, moe=True)
-        sliced = sliced_parameters(config, shard)
-        in_layer, in_head = 0.0, logits_bytes(config, tokens)
-        if whole[rank]:
-            weights, gradients = shard.total * copied_width(config), MASTER * shard.total
-        else:
-            tables = table * sum(s.embedding + s.head for s in held)
-            plain = gathered_width(config, False)
-            copy = gathered_width(config, True)
-            if config.sharding.state == "zero1" and copy == 1:
-                copy = FP8_FOR_STEP if train_micro_batches(config) == 1 else FP8_TURNED
-            once = copy * (shard.total - tables) + plain * tables
-            # Sums over micro-batches, and what one of them adds.
-            gradients = 4 * sliced * (1 if mesh.pipe > 1 or train_micro_batches(config) == 1 else 2)
-            # A weight's gradient, whole, and a copy of it in the order that is scattered.
-            in_head, in_layer = in_head + MASTER * table, 2 * MASTER * largest_weight(config)
-            weights = once
-            if config.sharding.state == "fsdp":  # slices of what is gathered, and both tables
-                weights = once * sliced / shard.total + plain * tables
-        in_layer += tokens * working_bytes(config)
-        made = Memory(
-            weights=weights,
-            gradients=gradients,
-            optimizer=state * sliced,
-            activations=in_flight[rank] * tokens * per_token,
-            working=max(in_head * head, in_layer),
-        )
-        if worst is None or made.total > worst.total:
-            worst = made
-    assert worst is not None
-    return worst
-
-
 def copied_width(config: Config) -> int:
     """Bytes of a weight as products read it, where a device has all of its state."""
     return 2 if uses_fp8(config) else BYTES[config.model.dtype]
-
-
-def _of_one_pass(config: Config, stage: Stage, optimizer: float) -> Memory:
-    """Of a step of one micro-batch whose gradients are whole, where the backward pass holds most.
-
-    From the head to the embedding gradients come, and what a layer kept goes, with its weights in
-    the dtype that they are multiplied in.
-    """
-    model, tokens = config.model, tokens_per_micro_batch(config)
-    mtp = model.num_nextn_predict_layers
-    head = max(logits_bytes(config, tokens), tokens * working_bytes_of(config, True) * (mtp > 0))
-    parts = [(Stage(0, 0, False, True), mtp * layer_bytes(config, True), head)]
-    for moe, count in ((True, stage.moe_layers), (False, stage.dense_layers)):
-        layer = Stage(int(not moe), int(moe), False, False)
-        working = tokens * working_bytes_of(config, moe)
-        parts += [(layer, layer_bytes(config, moe), working)] * count
-    parts.append((Stage(0, 0, True, False), 0.0, 0.0))
-    sizes = [stage_parameters(model, config.mesh, part).total for part, _, _ in parts]
-    moments = [
-        Memory(
-            weights=copied_width(config) * sum(sizes[n:]),
-            gradients=MASTER * sum(sizes[: n + 1]),
-            optimizer=optimizer,
-            activations=tokens * sum(kept for _, kept, _ in parts[n + 1 :]),
-            working=max(working, tokens * own),  # what it kept is some of that
-        )
-        for n, (_, own, working) in enumerate(parts)
-    ]
-    return max(moments, key=lambda moment: moment.total)
 
 
 def train_micro_batches(config: Config) -> int:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 from dsv3_jax.analysis.activations import (
     BYTES,
+    MASTER,
     layer_bytes,
     logits_bytes,
     tokens_per_micro_batch,
     working_bytes,
 )
 from dsv3_jax.analysis.memory import (
-    MASTER,
     Memory,
     Shard,
     Stage,

@@ -11,13 +11,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dsv3_jax.analysis.activations import BYTES, TILE, experts_rows, tokens_per_micro_batch
-from dsv3_jax.analysis.memory import (
+from dsv3_jax.analysis.activations import (
+    BYTES,
     MASTER,
+    TILE,
+    experts_rows,
+    is_tpu,
+    tokens_per_micro_batch,
+)
+from dsv3_jax.analysis.memory import (
     gathered_width,
     of_slices,
     train_micro_batches,
-    training_memory,
 )
 from dsv3_jax.analysis.pipeline_program import (
     hand_over_traffic,
@@ -25,6 +30,7 @@ from dsv3_jax.analysis.pipeline_program import (
     pipelined_weight_traffic,
     stages_traffic,
 )
+from dsv3_jax.analysis.training_memory import training_memory
 from dsv3_jax.config import Config
 from dsv3_jax.config.weights import Weight, weights
 from dsv3_jax.parallel.schedules import make_schedule
@@ -64,21 +70,19 @@ def predict(config: Config, platform: str | None = None) -> Prediction | None:
     None for LoRA, and for a pipeline whose ranks gather layer by layer (FSDP) or are cut by
     `tensor`, of which no compiled program was compared.
 
-    platform: whose kernels run, "tpu" or "gpu"; None, as for others: those for GPUs.
+    platform: whose programs, "tpu" or "gpu", or a device by its name in analysis/hardware.py, of
+        which "tpu-7x" scatters gradients beside other work; None, as for others: those for GPUs.
     """
     if config.lora.rank:
         return None
     if config.mesh.pipe > 1:
         compared = config.sharding.state != "fsdp" and config.mesh.tensor == 1
         return _of_pipeline(config, platform) if compared else None
-    memory = training_memory(config, "1f1b", (1,))
-    table = config.model.vocab_size * config.model.hidden_size / config.mesh.tensor
-    # XLA for TPUs holds the embedding's gradient, and its sum over look-ups, beside the head's.
-    tables = 2 * MASTER * table if platform == "tpu" and config.mesh.num_devices > 1 else 0.0
+    memory = training_memory(config, "1f1b", (1,), platform)
     gathers, reductions = weight_traffic(config)
     return Prediction(
         arguments=memory.optimizer,
-        peak=memory.total + tables,
+        peak=memory.total,
         flops=step_flops(config, platform),
         exchange=exchange_traffic(config),
         gathers=gathers,
@@ -139,7 +143,7 @@ def step_flops(config: Config, platform: str | None = None) -> float:
     layers = model.num_hidden_layers + model.num_nextn_predict_layers
     qk, v = model.qk_head_dim, model.v_head_dim
     tile, backward = TILE, 3 * qk + 2 * v
-    if platform == "tpu":
+    if is_tpu(platform):
         tile, backward = min(TPU_ATTENTION_TILE, train.seq_len), 4 * qk + 3 * v
     scores = tokens * train.seq_len / 2 * (1 + tile / train.seq_len)
     scores *= layers * model.num_attention_heads / mesh.tensor

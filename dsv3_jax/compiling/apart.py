@@ -101,7 +101,7 @@ def _compiled(task: Task, said: Path) -> Report:
     weights = open_weights(config.init_from) if config.init_from else None
     built = programs.training(config, layout, weights)
     report = compile_program(built, target, task.hlo, said)
-    return dataclasses.replace(report, predicted=predict(config, target.platform))
+    return dataclasses.replace(report, predicted=predict(config, target.accelerator.name))
 
 
 def _main(folder: Path) -> None:

@@ -227,9 +227,8 @@ def test_fsdp_slices_the_state_and_gathers_in_every_micro_batch():
     whole, zero1, fsdp = (estimated(state) for state in ("replicated", "zero1", "fsdp"))
     assert whole.memory.optimizer == pytest.approx(8 * zero1.memory.optimizer)
     assert fsdp.memory.optimizer == zero1.memory.optimizer
-    # Slices of copies, and embedding and head gathered in BF16.
-    tables = 2 * 2 * TINY.model.vocab_size * TINY.model.hidden_size
-    assert fsdp.memory.weights == pytest.approx(zero1.memory.weights / 8 + tables)
+    # Slices of copies; embedding and head are gathered where they are read, and let go.
+    assert fsdp.memory.weights == pytest.approx(zero1.memory.weights / 8)
     assert fsdp.memory.total < zero1.memory.total
     wire = "weights and gradients on the wire"
     few = estimated("fsdp", 32).parts[wire]

@@ -25,9 +25,11 @@ def test_v3_on_2048_h200s_is_predicted_as_it_compiles():
     """`compile` of this config with micro-batches of one row a device; docs/scale.md."""
     found = predict(preset("deepseek_v3_2048_h200", micro_batch_size=2048))
     assert found.arguments == pytest.approx(2.6668e9, rel=0.001)
-    assert found.peak == pytest.approx(17.35 * 2**30, rel=0.15)
+    assert found.peak == pytest.approx(17.35 * 2**30, rel=0.05)
+    two_rows = predict(preset("deepseek_v3_2048_h200"), "gpu")
+    assert two_rows.peak == pytest.approx(27.7 * 2**30, rel=0.05)
     four_rows = predict(preset("deepseek_v3_2048_h200", micro_batch_size=8192))
-    assert four_rows.peak == pytest.approx(44.62 * 2**30, rel=0.15)
+    assert four_rows.peak == pytest.approx(44.62 * 2**30, rel=0.1)
     assert found.flops == pytest.approx(1.15305e16, rel=0.02)
     assert found.gathers == pytest.approx(447.1e9, rel=0.02)
     assert found.reductions == pytest.approx(916.8e9, rel=0.05)
@@ -40,11 +42,52 @@ def test_v3_on_2048_v5p_is_predicted_as_it_compiles():
     """`compile` of this config for v5p:8x16x16; docs/scale.md."""
     found = predict(preset("deepseek_v3_2048_v5p"), "tpu")
     assert found.flops == pytest.approx(12_034e12, rel=0.001)
-    assert found.peak == pytest.approx(31.53 * 2**30, rel=0.15)
+    assert found.peak == pytest.approx(31.53 * 2**30, rel=0.05)
     assert found.exchange["node"] == pytest.approx(344.0e9, rel=0.002)
     assert found.exchange["local"] == pytest.approx(688.0e9, rel=0.002)
     gpus = predict(preset("deepseek_v3_2048_v5p"), "gpu")
     assert gpus.flops == pytest.approx(12_034e12 - 0.044 * 12_011e12, rel=0.001)
+
+
+def test_halves_on_v5p_hold_what_mtp_holds_whole():
+    """GiB of `compile` with overlap, padded, in rounds: MTP's module does not go in halves."""
+    config = preset("deepseek_v3_2048_v5p")
+    halves = dataclasses.replace(
+        config.expert_parallel, transport="padded", overlap=True, overflow="rounds"
+    )
+    in_halves = dataclasses.replace(config, expert_parallel=halves)
+    assert predict(in_halves, "tpu").peak == pytest.approx(35.93 * 2**30, rel=0.06)
+    model = dataclasses.replace(config.model, num_nextn_predict_layers=0)
+    alone, whole = (
+        predict(dataclasses.replace(each, model=model), "tpu") for each in (in_halves, config)
+    )
+    # Of one half's rows the copies for every choice are there at a time.
+    copies = (2 * 8 + 4) * 7168 * 8 * 8192
+    assert whole.peak - alone.peak == pytest.approx(copies / 2, rel=0.01)
+
+
+# Moonlight cut to three layers, a row of 4,096 tokens a device, two micro-batches; GiB. Of TPUs
+# they are the live ranges of XLA's dump, filled up to tiles, which for V3 are what `compile` gives.
+LARGE_VOCABULARY = {
+    ("h200", "fp8_paper", 1, 8): 7.28,
+    ("tpu-v6e", "bf16", 1, 4): 12.56,
+    ("tpu-v6e", "bf16", 2, 2): 13.29,
+    ("tpu-7x", "bf16", 2, 4): 9.49,
+    ("tpu-7x", "bf16", 1, 8): 8.90,
+}
+
+
+@pytest.mark.parametrize("device, recipe, data, local", LARGE_VOCABULARY)
+def test_a_large_vocabulary_is_held_where_it_is_worked_on(device, recipe, data, local):
+    config = preset(MOONLIGHT.stem, batch_size=2 * data * local, micro_batch_size=data * local)
+    config = dataclasses.replace(
+        config,
+        mesh=ParallelConfig(data=data, local=local),
+        model=dataclasses.replace(config.model, num_hidden_layers=3),
+        quant=dataclasses.replace(config.quant, preset=recipe),
+    )
+    compiled = LARGE_VOCABULARY[device, recipe, data, local] * 2**30
+    assert predict(config, device).peak == pytest.approx(compiled, rel=0.1)
 
 
 # What `compile --config configs/h200_slice.py --topology h200:1x1` gave; GB.
@@ -155,7 +198,7 @@ def test_zero1_gathers_once_what_products_read_and_f32_where_it_has_no_tiles():
     # What `compile` gives for it; docs/scale.md.
     assert one_byte.gathers == pytest.approx(29.80e9, rel=0.001)
     assert one_byte.reductions == pytest.approx(913.5e9, rel=0.05)
-    assert one_byte.peak == pytest.approx(70.40 * 2**30, rel=0.15)
+    assert one_byte.peak == pytest.approx(70.40 * 2**30, rel=0.05)
     # FSDP gathers layers twice in each of 8 micro-batches.
     assert fsdp.gathers / 16 < one_byte.gathers < fsdp.gathers / 14
     assert one_byte.reductions == fsdp.reductions
@@ -246,6 +289,18 @@ def test_a_pipeline_whose_program_was_not_compared_is_not_predicted():
     assert predict(dataclasses.replace(config, sharding=ShardingConfig(state="fsdp"))) is None
     mesh = ParallelConfig(pipe=16, data=1, node=8, local=8, tensor=2)
     assert predict(dataclasses.replace(config, mesh=mesh)) is None
+
+
+def test_tpus_other_than_7x_do_not_scatter_beside_work():
+    """A head's gradient then waits for nobody, unless MTP's layers come first."""
+    config = load_config(MOONLIGHT)
+    config = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, micro_batch_size=64, seq_len=4096)
+    )
+    waits = {d: activations.waiting_for_head(config, d, False) for d in ("h200", "tpu-7x")}
+    assert waits == dict.fromkeys(waits, 2 * 4096 * 163_840)
+    assert activations.waiting_for_head(config, "tpu-v5p", False) == 0
+    assert activations.waiting_for_head(config, "tpu-v5p", True) == waits["h200"]
 
 
 def test_half_the_rows_of_a_micro_batch_change_what_is_gathered_and_not_what_is_computed():
