@@ -63,23 +63,25 @@ def working_bytes_of(
     if not moe or not is_tpu(platform):
         return at_once
     in_halves = config.expert_parallel.overlap if in_halves is None else in_halves
-    return max(at_once, _in_sums_over_choices(config, in_halves))
+    return max(at_once, _in_sums_over_choices(config, platform, in_halves))
 
 
-def _in_sums_over_choices(config: Config, in_halves: bool) -> float:
+def _in_sums_over_choices(config: Config, platform: str | None, in_halves: bool) -> float:
     """A token's, while a TPU sums over K choices, or makes the gradients of their gate weights.
 
     XLA for TPUs gathers, for all K choices of all rows that arrived, the row of its expert before
-    it multiplies the first, in f32 (`sum_rows`). Of halves it has those of one. Of a whole it has
-    those of the first round beside those of the loop of further rounds, where both are there. The
-    rows of experts, their gradients and what their products returned lie beside that, the bytes
+    it multiplies the first, in f32 (`sum_rows`); TPU7x's sparse cores gather them in one order, and
+    they lie there in another besides. Of halves it has those of one. Of a whole it has those of
+    the first round beside those of the loop of further rounds, where both are there. The rows of
+    experts, their gradients and what their products returned lie beside that, the bytes
     that came and go, and attention's operands.
     """
     model, tensor, expert = config.model, config.mesh.tensor, config.expert_parallel
     D, F, U = model.hidden_size, model.moe_intermediate_size / tensor, model.v_head_dim
     exchanged = config.mesh.node * config.mesh.local > 1
     twice = exchanged and expert.overflow == "rounds" and not in_halves
-    of_choices = 2 * model.num_experts_per_tok * D * (2 if twice else 1) + MASTER * D
+    copies = (2 if twice else 1) * (2 if platform == "tpu-7x" else 1)
+    of_choices = copies * 2 * model.num_experts_per_tok * D + MASTER * D
     of_rows = 2 * 2 * D + 2 * 2 * F + 2 * D
     qk = math.ceil(model.qk_head_dim / LANES) * LANES
     attention = model.num_attention_heads / tensor * (2 * 2 * qk + 2 * 2 * U + MASTER * LANES)

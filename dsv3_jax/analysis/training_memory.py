@@ -9,7 +9,6 @@ from __future__ import annotations
 from dsv3_jax.analysis.activations import (
     BYTES,
     MASTER,
-    is_tpu,
     layer_bytes,
     logits_bytes,
     scatters_beside_work,
@@ -106,9 +105,7 @@ def _of_slices(
 
     Sums of gradients over micro-batches are there in all of them, what one micro-batch adds from
     the layers on. A table's gradient is whole, in f32, until it is scattered: the embedding's once
-    for each look-up, for TPUs beside the zeros that the last begins from (which XLA's analysis
-    counts, whether or not it writes in their place), and the head's with them where XLA scatters
-    beside work.
+    for each look-up, and the head's with them where XLA scatters beside work.
     """
     mesh, tokens, times = config.mesh, tokens_per_micro_batch(config), train_micro_batches(config)
     sliced, table = sliced_parameters(config, shard), table_size(config)
@@ -139,7 +136,7 @@ def _of_slices(
         in_head = plain * table * fsdp + logits_bytes(config, tokens) + MASTER * table
         found.append(moment(sums, kept, in_head))
     if embedding:
-        number = 1 + mtp + is_tpu(platform) + (head and scatters_beside_work(platform))
+        number = 1 + mtp + (head and scatters_beside_work(platform))
         found.append(moment(full, 0.0, MASTER * table * number))
     return found
 
