@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dsv3_jax.config import ModelConfig
+from dsv3_jax.kernels import backend
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -76,26 +77,33 @@ def apply_rope(
     return turned.reshape(x.shape).astype(x.dtype)
 
 
-@jax.custom_vjp
 def rotate_heads(
     q: Float[Array, "B T N I"], cos: Float[Array, "#B T R2"], sin: Float[Array, "#B T R2"]
 ) -> Float[Array, "B T N I"]:
-    """q with the last R numbers of every head turned as by `apply_rope`; the others stay in place.
+    """q with the last R numbers of every head turned as by `apply_rope`; the others stay."""
+    if backend.platform() == "cpu":
+        first = q.shape[-1] - 2 * cos.shape[-1]
+        return jnp.concatenate([q[..., :first], apply_rope(q[..., first:], cos, sin)], axis=-1)
+    return _rotate_in_place(q, cos, sin)
 
-    Written, and its gradient too, so that XLA changes the R numbers where they lie: put together
-    from two parts, a GPU would read and write all of q, and its gradient once more.
+
+@jax.custom_vjp
+def _rotate_in_place(q, cos, sin):
+    """`rotate_heads`, so written, and its gradient too, that XLA changes R numbers where they lie.
+
+    Put together from two parts, a GPU reads and writes all of q, and of its gradient twice.
     """
     first = q.shape[-1] - 2 * cos.shape[-1]
     turned = apply_rope(q[..., first:], cos, sin)
     return jax.lax.dynamic_update_slice_in_dim(q, turned, first, axis=-1)
 
 
-def _rotate_heads_backward(tables, d_q):
+def _rotate_back(tables, d_q):
     cos, sin = tables
-    return rotate_heads(d_q, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
+    return _rotate_in_place(d_q, cos, -sin), jnp.zeros_like(cos), jnp.zeros_like(sin)
 
 
-rotate_heads.defvjp(lambda q, *tables: (rotate_heads(q, *tables), tables), _rotate_heads_backward)
+_rotate_in_place.defvjp(lambda q, *tables: (_rotate_in_place(q, *tables), tables), _rotate_back)
 
 
 def softmax_scale(config: ModelConfig) -> float:
