@@ -66,6 +66,17 @@ def test_importing_the_package_imports_nothing_else_of_it():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_a_run_that_has_no_kernels_imports_none_of_pallas():
+    """0.4 s of every start, where only a GPU or a TPU has any."""
+    code = (
+        "import sys, dsv3_jax.running, dsv3_jax.kernels.priming\n"
+        "assert 'jax' in sys.modules\n"
+        "print([name for name in sys.modules if name.startswith('jax.experimental.pallas')])\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+    assert ran.stdout.decode().strip() == "[]"
+
+
 def test_type_checkers_and_python_read_one_list():
     stub = ast.parse((ROOT / "dsv3_jax/__init__.pyi").read_text())
     names = [a.asname for node in stub.body if isinstance(node, ast.ImportFrom) for a in node.names]

@@ -10,7 +10,6 @@ What decides the binary is in its name: the kernel's hash, versions, XLA's flags
 JAX writes them down, which says the compute capability and the host's CPU.
 """
 
-import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -22,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.experimental.pallas.mosaic_gpu  # it tells jaxlib where the kernels' runtime lies
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
@@ -41,27 +39,30 @@ class Alone:
     Fields:
         operands, results: (shape, dtype) of each.
         topology: devices that it is compiled for, as `attached` wrote them down.
-        file: where it is left, under its name.
+        folder: where it is left.
     """
 
     kernel: Lowered
     operands: tuple[tuple[tuple[int, ...], Any], ...]
     results: tuple[tuple[tuple[int, ...], Any], ...]
     topology: bytes
-    file: str
+    folder: Path
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """All that decides the binary."""
         devices = hashlib.sha256(self.topology).hexdigest()
         return "\n".join(["compiled", self.kernel.hash.hex(), devices, makers()])
 
+    @property
+    def file(self) -> Path:
+        """Where it is left, under its name."""
+        return kept_files.place(self.folder, self.name)
+
 
 def alone(kernel: Lowered, operands: Any, results: Any, topology: bytes, folder: Path) -> Alone:
-    """The kernel for operands and results of these types, with its file in the folder."""
-    told = Alone(kernel, _types(operands), _types(results), topology, "")
-    file = folder / hashlib.sha256(told.name.encode()).hexdigest()
-    return dataclasses.replace(told, file=str(file))
+    """The kernel for operands and results of these types."""
+    return Alone(kernel, _types(operands), _types(results), topology, folder)
 
 
 def _types(arrays: Any) -> tuple[tuple[tuple[int, ...], Any], ...]:
@@ -93,6 +94,7 @@ def _devices(topology: bytes) -> Sequence[Any]:
 
 def compile_alone(asked: Alone) -> bytes:
     """The executable of a program that is one call of the kernel; no GPU is needed for it."""
+    _find_runtime()
     where = SingleDeviceSharding(_devices(asked.topology)[0])
     operands = [jax.ShapeDtypeStruct(*x, sharding=where) for x in asked.operands]
     results = tuple(jax.ShapeDtypeStruct(*x) for x in asked.results)
@@ -103,14 +105,13 @@ def compile_alone(asked: Alone) -> bytes:
 
 def leave(asked: Alone) -> None:
     """Compiles the kernel and leaves it in its file, if no other process has."""
-    file = Path(asked.file)
-    if not file.exists():
-        kept_files.write(file, kept_files.sealed(asked.name, compile_alone(asked)))
+    if not asked.file.exists():
+        kept_files.write(asked.file, kept_files.sealed(asked.name, compile_alone(asked)))
 
 
 def left(asked: Alone) -> bytes:
     """The executable in the file; ValueError where it is damaged, or another kernel's."""
-    name, executable = kept_files.opened(Path(asked.file).read_bytes())
+    name, executable = kept_files.opened(asked.file.read_bytes())
     if name != asked.name:
         raise ValueError("it is of another kernel")
     return executable
@@ -123,8 +124,17 @@ def load(executable: bytes, device: Any) -> None:
     """
     from jaxlib import xla_client
 
+    _find_runtime()
     options = xla_client.CompileOptions()
     ids = np.array([[device.id]], np.int32)
     options.device_assignment = xla_client.DeviceAssignment.create(ids)
     devices = xla_client.DeviceList((device,))
     device.client.deserialize_executable(executable, devices, options)
+
+
+def _find_runtime() -> None:
+    """Tells jaxlib where what kernels are linked with lies, as importing Pallas for GPUs does.
+
+    Not when this module is imported: a process without a GPU would begin later.
+    """
+    import jax.experimental.pallas.mosaic_gpu  # noqa: F401

@@ -14,10 +14,15 @@ import jax
 def folder() -> Path | None:
     """`kernels` in the folder of compiled programs; None where JAX keeps none on this machine."""
     config: Any = jax.config  # its options are attributes that types do not know
-    place = config.jax_compilation_cache_dir
-    if not place or "://" in str(place) or not config.jax_enable_compilation_cache:
+    beside = config.jax_compilation_cache_dir
+    if not beside or "://" in str(beside) or not config.jax_enable_compilation_cache:
         return None
-    return Path(place) / "kernels"
+    return Path(beside) / "kernels"
+
+
+def place(folder: Path, name: str) -> Path:
+    """The file in the folder of what has this name."""
+    return folder / hashlib.sha256(name.encode()).hexdigest()
 
 
 def sealed(head: Any, body: bytes) -> bytes:

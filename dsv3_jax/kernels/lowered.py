@@ -13,7 +13,6 @@ Source is read from the files: what a running process has patched is not part of
 import contextlib
 import contextvars
 import functools
-import hashlib
 import os
 import time
 import warnings
@@ -208,7 +207,7 @@ def _ask_another(call: _Call) -> Future[str] | None:
 
 def _file(name: str) -> Path | None:
     folder = kept_files.folder()
-    return folder and folder / hashlib.sha256(name.encode()).hexdigest()
+    return folder and kept_files.place(folder, name)
 
 
 def _emitted(kernel: Lowered, operands: Any, results: Any) -> None:

@@ -16,7 +16,6 @@ import functools
 import pickle
 import queue
 import threading
-import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -59,14 +58,10 @@ class Loaded:
     Fields:
         wanted: kernels that programs call.
         kernels: those of them that were loaded.
-        seconds: that it took.
-        last: when the last one was loaded, by `time.monotonic`.
     """
 
     wanted: int = 0
     kernels: int = 0
-    seconds: float = 0.0
-    last: float = 0.0
 
 
 class Primer:
@@ -81,7 +76,7 @@ class Primer:
         self.loaded = Loaded()
         self._load, self._submit = load, submit
         self._lock = threading.Lock()
-        self._names: set[str] = set()
+        self._files: set[Path] = set()
         self._emitted: dict[int, list[_Wanted]] = {}  # by thread, until its next program
         self._compiling: dict[int, list[_Wanted]] = {}
         self._ready: queue.SimpleQueue[_Wanted | None] = queue.SimpleQueue()
@@ -91,9 +86,9 @@ class Primer:
     def expect(self, kernel: Alone, new: bool) -> None:
         """A program that this thread will have compiled next calls the kernel."""
         with self._lock:
-            if self._wrong or kernel.file in self._names:
+            if self._wrong or kernel.file in self._files:
                 return
-            self._names.add(kernel.file)
+            self._files.add(kernel.file)
             self.loaded.wanted += 1
             emitted = self._emitted.setdefault(threading.get_ident(), [])
             emitted.append(_Wanted(kernel, new))
@@ -118,7 +113,7 @@ class Primer:
 
     def _not_found(self, wanted: list[_Wanted]) -> None:
         with self._lock:
-            missing = [x for x in wanted if not Path(x.kernel.file).exists()]
+            missing = [x for x in wanted if not x.kernel.file.exists()]
             self._get(wanted, ask=len(missing) >= ENOUGH)
 
     def _end(self, thread: int) -> None:
@@ -132,7 +127,7 @@ class Primer:
         for one in wanted:
             if one.made is not None or one.over:
                 continue
-            if Path(one.kernel.file).exists():
+            if one.kernel.file.exists():
                 one.made = Future()
                 one.made.set_result("")
             elif ask:
@@ -159,22 +154,19 @@ class Primer:
 
     def _loading(self, kernel: Alone) -> str:
         """Loads it; returns what would be wrong with all others, too."""
-        begun = time.monotonic()
         try:
             executable = compiled_alone.left(kernel)
         except OSError:
             return ""  # the folder keeps nothing, which was told when it refused
         except ValueError as error:
-            Path(kernel.file).unlink(missing_ok=True)
+            kernel.file.unlink(missing_ok=True)
             warnings.warn(f"{kernel.file} is not used, and is removed: {error}", stacklevel=2)
             return ""
         try:
             self._load(executable)
         except Exception as error:  # jaxlib's refusals, and where its names are not 0.11's
             return f"{type(error).__name__}: {error}"
-        loaded, now = self.loaded, time.monotonic()
-        loaded.kernels, loaded.last = loaded.kernels + 1, now
-        loaded.seconds += now - begun
+        self.loaded.kernels += 1
         return ""
 
     def stop(self) -> None:

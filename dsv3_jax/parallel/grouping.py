@@ -165,15 +165,9 @@ sum_rows.defvjp(_sum_rows_fwd, _sum_rows_bwd)
 
 def weights_of_rows(weights: Float[Array, "T K"], groups: Groups) -> Float[Array, " M"]:
     """The weight of each row's entry, zero for padding rows."""
-    return (
-        jnp.zeros(groups.token_M.shape[0], weights.dtype)
-        .at[groups.slot_TK]
-        .set(
-            weights,
-            mode=None if groups.complete else "drop",
-            unique_indices=groups.complete,
-        )
-    )
+    by_row = jnp.zeros(groups.token_M.shape[0], weights.dtype)
+    mode, unique = None if groups.complete else "drop", groups.complete
+    return by_row.at[groups.slot_TK].set(weights, mode=mode, unique_indices=unique)
 
 
 def gradient_of_weights(

@@ -155,17 +155,17 @@ def quantize_transposed(
 
     What a weight gradient needs of an activation, kept as it was or as its product read it.
     """
+    operands = BY_TOKEN[:1]
     if isinstance(x, BlockScaled):
         _check_per_token(x)
-    operands = PACKED if isinstance(x, E5M6) else BY_TOKEN
-    if not isinstance(x, BlockScaled | E5M6):
-        operands = BY_TOKEN[:1]
-    cut = Cut(operands, BY_CHANNEL, TILES)
+        operands = BY_TOKEN
+    elif isinstance(x, E5M6):
+        operands = PACKED
     return _run(
         "quantize_transposed",
         x,
         implementation=implementation,
-        cut=cut,
+        cut=Cut(operands, BY_CHANNEL, TILES),
         used=used,
         scale_format=scale_format,
     )

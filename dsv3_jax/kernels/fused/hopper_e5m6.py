@@ -77,20 +77,18 @@ def quantize_and_keep(x: Any, scale_format: ScaleFormat, rows: int) -> tuple[Blo
 class PackedRows(Source):
     """Numbers that were kept as E5M6, in bfloat16.
 
-    The first operands are words [T, 3, D / 8] and scales [D / 128, T].
+    The first operands are words [T, 3, D / 8] and scales [D / 128, T]; the only piece is of those.
     """
 
     def load(
         self, refs: Sequence[Any], rows: Any, columns: Any, layout: Any, of_scales: Any = None
     ) -> list[Any]:
         """As `Source.load`, of 128 columns; each vector of the layout has eight of them."""
-        words, scales = refs[:2]
-        tile = lax.div(columns.start, jnp.int32(128))
-        scale = plgpu.load(
-            scales.at[tile, rows], layout=of_scales or layout.reduce(1), optimized=False
-        )
+        words = refs[0]
+        (scale,) = super().load(refs, rows, columns, layout, of_scales)
         if hopper.interpreted():
-            part = words[rows, :, pl.ds(tile * PACKETS, PACKETS)]
+            first = lax.div(columns.start, jnp.int32(PACKET))
+            part = words[rows, :, pl.ds(first, PACKETS)]
             numbers = e5m6.from_codes(e5m6.unpack(part)) * scale[:, None]
             return [numbers.astype(jnp.bfloat16)]
         return [_unpacked(words, scale, rows, columns, layout, of_scales)]

@@ -17,6 +17,7 @@ from jaxlib.mlir.dialects import arith, vector
 from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.fused.hopper_quantize import Source
 from dsv3_jax.kernels.fused.hopper_registers import array, numbers_of
+from dsv3_jax.kernels.fused.reference import weighted_rows
 from dsv3_jax.kernels.hopper import plgpu
 from dsv3_jax.kernels.hopper_integers import constant, index
 
@@ -38,13 +39,8 @@ class GatheredRows(Source):
             plgpu.load(ref.at[rows], layout=of_row, optimized=False) for ref in of_rows
         )
         if hopper.interpreted():
-            found = jnp.take(numbers[:, columns], tokens, axis=0, mode="fill", fill_value=0)
-            return [_weighted_in_plain(found, weights)]
+            return [weighted_rows(numbers[:, columns], tokens, weights)]
         return [_weighted(numbers, tokens, weights, columns, layout, of_row)]
-
-
-def _weighted_in_plain(found: Any, weights: Any) -> Any:
-    return (found.astype(jnp.float32) * weights[:, None]).astype(found.dtype)
 
 
 def _weighted(numbers: Any, tokens: Any, weights: Any, columns: Any, layout: Any, of_row: Any):

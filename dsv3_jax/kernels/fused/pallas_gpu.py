@@ -45,6 +45,7 @@ SWIGLU = Split(rows=8)
 SWIGLU_TRANSPOSED = Split(warpgroups=2, rows=16, turned=64, staged=4)
 SWIGLU_BACKWARD = Split(warpgroups=2, rows=16, turned=32)
 
+FEWEST_ROWS = 8  # that a kernel takes: of tokens_layout, and of a block of RMSNorm
 FREE_ROWS = 16  # that a block looks through for those without a token
 
 
@@ -52,8 +53,7 @@ def quantize_rows(
     x: Float[Array, "T D"], scale_format: ScaleFormat = "f32", *, used: Any = None
 ) -> BlockScaled:
     """x quantised per token; see `api.quantize_rows`."""
-    rows = x.shape[0]
-    x = jnp.pad(x, ((0, max(8 - rows, 0)), (0, 0)))
+    rows, x = x.shape[0], _filled(x)
     tokens, dim = _require(x)
     (out,) = quantize_tiles(PLAIN, (x,), tokens, dim, scale_format, ALONG_CHANNELS, used=used)
     return BlockScaled(out.values[:rows], out.scales[:rows], PER_TOKEN)
@@ -63,8 +63,7 @@ def quantize_rows_in_two_formats(
     x: Float[Array, "T D"], scale_format: ScaleFormat = "f32"
 ) -> tuple[BlockScaled, E5M6]:
     """x quantised per token, and as E5M6, in one read; see `api`."""
-    rows = x.shape[0]
-    x = jnp.pad(x, ((0, max(8 - rows, 0)), (0, 0)))
+    rows, x = x.shape[0], _filled(x)
     _require(x)
     out, kept = quantize_and_keep(x, scale_format, TWO_FORMATS.rows)
     kept = E5M6(kept.words[:rows], kept.scales[:rows])
@@ -93,8 +92,7 @@ def gather_quantize_both_ways(
     (rows,) = tokens.shape
     if rows % 128:
         raise NotImplementedError(f"{rows=} must be a multiple of the 128 of a scale")
-    operands = x, tokens.astype(jnp.int32), weights.astype(jnp.float32)
-    inputs = (GatheredRows(()), operands, rows, dim, scale_format)
+    inputs = (GatheredRows(()), (x, tokens, weights), rows, dim, scale_format)
     return quantize_tiles(*inputs, GATHERED, by_channel=True, used=used)
 
 
@@ -106,13 +104,9 @@ def quantize_transposed(
 ) -> BlockScaled:
     """x transposed and quantised along tokens; see `api.quantize_transposed`."""
     if isinstance(x, E5M6):
-        source, operands, (tokens, _, packets) = (
-            PackedRows(()),
-            (x.words, x.scales.mT),
-            x.words.shape,
-        )
-        dim = PACKET * packets
-        _require(jax.ShapeDtypeStruct((tokens, dim), jnp.bfloat16), True)
+        tokens, _, packets = x.words.shape
+        numbers = jax.ShapeDtypeStruct((tokens, PACKET * packets), jnp.bfloat16)
+        (tokens, dim), source, operands = _require(numbers, True), PACKED, (x.words, x.scales.mT)
     else:
         kept = isinstance(x, BlockScaled)
         tokens, dim = _require(x, True, jnp.float8_e4m3fn if kept else jnp.bfloat16)
@@ -176,8 +170,7 @@ def rms_norm_quantize(
     scale_format: ScaleFormat = "f32",
 ) -> BlockScaled:
     """x normalised and quantised per token, in one read; see `api.rms_norm_quantize`."""
-    rows = x.shape[0]
-    x = jnp.pad(x, ((0, max(hopper_norm.TOKENS - rows, 0)), (0, 0)))
+    rows, x = x.shape[0], _filled(x)
     tokens, dim = _require(x)
     x, weight = manual.vary((x, weight.astype(jnp.float32)))
     if dim > hopper_norm.NARROW:
@@ -255,6 +248,7 @@ def _dequantized(values: Any, scale: Any) -> Any:
 NUMBERS, VALUES_AND_SCALES = (Piece(0),), (Piece(0), Piece(1, scales=True))
 PLAIN = Source(NUMBERS)
 KEPT = Source(VALUES_AND_SCALES, lambda *kept: (_dequantized(*kept),))
+PACKED = PackedRows(VALUES_AND_SCALES[1:])
 
 
 def _gate_and_up_pieces(gate_up: Any) -> tuple[Piece, ...]:
@@ -288,13 +282,20 @@ def _sigmoid(x: Any) -> Any:
     return reciprocal(1 + jnp.exp(-x))
 
 
+def _filled(x: Any) -> Any:
+    """x with zeros up to the rows that a block takes at least."""
+    return jnp.pad(x, ((0, max(FEWEST_ROWS - x.shape[0], 0)), (0, 0)))
+
+
 def _require(x: Any, whole_tokens: bool = False, dtype: Any = jnp.bfloat16) -> tuple[int, int]:
     hopper.require()
     tokens, dim = x.shape
     if x.dtype != dtype:
         raise NotImplementedError(f"the input must be {jnp.dtype(dtype)}, and is {x.dtype}")
-    if tokens < 8 or dim % 128:
-        raise NotImplementedError(f"{tokens=} must be at least 8, and {dim=} a multiple of 128")
+    if tokens < FEWEST_ROWS or dim % 128:
+        raise NotImplementedError(
+            f"{tokens=} must be at least {FEWEST_ROWS}, and {dim=} a multiple of 128"
+        )
     if whole_tokens and tokens % 128:
         raise NotImplementedError(f"{tokens=} must be a multiple of the 128 of a scale")
     return tokens, dim
