@@ -37,9 +37,9 @@ from dsv3_jax.analysis.hardware import accelerator
 from dsv3_jax.kernels.mla_decode import hopper_block, pallas_gpu, reference
 from dsv3_jax.kernels.mla_decode.api import Pages, Rows
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE, split_kv
-from dsv3_jax.kernels.mla_decode.operands import latent_tile
+from dsv3_jax.kernels.mla_decode.operands import fp8_latents, rotated_keys, scaled_keys
 from dsv3_jax.model.cache import PagedCache, append
-from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize, quantize
+from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 
 LATENT, ROPE = 512, 64
 SCALE = 1 / math.sqrt(192)  # of V3's expanded heads, 128 + 64
@@ -117,7 +117,8 @@ def _draw(shape: Shape, key) -> dict[str, Any]:
     sizes = ((*queries, LATENT), (*queries, ROPE), (pages, PAGE, LATENT), (pages, PAGE, ROPE))
     out = [jax.random.normal(k, size, jnp.bfloat16) for k, size in zip(keys, sizes)]
     if shape.fp8:
-        out[2] = quantize(out[2], latent_tile(LATENT))
+        out[2] = fp8_latents(out[2])
+        out[3] = scaled_keys(out[2], out[3])
     return dict(zip(("q_latent", "q_rope", "latent", "k_rope"), out, strict=True))
 
 
@@ -203,13 +204,13 @@ def _errors(out, work: Pages, plain: Callable[..., Any]) -> list[float]:
     """Relative errors of the first sequence: of `out`, and of a bfloat16 reference."""
     first = _first(work)
     approximate, _ = plain(first)
-    latent = first.latent
+    latent, rope = first.latent, rotated_keys(first.latent, first.k_rope)
     if isinstance(latent, BlockScaled):
         latent = dequantize(latent, jnp.float32)
     # On the host: XLA takes half a minute to tune float32 products at the highest precision.
     q, q_r, keys, ropes = (
         np.asarray(x.astype(jnp.float32), np.float64)
-        for x in (first.q_latent, first.q_rope, latent, first.k_rope)
+        for x in (first.q_latent, first.q_rope, latent, rope)
     )
     keys, ropes = keys.reshape(-1, LATENT), ropes.reshape(-1, ROPE)
     new = q.shape[1]

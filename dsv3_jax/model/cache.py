@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, Int
 from dsv3_jax.config import ModelConfig
 from dsv3_jax.kernels import backend
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
-from dsv3_jax.kernels.mla_decode.operands import latent_tile
+from dsv3_jax.kernels.mla_decode.operands import fp8_latents, scaled_keys
 from dsv3_jax.model.unstacked import Unstacked
 from dsv3_jax.parallel.collectives import Axes
 from dsv3_jax.parallel.sharding import ONE_DEVICE, Layout
-from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize, quantize
+from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 
 
 class LatentCache(NamedTuple):
@@ -109,7 +109,7 @@ def as_cached(
     """
     if not isinstance(cache.latent, BlockScaled):
         return latent
-    return dequantize(_in_fp8(latent), latent.dtype)
+    return dequantize(fp8_latents(latent), latent.dtype)
 
 
 def init_paged_cache(
@@ -122,14 +122,14 @@ def init_paged_cache(
 ) -> PagedCache:
     """An all-zero pool of so many pages for each layer, in the model's dtype.
 
-    With `fp8` the latents are E4M3, a scale for each token; the rotated key stays as it is, 644
-    bytes a token and layer of V3 where 1152 are. Without `layers` it has the main model's.
+    With `fp8` the latents are E4M3, a scale for each token, and the rotated key is over that scale:
+    644 bytes a token and layer of V3 where 1152 are. Without `layers` it has the main model's.
     """
     layers = config.num_hidden_layers if layers is None else layers
     shape = (layers * pages, page)
-    latent = jnp.zeros((*shape, config.kv_lora_rank), config.dtype)
+    latent: Any = jnp.zeros((*shape, config.kv_lora_rank), config.dtype)
     return PagedCache(
-        latent=_in_fp8(latent) if fp8 else latent,
+        latent=fp8_latents(latent) if fp8 else latent,
         k_rope=jnp.zeros((*shape, config.qk_rope_head_dim), config.dtype),
         block_table=jnp.asarray(block_table, jnp.int32),
         layers=layers,
@@ -223,13 +223,9 @@ def _append_to_pages(cache: PagedCache, latent, k_rope, start) -> PagedCache:
     def write(pool, new):
         return pool.at[number, rows % page].set(new.astype(pool.dtype), mode="drop")
 
-    new: Any = _in_fp8(latent) if isinstance(cache.latent, BlockScaled) else latent
+    rows_held = fp8_latents(latent) if isinstance(cache.latent, BlockScaled) else latent
     return dataclasses.replace(
         cache,
-        latent=jax.tree.map(write, cache.latent, new),
-        k_rope=write(cache.k_rope, k_rope),
+        latent=jax.tree.map(write, cache.latent, rows_held),
+        k_rope=write(cache.k_rope, scaled_keys(rows_held, k_rope)),
     )
-
-
-def _in_fp8(latent: Float[Array, "*L B T C"]) -> BlockScaled:
-    return quantize(latent, latent_tile(latent.shape[-1]))

@@ -20,7 +20,7 @@ from dsv3_jax.kernels.mla_decode.api import (
     wants_pages,
 )
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE, split_kv
-from dsv3_jax.kernels.mla_decode.operands import latent_tile
+from dsv3_jax.kernels.mla_decode.operands import fp8_latents, rotated_keys, scaled_keys
 from dsv3_jax.model.cache import LatentCache
 from dsv3_jax.model.mla import mla_absorb
 from dsv3_jax.parallel.sharding import RULES, Layout
@@ -70,11 +70,13 @@ def random_work(rng, new, heads, lengths, spare=1, cache="bf16") -> Pages:
     table = rng.permutation(pool).reshape(len(lengths), slots)
     sizes = jnp.asarray(np.exp2(rng.integers(-2, 2, (pool, PAGE, 4))), jnp.bfloat16)
     latent = draw(pool, PAGE, 512) * jnp.repeat(sizes, 128, axis=-1)
+    if cache == "fp8":
+        latent = fp8_latents(latent)
     return Pages(
         draw(len(lengths), new, heads, 512),
         draw(len(lengths), new, heads, 64),
-        quantize(latent, latent_tile(512)) if cache == "fp8" else latent,
-        draw(pool, PAGE, 64),
+        latent,
+        scaled_keys(latent, draw(pool, PAGE, 64)),
         jnp.asarray(table, jnp.int32),
         jnp.asarray(lengths, jnp.int32),
     )
@@ -89,7 +91,8 @@ def numbers(latent, implementation: str):
 
 def exact(work: Pages, implementation: str = "reference"):
     """Results and log-sum-exp from one row of keys a sequence, in float64."""
-    work = work._replace(latent=numbers(work.latent, implementation))
+    ropes = rotated_keys(work.latent, work.k_rope)
+    work = work._replace(latent=numbers(work.latent, implementation), k_rope=ropes)
     q_latent, q_rope, latent, k_rope = (np.asarray(x, np.float64) for x in work[:4])
     out, lse = np.zeros(q_latent.shape), np.full(q_latent.shape[:3], -np.inf)
     new = work.q_latent.shape[1]
@@ -112,6 +115,7 @@ WORK = [
     pytest.param(1, 16, (130, 0), id="ragged"),
     pytest.param(2, 64, (70,), id="two rows of blocks"),
     pytest.param(4, 8, (2, 67), id="verifying drafts"),
+    pytest.param(3, 16, (66,), id="three sixteens of rows"),
 ]
 
 
@@ -170,26 +174,35 @@ def test_fp8_latents_are_those_they_stand_for(implementation, rng, running):
     with running(implementation):
         out, lse = mla_decode(work, scale=SCALE, implementation=implementation)
     assert isinstance(work.latent, BlockScaled)
-    want, want_lse = exact(work._replace(latent=dequantize(work.latent, F32)))
+    want, want_lse = exact(work, "pallas_gpu")
     assert relative_error(out, want) < FP8_LIMIT[implementation]
     # Logits of up to 8, and the reference's numbers are off by up to 2^-9 of themselves.
     assert np.abs(np.asarray(lse) - want_lse).max() < 5e-3
+
+
+def scaled(work: Pages, factor) -> Pages:
+    """The same with tokens' latents times a factor, a power of two."""
+    assert isinstance(work.latent, BlockScaled)
+    ropes = rotated_keys(work.latent, work.k_rope)
+    scales = (work.latent.scales * factor).astype(F32)
+    latent = BlockScaled(work.latent.values, scales, work.latent.tile)
+    return work._replace(latent=latent, k_rope=scaled_keys(latent, ropes))
 
 
 @INTERPRETER_IS_NEWER
 def test_scales_of_any_size_meet_in_one_page(rng, running):
     """Tokens 2^-15 and 2^15 times as large, and one of zeros that most look at."""
     work = random_work(rng, 1, 4, (70,), cache="fp8")
-    assert isinstance(work.latent, BlockScaled)
-    scales = work.latent.scales * jnp.exp2(rng.integers(-15, 16, work.latent.scales.shape))
+    factors = jnp.exp2(rng.integers(-15, 16, work.k_rope.shape[:2]))[..., None]
     page = work.block_table[0, 0]
-    scales = scales.at[page, 5].set(0)
-    latent = BlockScaled(work.latent.values, scales.astype(F32), work.latent.tile)
+    work = scaled(work, factors.at[page, 5].set(2.0**-40))
+    latent = work.latent
+    ropes = rotated_keys(latent, work.k_rope).at[page, 5].set(4 * work.q_rope[0, 0, 0])
     work = work._replace(
-        latent=latent,
+        latent=BlockScaled(latent.values.at[page, 5].set(0), latent.scales, latent.tile),
         q_latent=work.q_latent * jnp.bfloat16(2.0**-12),
         q_rope=work.q_rope.at[:, :, 0].multiply(jnp.bfloat16(32)),
-        k_rope=work.k_rope.at[page, 5].set(4 * work.q_rope[0, 0, 0]),
+        k_rope=scaled_keys(latent, ropes),
     )
     with running("pallas_gpu"):
         out, lse = mla_decode(work, scale=SCALE, implementation="pallas_gpu")
@@ -200,14 +213,13 @@ def test_scales_of_any_size_meet_in_one_page(rng, running):
 
 
 @INTERPRETER_IS_NEWER
-@pytest.mark.parametrize("size", [2.0**36, 1.0, 2.0**-80])
+@pytest.mark.parametrize("size", [2.0**36, 1.0, 2.0**-60, 0.0])
 def test_queries_of_any_size_are_exact_pairs(size, rng, running):
     """And no result is plausible where one of them is not finite."""
     work = random_work(rng, 1, 4, (70, 65), cache="fp8")
-    assert isinstance(work.latent, BlockScaled)
-    latent = BlockScaled(work.latent.values, work.latent.scales / size, work.latent.tile)
+    work = scaled(work, 1 / size if size else 2.0**-20)
     queries = (work.q_latent * size).at[1, 0, 2, 3].set(jnp.inf)
-    work = work._replace(latent=latent, q_latent=queries.astype(jnp.bfloat16))
+    work = work._replace(q_latent=queries.astype(jnp.bfloat16))
     with running("pallas_gpu"):
         out, lse = mla_decode(work, scale=SCALE, implementation="pallas_gpu")
     assert np.isnan(np.asarray(out, np.float32)[1, 0, 2]).all()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dsv3_jax.config import ModelConfig, ParallelConfig
-from dsv3_jax.kernels.mla_decode.operands import latent_tile
+from dsv3_jax.kernels.mla_decode.operands import rotated_keys
 from dsv3_jax.model.cache import (
     LatentCache,
     append,
@@ -119,9 +119,11 @@ def test_an_fp8_pool_holds_what_was_appended_rounded_once():
         )
         for fp8 in (False, True)
     )
-    rounded = dequantize(quantize(plain.latent, latent_tile(plain.latent.shape[-1])), jnp.float32)
-    np.testing.assert_array_equal(dequantize(fp8.latent, jnp.float32), rounded)
-    np.testing.assert_array_equal(fp8.k_rope, plain.k_rope)
+    rounded = quantize(plain.latent, (1, plain.latent.shape[-1]), "ue8m0")
+    of_fp8, of_plain = (dequantize(x, jnp.float32) for x in (fp8.latent, rounded))
+    np.testing.assert_array_equal(of_fp8, of_plain)
+    np.testing.assert_array_equal(fp8.k_rope, plain.k_rope / rounded.scales)
+    np.testing.assert_array_equal(rotated_keys(fp8.latent, fp8.k_rope), plain.k_rope)
     bytes_of_a_token = sum(
         leaf.size * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(

@@ -36,10 +36,10 @@ def mla_decode(
     A length may exceed the rows of the table, or be negative, where the cache is a piece of a
     longer one: results of pieces are put together by their log-sum-exp.
 
-    `latent` may be E4M3 numbers with a scale for each token (a pool [P, page, C] in tiles of
-    `operands.latent_tile`); `k_rope` stays in the queries' dtype. Hopper's kernel then multiplies
-    FP8 by FP8: a block's 64 rows of latent queries lose bits that are 2^-18 of the largest, and
-    their logits are within 2^-11 of themselves.
+    `latent` may be E4M3 numbers with a scale for each token, a power of two, over which `k_rope` is
+    then, in the queries' dtype: `operands.fp8_latents` and `scaled_keys`. Hopper's kernel then
+    multiplies FP8 by FP8: a block's 64 rows of latent queries lose bits that are 2^-18 of the
+    largest query, and their logits are within 2^-11 of themselves.
 
     `schedule` is what `plan` returned for these lengths: give it when several layers share it.
     Softmax and sums are float32; weights are rounded to the queries' dtype before they meet the

@@ -7,7 +7,8 @@ float32.
 Keys are multiplied as they lie, by queries that are FP8, too. A bfloat16 query has eight
 significant bits, and is the exact sum of two E4M3 numbers of four, over a power of two that a
 block's queries share (`query_unit`): down to 2^-10 of the largest query; below, it is off by at
-most 2^-18 of that one.
+most 2^-18 of that one. Rotated queries are divided by it, and their keys lie there over the token's
+scale: their products are added to the same sums.
 
 Values are the output's first operand, transposed, [64 columns, 64 tokens] from registers, as
 float16, which E4M3 becomes exactly. `ldmatrix` transposes pairs of bytes, so that rows j and j + 8
@@ -25,8 +26,11 @@ from dsv3_jax.kernels.hopper import WGMMA, interpreted, plgpu
 from dsv3_jax.kernels.hopper_integers import constant, plus, times
 from dsv3_jax.kernels.mla_decode import wgmma
 from dsv3_jax.kernels.mla_decode.registers import (
+    THREADS,
     array,
     assemble,
+    held,
+    names,
     shared_address,
     warp_and_lane,
 )
@@ -34,34 +38,50 @@ from dsv3_jax.kernels.mla_decode.registers import (
 GROUPS = 4  # of 128 columns
 PLAIN = plgpu.RefType()
 FRAGMENT = plgpu.ShapeDtypeStruct((64, 32), jnp.float16, layout=WGMMA)
+FETCHED = plgpu.ShapeDtypeStruct(
+    (4 * THREADS,), jnp.int32, layout=plgpu.Layout.WG_STRIDED((4 * THREADS,), 4)
+)
 SCALAR = plgpu.ShapeDtypeStruct((), jnp.float32, layout=plgpu.Layout.WG_SPLAT)
 SMALLEST_EXPONENT = 20  # of the largest query, biased: a unit and one over it are normal numbers
+# The power of two by which rotated queries may exceed the others: products by keys over a token's
+# scale are far from float32's end.
+ROPE_BEYOND = 64
 
-SCORE_STEPS = [  # a page by all queries: a group of columns after the other
-    wgmma.Step(a=group * wgmma.TILE_BYTES + start, b=2 * group * wgmma.TILE_BYTES + start)
+SCORE_STEPS = [  # a page by all queries: by what is left of them, then by the larger numbers
+    wgmma.Step(a=group * wgmma.TILE_BYTES + start, b=(2 * group + odd) * wgmma.TILE_BYTES + start)
+    for odd in (1, 0)
     for group in range(GROUPS)
     for start in range(0, wgmma.ROW_BYTES, 32)
 ]
 
 
-def leave_largest(tiles: Any, largest: Any) -> None:
-    """Writes the largest magnitudes that each warp has of queries, tiles [8, 64, 64]."""
+def leave_largest(tiles: Any, rope: Any, largest: Any) -> None:
+    """Writes the largest magnitudes that each warp has of queries, tiles [8, 64, 64].
+
+    Rotated ones, a tile [64, 64], count 2^-`ROPE_BEYOND` of themselves.
+    """
     if interpreted():
-        largest[0] = jnp.max(jnp.abs(tiles[...].astype(jnp.float32)))
+        latent, rope = (jnp.max(jnp.abs(x[...].astype(jnp.float32))) for x in (tiles, rope))
+        largest[0] = jnp.maximum(latent, rope * 2.0**-ROPE_BEYOND)
         return
 
-    @plgpu.inline_mgpu(arg_types=(wgmma.REF, PLAIN))
-    def write(_, tiles, largest):
+    @plgpu.inline_mgpu(arg_types=(wgmma.REF, wgmma.REF, PLAIN))
+    def write(_, tiles, rope, largest):
         warp, lane = warp_and_lane()
+        # Magnitudes of bfloat16 are ordered as their bits are; infinities and NaN come last.
+        words = [f"and.b32 w{i}, w{i}, 0x7FFF7FFF; max.u16x2 m, m, w{i};" for i in range(4)]
         lines = ["{ .reg .b32 a, b, w<4>, m, x, i; .reg .pred p; mov.u32 m, 0; mov.u32 i, 0;"]
+        for chunk in range(4):
+            lines.append(f"xor.b32 b, $3, {16 * chunk}; ld.shared.v4.b32 {{w0, w1, w2, w3}}, [b];")
+            lines += words
+        less = (ROPE_BEYOND << 7) * 0x10001  # of both exponents
+        lines.append(f"mov.b32 x, {less}; max.u16x2 m, m, x; sub.u32 m, m, x;")
         # A loop, because code that runs once is waited for.
         lines.append("AGAIN: and.b32 x, i, 1; shl.b32 x, x, 6; xor.b32 a, $0, x;")
         lines.append(f"shr.u32 x, i, 1; mad.lo.u32 a, x, {wgmma.TILE_BYTES}, a;")
         for chunk in range(4):
             lines.append(f"xor.b32 b, a, {16 * chunk}; ld.shared.v4.b32 {{w0, w1, w2, w3}}, [b];")
-            # Magnitudes of bfloat16 are ordered as their bits are; infinities and NaN come last.
-            for i in range(4):
-                lines.append(f"and.b32 w{i}, w{i}, 0x7FFF7FFF; max.u16x2 m, m, w{i};")
+            lines += words
         lines += [
             "add.u32 i, i, 1; setp.lt.u32 p, i, 8;",
             "@p bra AGAIN;",
@@ -70,9 +90,10 @@ def leave_largest(tiles: Any, largest: Any) -> None:
             "setp.eq.u32 p, $2, 0; @p st.shared.b32 [$1], m; }",
         ]
         place = plus(shared_address(largest), times(warp, 4))
-        assemble("", [_row_address(tiles), place, lane], "rrr", lines)
+        places = [_row_address(tiles), place, lane, _half_row_address(rope)]
+        assemble("", places, "rrrr", lines)
 
-    write(tiles, largest)
+    write(tiles, rope, largest)
 
 
 def query_unit(largest: Any) -> Any:
@@ -149,38 +170,53 @@ def split_queries(tiles: Any, unit: Any) -> None:
     split(tiles, unit)
 
 
+def scale_rope(tile: Any, unit: Any) -> None:
+    """Divides rotated queries, a tile [64, 64], by their block's unit, in place and exactly."""
+    numbers = plgpu.load(tile, layout=WGMMA).astype(jnp.float32)
+    tile[...] = (numbers * (1 / unit)).astype(jnp.bfloat16)
+
+
 def in_order(rows: Any) -> Any:
     """Rows [64, ...] of a product with `values`, in the order of the columns they stand for."""
     parts = rows.reshape(4, 2, 8, *rows.shape[1:])
     return jnp.swapaxes(parts, 1, 2).reshape(rows.shape)
 
 
-def values(page: Any, tile: int, start: int) -> Any:
-    """Fragments [64 columns, 32 tokens] of values, in float16: of a tile, from token `start` on."""
+def fetch(page: Any, tile: int, start: int) -> Any:
+    """What `as_values` makes of a tile's columns and 32 tokens from `start` on, as they lie."""
     group, odd = divmod(tile, 2)
     if interpreted():
         rows = page[group][start : start + 32, 64 * odd : 64 * odd + 64].T
-        rows = jnp.swapaxes(rows.reshape(4, 8, 2, 32), 1, 2).reshape(64, 32)
-        return rows.astype(jnp.float16)
+        return jnp.swapaxes(rows.reshape(4, 8, 2, 32), 1, 2).reshape(64, 32)
 
-    @plgpu.inline_mgpu(arg_types=(wgmma.FP8_REF,), return_type=FRAGMENT)
-    def fetch(_, page):
+    @plgpu.inline_mgpu(arg_types=(wgmma.FP8_REF,), return_type=FETCHED)
+    def load(_, page):
         warp, lane = warp_and_lane()
         chunk = arith.xori(warp, arith.andi(lane, constant(7)))
         address = plus(shared_address(page), times(lane, wgmma.ROW_BYTES), times(chunk, 16))
         address = arith.xori(address, constant(64 * odd))
         offset = wgmma.TILE_BYTES * group + wgmma.ROW_BYTES * start
-        lines = ["{ .reg .b16 a, b; .reg .b32 w<4>, t;"]
-        lines.append(
-            f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{w0, w1, w2, w3}}, [$8+{offset}];"
-        )
+        line = f"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {names(0, 4)}, [$4+{offset}];"
+        return array(assemble("r" * 4, [address], "r", [line]), FETCHED)
+
+    return load(page)
+
+
+def as_values(fetched: Any) -> Any:
+    """Fragments [64 columns, 32 tokens] of values, in float16."""
+    if interpreted():
+        return fetched.astype(jnp.float16)
+
+    @plgpu.inline_mgpu(arg_types=(FETCHED.layout,), return_type=FRAGMENT)
+    def convert(_, fetched):
+        lines = ["{ .reg .b16 a, b; .reg .b32 t;"]
         for i in range(4):
             # Bytes of two tokens' two columns become two columns of two tokens.
-            lines.append(f"prmt.b32 t, w{i}, 0, 0x3120; mov.b32 {{a, b}}, t;")
+            lines.append(f"prmt.b32 t, ${8 + i}, 0, 0x3120; mov.b32 {{a, b}}, t;")
             lines.append(f"cvt.rn.f16x2.e4m3x2 ${2 * i}, a; cvt.rn.f16x2.e4m3x2 ${2 * i + 1}, b;")
-        return array(assemble("r" * 8, [address], "r", [*lines, "}"]), FRAGMENT)
+        return array(assemble("r" * 8, held(fetched), "r" * 4, [*lines, "}"]), FRAGMENT)
 
-    return fetch(page)
+    return convert(fetched)
 
 
 def _row_address(tiles: Any) -> Any:
@@ -190,3 +226,12 @@ def _row_address(tiles: Any) -> Any:
     first = times(arith.shrui(warp, constant(1)), 4 * wgmma.TILE_BYTES)
     chunk = times(arith.andi(row, constant(7)), 16)
     return plus(shared_address(tiles), first, times(row, wgmma.ROW_BYTES), chunk)
+
+
+def _half_row_address(tile: Any) -> Any:
+    """Where this thread's half of a row of one tile begins, in the swizzle's order."""
+    warp, lane = warp_and_lane()
+    row = plus(times(arith.andi(warp, constant(1)), 32), lane)
+    chunk = times(arith.andi(row, constant(7)), 16)
+    chunk = arith.xori(chunk, times(arith.shrui(warp, constant(1)), 64))
+    return plus(shared_address(tile), times(row, wgmma.ROW_BYTES), chunk)

@@ -34,11 +34,6 @@ def parts_of(rows: int) -> int:
     return max(hopper.multiprocessors() // row_tiles(rows), 1)
 
 
-def used_rows(rows: int) -> int:
-    """How many rows of a block are worked on, in sixteens: the others are padding."""
-    return min(ROWS, pl.cdiv(rows, 16) * 16)
-
-
 def reads(width: int, rope: int, dtype: Any) -> bool:
     """Whether rows of `width` latent and `rope` rotated numbers are what the kernel is made for."""
     return (width, rope) == (LATENT_TILES * 64, 64) and jnp.dtype(dtype) == jnp.bfloat16
@@ -106,7 +101,6 @@ class SharedFp8(NamedTuple):
     scales: Any  # [SLOTS, PAGE]
     weights: Any  # [2, PAGE, ROWS] float16, of even and odd pages
     columns: Any  # [warps, ROWS], what each warp has of a vector of columns
-    sums: Any  # what each lane has of the weights' sums
     largest: Any  # [warps], of the queries that each warp has split
     top: Any  # [ROWS], of the weights' exponents
     decay: Any  # [2, ROWS], what they make of earlier weights, where a page raised one
@@ -168,6 +162,15 @@ class Block:
         some = (self.high > self.low).astype(jnp.int32)
         end = first[part] + (last[part] - first[part]) * some
         return lax.fori_loop(first[part], end, step, init)
+
+    @property
+    def columns(self) -> int:
+        """Of FP8 scores, which are transposed: rows that have work, in sixteens."""
+        return min(ROWS, pl.cdiv(self.call.new * self.call.heads, 16) * 16)
+
+    def vector(self, numbers: Any) -> Any:
+        """A vector of columns that is in shared memory."""
+        return plgpu.load(numbers.at[: self.columns], layout=WGMMA.reduce(0))
 
     @property
     def groups(self) -> tuple[int, ...]:

@@ -4,15 +4,17 @@ One scores pages and works out weights; each of two others weighs its half of th
 a page are under way while the weights of the one before are worked out, and while those are, the
 two weigh what was published: the tensor cores have work from all three.
 
-Both products are transposed, so that the page is the first operand: scores are [64 tokens, 64
-heads], and the output [512 columns, 64 heads]. Scores are products of FP8 numbers: a query is held
-as two of them (`fp8_pages`), for twice the products at twice bfloat16's rate, and nothing of a page
-is converted. Values become float16 in registers, exactly, where weights are float16.
+Both products are transposed, so that the page is the first operand: scores are [64 tokens, heads],
+and the output [512 columns, heads], 64 of these or as many sixteens as there are. Scores are
+products of FP8 numbers: a query is held as two of them (`fp8_pages`), for twice the products at
+twice bfloat16's rate, and nothing of a page is converted. Values become float16 in registers,
+exactly, where weights are float16.
 
 A weight is published times its token's scale, over a power of two that a head's largest one sets:
 it is at most 2^`HIGHEST`. That power moves only when a weight would exceed this, which a vote of
-the threads finds out: a maximum over tokens is across lanes and warps, and so is worked out only
-then. What was weighed before a page is changed to its power before it is added.
+the threads finds out when a page's weights are written; then they are written once more. A maximum
+over tokens is across lanes and warps, and so is worked out only then. What was weighed before a
+page is changed to its power before it is added.
 """
 
 import functools
@@ -27,15 +29,15 @@ from jax import lax
 from dsv3_jax.kernels.hopper import WGMMA, plgpu
 from dsv3_jax.kernels.mla_decode import columns, fp8_pages, wgmma
 from dsv3_jax.kernels.mla_decode.combine import LOWEST
-from dsv3_jax.kernels.mla_decode.hopper_block import FP8_SLOTS, HALF, ROWS, Block, used_rows
+from dsv3_jax.kernels.mla_decode.hopper_block import FP8_SLOTS, HALF, Block
 from dsv3_jax.kernels.mla_decode.hopper_softmax import LOG2_E
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 
 SCORER = 2  # the number of the warpgroup; those that weigh are 0 and 1
 BUFFERS = 2  # of weights, which pages have in turn
-# Of a page's 16 products with all queries, how many are issued one after the other, each time: at
-# first, and beside each step of `publish`.
-AT_ONCE = (1, 1, 1, 1, 2, 2, 3, 3, 2)
+# Of a page's 32 products with all queries, how many are issued one after the other, each time: at
+# first, beside each step of `publish`, and at the end.
+AT_ONCE = (2, 4, 4, 4, 4, 14)
 HIGHEST = 15.0  # of a weight's exponent: float16 ends at 65,504
 RAISED = 7.0  # the exponent that a head's largest weight gets where the power moves
 SMALLEST = 2.0**-60  # of a token's scale: it, and one over it, are far from float32's ends
@@ -48,22 +50,23 @@ def score(block: Block) -> None:
 
     def piece(sequence, begin, end, place):
         plgpu.barrier_wait(shared.q_full)
-        fp8_pages.leave_largest(shared.q, shared.largest)
+        fp8_pages.leave_largest(shared.q, shared.q_rope.at[0], shared.largest)
         columns.together(SCORER)
         unit = fp8_pages.query_unit(shared.largest)
         fp8_pages.split_queries(shared.q, unit)
+        fp8_pages.scale_rope(shared.q_rope.at[0], unit)
         columns.together(SCORER, commit=True)
         scorer = _Scorer(block, block.inputs.lengths[sequence], begin, end, unit)
         plgpu.barrier_wait(shared.sums_free)
-        columns.clear(shared.sums)
-        shared.top[...] = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), columns.LAYOUT)
+        shared.top[: block.columns] = columns.nothing(block.columns)
         columns.together(SCORER)
         plgpu.barrier_wait(shared.k_full.at[place.slot])
         made = list(scorer.products(place.slot))[-1]
-        exponents = scorer.exponents(0, place.slot, made, scorer.rope(place.slot))
-        place, _ = lax.fori_loop(0, end - begin, scorer.page, (place, exponents))
+        exponents = scorer.exponents(0, place.slot, made)
+        carry = place, exponents, columns.nothing(block.columns)
+        place, _, sums = lax.fori_loop(0, end - begin, scorer.page, carry)
         plgpu.barrier_arrive(shared.q_empty)
-        columns.leave(shared.sums, shared.columns)
+        columns.leave(sums, shared.columns)
         columns.together(SCORER)
         plgpu.barrier_arrive(shared.sums_ready)
         return place
@@ -101,18 +104,13 @@ class _Scorer:
     end: Any
     unit: Any
 
-    @property
-    def used(self) -> int:
-        """Of the columns, which are heads and new tokens."""
-        return used_rows(self.block.call.new * self.block.call.heads)
-
     def page(self, number, carry):
-        """Publishes a page's weights, and makes the exponents of the next one's.
+        """Publishes a page's weights, adds them up, and makes the exponents of the next one's.
 
         Products of the next one are issued a few at a time: a warp that issues one waits until the
         one before has begun, and so would do nothing else meanwhile.
         """
-        place, (x, scale) = carry
+        place, (x, scale), sums = carry
         following = place.following()
 
         @pl.when(number + 1 < self.end - self.begin)
@@ -122,87 +120,82 @@ class _Scorer:
         products = self.products(following.slot)  # of nothing, after the last page
         next(products)
         beside = functools.partial(next, products)
-        self.publish(number, place.buffer, x, scale, beside)
-        self.hand_over(place.buffer)
+        sums = self.publish(number, place.buffer, x, scale, sums, beside)
         made = list(products)[-1]
-        rope = self.rope(following.slot)
-        return following, self.exponents(number + 1, following.slot, made, rope)
+        return following, self.exponents(number + 1, following.slot, made), sums
 
     def products(self, slot):
         """Issues some of a page's products with all queries at each step; returns those so far."""
         shared = self.block.shared
         steps, first = fp8_pages.SCORE_STEPS, 0
-        made: Any = None
+        made: Any = self.block.columns
         for count in AT_ONCE:
             here = steps[first : first + count]
             made = wgmma.multiply_fp8(made, shared.k.at[slot], shared.q, here)
             first += count
             yield made
         assert first == len(steps)
-
-    def rope(self, slot):
-        """The products of a page's rotated keys, not complete."""
-        shared = self.block.shared
-        nothing = (plgpu.layout_cast(jnp.zeros((PAGE, ROWS), jnp.float32), WGMMA),)
+        # To the same sums, as rotated keys and queries are over the scales of the others.
         keys, queries = shared.rope.at[slot], shared.q_rope
-        return wgmma.multiply(nothing, keys, queries, b_rows_first=False, clear=True)
+        yield wgmma.multiply(made, keys, queries, b_rows_first=False)
 
-    def exponents(self, number, slot, products, rope):
-        """Of a page's weights [64 tokens, 64 heads] by the power so far, and the tokens' scales."""
+    def exponents(self, number, slot, products):
+        """Of a page's weights [64 tokens, heads] by the power so far, and the tokens' scales."""
         scale = plgpu.load(self.block.shared.scales.at[slot], layout=columns.ROWS)
         scale = jnp.maximum(scale, jnp.float32(SMALLEST))
         of_logits = jnp.full((PAGE,), self.block.call.scale * LOG2_E, jnp.float32)
         of_logits = plgpu.layout_cast(of_logits, columns.ROWS)
         factor, start = scale * self.unit * of_logits, jnp.log2(scale)
-        ((high, left),) = wgmma.wait(1, products)
-        x = columns.fold(high + left, factor, start, self.used)
-        ((rope,),) = wgmma.wait(0, rope)
-        x = columns.fold(rope, of_logits, x, self.used)
+        top = self.block.vector(self.block.shared.top)
+        ((x,),) = wgmma.wait(0, products)
+        x = columns.fold(x, factor, start, top)
         x = self.block.masked(x, self.length, self.begin + number, self.end, tokens=0)
-        top = plgpu.load(self.block.shared.top, layout=columns.LAYOUT)
-        return x - columns.across(top), scale
+        return x, scale
 
-    def publish(self, number, buffer, x, scale, beside: Callable[[], Any]) -> None:
-        """Writes a page's weights, and adds them to the sums, over the same power of two.
+    def publish(self, number, buffer, x, scale, sums, beside: Callable[[], Any]) -> Any:
+        """Hands a page's weights over; returns the lanes' shares of the sums with them.
 
         `beside` issues what is to be under way meanwhile.
         """
-        shared, halves = self.block.shared, []
-        for half in range(pl.cdiv(self.used, 32)):
-            halves.append(columns.largest(x, half, self.used))
-            beside()
-        first = number == 0
-        risen = jnp.where(first, 1, columns.agree(halves[0], halves[-1], HIGHEST, SCORER))
-        beside()
+        shared, first = self.block.shared, number == 0
         plgpu.barrier_wait(shared.weights_free.at[buffer])
+        shares, largest = self.write(buffer, x, scale, beside)
+        risen = jnp.where(first, 1, columns.exceeds(largest, HIGHEST, SCORER))
+        shared.risen[buffer] = risen
 
-        def raise_top(x):
-            columns.leave_largest(x, shared.columns, self.used)
+        def hand_over():
+            plgpu.barrier_arrive(shared.weights_ready.at[buffer])
+            return sums + shares
+
+        def raise_top():
+            columns.leave_largest(x, shared.columns)
             columns.together(SCORER)
-            largest = functools.reduce(jnp.maximum, _partials(shared.columns))
+            largest = functools.reduce(jnp.maximum, _partials(self.block))
             # A head that sees nothing of a piece's first page sees nothing of the others.
             limit = lax.select(first, jnp.float32(LOWEST), jnp.float32(HIGHEST))
             step = jnp.where(largest > limit, largest - RAISED, 0.0)
-            top = plgpu.load(shared.top, layout=columns.LAYOUT)
+            top = self.block.vector(shared.top)
             columns.together(SCORER)  # all have read what is overwritten
-            shared.top[...] = top + step
+            shared.top[: self.block.columns] = top + step
             decay = jnp.exp2(-lax.select(first, jnp.float32(0), jnp.float32(1)) * step)
-            shared.decay[buffer] = decay
-            columns.decay(shared.sums, decay)
-            columns.together(SCORER)
-            return x - columns.across(step)
+            shared.decay[buffer, : self.block.columns] = decay
+            shares, _ = self.write(buffer, x - columns.across(step), scale)
+            columns.together(SCORER, commit=True)
+            plgpu.barrier_arrive(shared.weights_ready.at[buffer])
+            return sums * decay + shares
 
-        x = lax.cond(risen > 0, raise_top, lambda x: x, x)
-        shared.risen[buffer] = risen
-        weights, over = shared.weights.at[buffer], 1 / scale
-        for quarter in range(self.used // 16):
-            columns.publish(weights, x, shared.sums, over, quarter)
+        return lax.cond(risen > 0, raise_top, hand_over)
+
+    def write(
+        self, buffer, x, scale, beside: Callable[[], Any] = lambda: None
+    ) -> columns.Published:
+        """Writes the weights of exponents x."""
+        weights, over = self.block.shared.weights.at[buffer], 1 / scale
+        made = columns.nothing_published(self.block.columns)
+        for quarter in range(self.block.columns // 16):
+            made = columns.publish(weights, x, made, over, quarter)
             beside()
-
-    def hand_over(self, buffer) -> None:
-        """Lets the others read a page's weights."""
-        columns.together(SCORER, commit=True)
-        plgpu.barrier_arrive(self.block.shared.weights_ready.at[buffer])
+        return made
 
 
 def weigh(block: Block, me: int) -> None:
@@ -217,7 +210,7 @@ def weigh(block: Block, me: int) -> None:
     weigher = _Weigher(block, me)
 
     def piece(sequence, begin, end, place):
-        zeros = plgpu.layout_cast(jnp.zeros((64, ROWS), jnp.float32), WGMMA)
+        zeros = plgpu.layout_cast(jnp.zeros((64, block.columns), jnp.float32), WGMMA)
         place, out = lax.fori_loop(0, end - begin, weigher.page, (place, (zeros,) * HALF))
         weigher.store(sequence, begin, end, out)
         return place
@@ -239,18 +232,24 @@ class _Weigher:
         plgpu.barrier_wait(shared.weights_ready.at[place.buffer])  # and so the page itself is there
 
         def decayed(out):
-            decay = plgpu.load(shared.decay.at[place.buffer], layout=columns.LAYOUT)
+            decay = self.block.vector(shared.decay.at[place.buffer])
             return tuple(tile * columns.across(decay) for tile in out)
 
         out = list(lax.cond(shared.risen[place.buffer] > 0, decayed, lambda out: out, out))
         weights = shared.weights.at[pl.ds(place.buffer, 1)]
-        for tile in range(HALF):
-            for start in (0, PAGE // 2):
-                values = fp8_pages.values(shared.k.at[place.slot], HALF * me + tile, start)
-                (out[tile],) = wgmma.multiply(
-                    (out[tile],), values, weights, b_rows_first=True, registers=True, start=start
-                )
-                wgmma.allow(1)
+        page = shared.k.at[place.slot]
+        pieces = [(tile, start) for tile in range(HALF) for start in (0, PAGE // 2)]
+        fetched = [fp8_pages.fetch(page, HALF * me + tile, start) for tile, start in pieces[:1]]
+        for number, (tile, start) in enumerate(pieces):
+            values = fp8_pages.as_values(fetched[-1])
+            fetched = [
+                fp8_pages.fetch(page, HALF * me + tile, start)
+                for tile, start in pieces[number + 1 : number + 2]
+            ]
+            (out[tile],) = wgmma.multiply(
+                (out[tile],), values, weights, b_rows_first=True, registers=True, start=start
+            )
+            wgmma.allow(1)
         columns.together(me)  # one thread speaks for all
         plgpu.barrier_arrive(self.block.room(place.slot, me))
         (out,) = wgmma.wait(0, tuple(out))
@@ -264,11 +263,11 @@ class _Weigher:
         starts, me = self.block.inputs.starts, self.me
         shared = self.block.shared
         plgpu.barrier_wait(shared.sums_ready)
-        total = functools.reduce(jnp.add, _partials(shared.columns))
-        top = plgpu.load(shared.top, layout=columns.LAYOUT)
+        total = functools.reduce(jnp.add, _partials(self.block))
+        top = self.block.vector(shared.top)
         columns.together(me)
         plgpu.barrier_arrive(shared.sums_free)
-        rows = pl.ds(self.block.row, ROWS)
+        rows = pl.ds(self.block.row, self.block.columns)
         some = total > 0
         factor = columns.across(jnp.where(some, 1 / jnp.where(some, total, 1.0), 0.0))
         result = [tile * factor for tile in result]
@@ -292,6 +291,6 @@ class _Weigher:
                 partial_lse[kind, self.block.part, rows] = log_sum
 
 
-def _partials(left) -> list[Any]:
+def _partials(block: Block) -> list[Any]:
     """What the warps have left of a vector of columns."""
-    return [plgpu.load(left.at[i], layout=columns.LAYOUT) for i in range(columns.partials())]
+    return [block.vector(block.shared.columns.at[i]) for i in range(columns.partials())]

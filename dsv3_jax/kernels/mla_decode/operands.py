@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dsv3_jax.quantization.block_scaled import BlockScaled
+from dsv3_jax.quantization.block_scaled import BlockScaled, quantize
 
 
 def latent_tile(width: int) -> tuple[int, int]:
@@ -17,8 +17,38 @@ def latent_tile(width: int) -> tuple[int, int]:
     return 1, width
 
 
+def fp8_latents(latent: Float[Array, "*B T C"]) -> BlockScaled:
+    """Latents as an FP8 cache holds them: E4M3, and a power of two for each token."""
+    return quantize(latent, latent_tile(latent.shape[-1]), "ue8m0")
+
+
+def scaled_keys(
+    latent: Float[Array, "*B T C"] | BlockScaled, k_rope: Float[Array, "*B T R"]
+) -> Float[Array, "*B T R"]:
+    """Rotated keys as a cache holds them beside such latents.
+
+    Over a token's scale where that is FP8, so that both parts of a score are added up by one
+    product: exactly, as the scale is a power of two.
+    """
+    if not isinstance(latent, BlockScaled):
+        return k_rope
+    return (k_rope.astype(jnp.float32) / latent.scales).astype(k_rope.dtype)
+
+
+def rotated_keys(
+    latent: Float[Array, "*B T C"] | BlockScaled, k_rope: Float[Array, "*B T R"]
+) -> Float[Array, "*B T R"]:
+    """Rotated keys as they were before `scaled_keys`."""
+    if not isinstance(latent, BlockScaled):
+        return k_rope
+    return (k_rope.astype(jnp.float32) * latent.scales).astype(k_rope.dtype)
+
+
 class Pages(NamedTuple):
-    """Queries of the new tokens, and a pool of pages that sequences hold by number."""
+    """Queries of the new tokens, and a pool of pages that sequences hold by number.
+
+    Latents are as they are or as `fp8_latents` makes them, and `k_rope` as `scaled_keys` does.
+    """
 
     q_latent: Float[Array, "B T N C"]
     q_rope: Float[Array, "B T N R"]

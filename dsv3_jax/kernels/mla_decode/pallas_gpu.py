@@ -214,7 +214,6 @@ def _scratch_fp8() -> SharedFp8:
         scales=plgpu.SMEM((FP8_SLOTS, PAGE), jnp.float32),
         weights=_tiles((hopper_fp8.BUFFERS, PAGE, ROWS)),
         columns=plgpu.SMEM((warps, ROWS), jnp.float32),
-        sums=plgpu.SMEM(columns.sums_shape(), jnp.float32),
         largest=plgpu.SMEM((warps,), jnp.float32),
         top=plgpu.SMEM((ROWS,), jnp.float32),
         decay=plgpu.SMEM((hopper_fp8.BUFFERS, ROWS), jnp.float32),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from dsv3_jax.kernels.attention.api import Bias, apply_bias, biased
-from dsv3_jax.kernels.mla_decode.operands import Pages, Results, Rows
+from dsv3_jax.kernels.mla_decode.operands import Pages, Results, Rows, rotated_keys
 from dsv3_jax.quantization.block_scaled import BlockScaled, dequantize
 
 
@@ -21,12 +21,11 @@ def mla_decode(pages: Pages, *, scale: float, schedule: object = None) -> Result
     def rows(pool):
         return pool[numbers].reshape(numbers.shape[0], -1, pool.shape[-1])
 
+    latent, k_rope = jax.tree.map(rows, (latent, k_rope))
+    k_rope = rotated_keys(latent, k_rope)
     if isinstance(latent, BlockScaled):
-        gathered = BlockScaled(rows(latent.values), rows(latent.scales), latent.tile)
-        keys = dequantize(gathered, q_latent.dtype)
-    else:
-        keys = rows(latent)
-    return mla_decode_contiguous(Rows(q_latent, q_rope, keys, rows(k_rope), lengths), scale=scale)
+        latent = dequantize(latent, q_latent.dtype)
+    return mla_decode_contiguous(Rows(q_latent, q_rope, latent, k_rope, lengths), scale=scale)
 
 
 def mla_decode_contiguous(

@@ -5,7 +5,8 @@ out of loops until registers spill. Attention wants two accumulators in flight w
 runs, and operands that lie in separate 64 x 64 tiles, so these functions issue the instructions by
 hand. All tiles are 64 rows of 128 bytes in shared memory, swizzled over them, 8 KB each and
 contiguous: 64 x 64 numbers of 16 bits, or 64 x 128 FP8 numbers. Accumulators are tuples of (64, 64)
-float32 arrays in registers, side by side.
+float32 arrays in registers, side by side; one that is alone may have fewer columns, a multiple of
+16: those of its second operand's tile that come first.
 
 An accumulator that has been passed to `multiply` may be read, or changed, only after `wait`.
 """
@@ -16,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -26,7 +26,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
 from dsv3_jax.kernels.hopper import WGMMA, interpreted, plgpu, swizzled
-from dsv3_jax.kernels.mla_decode.registers import assemble, held
+from dsv3_jax.kernels.mla_decode.registers import assemble, held, names
 
 TILE_BYTES = 64 * 64 * 2
 ROW_BYTES = 128
@@ -48,13 +48,11 @@ def multiply(
     """
     count = len(accumulator)
     if interpreted():
-        if isinstance(a, jax.Array) and isinstance(jax.typeof(a), ShapedArray):
-            return _interpreted_array(accumulator, a, b, b_rows_first, clear, start)
-        return _interpreted(accumulator, a, b, b_rows_first, clear)
+        return _interpreted(accumulator, a, b, b_rows_first, clear, start)
 
     @plgpu.inline_mgpu(
         arg_types=((WGMMA,) * count, WGMMA if registers else REF, REF),
-        return_type=(plgpu.ShapeDtypeStruct((64, 64), jnp.float32, layout=WGMMA),) * count,
+        return_type=tuple(map(_like, accumulator)),
     )
     def issue(_, accumulator, a, b):
         return _issue(accumulator, a, b, b_rows_first, clear, start)
@@ -72,21 +70,22 @@ class Step(NamedTuple):
 def multiply_fp8(accumulator, a, b, steps: Sequence[Step]):
     """accumulator + a @ b.T: the sum of steps in their order; not complete on return.
 
-    Two accumulators; None: new ones. a: E4M3 tiles [n, 64, 128] in shared memory; b: tiles [n, 64,
-    64], named as bfloat16, of which each has two E4M3 numbers, and two tiles side by side make an
-    accumulator each. The tensor core's sums keep 13 bits behind the largest term's first
-    (quantization/tensor_core.py).
+    An int: a new accumulator of so many columns. a: E4M3 tiles [n, 64, 128] in shared memory; b:
+    tiles [n, 64, 64], named as bfloat16, of which each has two E4M3 numbers. The tensor core's sums
+    keep 13 bits behind the largest term's first (quantization/tensor_core.py).
     """
+    new = isinstance(accumulator, int)
+    columns = accumulator if new else accumulator[0].shape[1]
     if interpreted():
         return _interpreted_fp8(accumulator, a, b, steps)
-    before = tuple(accumulator or ())
+    before = () if new else tuple(accumulator)
 
     @plgpu.inline_mgpu(
         arg_types=((WGMMA,) * len(before), FP8_REF, REF),
-        return_type=(plgpu.ShapeDtypeStruct((64, 64), jnp.float32, layout=WGMMA),) * 2,
+        return_type=(plgpu.ShapeDtypeStruct((64, columns), jnp.float32, layout=WGMMA),),
     )
     def issue(_, before, a, b):
-        return _issue_fp8(before, a, b, steps)
+        return _issue_fp8(before, columns, a, b, steps)
 
     return issue(before, a, b)
 
@@ -98,10 +97,7 @@ def wait(pending: int, *accumulators):
     counts = [len(accumulator) for accumulator in accumulators]
     flat = tuple(itertools.chain(*accumulators))
 
-    @plgpu.inline_mgpu(
-        arg_types=((WGMMA,) * len(flat),),
-        return_type=(plgpu.ShapeDtypeStruct((64, 64), jnp.float32, layout=WGMMA),) * len(flat),
-    )
+    @plgpu.inline_mgpu(arg_types=((WGMMA,) * len(flat),), return_type=tuple(map(_like, flat)))
     def finish(_, arrays):
         return _assembly(arrays, [], [], f"wgmma.wait_group.sync.aligned {pending};")
 
@@ -130,7 +126,7 @@ def scale_rows(accumulator, factor):
 
     @plgpu.inline_mgpu(
         arg_types=((WGMMA,) * count, WGMMA.reduce(1)),
-        return_type=(plgpu.ShapeDtypeStruct((64, 64), jnp.float32, layout=WGMMA),) * count,
+        return_type=tuple(map(_like, accumulator)),
     )
     def scale(_, accumulator, factor):
         total = 32 * count
@@ -147,16 +143,16 @@ def scale_rows(accumulator, factor):
 
 
 def numbers_of(accumulator) -> list[Any]:
-    """The 32 numbers that a thread holds of a (64, 64) array, in wgmma's order."""
+    """The numbers that a thread holds of an accumulator, half its columns, in wgmma's order."""
     return held(accumulator.to_layout(ACCUMULATOR))
 
 
 def as_accumulator(numbers):
-    """The (64, 64) array of which a thread holds these; as `numbers_of` has them."""
+    """The accumulator of which a thread holds these; as `numbers_of` has them."""
     one = ir.VectorType.get((1,), ir.F32Type.get())
     registers = np.array([llvm.bitcast(one, number) for number in numbers], dtype=object)
     return fragmented_array.FragmentedArray(
-        _registers=registers.reshape(ACCUMULATOR.registers_shape((64, 64))),
+        _registers=registers.reshape(ACCUMULATOR.registers_shape((64, 2 * len(numbers)))),
         _layout=ACCUMULATOR,
         _is_signed=None,
     ).to_layout(WGMMA.to_mgpu())
@@ -168,25 +164,17 @@ def synchronize():
         plgpu.inline_mgpu()(lambda _: utils.warpgroup_barrier())()
 
 
-def _interpreted(accumulator, a, b, b_rows_first: bool, clear: bool):
-    def product(tile):
-        def compute(result):
-            plgpu.wgmma(result, a, b.at[tile] if b_rows_first else b.at[tile].T)
-            return result[...]
-
-        return pl.run_scoped(compute, plgpu.ACC((64, 64), jnp.float32))
-
-    products = [product(tile) for tile in range(len(accumulator))]
-    if clear:
-        return tuple(products)
-    return tuple(old + new for old, new in zip(accumulator, products))
+def _like(accumulator) -> Any:
+    return plgpu.ShapeDtypeStruct(accumulator.shape, jnp.float32, layout=WGMMA)
 
 
-def _interpreted_array(accumulator, a, b, b_rows_first: bool, clear: bool, start: int):
-    out = []
+def _interpreted(accumulator, a, b, b_rows_first: bool, clear: bool, start: int):
+    in_registers = isinstance(a, jax.Array) and isinstance(jax.typeof(a), ShapedArray)
+    a, out = a if in_registers else a[...], []
     for tile, old in enumerate(accumulator):
         numbers = lax.bitcast_convert_type(b[tile], a.dtype).astype(jnp.float32)
-        numbers = (numbers if b_rows_first else numbers.T)[start : start + a.shape[1]]
+        numbers = numbers if b_rows_first else numbers.T
+        numbers = numbers[start : start + a.shape[1], : old.shape[1]]
         product = jnp.dot(a.astype(jnp.float32), numbers)
         out.append(product if clear else old + product)
     return tuple(out)
@@ -199,34 +187,33 @@ def _interpreted_fp8(accumulator, a, b, steps: Sequence[Step]):
         e4m3 = lax.bitcast_convert_type(bits[:, column : column + 32], jnp.float8_e4m3fn)
         return e4m3.astype(jnp.float32)
 
-    totals = list(accumulator or [jnp.zeros((64, 64), jnp.float32)] * 2)
+    if isinstance(accumulator, int):
+        accumulator = (jnp.zeros((64, accumulator), jnp.float32),)
+    (total,) = accumulator
     for step in steps:
-        for tile in range(2):
-            right = numbers(b, step.b + tile * TILE_BYTES)
-            totals[tile] += jnp.dot(numbers(a, step.a), right.T)
-    return tuple(totals)
+        total += jnp.dot(numbers(a, step.a), numbers(b, step.b)[: total.shape[1]].T)
+    return (total,)
 
 
-def _issue_fp8(before, a, b, steps: Sequence[Step]):
-    first = 128 if before else 64  # of the operands: results are tied to as many
-    names = "{" + ", ".join(f"${i}" for i in range(64)) + "}"
+def _issue_fp8(before, columns: int, a, b, steps: Sequence[Step]):
+    count = columns // 2  # of registers
+    first = 2 * count if before else count  # of the operands: results are tied to as many
     lines = ["{ .reg .pred keep; .reg .b64 a, b;", "wgmma.fence.sync.aligned;"]
     for number, step in enumerate(steps):
         lines.append(f"setp.ne.b32 keep, {int(bool(before) or number > 0)}, 0;")
         lines.append(f"add.s64 a, ${first}, {step.a >> 4}; add.s64 b, ${first + 1}, {step.b >> 4};")
-        kind = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
-        lines.append(f"{kind} {names}, a, b, keep, 1, 1;")
+        kind = f"wgmma.mma_async.sync.aligned.m64n{columns}k32.f32.e4m3.e4m3"
+        lines.append(f"{kind} {names(0, count)}, a, b, keep, 1, 1;")
     lines.append("wgmma.commit_group.sync.aligned; }")
     operands = [_descriptor(a, rows_first=False), _descriptor(b, rows_first=False)]
     if before:
         return _assembly(before, operands, ["l", "l"], "\n".join(lines))
-    numbers = assemble("f" * 64, operands, "ll", lines)
-    return as_accumulator(numbers[:32]), as_accumulator(numbers[32:])
+    return (as_accumulator(assemble("f" * count, operands, "ll", lines)),)
 
 
 def _issue(accumulator, a, b, b_rows_first: bool, clear: bool, start: int):
-    count = len(accumulator)
-    total = 32 * count  # registers of all accumulators, a thread
+    columns = sum(tile.shape[1] for tile in accumulator)
+    total = columns // 2  # registers of all accumulators, a thread
     in_registers = isinstance(a, fragmented_array.FragmentedArray)
     operands, constraints, kind, steps = [], [], "bf16", 4
     if in_registers:
@@ -243,7 +230,6 @@ def _issue(accumulator, a, b, b_rows_first: bool, clear: bool, start: int):
     operands.append(_descriptor(b, rows_first=b_rows_first))
     constraints.append("l")
     first = 2 * total
-    names = "{" + ", ".join(f"${i}" for i in range(total)) + "}"
     b_name = f"${first + len(operands) - 1}"
     b_step = 2 * 1024 if b_rows_first else 32  # bytes from 16 of the contracted dim to the next
     lines = ["{ .reg .pred keep; .reg .b64 a, b;", "wgmma.fence.sync.aligned;"]
@@ -251,13 +237,12 @@ def _issue(accumulator, a, b, b_rows_first: bool, clear: bool, start: int):
         lines.append(f"setp.ne.b32 keep, {int(not clear or step > 0)}, 0;")
         lines.append(f"add.s64 b, {b_name}, {(start // 16 + step) * b_step >> 4};")
         if in_registers:
-            four = ", ".join(f"${first + 4 * step + i}" for i in range(4))
-            a_name, a_flags = "{" + four + "}", ""
+            a_name, a_flags = names(first + 4 * step, 4), ""
         else:
             lines.append(f"add.s64 a, ${first}, {step * 32 >> 4};")
             a_name, a_flags = "a", "0, "
         lines.append(
-            f"wgmma.mma_async.sync.aligned.m64n{64 * count}k16.f32.{kind}.{kind} {names}, "
+            f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {names(0, total)}, "
             f"{a_name}, b, keep, 1, 1, {a_flags}{int(b_rows_first)};"
         )
     lines.append("wgmma.commit_group.sync.aligned; }")
@@ -270,7 +255,8 @@ def _assembly(arrays, operands, constraints, text: str):
     total = len(numbers)
     own = map(str, range(total))
     numbers = assemble("f" * total, [*numbers, *operands], [*own, *constraints], [text])
-    return tuple(as_accumulator(numbers[i : i + 32]) for i in range(0, total, 32))
+    each = total // len(arrays)
+    return tuple(as_accumulator(numbers[i : i + each]) for i in range(0, total, each))
 
 
 def _descriptor(ref, rows_first: bool):
