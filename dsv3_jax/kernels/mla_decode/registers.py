@@ -19,7 +19,8 @@ def assemble(
     """What a piece of assembly leaves in its registers: `results` has an "r" or "f" for each.
 
     In `lines` they are $0, $1, ...; then come the operands, of `constraints` "r", "f" or "l", or a
-    result's number, whose register it is then.
+    result's number, whose register it is then. Any other result has a register of its own, and may
+    be written before operands are read.
     """
     kinds = {"r": ir.IntegerType.get_signless(32), "f": ir.F32Type.get()}
     types = [kinds[kind] for kind in results]
@@ -30,7 +31,7 @@ def assemble(
         whole,
         list(operands),
         "\n".join(lines),
-        ",".join([*(f"={kind}" for kind in results), *constraints]),
+        ",".join([*(f"=&{kind}" for kind in results), *constraints]),
         asm_dialect=0,
         has_side_effects=True,
     )
