@@ -58,9 +58,7 @@ def fold(x: Any, factor: Any, start: Any, less: Any) -> Any:
         down = lambda tokens: lax.broadcast_in_dim(tokens, x.shape, [0])  # noqa: E731
         return x * down(factor) + (down(start) - across(less))
 
-    returned = plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=WGMMA)
-
-    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS, LAYOUT), return_type=returned)
+    @plgpu.inline_mgpu(arg_types=(WGMMA, ROWS, ROWS, LAYOUT), return_type=wgmma.like(x))
     def multiply_add(_, x, factor, start, less):
         numbers = wgmma.numbers_of(x)
         count = len(numbers)

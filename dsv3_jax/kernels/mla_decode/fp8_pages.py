@@ -68,20 +68,24 @@ def leave_largest(tiles: Any, rope: Any, largest: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(wgmma.REF, wgmma.REF, PLAIN))
     def write(_, tiles, rope, largest):
         warp, lane = warp_and_lane()
-        # Magnitudes of bfloat16 are ordered as their bits are; infinities and NaN come last.
-        words = [f"and.b32 w{i}, w{i}, 0x7FFF7FFF; max.u16x2 m, m, w{i};" for i in range(4)]
+
+        def compare(address):
+            # Magnitudes of bfloat16 are ordered as their bits are; infinities and NaN come last.
+            for chunk in range(4):
+                yield f"xor.b32 b, {address}, {16 * chunk};"
+                yield "ld.shared.v4.b32 {w0, w1, w2, w3}, [b];"
+                yield from (
+                    f"and.b32 w{i}, w{i}, 0x7FFF7FFF; max.u16x2 m, m, w{i};" for i in range(4)
+                )
+
         lines = ["{ .reg .b32 a, b, w<4>, m, x, i; .reg .pred p; mov.u32 m, 0; mov.u32 i, 0;"]
-        for chunk in range(4):
-            lines.append(f"xor.b32 b, $3, {16 * chunk}; ld.shared.v4.b32 {{w0, w1, w2, w3}}, [b];")
-            lines += words
+        lines += compare("$3")
         less = (ROPE_BEYOND << 7) * 0x10001  # of both exponents
         lines.append(f"mov.b32 x, {less}; max.u16x2 m, m, x; sub.u32 m, m, x;")
         # A loop, because code that runs once is waited for.
         lines.append("AGAIN: and.b32 x, i, 1; shl.b32 x, x, 6; xor.b32 a, $0, x;")
         lines.append(f"shr.u32 x, i, 1; mad.lo.u32 a, x, {wgmma.TILE_BYTES}, a;")
-        for chunk in range(4):
-            lines.append(f"xor.b32 b, a, {16 * chunk}; ld.shared.v4.b32 {{w0, w1, w2, w3}}, [b];")
-            lines += words
+        lines += compare("a")
         lines += [
             "add.u32 i, i, 1; setp.lt.u32 p, i, 8;",
             "@p bra AGAIN;",
@@ -221,17 +225,20 @@ def as_values(fetched: Any) -> Any:
 
 def _row_address(tiles: Any) -> Any:
     """Where this thread's row of four of eight tiles begins, in the swizzle's order."""
-    warp, lane = warp_and_lane()
-    row = plus(times(arith.andi(warp, constant(1)), 32), lane)
-    first = times(arith.shrui(warp, constant(1)), 4 * wgmma.TILE_BYTES)
-    chunk = times(arith.andi(row, constant(7)), 16)
-    return plus(shared_address(tiles), first, times(row, wgmma.ROW_BYTES), chunk)
+    half, row, chunk = _half_and_row()
+    first = times(half, 4 * wgmma.TILE_BYTES)
+    return plus(shared_address(tiles), first, row, chunk)
 
 
 def _half_row_address(tile: Any) -> Any:
     """Where this thread's half of a row of one tile begins, in the swizzle's order."""
+    half, row, chunk = _half_and_row()
+    return plus(shared_address(tile), row, arith.xori(chunk, times(half, 64)))
+
+
+def _half_and_row() -> tuple[Any, Any, Any]:
+    """Which half of the warpgroup a thread is in, and where its row of 64 and the chunk begin."""
     warp, lane = warp_and_lane()
     row = plus(times(arith.andi(warp, constant(1)), 32), lane)
     chunk = times(arith.andi(row, constant(7)), 16)
-    chunk = arith.xori(chunk, times(arith.shrui(warp, constant(1)), 64))
-    return plus(shared_address(tile), times(row, wgmma.ROW_BYTES), chunk)
+    return arith.shrui(warp, constant(1)), times(row, wgmma.ROW_BYTES), chunk

@@ -16,6 +16,7 @@ from jax import lax
 
 from dsv3_jax.kernels import hopper
 from dsv3_jax.kernels.hopper import WGMMA, plgpu
+from dsv3_jax.kernels.mla_decode import columns
 from dsv3_jax.kernels.mla_decode.kv_splits import PAGE
 
 ROWS = 64  # of a block: heads x new tokens
@@ -170,7 +171,7 @@ class Block:
 
     def vector(self, numbers: Any) -> Any:
         """A vector of columns that is in shared memory."""
-        return plgpu.load(numbers.at[: self.columns], layout=WGMMA.reduce(0))
+        return plgpu.load(numbers.at[: self.columns], layout=columns.LAYOUT)
 
     @property
     def groups(self) -> tuple[int, ...]:

@@ -143,8 +143,7 @@ class _Scorer:
         """Of a page's weights [64 tokens, heads] by the power so far, and the tokens' scales."""
         scale = plgpu.load(self.block.shared.scales.at[slot], layout=columns.ROWS)
         scale = jnp.maximum(scale, jnp.float32(SMALLEST))
-        of_logits = jnp.full((PAGE,), self.block.call.scale * LOG2_E, jnp.float32)
-        of_logits = plgpu.layout_cast(of_logits, columns.ROWS)
+        of_logits = jnp.float32(self.block.call.scale * LOG2_E)
         factor, start = scale * self.unit * of_logits, jnp.log2(scale)
         top = self.block.vector(self.block.shared.top)
         ((x,),) = wgmma.wait(0, products)
@@ -239,13 +238,16 @@ class _Weigher:
         weights = shared.weights.at[pl.ds(place.buffer, 1)]
         page = shared.k.at[place.slot]
         pieces = [(tile, start) for tile in range(HALF) for start in (0, PAGE // 2)]
-        fetched = [fp8_pages.fetch(page, HALF * me + tile, start) for tile, start in pieces[:1]]
+
+        def fetch(number):
+            tile, start = pieces[number]
+            return fp8_pages.fetch(page, HALF * me + tile, start)
+
+        fetched = fetch(0)
         for number, (tile, start) in enumerate(pieces):
-            values = fp8_pages.as_values(fetched[-1])
-            fetched = [
-                fp8_pages.fetch(page, HALF * me + tile, start)
-                for tile, start in pieces[number + 1 : number + 2]
-            ]
+            values = fp8_pages.as_values(fetched)
+            if number + 1 < len(pieces):
+                fetched = fetch(number + 1)
             (out[tile],) = wgmma.multiply(
                 (out[tile],), values, weights, b_rows_first=True, registers=True, start=start
             )

@@ -52,7 +52,7 @@ def multiply(
 
     @plgpu.inline_mgpu(
         arg_types=((WGMMA,) * count, WGMMA if registers else REF, REF),
-        return_type=tuple(map(_like, accumulator)),
+        return_type=tuple(map(like, accumulator)),
     )
     def issue(_, accumulator, a, b):
         return _issue(accumulator, a, b, b_rows_first, clear, start)
@@ -97,7 +97,7 @@ def wait(pending: int, *accumulators):
     counts = [len(accumulator) for accumulator in accumulators]
     flat = tuple(itertools.chain(*accumulators))
 
-    @plgpu.inline_mgpu(arg_types=((WGMMA,) * len(flat),), return_type=tuple(map(_like, flat)))
+    @plgpu.inline_mgpu(arg_types=((WGMMA,) * len(flat),), return_type=tuple(map(like, flat)))
     def finish(_, arrays):
         return _assembly(arrays, [], [], f"wgmma.wait_group.sync.aligned {pending};")
 
@@ -126,7 +126,7 @@ def scale_rows(accumulator, factor):
 
     @plgpu.inline_mgpu(
         arg_types=((WGMMA,) * count, WGMMA.reduce(1)),
-        return_type=tuple(map(_like, accumulator)),
+        return_type=tuple(map(like, accumulator)),
     )
     def scale(_, accumulator, factor):
         total = 32 * count
@@ -140,6 +140,11 @@ def scale_rows(accumulator, factor):
         return _assembly(accumulator, registers, ["f", "f"], "\n".join([*lines, "DONE: }"]))
 
     return scale(tuple(accumulator), factor)
+
+
+def like(accumulator) -> Any:
+    """The type of an accumulator as inline assembly returns it."""
+    return plgpu.ShapeDtypeStruct(accumulator.shape, jnp.float32, layout=WGMMA)
 
 
 def numbers_of(accumulator) -> list[Any]:
@@ -162,10 +167,6 @@ def synchronize():
     """Waits for the four warps of this warpgroup."""
     if not interpreted():
         plgpu.inline_mgpu()(lambda _: utils.warpgroup_barrier())()
-
-
-def _like(accumulator) -> Any:
-    return plgpu.ShapeDtypeStruct(accumulator.shape, jnp.float32, layout=WGMMA)
 
 
 def _interpreted(accumulator, a, b, b_rows_first: bool, clear: bool, start: int):
